@@ -1,0 +1,371 @@
+"""The bundle on disk: a folder of files and ``manifest.json``, which lists them all with their sizes and hashes.
+
+Every file but ``manifest.json`` and those under ``targets/`` is listed. What is under ``targets/`` is made from the
+rest for one kind of machine and may be deleted and rebuilt at any time.
+
+Opening a bundle trusts nothing in it: paths may not leave the folder, nothing may be a link, and an ``.onnx`` file may
+only read its weights from listed files. Making one is all or nothing: the files grow in a hidden sibling folder,
+``.NAME.partial-<pid>-<random>``, which is renamed into place when it is complete and refused by name until then.
+"""
+
+import errno
+import hashlib
+import os
+import posixpath
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm_export.contract import GraphSpec
+from ldm_export.errors import BundleError, ExportError
+from ldm_export.manifest import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    check_relative,
+    is_target,
+    manifest_from_json,
+)
+from ldm_export.onnx_wire import external_data_from_onnx
+
+__all__ = ["Bundle", "BundleWriter", "FileEntry", "Manifest", "create_bundle"]
+
+_PARTIAL = re.compile(r"\..+\.partial-\d+-[0-9a-f]+")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> "Bundle":
+        """Open a bundle.
+
+        Parameters
+        ----------
+        path : path
+            The bundle's folder.
+        verify : bool
+            Also hash every listed file, and refuse files that are not listed. Reads the whole bundle.
+
+        Raises
+        ------
+        BundleError
+            If anything is missing, altered, malformed or reaches outside the folder. The message names the file.
+        """
+        folder = Path(path)
+        if _PARTIAL.fullmatch(folder.resolve().name):
+            raise BundleError(f"{folder} is what an interrupted export left behind. Delete it and export again.")
+        return _opened(folder, verify)
+
+    def file(self, relative: str) -> Path:
+        """Return where a listed file is; raise `BundleError` if it is not listed."""
+        if relative not in self.manifest.files:
+            raise BundleError(f"Bundle {self.path} has no {relative}; it has {', '.join(sorted(self.manifest.files))}.")
+        return self.path / relative
+
+    def add_file(self, relative: str, data: bytes) -> "Bundle":
+        """Add a file, or replace one, and return the bundle as it then is.
+
+        Each write is atomic, and a file is never listed before it is whole: a kill in between leaves a bundle that
+        opens, with or without the file. Meant for plans and loops; a graph's weights are not to be replaced so.
+
+        Parameters
+        ----------
+        relative : str
+            Where in the bundle, with ``/`` between the parts; not under ``targets/``.
+        data : bytes
+            The file's content.
+
+        Raises
+        ------
+        BundleError
+            If the path is not allowed or the bundle is no longer sound.
+        ExportError
+            If the file cannot be written.
+        """
+        check_relative(relative)
+        manifest = _opened(self.path, verify=False).manifest
+        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
+        others = {name: old for name, old in manifest.files.items() if name != relative}
+        target = self.path / relative
+        try:
+            if manifest.files.get(relative, entry) != entry:
+                graphs = {name: graph for name, graph in manifest.graphs.items() if graph.path != relative}
+                _write(self.path / MANIFEST, replace(manifest, files=others, graphs=graphs).to_json().encode())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, data)
+            manifest = replace(manifest, files=others | {relative: entry})
+            if relative.lower().endswith(".onnx"):
+                _check_external_data(self.path, relative, manifest)
+            _write(self.path / MANIFEST, manifest.to_json().encode())
+        except OSError as exc:
+            raise _export_error(exc, self.path, len(data)) from exc
+        except BundleError:
+            target.unlink()
+            raise
+        return _opened(self.path, verify=False)
+
+
+class BundleWriter:
+    """A bundle in the making: put files under ``path``, then call `seal`. Made by `create_bundle`."""
+
+    def __init__(self, path: Path, target: Path, force: bool, needed_bytes: int | None) -> None:
+        self.path = path
+        self._target = target
+        self._force = force
+        self._needed_bytes = needed_bytes
+
+    def seal(
+        self,
+        *,
+        model: Mapping[str, Any],
+        graphs: Mapping[str, GraphSpec],
+        source: Mapping[str, Any],
+        passes: Sequence[Mapping[str, Any]] = (),
+        parity: Sequence[Mapping[str, Any]] = (),
+    ) -> Bundle:
+        """Hash the files, write the manifest, check the whole, and rename the folder into place.
+
+        Raises
+        ------
+        BundleError
+            If the bundle would not open, or the target has come into being or changed its nature meanwhile.
+        ExportError
+            If the disk is full or refuses, or the manifest has a value that JSON cannot hold.
+        """
+        try:
+            manifest = Manifest(self._files(), graphs, model, source, passes, parity)
+            _write(self.path / MANIFEST, manifest.to_json().encode())
+            _opened(self.path, verify=False)
+            for relative in _walk(self.path):
+                _sync(self.path / relative)
+                _sync((self.path / relative).parent)
+            _check_target(self._target, self._force)
+            _move_into_place(self.path, self._target)
+        except OSError as exc:
+            raise _export_error(exc, self._target, self._needed_bytes) from exc
+        return _opened(self._target, verify=False)
+
+    def _files(self) -> dict[str, FileEntry]:
+        listed = (relative for relative in _walk(self.path) if relative != MANIFEST and not is_target(relative))
+        paths = {relative: self.path / relative for relative in listed}
+        return {relative: FileEntry(path.stat().st_size, _sha256(path)) for relative, path in paths.items()}
+
+
+@contextmanager
+def create_bundle(
+    path: str | os.PathLike[str], force: bool = False, needed_bytes: int | None = None
+) -> Iterator[BundleWriter]:
+    """Make a bundle, or nothing: whatever ends the block before `BundleWriter.seal` is done removes all files.
+
+    Parameters
+    ----------
+    path : path
+        The folder to be. Its parents are made where missing.
+    force : bool
+        Replace a bundle, or an empty folder, that is there. It stays in place until the new one is whole.
+    needed_bytes : int, optional
+        How large the bundle will be; refused at once where the disk has less room.
+
+    Raises
+    ------
+    BundleError
+        If the path is taken.
+    ExportError
+        If the disk has no room, before or during the export, or the folder cannot be made.
+    """
+    target = Path(os.path.abspath(path))
+    _check_target(target, force)
+    made = [parent for parent in target.parents if not parent.exists()]
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        try:
+            partial.mkdir(parents=True)
+            if needed_bytes is not None and shutil.disk_usage(partial).free < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as exc:
+            raise _export_error(exc, target, needed_bytes) from exc
+        try:
+            yield BundleWriter(partial, target, force, needed_bytes)
+        except Exception as exc:
+            if _is_full_disk(exc):
+                raise _export_error(exc, target, needed_bytes) from exc
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:  # innermost first; fails, as it should, where the bundle or something else is
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _opened(folder: Path, verify: bool) -> Bundle:
+    """Check a folder, whatever its name, and return it as a bundle."""
+    present = _walk(folder)
+    if MANIFEST not in present:
+        raise _bad(folder, f"{MANIFEST} is missing, so it is no bundle", "Give the folder that export wrote.")
+    try:
+        manifest = manifest_from_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise _bad(folder, f"{MANIFEST} cannot be read as UTF-8 text ({exc})") from exc
+    except BundleError as exc:
+        raise BundleError(f"Bundle {folder}: {exc}") from exc
+    for relative, entry in manifest.files.items():
+        if relative not in present:
+            raise _bad(folder, f"{relative} is missing")
+        if present[relative] != entry.size_bytes:
+            raise _bad(folder, f"{relative} has {present[relative]} bytes; {MANIFEST} says {entry.size_bytes}")
+    graphs = {graph.path for graph in manifest.graphs.values()}
+    for relative in sorted(graphs | {relative for relative in manifest.files if relative.lower().endswith(".onnx")}):
+        _check_external_data(folder, relative, manifest)
+    if verify:
+        _check_hashes(folder, manifest)
+        strays = sorted(name for name in present.keys() - manifest.files.keys() - {MANIFEST} if not is_target(name))
+        if strays:
+            raise _bad(folder, f"{strays[0]!r} is not listed in {MANIFEST}", "Delete it, or export the bundle anew.")
+    return Bundle(folder, manifest)
+
+
+def _walk(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file by its path with ``/``; refuse links, devices and pipes."""
+    found = {}
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            with os.scandir(folder / prefix) as entries:
+                statuses = [(prefix + entry.name, os.lstat(entry.path)) for entry in entries]
+        except FileNotFoundError:
+            raise _bad(folder, "there is no such folder", "Check the path.") from None
+        except OSError as exc:
+            raise _bad(folder, f"the folder cannot be read ({exc})", "Check the path.") from exc
+        for relative, status in statuses:
+            if stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", None):
+                raise _bad(folder, f"{relative!r} is a link; a bundle has none", "Put the file itself there.")
+            if stat.S_ISDIR(status.st_mode):
+                waiting.append(relative + "/")
+            elif stat.S_ISREG(status.st_mode):
+                found[relative] = status.st_size
+            else:
+                raise _bad(folder, f"{relative!r} is neither a file nor a folder", "Delete it.")
+    return found
+
+
+def _check_external_data(folder: Path, relative: str, manifest: Manifest) -> None:
+    """Check that the weights which an ``.onnx`` file reads lie in listed files, and within them."""
+    seen: dict[str, str] = {}
+    for data in external_data_from_onnx(folder / relative):
+        if data.location not in seen:
+            joined = posixpath.normpath(posixpath.join(posixpath.dirname(relative), data.location))
+            if data.location.startswith("/") or "\\" in data.location or joined not in manifest.files:
+                raise _bad(
+                    folder,
+                    f"{relative} reads tensor {data.tensor!r} from {data.location!r}, which {MANIFEST} does not list",
+                )
+            seen[data.location] = joined
+        size = manifest.files[seen[data.location]].size_bytes
+        if data.offset + (data.length or 0) > size:
+            raise _bad(folder, f"{relative} reads tensor {data.tensor!r} beyond the {size} bytes of {data.location!r}")
+
+
+def _check_hashes(folder: Path, manifest: Manifest) -> None:
+    for relative, entry in sorted(manifest.files.items()):
+        try:
+            actual = _sha256(folder / relative)
+        except OSError as exc:
+            raise _bad(folder, f"{relative} cannot be read ({exc})") from exc
+        if actual != entry.sha256:
+            raise _bad(folder, f"{relative} has been altered: its SHA-256 is {actual}, {MANIFEST} says {entry.sha256}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut; Windows has no such call for these."""
+    if os.name != "nt":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise BundleError(f"{target} exists; use --force to replace it, or choose another folder.")
+    folder = target.is_dir() and not target.is_symlink()
+    if not folder or (any(target.iterdir()) and not _says_bundle(target / MANIFEST)):
+        raise BundleError(f"{target} is not a bundle; --force replaces a bundle or an empty folder. Choose another.")
+
+
+def _says_bundle(manifest: Path) -> bool:
+    """Return whether a ``manifest.json`` is a bundle's, however damaged, and not, say, a web page's."""
+    return manifest.is_file() and b'"format_version"' in manifest.read_bytes()
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    """Rename the new folder to the target; where that fails, what was there is back."""
+    old = target.parent / f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_full_disk(exc: Exception) -> bool:
+    """Return whether an error means a full disk; libraries in other languages only say so in words."""
+    full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    return (isinstance(exc, OSError) and exc.errno in full) or os.strerror(errno.ENOSPC) in str(exc)
+
+
+def _export_error(exc: Exception, target: Path, needed_bytes: int | None) -> ExportError:
+    if not _is_full_disk(exc):
+        return ExportError(f"{target} cannot be written: {exc}. Choose another folder.")
+    needed = f", {needed_bytes / 1e9:.2f} GB are needed" if needed_bytes is not None else ""
+    existing = next(parent for parent in (target, *target.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    return ExportError(f"The disk is full: {target} could not be written; {free:.2f} GB are free{needed}. Make room.")
+
+
+def _bad(folder: Path, what: str, remedy: str = "Export the bundle anew.") -> BundleError:
+    return BundleError(f"Bundle {folder}: {what}. {remedy}")

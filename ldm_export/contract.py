@@ -1,0 +1,117 @@
+"""Names, dtypes and shapes of every graph: the one source for export, runtime and C++.
+
+The names and meanings are those of optimum-onnx, so that its pipelines open a bundle as it stands. A dimension that is
+a string is free; the same string is the same size within one graph. ``timestep`` is float32, since the samplers with
+evenly spaced noise levels ask for timesteps between the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ldm_export.errors import InputError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: ``dtype`` is numpy's name, a string in ``shape`` is a free dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of a bundle: where its file is, what it takes and what it gives."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder that the graph is in, such as ``unet``."""
+        return self.path.partition("/")[0]
+
+
+def _graph(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> GraphSpec:
+    return GraphSpec(f"{name}/model.onnx", tuple(inputs), tuple(outputs))
+
+
+def unet_spec(config: Mapping[str, Any]) -> GraphSpec:
+    """The denoiser, from the keys of its ``config.json``; inputs that the network does not have are left out."""
+    inputs = [
+        TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width")),
+        TensorSpec("timestep", "float32", (1,)),
+    ]
+    kinds = (*config["down_block_types"], *config["up_block_types"], config["mid_block_type"] or "")
+    if any("CrossAttn" in kind for kind in kinds):
+        width = config["cross_attention_dim"]
+        width = width if isinstance(width, int) else width[0]
+        inputs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", width)))
+    if config["class_embed_type"] in ("identity", "projection"):
+        features = config["projection_class_embeddings_input_dim"] or config["block_out_channels"][0] * 4
+        inputs.append(TensorSpec("class_labels", "float32", ("batch", features)))
+    elif config["class_embed_type"] or config["num_class_embeds"]:
+        inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
+    if config["addition_embed_type"] == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs.append(TensorSpec("text_embeds", "float32", ("batch", pooled)))
+        inputs.append(TensorSpec("time_ids", "float32", ("batch", 6)))
+    if config["time_cond_proj_dim"]:
+        inputs.append(TensorSpec("timestep_cond", "float32", ("batch", config["time_cond_proj_dim"])))
+    out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
+    return _graph("unet", inputs, [out])
+
+
+def text_encoder_spec(config: Mapping[str, Any], name: str, *, all_states: bool) -> GraphSpec:
+    """A CLIP text model; ``all_states`` adds every layer's hidden states, which SDXL reads the last but one of."""
+    length, width = config["max_position_embeddings"], config["hidden_size"]
+    states = TensorSpec("last_hidden_state", "float32", ("batch", length, width))
+    if config["with_projection"]:
+        outputs = [TensorSpec("text_embeds", "float32", ("batch", config["projection_dim"])), states]
+    else:
+        outputs = [states, TensorSpec("pooler_output", "float32", ("batch", width))]
+    if all_states:
+        outputs += [
+            TensorSpec(f"hidden_states.{i}", "float32", states.shape) for i in range(config["num_hidden_layers"] + 1)
+        ]
+    return _graph(name, [TensorSpec("input_ids", "int64", ("batch", length))], outputs)
+
+
+def vae_decoder_spec(config: Mapping[str, Any]) -> GraphSpec:
+    """Unscaled latents to a picture in about [-1, 1]."""
+    latents = TensorSpec("latent_sample", "float32", ("batch", config["latent_channels"], "height", "width"))
+    sample = TensorSpec("sample", "float32", ("batch", config["out_channels"], "image_height", "image_width"))
+    return _graph("vae_decoder", [latents], [sample])
+
+
+def vae_encoder_spec(config: Mapping[str, Any]) -> GraphSpec:
+    """A picture in [-1, 1] to the mean and log-variance of its unscaled latents, on the channel axis."""
+    sample = TensorSpec("sample", "float32", ("batch", config["in_channels"], "image_height", "image_width"))
+    parameters = TensorSpec("latent_parameters", "float32", ("batch", 2 * config["latent_channels"], "height", "width"))
+    return _graph("vae_encoder", [sample], [parameters])
+
+
+def check_inputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Raise InputError unless ``arrays`` has exactly the graph's inputs, with their dtypes and shapes."""
+    names = [tensor.name for tensor in graph.inputs]
+    if set(arrays) != set(names):
+        raise InputError(f"{graph.name} was given the inputs {sorted(arrays)}; it takes {sorted(names)}.")
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        array = arrays[tensor.name]
+        given = f"{graph.name} input {tensor.name!r} has shape {array.shape} and dtype {array.dtype}"
+        allowed = f"({', '.join(map(str, tensor.shape))}) {tensor.dtype}"
+        fits = array.dtype == tensor.dtype and array.ndim == len(tensor.shape)
+        for size, dimension in zip(array.shape, tensor.shape, strict=False):
+            expected = sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension
+            fits = fits and size == expected
+        if not fits:
+            known = f" with {sizes}" if sizes else ""
+            raise InputError(f"{given}; this bundle accepts {allowed}{known}. Give it an array of that kind.")

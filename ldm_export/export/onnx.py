@@ -1,0 +1,211 @@
+"""PyTorch networks to plain ONNX graphs, each one held against the network that it came from.
+
+A graph uses standard operators of opset 20 only (GroupNorm as InstanceNormalization, attention unfused), which every
+ONNX runtime and TensorRT read; what is made for one machine is forked from it later. Stack traces and source paths
+are stripped, so that the same weights and package versions give the same bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from torch import Tensor, nn
+
+from ldm_export.checkpoint import Network
+from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.errors import ExportError, ParityError
+
+OPSET = 20
+EXTERNAL_DATA_ABOVE_BYTES = 1_500_000_000
+"""Weights beyond this go to one external file: protobuf cannot hold 2 GiB."""
+
+PARITY_TOLERANCE = 1e-4
+"""Allowed max |onnx - torch| / max |torch| of an fp32 graph, over every element of an output."""
+
+_EXAMPLE_SIZES = {"batch": 2, "height": 8, "width": 16, "tokens": 7}
+_PARITY_SIZES = ({"batch": 1, "height": 16, "width": 8, "tokens": 77}, {"batch": 3, "height": 24, "width": 16, "tokens": 5})
+
+
+class GraphModule(nn.Module):
+    """A network behind the positional inputs and outputs of its graph."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., tuple[Tensor, ...]]):
+        super().__init__()
+        self.network = network
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.call(self.network, *inputs)
+
+
+def graph_module(network: Network, graph: GraphSpec) -> GraphModule:
+    """Bind the network to the inputs and outputs that the contract gives its graph."""
+    names = [tensor.name for tensor in graph.inputs]
+    outputs = [tensor.name for tensor in graph.outputs]
+
+    def unet(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (module(**dict(zip(names, inputs, strict=True))),)
+
+    def text_encoder(module: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
+        encoding = module(input_ids)
+        named = {f"hidden_states.{i}": state for i, state in enumerate(encoding.hidden_states)}
+        named |= {"last_hidden_state": encoding.last_hidden_state}
+        named |= {"pooler_output": encoding.pooled, "text_embeds": encoding.pooled}
+        return tuple(named[name] for name in outputs)
+
+    def vae_decoder(module: Any, latents: Tensor) -> tuple[Tensor, ...]:
+        return (module.decode(latents),)
+
+    def vae_encoder(module: Any, sample: Tensor) -> tuple[Tensor, ...]:
+        return (module.encode(sample),)
+
+    calls: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+        "unet": unet,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder,
+        "vae_decoder": vae_decoder,
+        "vae_encoder": vae_encoder,
+    }
+    return GraphModule(network, calls[graph.name]).eval()
+
+
+def random_inputs(graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, vocab_size: int) -> tuple[Tensor, ...]:
+    """Seeded inputs of the contract's shapes: normal values, a timestep of 500, token ids below ``vocab_size``."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {
+        **sizes,
+        "image_height": sizes["height"] * pixels_per_latent,
+        "image_width": sizes["width"] * pixels_per_latent,
+    }
+
+    def draw(tensor: TensorSpec) -> Tensor:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.name == "timestep":
+            return torch.full(shape, 500.0)
+        if tensor.dtype == "int64":
+            return torch.randint(vocab_size, shape, generator=generator)
+        return torch.randn(shape, generator=generator)
+
+    return tuple(draw(tensor) for tensor in graph.inputs)
+
+
+def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, ...], folder: Path) -> Path:
+    """Write ``model.onnx`` (and ``model.onnx_data`` above 1.5 GB) to ``folder``.
+
+    Raises
+    ------
+    ExportError
+        If the network cannot be traced, or the result is not valid ONNX.
+    """
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in graph.inputs
+    )
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                dynamic_shapes={"inputs": shapes},
+                input_names=[tensor.name for tensor in graph.inputs],
+                output_names=[tensor.name for tensor in graph.outputs],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(f"{graph.name} could not be exported: {_last_line(error)}") from error
+    assert program is not None
+    model = _cleaned(program.model, graph)
+    path = folder / "model.onnx"
+    weights_bytes = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if weights_bytes > EXTERNAL_DATA_ABOVE_BYTES:
+        onnx_ir.save(model, path, external_data="model.onnx_data")
+    else:
+        onnx_ir.save(model, path)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{graph.name} is not valid ONNX: {_last_line(error)}") from error
+    return path
+
+
+def _cleaned(model: onnx_ir.Model, graph: GraphSpec) -> onnx_ir.Model:
+    """Strip what depends on the machine and give free dimensions the contract's names."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    for part in (model.graph, *model.functions.values()):
+        part.metadata_props.clear()
+        part.doc_string = None
+        for node in part.all_nodes() if hasattr(part, "all_nodes") else part:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for values, tensors in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            value.shape = onnx_ir.Shape(tensor.shape)
+    return model
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph's output is from the network's: ``max_error`` is max |onnx - torch| / max |torch|."""
+
+    graph: str
+    output: str
+    max_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_error <= self.tolerance  # false for NaN
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "passed": self.passed}
+
+
+def compare_outputs(
+    graph: GraphSpec, references: list[tuple[Tensor, ...]], results: list[list[np.ndarray[Any, Any]]]
+) -> list[Parity]:
+    """The worst relative error of each output over all runs."""
+    parities = []
+    for index, tensor in enumerate(graph.outputs):
+        errors = [
+            float(np.abs(result[index] - reference[index].numpy()).max() / reference[index].abs().max().item())
+            if result[index].shape == tuple(reference[index].shape)
+            else float("inf")
+            for reference, result in zip(references, results, strict=True)
+        ]
+        worst = float("nan") if any(np.isnan(errors)) else max(errors)
+        parities.append(Parity(graph.name, tensor.name, worst, PARITY_TOLERANCE))
+    return parities
+
+
+def check_parity(parities: list[Parity]) -> None:
+    """Raise ParityError, with the graph, the tensor and the numbers, unless every output is close enough."""
+    for parity in parities:
+        if not parity.passed:
+            raise ParityError(
+                f"{parity.graph} output {parity.output!r} differs from PyTorch by {parity.max_error:.3g} of its largest "
+                f"value; {parity.tolerance:.3g} is allowed. Nothing was sealed."
+            )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

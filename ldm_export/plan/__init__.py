@@ -1,0 +1,28 @@
+"""A sampler as a table: compiled from a scheduler config once, run anywhere with a loop of fifteen lines.
+
+    plan = compile_plan(scheduler_config, "dpmpp-2m", 20)
+    trajectory = plan.from_noise()                        or plan.for_strength(0.6) for image-to-image
+    latents = trajectory.noise_scale * noise              + trajectory.image_scale * image_latents
+    stepper = Stepper(trajectory.rows, latents)
+    for row in trajectory.rows:
+        stepper.network_input(out=buffer)
+        stepper.advance(network(buffer, row.timestep), draw)
+
+`table` has the format and its executor, `schedule` the noise levels, `onestep` and `multistep` the samplers' formulas,
+`compiler` the list of samplers. numpy and the standard library only.
+"""
+
+from ldm_export.plan.compiler import SAMPLERS, compile_plan
+from ldm_export.plan.table import FORMAT_VERSION, MAX_HISTORY, Entry, Plan, Row, Stepper, Trajectory
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_HISTORY",
+    "SAMPLERS",
+    "Entry",
+    "Plan",
+    "Row",
+    "Stepper",
+    "Trajectory",
+    "compile_plan",
+]

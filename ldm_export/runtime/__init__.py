@@ -1,0 +1,1 @@
+"""The torch-free runtime: opens a bundle and makes pictures with it."""

@@ -1,0 +1,83 @@
+"""Configs of the networks: one frozen dataclass each, read from the ``config.json`` of diffusers or transformers.
+
+A key that a network has is a field. A key that diffusers writes for features that these networks do not have is listed
+as *inert* with the value that switches the feature off: any other value is refused, since ignoring it would load the
+weights into a different network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+
+class ConfigError(ValueError):
+    """A config value that the reference networks or the trainer cannot use."""
+
+
+Config = TypeVar("Config")
+
+
+def config_from_dict(cls: type[Config], values: Mapping[str, Any], inert: Mapping[str, Any]) -> Config:
+    """Build ``cls`` from the content of a ``config.json``.
+
+    Parameters
+    ----------
+    cls : a dataclass whose field names are config keys
+    values : the parsed JSON object; keys that start with ``_`` are bookkeeping and are skipped
+    inert : keys without a field, with the one value that each may have
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, an inert key that is switched on, or a value that ``cls`` refuses.
+    """
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    taken: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.startswith("_"):
+            continue
+        value = _as_tuple(value)
+        if key in fields:
+            taken[key] = value
+        elif key not in inert:
+            raise ConfigError(f"{cls.__name__}: unknown key {key!r} = {value!r}; known are {', '.join(sorted(fields))}")
+        elif value != inert[key]:
+            raise ConfigError(f"{cls.__name__}: {key} = {value!r} is not supported; only {inert[key]!r} is")
+    try:
+        return cls(**taken)
+    except TypeError as error:  # a value of the wrong kind met an operation in the constructor's checks
+        raise ConfigError(f"{cls.__name__}: a value has the wrong type ({error})") from error
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def per_block(name: str, value: Any, blocks: int) -> tuple[Any, ...]:
+    """One value per block: a scalar is repeated, a sequence must have ``blocks`` items."""
+    if not isinstance(value, tuple):
+        return (value,) * blocks
+    if len(value) != blocks:
+        raise ConfigError(f"{name} has {len(value)} values {value!r}; there are {blocks} blocks")
+    return value
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} = {value!r} is not supported; allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_positive(**values: Any) -> None:
+    """Every value, or every item of a tuple, must be an integer of at least 1."""
+    for name, value in values.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if not isinstance(item, int) or isinstance(item, bool) or item < 1:
+                raise ConfigError(f"{name} = {value!r} must hold integers of at least 1")
+
+
+def check_groups(groups: int, channels: tuple[int, ...]) -> None:
+    for width in channels:
+        if width % groups:
+            raise ConfigError(f"norm_num_groups = {groups} does not divide the {width} channels of a block")
