@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm_export.errors import CheckpointError
+from ldm_export.errors import CheckpointError, InputError
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError
 from ldm_reference.layout import config_to_dict
@@ -40,7 +41,20 @@ HOW_TO_CONVERT = (
     "Load it where you trust it and save it with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)."
 )
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names that autoencoders saved before diffusers 0.14 have for the projections of their attention."""
+"""Names that models saved before diffusers 0.14 have for the projections of their spatial self-attention."""
+
+WEIGHT_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?(?:\.(?P<old_place>\w+))?\.safetensors"
+)
+"""Whole or one shard of several, of a variant such as ``fp16`` or of none."""
+
+CLASS_NAMES = {
+    "vae": ("AutoencoderKL",),
+    "unet": ("UNet2DConditionModel",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+"""What ``model_index.json`` may say that a component is."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +100,20 @@ class LatentDiffusion:
         for component in ("unet", "vae"):
             if component not in model.components:
                 raise CheckpointError(f"{path / 'model_index.json'} names no {component}; a latent diffusion model has one.")
+        for component in model.components:
+            given, allowed = model.index[component], CLASS_NAMES[component]
+            if not isinstance(given, list) or len(given) != 2 or given[1] not in allowed:
+                raise CheckpointError(
+                    f"{path / 'model_index.json'} says that the {component} is {given!r}; "
+                    f"{' and '.join(allowed)} can be opened. Choose another checkpoint."
+                )
         return model
 
     @cached_property
     def components(self) -> tuple[str, ...]:
         """The networks that it has, in the order in which they run."""
         order = ("text_encoder", "text_encoder_2", "unet", "vae")
-        return tuple(name for name in order if self.index.get(name) and self.index[name][0] is not None)
+        return tuple(name for name in order if self.index.get(name) not in (None, [None, None]))
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -113,14 +134,12 @@ class LatentDiffusion:
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """The component's safetensors files, in name order."""
         folder = self.path / component
-        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-        whole = [file for file in files if file.stem in ("diffusion_pytorch_model", "model")]
-        if whole:
-            return tuple(whole)
-        if files:  # shards, or a single precision variant such as model.fp16.safetensors
-            variants = {file.name.split(".")[1] for file in files if file.name.count(".") > 1}
-            chosen = [file for file in files if not variants or file.name.split(".")[1] == min(variants)]
-            return tuple(chosen)
+        variants: dict[str, list[Path]] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            if name := WEIGHT_FILE.fullmatch(file.name):
+                variants.setdefault(name["variant"] or name["old_place"] or "", []).append(file)
+        if variants:
+            return tuple(variants[min(variants)])  # the empty name is the least
         if folder.is_dir() and any(file.suffix in PICKLES for file in folder.iterdir()):
             raise CheckpointError(f"{folder} has its weights only as a pickle, which is never opened. {HOW_TO_CONVERT}")
         raise CheckpointError(f"{folder} has no weights; *.safetensors is needed. {HOW_TO_CONVERT}")
@@ -149,7 +168,9 @@ class LatentDiffusion:
                 tensors |= load_file(file)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}). Fetch it again.") from error
-        tensors = {_current_name(key): tensor for key, tensor in tensors.items() if not key.endswith(".position_ids")}
+        tensors = {
+            _current_name(component, key): tensor for key, tensor in tensors.items() if not key.endswith(".position_ids")
+        }
         expected = network.state_dict()
         _check_weights(self.path / component, tensors, expected)
         tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
@@ -159,12 +180,39 @@ class LatentDiffusion:
     def _skeleton(self, component: str) -> Network:
         """The network on the meta device: shapes, no memory."""
         file = self.path / component / "config.json"
+        if component not in self.components:
+            raise CheckpointError(f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}.")
         values = _read_json(file)
+        if component.startswith("text_encoder"):
+            values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
         try:
             with torch.device("meta"):
                 return CLASSES[component].from_config(values)
         except ConfigError as error:
-            raise CheckpointError(f"{file}: {error}.") from error
+            raise CheckpointError(f"{file}: {error}. Use the config.json that was saved with the weights.") from error
+        except (ValueError, TypeError, RuntimeError) as error:  # torch's own words on sizes that no layer can have
+            raise CheckpointError(f"{file} describes a network that cannot be built ({error}). Fetch it again.") from error
+
+
+def train_checkpoint(
+    data: Path, output: Path, config: Path | None, *, resume: bool, progress: Callable[[str, int, int, float], None]
+) -> None:
+    """Train with ``ldm_reference``, by the recipe of emoji64 where ``config`` is None.
+
+    Raises
+    ------
+    InputError
+        If the data or the config cannot be used, the loss stops being a number, or the disk is full.
+    """
+    from ldm_reference import train
+
+    recipe = config or Path(train.__file__).parent / "recipes" / "emoji64.toml"
+    try:
+        train.train(train.TrainConfig.read(recipe), data, output, resume=resume, progress=progress)
+    except ConfigError as error:
+        raise InputError(f"{error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{output} cannot be written ({error}). Free some space; --resume goes on from there.") from error
 
 
 def shipped_checkpoints() -> dict[str, Path]:
@@ -180,17 +228,19 @@ def _read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Fetch it again.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}). Fetch it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds a {type(values).__name__}; a JSON object is needed. Fetch it again.")
     return values
 
 
-def _current_name(key: str) -> str:
+def _current_name(component: str, key: str) -> str:
     parts = key.split(".")
-    if "attentions" in parts and len(parts) > 2 and parts[-2] in OLD_ATTENTION and "mid_block" in parts:
-        parts[-2] = OLD_ATTENTION[parts[-2]]
+    if component.startswith("text_encoder"):  # transformers 5 leaves text_model. out where there is no projection
+        return key if parts[0] in ("text_model", "text_projection") else f"text_model.{key}"
+    if len(parts) > 3 and parts[-4] == "attentions":
+        parts[-2] = OLD_ATTENTION.get(parts[-2], parts[-2])
     return ".".join(parts)
 
 

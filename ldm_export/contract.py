@@ -47,7 +47,7 @@ def unet_spec(config: Mapping[str, Any]) -> GraphSpec:
     """The denoiser, from the keys of its ``config.json``; inputs that the network does not have are left out."""
     inputs = [
         TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width")),
-        TensorSpec("timestep", "float32", (1,)),
+        TensorSpec("timestep", "float32", ()),
     ]
     kinds = (*config["down_block_types"], *config["up_block_types"], config["mid_block_type"] or "")
     if any("CrossAttn" in kind for kind in kinds):

@@ -38,7 +38,7 @@ class AutoencoderConfig:
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
     layers_per_block: int = 1
     norm_num_groups: int = 32
-    sample_size: int = 32
+    sample_size: int | tuple[int, int] | None = 32
     scaling_factor: float = 0.18215
     force_upcast: bool = True
     use_quant_conv: bool = True

@@ -33,13 +33,14 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any], inert: Mappin
     ConfigError
         For an unknown key, an inert key that is switched on, or a value that ``cls`` refuses.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     taken: dict[str, Any] = {}
     for key, value in values.items():
         if key.startswith("_"):
             continue
         value = _as_tuple(value)
         if key in fields:
+            _check_type(f"{cls.__name__}: {key}", value, fields[key])
             taken[key] = value
         elif key not in inert:
             raise ConfigError(f"{cls.__name__}: unknown key {key!r} = {value!r}; known are {', '.join(sorted(fields))}")
@@ -53,6 +54,25 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any], inert: Mappin
 
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+TYPES: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "tuple": (tuple,),
+    "None": (type(None),),
+}
+"""What a JSON value may be, by the outer name of each alternative of an annotation."""
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    kinds = [kind.partition("[")[0].strip() for kind in annotation.split("|")]
+    allowed = tuple(kind for key in kinds for kind in TYPES.get(key, (object,)))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and not {bool, object} & {*allowed}):
+        words = " or ".join({"tuple": "a list", "None": "null"}.get(kind, kind) for kind in kinds)
+        raise ConfigError(f"{name} = {value!r} must be {words}")
 
 
 def per_block(name: str, value: Any, blocks: int) -> tuple[Any, ...]:

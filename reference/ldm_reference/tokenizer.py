@@ -37,21 +37,22 @@ def _clip_scheme(model: models.BPE) -> Tokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn at most ``vocab_size - 514`` merges from the captions."""
+    """Learn at most ``vocab_size - 514`` merges from the captions; the same captions give the same merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < 2 * len(alphabet) + 2:
         raise ConfigError(f"vocab_size = {vocab_size} is below {2 * len(alphabet) + 2}, the bytes and the two marks")
-    learner = _clip_scheme(models.BPE(end_of_word_suffix="</w>"))
-    learner.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-        ),
-    )
-    learned = json.loads(learner.to_str())["model"]["merges"]
     symbols = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    learner = _clip_scheme(models.BPE(end_of_word_suffix="</w>"))
+    # Equally frequent pairs are merged in the order of their ids: unless every symbol is given one, as a special token,
+    # ids follow the order of a hash table, and each run learns another vocabulary.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    learned = json.loads(learner.to_str())["model"]["merges"]
     merges = [(left, right) for left, right in learned][: vocab_size - len(symbols) - 2]
-    vocab = {token: i for i, token in enumerate([*symbols, *(left + right for left, right in merges), START, END])}
+    tokens = dict.fromkeys([*symbols, *(left + right for left, right in merges), START, END])
+    vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = _clip_scheme(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.add_special_tokens([AddedToken(START, normalized=True, special=True), AddedToken(END, special=True)])
     tokenizer.post_processor = processors.RobertaProcessing(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +17,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from ldm_reference.autoencoder import AutoencoderConfig, AutoencoderKL, sample_posterior
+from ldm_reference.autoencoder import AutoencoderKL, sample_posterior
 from ldm_reference.config import ConfigError, config_from_dict
 from ldm_reference.data import CaptionedImages, batch_indices
 from ldm_reference.fit import Optimisation, Progress, fit
-from ldm_reference.losses import autoencoder_loss, diffusion_target, noised
+from ldm_reference.layout import save_checkpoint
+from ldm_reference.losses import autoencoder_loss, diffusion_target
+from ldm_reference.schedules import add_noise, alphas_cumprod_from_betas, make_betas
+from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.tokenizer import END, encode, save_tokenizer, train_tokenizer
+from ldm_reference.unet import UNet2DConditionModel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,7 +101,9 @@ def train_autoencoder(
         noise = torch.randn(shape, generator=_generator(config.seed, 0, step))
         return autoencoder_loss(vae, batch, noise, config.kl_weight)
 
-    recipe = json.dumps([config.seed, config.resolution, config.kl_weight, config.vae, dataclasses.asdict(settings)])
+    recipe = json.dumps(
+        [config.seed, config.resolution, config.kl_weight, config.vae, dataclasses.asdict(settings)], sort_keys=True
+    )
     fit("autoencoder", {"vae": vae}, loss_at, settings, state_folder / "autoencoder.safetensors", recipe, progress)
     latents = encode_pictures(vae, data).chunk(2, dim=1)[0]
     vae.config = dataclasses.replace(vae.config, scaling_factor=round(1.0 / latents.std().item(), 5))
@@ -147,7 +156,7 @@ def train_denoiser(
         prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state)
         return F.mse_loss(prediction, diffusion_target(prediction_type, latents, noise, alphas_cumprod, timesteps))
 
-    recipe = json.dumps([config.to_dict(), vae.config.scaling_factor])
+    recipe = json.dumps([config.to_dict(), vae.config.scaling_factor], sort_keys=True)
     modules = {"unet": unet, "text_encoder": text_encoder}
     fit("denoiser", modules, loss_at, settings, state_folder / "denoiser.safetensors", recipe, progress)
     return unet, text_encoder

@@ -74,7 +74,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -88,7 +88,7 @@ class UNetConfig:
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: str = "default"
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
@@ -127,8 +127,9 @@ class UNetConfig:
             )
         if self.class_embed_type == "projection":
             check_positive(projection_class_embeddings_input_dim=self.projection_class_embeddings_input_dim)
-        if isinstance(self.only_cross_attention, bool) and self.only_cross_attention and self.has_cross_attention_mid:
-            raise ConfigError("only_cross_attention = True is supported per block, not in the middle block")
+        for width, heads in zip(self.block_out_channels, per_block("", self.attention_head_dim, blocks), strict=True):
+            if self.has_attention and width % heads:
+                raise ConfigError(f"attention_head_dim = {self.attention_head_dim!r} does not divide {width} channels")
 
     @property
     def has_cross_attention_mid(self) -> bool:

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from ldm_export.bundle import Bundle
+from ldm_export.cli.options import bundle_argument, console, json_option
+from ldm_export.contract import TensorSpec
+
+
+def _tensors(tensors: tuple[TensorSpec, ...]) -> str:
+    return "\n".join(f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})" for tensor in tensors)
+
+
+@click.command()
+@bundle_argument
+@json_option
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE holds: the model, its graphs, plans, passes and parity record."""
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+        return
+    console.print(f"[bold]{manifest.source['checkpoint']}[/]  exported by ldm_export {manifest.ldm_export_version}")
+    for key, value in manifest.model.items():
+        console.print(f"  {key}: {value}", markup=False)
+    graphs = Table("graph", "inputs", "outputs", "MB")
+    for name, graph in manifest.graphs.items():
+        size_bytes = sum(entry.size_bytes for path, entry in manifest.files.items() if path.startswith(f"{name}/"))
+        graphs.add_row(name, _tensors(graph.inputs), _tensors(graph.outputs), f"{size_bytes / 1e6:.1f}")
+    console.print(graphs)
+    parity = Table("graph", "output", "max error", "allowed")
+    for record in manifest.parity:
+        parity.add_row(record["graph"], record["output"], f"{record['max_error']:.1e}", f"{record['tolerance']:.0e}")
+    console.print(parity)
+    plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
+    console.print(f"plans: {', '.join(plans)}", markup=False)
+    for applied in manifest.passes:
+        console.print(f"pass: {applied}", markup=False)

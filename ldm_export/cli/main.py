@@ -1,0 +1,87 @@
+"""``ldm-export``: the group of commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ldm_export import __version__
+from ldm_export.errors import LdmExportError
+
+COMMANDS = {
+    "demo": "The whole chain on the shipped model: export, draw with and without PyTorch, compare.",
+    "train": "Train a text-to-image model on a folder of captioned pictures.",
+    "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
+    "generate": "Draw pictures from a bundle.",
+    "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
+    "inspect": "Show what a bundle holds.",
+    "plan": "Add a sampling plan to a bundle.",
+    "doctor": "Show what is installed here, and what is missing for what.",
+}
+EXTRAS = {
+    "onnxruntime": "cpu",
+    "torch": "export",
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxscript": "export",
+    "safetensors": "export",
+    "ldm_reference": "export",
+    "tomli": "train",
+}
+
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Commands(click.Group):
+    """Imports a command when it is used, so that ``generate`` starts without loading what only ``export`` needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        try:
+            module = importlib.import_module(f"ldm_export.cli.{name}")
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in EXTRAS:
+                raise
+            extra = EXTRAS[missing]
+            message = f"`ldm-export {name}` needs {missing}, which is not installed. Run: pip install 'ldm_export[{extra}]'"
+            raise click.UsageError(message) from error
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Print an error of ours as its one sentence and leave with its exit code."""
+        warnings.showwarning = _print_warning
+        try:
+            return super().invoke(ctx)
+        except LdmExportError as error:
+            errors.print(f"error: {error}", style="red", markup=False)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ldm-export")
+def main() -> None:
+    """Take a latent diffusion model trained in PyTorch and make it something an application can ship."""
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if issubclass(category, UserWarning):
+        errors.print(f"warning: {message}", style="yellow", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

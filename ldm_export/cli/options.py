@@ -1,0 +1,50 @@
+"""Options and outputs that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+console = Console(highlight=False, soft_wrap=True)
+status = Console(stderr=True, highlight=False)
+
+folder = click.Path(path_type=Path)
+
+
+def json_option(function: Function) -> Function:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(function)
+
+
+def bundle_argument(function: Function) -> Function:
+    return click.argument("bundle", type=folder)(function)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2, sort_keys=True))
+
+
+@contextmanager
+def stages(title: str) -> Iterator[Callable[[str], None]]:
+    """A spinner that shows what is being done; gives the function to call with each new stage."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=status, transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda stage: progress.update(task, description=f"{title}  {stage}")
+
+
+@contextmanager
+def steps_bar(title: str) -> Iterator[Callable[..., None]]:
+    """A bar over counted steps; gives the function to call with (done, of) and, if it changed, the title."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=status, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, of, title=title: progress.update(task, completed=done, total=of, description=title)

@@ -1,0 +1,46 @@
+"""Pictures in and out of files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ldm_export.errors import InputError
+
+Pixels = npt.NDArray[Any]
+
+
+def read_picture(path: Path) -> Pixels:
+    """A file as uint8 (H, W, 3), turned upright, transparency on white."""
+    try:
+        with Image.open(path) as image:
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; --image takes a picture file.") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture ({error}). Give a PNG or JPEG.") from error
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+
+
+def grid(images: Pixels, columns: int | None = None) -> Image.Image:
+    """Pictures (B, H, W, 3) in rows of about the square root of B, on white."""
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height), "white")
+    for k, pixels in enumerate(images):
+        sheet.paste(Image.fromarray(pixels), (k % columns * width, k // columns * height))
+    return sheet
+
+
+def save_grid(images: Pixels, path: Path) -> None:
+    """Write one picture, or a grid of several."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(images).save(path)
+    except (OSError, ValueError) as error:  # ValueError: an extension that Pillow does not know
+        raise InputError(f"{path} cannot be written ({error}). Name a .png in a folder that can be written.") from error

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ldm_export.bundle import Bundle
+from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
+from ldm_export.runtime.backends import open_backend
+
+
+@click.command()
+@bundle_argument
+@click.option("--against", metavar="CHECKPOINT", default=None, help="Also compare every graph with this PyTorch model.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
+    """Check BUNDLE: every file's hash, every graph's inputs and outputs, and with --against its numbers.
+
+    Exit code 1 if the numbers differ, 2 if the bundle is damaged.
+    """
+    with stages("verify") as progress:
+        progress("hashes")
+        opened = Bundle.open(bundle, verify=True)
+        backend = open_backend(opened, "cpu", None)
+        for name in opened.manifest.graphs:
+            progress(f"{name}: contract")
+            backend.load(name)
+        records = []
+        if against is not None:
+            from ldm_export.checkpoint import LatentDiffusion
+            from ldm_export.export.chain import compare_bundle
+
+            records = [record.to_dict() for record in compare_bundle(opened, LatentDiffusion.open(against), progress)]
+    passed = all(record["passed"] for record in records)
+    if as_json:
+        print_json({"bundle": str(bundle), "files": len(opened.manifest.files), "parity": records, "passed": passed})
+    else:
+        console.print(f"{len(opened.manifest.files)} files have their hashes, {len(opened.manifest.graphs)} graphs open")
+        for record in records:
+            mark = "ok  " if record["passed"] else "FAIL"
+            console.print(
+                f"{mark} {record['graph']:15} {record['output']:20} {record['max_error']:.1e} "
+                f"(allowed {record['tolerance']:.0e})"
+            )
+    if not passed:
+        ctx.exit(1)

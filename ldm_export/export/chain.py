@@ -1,0 +1,193 @@
+"""The chain from a checkpoint to a sealed bundle: every network is exported, held against PyTorch, and freed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_export import contract
+from ldm_export.bundle import Bundle, create_bundle
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.contract import GraphSpec
+from ldm_export.errors import CheckpointError, InputError
+from ldm_export.export.onnx import export_graph, graph_module, random_inputs
+from ldm_export.export.parity import Parity, check_parity, compare_graph, reference_runs
+from ldm_export.plan import SAMPLERS, compile_plan
+
+DEFAULT_STEPS = (10, 20, 30, 50)
+EXAMPLE_SIZES = {"batch": 2, "height": 8, "width": 16, "tokens": 7}
+
+Progress = Callable[[str], None]
+"""Called with what begins now."""
+
+
+def export_bundle(
+    checkpoint: LatentDiffusion, output: Path, *, force: bool = False, progress: Progress = lambda stage: None
+) -> Bundle:
+    """Export a checkpoint as a bundle of plain ONNX graphs.
+
+    Parameters
+    ----------
+    output : the folder to make
+    force : replace a bundle that is there
+    progress : told of each stage
+
+    Raises
+    ------
+    CheckpointError, ExportError, BundleError
+        If the checkpoint, the export or the target cannot be used. Nothing is left behind.
+    ParityError
+        If a graph differs from its network by more than the tolerance. Nothing is sealed.
+    """
+    configs = checkpoint.configs
+    graphs = graph_specs(checkpoint)
+    pixels_per_latent = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    weights_bytes = sum(file.stat().st_size for name in configs for file in checkpoint.weight_files(name))
+    parity: list[Parity] = []
+    with create_bundle(output, force=force, needed_bytes=weights_bytes) as writer:
+        for graph in graphs:
+            config = configs[_component(graph)]
+            progress(f"{graph.name}: running in PyTorch")
+            module = graph_module(checkpoint.load(_component(graph)), graph)
+            runs = reference_runs(module, graph, pixels_per_latent, _ids(config))
+            progress(f"{graph.name}: exporting")
+            example = random_inputs(graph, EXAMPLE_SIZES, pixels_per_latent, _ids(config))
+            path = export_graph(module, graph, example, writer.path / graph.name)
+            del module
+            gc.collect()
+            progress(f"{graph.name}: comparing with PyTorch")
+            records = compare_graph(path, graph, runs)
+            check_parity(records)
+            parity += records
+            _write_json(writer.path / graph.name / "config.json", _without_projection(config))
+        progress("plans and manifest")
+        _write_plans(checkpoint.scheduler, writer.path / "plans")
+        _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
+        _write_json(writer.path / "model_index.json", checkpoint.index)
+        for name in configs:
+            if name.startswith("text_encoder"):
+                folder = name.replace("text_encoder", "tokenizer")
+                _copy_tokenizer(checkpoint.path / folder, writer.path / folder)
+        return writer.seal(
+            model=_model_facts(checkpoint, pixels_per_latent),
+            graphs={graph.name: graph for graph in graphs},
+            source={
+                "checkpoint": checkpoint.name,
+                "sha256": {name: checkpoint.sha256(name) for name in configs},
+                "torch": torch.__version__.partition("+")[0],
+            },
+            parity=[record.to_dict() for record in parity],
+        )
+
+
+def compare_bundle(bundle: Bundle, checkpoint: LatentDiffusion, progress: Progress) -> list[Parity]:
+    """Hold every graph of a sealed bundle against a checkpoint's networks, as :func:`export_bundle` does.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is of another shape than the bundle.
+    """
+    configs = checkpoint.configs
+    parity = []
+    for graph in graph_specs(checkpoint):
+        if bundle.manifest.graphs.get(graph.name) != graph:
+            raise InputError(
+                f"{graph.name} of {checkpoint.path} has other inputs or outputs than the bundle {bundle.path}. "
+                "Compare a bundle with the checkpoint that it was exported from."
+            )
+        progress(f"{graph.name}: running in PyTorch")
+        module = graph_module(checkpoint.load(_component(graph)), graph)
+        pixels_per_latent = bundle.manifest.model["pixels_per_latent"]
+        runs = reference_runs(module, graph, pixels_per_latent, _ids(configs[_component(graph)]))
+        del module
+        gc.collect()
+        progress(f"{graph.name}: comparing with PyTorch")
+        parity += compare_graph(bundle.file(graph.path), graph, runs)
+    return parity
+
+
+def graph_specs(checkpoint: LatentDiffusion) -> list[GraphSpec]:
+    """The graphs of a checkpoint, in the order in which they run."""
+    configs = checkpoint.configs
+    all_states = "text_encoder_2" in configs
+    specs = [
+        contract.text_encoder_spec(config, name, all_states=all_states)
+        for name, config in configs.items()
+        if name.startswith("text_encoder")
+    ]
+    unet, vae = configs["unet"], configs["vae"]
+    return [*specs, contract.unet_spec(unet), contract.vae_decoder_spec(vae), contract.vae_encoder_spec(vae)]
+
+
+def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[str, Any]:
+    """What a runtime needs to know beside the graphs; the C++ runtime reads these and no config file."""
+    unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
+    size = unet["sample_size"] or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "class_name": checkpoint.index.get("_class_name", "StableDiffusionPipeline"),
+        "height": height * pixels_per_latent,
+        "width": width * pixels_per_latent,
+        "latent_channels": vae["latent_channels"],
+        "pixels_per_latent": pixels_per_latent,
+        "scaling_factor": vae["scaling_factor"],
+        "prediction_type": checkpoint.scheduler.get("prediction_type", "epsilon"),
+        "zeros_for_empty_prompt": bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
+    }
+
+
+def _component(graph: GraphSpec) -> str:
+    """The checkpoint's component that a graph is made from."""
+    return "vae" if graph.name.startswith("vae_") else graph.name
+
+
+def _ids(config: Mapping[str, Any]) -> int:
+    """How many token ids or class labels there are."""
+    return int(config.get("vocab_size") or config.get("num_class_embeds") or 1)
+
+
+def _without_projection(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "with_projection"}
+
+
+def _write_plans(scheduler: Mapping[str, Any], folder: Path) -> None:
+    """The plans of every sampler that can run this scheduler config, for the usual numbers of steps."""
+    folder.mkdir()
+    for sampler in SAMPLERS:
+        for steps in DEFAULT_STEPS:
+            try:
+                plan = compile_plan(scheduler, sampler, steps)
+            except InputError:
+                if sampler == "ddim":  # the default sampler: without it the config itself is unusable
+                    raise
+                continue
+            (folder / plan.file_name).write_text(plan.to_json(), encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """CLIP's files; ``vocab.json`` and ``merges.txt`` are written out where only ``tokenizer.json`` has them."""
+    names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    whole = source / "tokenizer.json"
+    if not whole.is_file() and not all((source / name).is_file() for name in names[:2]):
+        raise CheckpointError(f"{source} has neither tokenizer.json nor vocab.json and merges.txt. Fetch it again.")
+    target.mkdir()
+    for name in (*names, whole.name):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if whole.is_file() and not (target / "vocab.json").is_file():
+        model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        _write_json(target / "vocab.json", model["vocab"])
+        (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""ONNX Runtime, on the CPU or, where its CUDA provider works, on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ldm_export.bundle import Bundle
+from ldm_export.contract import GraphSpec, check_inputs
+from ldm_export.errors import BackendError, BundleError
+from ldm_export.runtime.backends import Array
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+class OnnxRuntimeBackend:
+    """Loads graphs into ONNX Runtime sessions.
+
+    Parameters
+    ----------
+    requested : ``cpu``; ``cuda``, which fails if CUDA cannot be used; or ``auto``, CUDA if the installed ONNX Runtime
+        has it and else the CPU
+    threads : for one operator; by default as many as there are physical cores
+
+    Attributes
+    ----------
+    name : what is used, such as ``onnxruntime 1.32.0 cpu``
+    """
+
+    def __init__(self, bundle: Bundle, requested: str, threads: int | None):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError(
+                "ONNX Runtime is not installed; this backend needs it. Run: pip install 'ldm_export[cpu]' "
+                "(or 'ldm_export[gpu]' for NVIDIA GPUs; never both)."
+            ) from error
+        self._library = onnxruntime
+        self._bundle = bundle
+        self._requested = requested
+        self._options = onnxruntime.SessionOptions()
+        self._options.log_severity_level = 3
+        self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        if threads is not None:
+            self._options.intra_op_num_threads = threads
+        available = onnxruntime.get_available_providers()
+        if requested == "cuda" and CUDA not in available:
+            raise BackendError(
+                f"cuda was asked for; the installed ONNX Runtime {onnxruntime.__version__} has only "
+                f"{', '.join(available)}. Install 'ldm_export[gpu]' in an environment without onnxruntime."
+            )
+        self._cuda = requested != "cpu" and CUDA in available
+        self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self._cuda else 'cpu'}"
+
+    def load(self, graph: str) -> OnnxRuntimeGraph:
+        """Open a session on one of the bundle's graphs.
+
+        Raises
+        ------
+        BackendError
+            If CUDA was asked for by name and ONNX Runtime fell back to the CPU.
+        BundleError
+            If ONNX Runtime refuses the graph.
+        """
+        spec = self._bundle.manifest.graphs[graph]
+        providers = [CUDA, CPU] if self._cuda else [CPU]
+        try:
+            session = self._library.InferenceSession(self._bundle.file(spec.path), self._options, providers)
+        except Exception as error:  # its exceptions have no common base class
+            raise BundleError(f"ONNX Runtime refuses {spec.path}: {error}. Export the bundle anew.") from error
+        if self._cuda and CUDA not in session.get_providers():
+            self._cuda = False
+            if self._requested == "cuda":
+                raise BackendError(
+                    "cuda was asked for; ONNX Runtime has a CUDA provider that does not start here (driver, CUDA or "
+                    "cuDNN missing). Run `ldm-export doctor`, or use the backend cpu."
+                )
+            self.name = self.name.replace("cuda", "cpu")
+            warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
+        return OnnxRuntimeGraph(session, spec)
+
+
+class OnnxRuntimeGraph:
+    """One session; see :class:`ldm_export.runtime.backends.Graph`."""
+
+    def __init__(self, session: Any, spec: GraphSpec):
+        self._session = session
+        self.spec = spec
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        check_inputs(self.spec, inputs)
+        names = [tensor.name for tensor in self.spec.outputs]
+        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        check_inputs(self.spec, inputs)
+        binding = self._session.io_binding()
+        for bind_tensor, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                assert array.flags.c_contiguous
+                bind_tensor(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+        def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
+            self._session.run_with_iobinding(binding)
+
+        return call

@@ -1,0 +1,362 @@
+"""The sampling loop on a bundle: prompt in, picture out.
+
+    text encoder -> [ UNet -> guidance -> one row of the plan ] x rows -> VAE decoder
+
+The plan says everything about the sampler (``ldm_export.plan``), so the loop knows none by name. Latents, the UNet's
+input and its output stay where they are from step to step; the UNet reads and writes them in place.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ldm_export.bundle import Bundle
+from ldm_export.errors import Cancelled, InputError
+from ldm_export.plan import Stepper
+from ldm_export.runtime.backends import Array, Graph, open_backend
+from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
+from ldm_export.runtime.noise import Generator
+from ldm_export.runtime.request import Request, check_size, latents_image, negatives_for, read_plan, seeds_for
+
+
+@dataclass
+class Timings:
+    """Wall-clock milliseconds of one generation, by stage.
+
+    ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
+    """
+
+    text_ms: float = 0.0
+    encode_ms: float = 0.0
+    unet_ms: list[float] = field(default_factory=list)
+    loop_ms: float = 0.0
+    decode_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        return self.text_ms + self.encode_ms + sum(self.unet_ms) + self.loop_ms + self.decode_ms
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one network call.
+
+    Attributes
+    ----------
+    index, count : 0-based number of the call, and how many there are
+    timestep : what the network was given
+    latents : float32 (B, C, h, w), the live buffer: copy it to keep it
+    """
+
+    index: int
+    count: int
+    timestep: float
+    latents: Array
+    _decode: Callable[[Array], Array] = field(repr=False)
+
+    def decode(self) -> Array:
+        """The latents as pictures, uint8 (B, H, W, 3): a preview, and after the last step the result."""
+        return self._decode(self.latents)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What :meth:`Pipeline.generate` gives.
+
+    Attributes
+    ----------
+    images : uint8 (B, H, W, 3)
+    latents : float32 (B, C, h, w), scaled by the model's ``scaling_factor`` as the UNet sees them
+    seeds : one a picture
+    timings : by stage
+    backend : what ran the graphs
+    """
+
+    images: Array
+    latents: Array
+    seeds: tuple[int, ...]
+    timings: Timings
+    backend: str
+
+
+class Pipeline:
+    """An opened bundle. Use it from one thread at a time.
+
+    Attributes
+    ----------
+    bundle : the bundle
+    requested_backend, backend : what was asked for, and what runs
+    """
+
+    def __init__(self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None):
+        self.bundle = bundle
+        self.requested_backend = backend
+        self._backend = open_backend(bundle, backend, threads)
+        self._graphs: dict[str, Graph] = {}
+        self._prompts: PromptEncoder | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, backend: str = "auto", verify: bool = False, threads: int | None = None
+    ) -> Pipeline:
+        """Open a bundle for drawing.
+
+        Parameters
+        ----------
+        path : the bundle's folder
+        backend : ``auto`` (CUDA where ONNX Runtime has it, else the CPU), ``cpu`` or ``cuda``
+        verify : also check every file's hash
+        threads : CPU threads for one operator; by default one a physical core
+
+        Raises
+        ------
+        BundleError, BackendError, InputError
+        """
+        return cls(Bundle.open(path, verify=verify), backend, threads=threads)
+
+    @property
+    def backend(self) -> str:
+        """What really runs the graphs, such as ``onnxruntime 1.32.0 cpu``."""
+        return self._backend.name
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        callback: Callable[[Step], object] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Draw one picture a prompt.
+
+        Parameters
+        ----------
+        prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
+        callback : called after each step; return ``False`` to cancel
+        options : those of :meth:`steps`
+
+        Raises
+        ------
+        InputError
+            For anything that this bundle cannot draw; the message says what it can.
+        Cancelled
+            If the callback returned ``False``.
+        """
+        request = self._request(prompts, **options)
+        timings = Timings()
+        latents: Array | None = None
+        for step in self._sample(request, timings):
+            latents = step.latents
+            if callback is not None and callback(step) is False:
+                raise Cancelled(f"Cancelled after step {step.index + 1} of {step.count}.")
+        assert latents is not None
+        started = time.perf_counter()
+        images = self._decode(latents)
+        timings.decode_ms = _since(started)
+        return Generation(images, latents, request.seeds, timings, self.backend)
+
+    def steps(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        sampler: str = "ddim",
+        steps: int = 20,
+        guidance: float = 4.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        image: Array | None = None,
+        strength: float = 0.6,
+        class_labels: Sequence[int] | None = None,
+    ) -> Iterator[Step]:
+        """The sampling loop, pulled one step at a time: stop iterating to cancel.
+
+        Parameters
+        ----------
+        sampler, steps : a plan of the bundle, such as ``ddim`` and 20
+        guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off
+        negative_prompt : one for all pictures, or one each
+        seed : picture k uses seed + k; or one seed a picture
+        height, width : pixels, multiples of the bundle's latent size; the model's own size by default
+        image : uint8 (H, W, 3), or (B, H, W, 3), to start from; its size is the picture's
+        strength : in (0, 1], the share of the steps that is redone on ``image``
+        class_labels : one a picture, for class-conditional models
+
+        Raises
+        ------
+        InputError
+            Before the first step, for anything that this bundle cannot draw.
+        """
+        request = self._request(
+            prompts,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            height=height,
+            width=width,
+            image=image,
+            strength=strength,
+            class_labels=class_labels,
+        )
+        return self._sample(request, Timings())
+
+    def _graph(self, name: str) -> Graph:
+        if name not in self._graphs:
+            self._graphs[name] = self._backend.load(name)
+        return self._graphs[name]
+
+    def _request(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        sampler: str = "ddim",
+        steps: int = 20,
+        guidance: float = 4.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        image: Array | None = None,
+        strength: float = 0.6,
+        class_labels: Sequence[int] | None = None,
+    ) -> Request:
+        """Check a call of :meth:`steps` whole, before anything runs."""
+        model = self.bundle.manifest.model
+        unet_inputs = {tensor.name: tensor for tensor in self.bundle.manifest.graphs["unet"].inputs}
+        if unet_inputs["sample"].shape[1] != model["latent_channels"]:
+            raise InputError(
+                f"This bundle's UNet takes {unet_inputs['sample'].shape[1]} channels for {model['latent_channels']} of latents "
+                "(an inpainting model); this runtime draws text-to-image and image-to-image. Run its graphs yourself."
+            )
+        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
+        reads_text = "encoder_hidden_states" in unet_inputs
+        has_classes = "class_labels" in unet_inputs
+        if reads_text != bool(texts) or has_classes != (class_labels is not None):
+            wants = " and ".join(
+                [*(["a prompt a picture"] if reads_text else []), *(["class_labels"] if has_classes else [])]
+            )
+            raise InputError(
+                f"{len(texts)} prompts and {'no' if class_labels is None else len(class_labels)} class labels were given; "
+                f"this model takes {wants or 'neither: give seed a list, one a picture'}."
+            )
+        batch = len(texts) if reads_text else len(class_labels or ()) if has_classes else np.size(seed)
+        if has_classes and len(class_labels or ()) != batch:
+            raise InputError(f"{len(class_labels or ())} class labels were given for {batch} pictures. Give one each.")
+        if not np.isfinite(guidance) or guidance < 0:
+            raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
+        plan = read_plan(self.bundle, sampler, steps)
+        sample = None if image is None else latents_image(image, batch)
+        if sample is not None:
+            if (height or sample.shape[2], width or sample.shape[3]) != sample.shape[2:]:
+                raise InputError(
+                    f"The size {height}x{width} was asked for with an image of {sample.shape[2]}x{sample.shape[3]}; "
+                    "the picture has the image's size. Resize the image."
+                )
+            height, width = sample.shape[2:]
+        height, width = height or model["height"], width or model["width"]
+        check_size(height, width, model["pixels_per_latent"])
+        return Request(
+            prompts=texts,
+            negative_prompts=negatives_for(negative_prompt, batch) if reads_text else (),
+            class_labels=None if class_labels is None else np.asarray(class_labels, np.int64),
+            seeds=seeds_for(seed, batch),
+            height=height,
+            width=width,
+            guidance=guidance,
+            image=sample,
+            trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
+        )
+
+    def _sample(self, request: Request, timings: Timings) -> Iterator[Step]:
+        model, batch = self.bundle.manifest.model, request.batch
+        unet = self._graph("unet")
+        started = time.perf_counter()
+        conditions, guided = self._conditions(request, unet)
+        timings.text_ms = _since(started)
+
+        factor = model["pixels_per_latent"]
+        shape = (model["latent_channels"], request.height // factor, request.width // factor)
+        generators = [Generator(seed) for seed in request.seeds]
+
+        def draw() -> Array:
+            return np.stack([generator.randn(shape) for generator in generators])
+
+        started = time.perf_counter()
+        trajectory = request.trajectory
+        image_latents = None if request.image is None else self._encode(request.image, draw)
+        timings.encode_ms = _since(started)
+
+        started = time.perf_counter()
+        latents = draw() * np.float32(trajectory.noise_scale)
+        if image_latents is not None:
+            latents += image_latents * np.float32(trajectory.image_scale)
+        stepper = Stepper(trajectory.rows, latents)
+        sample = np.empty((batch * (1 + guided), *shape), np.float32)
+        out = np.empty_like(sample)
+        timestep = np.empty((), np.float32)
+        call = unet.bind({"sample": sample, "timestep": timestep, **conditions}, {"out_sample": out})
+        for index, row in enumerate(trajectory.rows):
+            stepper.network_input(out=sample[:batch])
+            if guided:
+                sample[batch:] = sample[:batch]
+            timestep[...] = row.timestep
+            called = time.perf_counter()
+            call()
+            timings.unet_ms.append(_since(called))
+            if guided:  # negative + guidance * (prompt - negative)
+                prediction = out[batch:]
+                prediction -= out[:batch]
+                prediction *= request.guidance
+                prediction += out[:batch]
+            stepper.advance(out[-batch:], draw)
+            timings.loop_ms += _since(started) - timings.unet_ms[-1]
+            yield Step(index, len(trajectory.rows), row.timestep, latents, self._decode)
+            started = time.perf_counter()
+
+    def _conditions(self, request: Request, unet: Graph) -> tuple[dict[str, Array], bool]:
+        """The UNet's inputs beside latents and timestep, and whether each picture has two rows for guidance."""
+        names = {tensor.name for tensor in unet.spec.inputs}
+        guided = bool(request.prompts) and request.guidance > 1 and "timestep_cond" not in names
+        conditions = fixed_inputs(
+            unet.spec,
+            request.batch * (1 + guided),
+            height=request.height,
+            width=request.width,
+            guidance=request.guidance,
+        )
+        if request.class_labels is not None:
+            conditions["class_labels"] = request.class_labels
+        if request.prompts:
+            if self._prompts is None:
+                self._prompts = PromptEncoder(self.bundle, self._backend)
+            encoded = self._prompts.encode(request.prompts)
+            if guided:
+                negative = self._prompts.encode(request.negative_prompts, negative=True)
+                encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
+            conditions |= encoded
+        return conditions, guided
+
+    def _encode(self, image: Array, draw: Callable[[], Array]) -> Array:
+        """A picture's scaled latents, drawn from the encoder's distribution with the pictures' own noise."""
+        parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
+        mean, logvar = np.split(parameters, 2, axis=1)
+        latents: Array = mean + np.exp(0.5 * np.clip(logvar, -30.0, 20.0)) * draw()
+        return latents * np.float32(self.bundle.manifest.model["scaling_factor"])
+
+    def _decode(self, latents: Array) -> Array:
+        unscaled = latents / np.float32(self.bundle.manifest.model["scaling_factor"])
+        sample = self._graph("vae_decoder").run({"latent_sample": unscaled})["sample"]
+        pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
+        return pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def _since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000.0

@@ -1,0 +1,94 @@
+"""Checkpoints that tests of several parts share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ldm_reference.autoencoder import AutoencoderKL
+from ldm_reference.layout import save_checkpoint
+from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
+from ldm_reference.unet import UNet2DConditionModel
+
+TOKENS = 16
+CAPTIONS = ("a red circle", "a blue square", "two green triangles on white", "grinning face with smiling eyes")
+
+
+def perturb(module: torch.nn.Module, seed: int) -> None:
+    """Move every weight off its initial value, so that a norm's scale or a bias that is ignored shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion in diffusers layout, fp32: latents 4 x 8 x 8, pictures 16 x 16, 16 tokens of width 32.
+
+    Read-only: a test that changes a file works on a copy.
+    """
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, 560)
+    end = tokenizer.token_to_id(END)
+    vae = AutoencoderKL.from_config(
+        {
+            "sample_size": 16,
+            "block_out_channels": [16, 32],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "norm_num_groups": 8,
+        }
+    )
+    text_encoder = CLIPTextModel.from_config(
+        {
+            "vocab_size": end + 1,
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "projection_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": TOKENS,
+        }
+    )
+    unet = UNet2DConditionModel.from_config(
+        {
+            "sample_size": 8,
+            "block_out_channels": [16, 32],
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+        }
+    )
+    for seed, module in enumerate((vae, text_encoder, unet)):
+        perturb(module, seed)
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save_checkpoint(
+        folder,
+        vae=vae,
+        unet=unet,
+        text_encoder=text_encoder,
+        tokenizer=lambda path: save_tokenizer(tokenizer, path, TOKENS),
+        scheduler={
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "epsilon",
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+        },
+        dtype=torch.float32,
+    )
+    return folder
