@@ -9,25 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from ldm_export.errors import CheckpointError, InputError
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError
+from ldm_reference.generate import text_to_image
 from ldm_reference.layout import config_to_dict
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
+from ldm_export.errors import CheckpointError, InputError
+
+Ids = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
 Network = AutoencoderKL | UNet2DConditionModel | CLIPTextModel
 
 CLASSES: dict[str, type[AutoencoderKL] | type[UNet2DConditionModel] | type[CLIPTextModel]] = {
@@ -99,7 +104,9 @@ class LatentDiffusion:
         model = cls(path.resolve().name, path, _read_json(path / "model_index.json"))
         for component in ("unet", "vae"):
             if component not in model.components:
-                raise CheckpointError(f"{path / 'model_index.json'} names no {component}; a latent diffusion model has one.")
+                raise CheckpointError(
+                    f"{path / 'model_index.json'} names no {component}; a latent diffusion model has one."
+                )
         for component in model.components:
             given, allowed = model.index[component], CLASS_NAMES[component]
             if not isinstance(given, list) or len(given) != 2 or given[1] not in allowed:
@@ -167,9 +174,13 @@ class LatentDiffusion:
             try:
                 tensors |= load_file(file)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}). Fetch it again.") from error
+                raise CheckpointError(
+                    f"{file} is truncated or not a safetensors file ({error}). Fetch it again."
+                ) from error
         tensors = {
-            _current_name(component, key): tensor for key, tensor in tensors.items() if not key.endswith(".position_ids")
+            _current_name(component, key): tensor
+            for key, tensor in tensors.items()
+            if not key.endswith(".position_ids")
         }
         expected = network.state_dict()
         _check_weights(self.path / component, tensors, expected)
@@ -181,7 +192,9 @@ class LatentDiffusion:
         """The network on the meta device: shapes, no memory."""
         file = self.path / component / "config.json"
         if component not in self.components:
-            raise CheckpointError(f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}.")
+            raise CheckpointError(
+                f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}."
+            )
         values = _read_json(file)
         if component.startswith("text_encoder"):
             values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
@@ -191,7 +204,50 @@ class LatentDiffusion:
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}. Use the config.json that was saved with the weights.") from error
         except (ValueError, TypeError, RuntimeError) as error:  # torch's own words on sizes that no layer can have
-            raise CheckpointError(f"{file} describes a network that cannot be built ({error}). Fetch it again.") from error
+            raise CheckpointError(
+                f"{file} describes a network that cannot be built ({error}). Fetch it again."
+            ) from error
+
+
+class TorchReference:
+    """A text-to-image checkpoint in plain PyTorch: the pictures that a bundle's are held against.
+
+    ``draw`` takes token ids (B, L) of prompts and negative prompts and gives uint8 (B, H, W, 3) with milliseconds by
+    stage (text, unet, loop, decode). The sampler is DDIM.
+    """
+
+    def __init__(self, checkpoint: LatentDiffusion):
+        self._scheduler = checkpoint.scheduler
+        vae, unet, text_encoder = (checkpoint.load(name) for name in ("vae", "unet", "text_encoder"))
+        assert isinstance(vae, AutoencoderKL)
+        assert isinstance(unet, UNet2DConditionModel)
+        assert isinstance(text_encoder, CLIPTextModel)
+        self._networks = vae, unet, text_encoder
+
+    def draw(
+        self,
+        input_ids: Ids,
+        negative_ids: Ids,
+        seeds: Sequence[int],
+        *,
+        steps: int,
+        guidance: float,
+        size: tuple[int, int],
+    ) -> tuple[Pixels, dict[str, float]]:
+        vae, unet, text_encoder = self._networks
+        drawn = text_to_image(
+            vae,
+            unet,
+            text_encoder,
+            self._scheduler,
+            torch.from_numpy(input_ids),
+            torch.from_numpy(negative_ids),
+            seeds,
+            steps=steps,
+            guidance=guidance,
+            latent_size=(size[0] // vae.config.factor, size[1] // vae.config.factor),
+        )
+        return drawn.images.numpy(), drawn.timings_ms
 
 
 def train_checkpoint(
@@ -212,13 +268,17 @@ def train_checkpoint(
     except ConfigError as error:
         raise InputError(f"{error}.") from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{output} cannot be written ({error}). Free some space; --resume goes on from there.") from error
+        raise InputError(
+            f"{output} cannot be written ({error}). Free some space; --resume goes on from there."
+        ) from error
 
 
 def shipped_checkpoints() -> dict[str, Path]:
     """The checkpoints that come with ``ldm_reference``, by name."""
     spec = find_spec("ldm_reference")
-    folder = Path(spec.submodule_search_locations[0]) / "pretrained" if spec and spec.submodule_search_locations else None
+    folder = (
+        Path(spec.submodule_search_locations[0]) / "pretrained" if spec and spec.submodule_search_locations else None
+    )
     found: Iterator[Path] = folder.glob("*/model_index.json") if folder else iter(())
     return {file.parent.name: file.parent for file in sorted(found)}
 
@@ -248,18 +308,18 @@ def _check_weights(folder: Path, given: dict[str, Tensor], expected: dict[str, T
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
         counts = [
-            f"{len(keys)} {what} (such as {keys[0]!r})" for keys, what in ((missing, "missing"), (unknown, "unknown")) if keys
+            f"{len(keys)} {what} (such as {keys[0]!r})"
+            for keys, what in ((missing, "missing"), (unknown, "unknown"))
+            if keys
         ]
-        raise CheckpointError(f"{folder}: of the weights that config.json asks for, {' and '.join(counts)}. Fetch it again.")
+        raise CheckpointError(
+            f"{folder}: of the weights that config.json asks for, {' and '.join(counts)}. Fetch it again."
+        )
     for key, tensor in expected.items():
         shape = tuple(given[key].shape)
-        old_projection = shape + (1, 1) == tuple(tensor.shape) or shape == tuple(tensor.shape) + (1, 1)
+        old_projection = (*shape, 1, 1) == tuple(tensor.shape) or shape == (*tuple(tensor.shape), 1, 1)
         if shape != tuple(tensor.shape) and not old_projection:
             raise CheckpointError(
                 f"{folder}: {key!r} has shape {shape}; config.json asks for {tuple(tensor.shape)}. "
                 "Use the config.json that was saved with these weights."
             )
-
-
-def parameters_count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())

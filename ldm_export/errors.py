@@ -7,7 +7,7 @@
     ├── ExportError         an export that could not be finished: full disk, unsupported operator
     ├── ParityError         a graph that does not compute what the PyTorch model computes
     ├── BackendError        a backend that is not installed or cannot run here
-    └── Cancelled           a generation that its callback stopped
+    └── CancelledError      a generation that its callback stopped
 
 A message is one to three short sentences: what was given; what is allowed; what to do. The command line prints it
 without a traceback and exits with ``exit_code``: 2 for wrong input, 1 where a check ran and failed.
@@ -46,7 +46,7 @@ class BackendError(LdmExportError):
     """A backend that is not installed or cannot run on this machine."""
 
 
-class Cancelled(LdmExportError):
+class CancelledError(LdmExportError):
     """A generation that its callback stopped."""
 
     exit_code = 1

@@ -72,7 +72,9 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        console.print(f"ldm_export {found['ldm_export']}, Python {found['python']}, {found['machine']}, {found['cpus']} CPUs")
+        console.print(
+            f"ldm_export {found['ldm_export']}, Python {found['python']}, {found['machine']}, {found['cpus']} CPUs"
+        )
         for package, installed in found["packages"].items():
             console.print(f"  {package:16} {installed or 'not installed':14} {PACKAGES[package]}")
         console.print(f"  providers        {', '.join(found['onnxruntime_providers']) or 'none'}")

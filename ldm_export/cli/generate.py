@@ -35,10 +35,14 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 @click.option("--image", type=folder, default=None, help="A picture to start from.")
 @click.option("--strength", default=0.6, show_default=True, help="Share of the steps that is redone on --image.")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
-@click.option("--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable.")
+@click.option(
+    "--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable."
+)
 @click.option("--count", default=1, show_default=True, help="Pictures, for models that take neither text nor class.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads; one a physical core by default.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=None, help="CPU threads; one a physical core by default."
+)
 @click.option("--latents", type=folder, default=None, help="Also write the final latents as .npy.")
 @json_option
 def command(

@@ -53,7 +53,9 @@ class Commands(click.Group):
             if missing not in EXTRAS:
                 raise
             extra = EXTRAS[missing]
-            message = f"`ldm-export {name}` needs {missing}, which is not installed. Run: pip install 'ldm_export[{extra}]'"
+            message = (
+                f"`ldm-export {name}` needs {missing}, which is not installed. Run: pip install 'ldm_export[{extra}]'"
+            )
             raise click.UsageError(message) from error
         command: click.Command = module.command
         return command
@@ -64,7 +66,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Print an error of ours as its one sentence and leave with its exit code."""
-        warnings.showwarning = _print_warning
+        warnings.showwarning = _print_warning  # type: ignore[assignment]  # it needs two of the six arguments
         try:
             return super().invoke(ctx)
         except LdmExportError as error:

@@ -36,7 +36,9 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
     if as_json:
         print_json({"bundle": str(bundle), "files": len(opened.manifest.files), "parity": records, "passed": passed})
     else:
-        console.print(f"{len(opened.manifest.files)} files have their hashes, {len(opened.manifest.graphs)} graphs open")
+        console.print(
+            f"{len(opened.manifest.files)} files have their hashes, {len(opened.manifest.graphs)} graphs open"
+        )
         for record in records:
             mark = "ok  " if record["passed"] else "FAIL"
             console.print(

@@ -71,7 +71,9 @@ def graph_module(network: Network, graph: GraphSpec) -> GraphModule:
     return GraphModule(network, calls[graph.name]).eval()
 
 
-def random_inputs(graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, vocab_size: int) -> tuple[Tensor, ...]:
+def random_inputs(
+    graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, vocab_size: int
+) -> tuple[Tensor, ...]:
     """Seeded inputs of the contract's shapes: normal values, a timestep of 500, token ids below ``vocab_size``."""
     generator = torch.Generator().manual_seed(0)
     sizes = {
@@ -143,7 +145,7 @@ def _cleaned(model: onnx_ir.Model, graph: GraphSpec) -> onnx_ir.Model:
     for part in (model.graph, *model.functions.values()):
         part.metadata_props.clear()
         part.doc_string = None
-        for node in part.all_nodes() if hasattr(part, "all_nodes") else part:
+        for node in part.all_nodes():
             node.metadata_props.clear()
             node.doc_string = None
             for value in node.outputs:

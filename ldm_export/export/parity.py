@@ -70,7 +70,8 @@ def compare_graph(path: Path, graph: GraphSpec, runs: list[Run]) -> list[Parity]
     session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
     names = [tensor.name for tensor in graph.inputs]
     results = [
-        session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}) for inputs, _ in runs
+        session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+        for inputs, _ in runs
     ]
     return compare_outputs(graph, [outputs for _, outputs in runs], results)
 

@@ -57,9 +57,7 @@ class PromptEncoder:
         return {name: np.stack(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=False)}
 
     def _run(self, ids: list[Array]) -> list[tuple[Array, ...]]:
-        outputs = [
-            graph.run({"input_ids": rows}) for (_, graph), rows in zip(self._encoders, ids, strict=True)
-        ]
+        outputs = [graph.run({"input_ids": rows}) for (_, graph), rows in zip(self._encoders, ids, strict=True)]
         if "text_embeds" not in outputs[-1]:  # Stable Diffusion 1.x and 2.x
             return [(states,) for states in outputs[0]["last_hidden_state"]]
         # SDXL reads the input of the last layer of both encoders (2307.01952, section 2.1)
@@ -79,10 +77,10 @@ def guidance_embedding(guidance: float, dim: int) -> Array:
 
 def fixed_inputs(unet: GraphSpec, rows: int, *, height: int, width: int, guidance: float) -> dict[str, Array]:
     """The inputs that depend on neither prompt nor step: SDXL's ``time_ids`` and LCM's ``timestep_cond``."""
-    dims = {tensor.name: tensor.shape[-1] for tensor in unet.inputs}
+    shapes = {tensor.name: tensor.shape for tensor in unet.inputs}
     inputs: dict[str, Array] = {}
-    if "time_ids" in dims:  # original size, crop corner, target size (2307.01952, section 2.2)
+    if "time_ids" in shapes:  # original size, crop corner, target size (2307.01952, section 2.2)
         inputs["time_ids"] = np.tile(np.array([height, width, 0, 0, height, width], np.float32), (rows, 1))
-    if "timestep_cond" in dims:
-        inputs["timestep_cond"] = np.tile(guidance_embedding(guidance, int(dims["timestep_cond"])), (rows, 1))
+    if "timestep_cond" in shapes:
+        inputs["timestep_cond"] = np.tile(guidance_embedding(guidance, int(shapes["timestep_cond"][1])), (rows, 1))
     return inputs

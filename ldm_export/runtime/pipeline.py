@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.errors import Cancelled, InputError
+from ldm_export.errors import CancelledError, InputError
 from ldm_export.plan import Stepper
 from ldm_export.runtime.backends import Array, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
@@ -144,7 +144,7 @@ class Pipeline:
         ------
         InputError
             For anything that this bundle cannot draw; the message says what it can.
-        Cancelled
+        CancelledError
             If the callback returned ``False``.
         """
         request = self._request(prompts, **options)
@@ -153,7 +153,7 @@ class Pipeline:
         for step in self._sample(request, timings):
             latents = step.latents
             if callback is not None and callback(step) is False:
-                raise Cancelled(f"Cancelled after step {step.index + 1} of {step.count}.")
+                raise CancelledError(f"Cancelled after step {step.index + 1} of {step.count}.")
         assert latents is not None
         started = time.perf_counter()
         images = self._decode(latents)
@@ -349,13 +349,15 @@ class Pipeline:
         parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
         mean, logvar = np.split(parameters, 2, axis=1)
         latents: Array = mean + np.exp(0.5 * np.clip(logvar, -30.0, 20.0)) * draw()
-        return latents * np.float32(self.bundle.manifest.model["scaling_factor"])
+        latents *= np.float32(self.bundle.manifest.model["scaling_factor"])
+        return latents
 
     def _decode(self, latents: Array) -> Array:
         unscaled = latents / np.float32(self.bundle.manifest.model["scaling_factor"])
         sample = self._graph("vae_decoder").run({"latent_sample": unscaled})["sample"]
         pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
-        return pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
+        images: Array = pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
+        return images
 
 
 def _since(started: float) -> float:

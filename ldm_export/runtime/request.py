@@ -53,7 +53,9 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     """
     path = f"plans/{sampler}-{steps}.json"
     if path not in bundle.manifest.files:
-        there = sorted(name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/"))
+        there = sorted(
+            name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")
+        )
         raise InputError(
             f"This bundle has no plan for {sampler!r} with {steps} steps; it has {', '.join(there) or 'none'}. "
             f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
@@ -74,7 +76,9 @@ def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tu
     if negative_prompt is None or isinstance(negative_prompt, str):
         return (negative_prompt or "",) * batch
     if len(negative_prompt) != batch:
-        raise InputError(f"{len(negative_prompt)} negative prompts were given for {batch} pictures. Give one, or one each.")
+        raise InputError(
+            f"{len(negative_prompt)} negative prompts were given for {batch} pictures. Give one, or one each."
+        )
     return tuple(negative_prompt)
 
 

@@ -130,9 +130,7 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            EncoderBlock(
-                widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < len(widths) - 1
-            )
+            EncoderBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < len(widths) - 1)
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)

@@ -125,7 +125,9 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=bias)
         self.to_k = nn.Linear(context_dim or channels, channels, bias=bias)
         self.to_v = nn.Linear(context_dim or channels, channels, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])  # the identity keeps the key to_out.0
+        self.to_out = nn.ModuleList(
+            [nn.Linear(channels, channels), nn.Identity()]
+        )  # the identity keeps the key to_out.0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if self.group_norm is not None:

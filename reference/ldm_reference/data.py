@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm_reference.config import ConfigError
@@ -44,9 +44,13 @@ class CaptionedImages:
                 f"{folder} has no metadata.jsonl; one line a picture is needed: "
                 '{"file_name": "cat.png", "text": "a cat"}'
             )
+        try:
+            lines = metadata.read_text(encoding="utf-8").split("\n")  # splitlines would cut a caption at U+2028
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{metadata} is not readable text ({error})") from error
         index: dict[str, int] = {}
         captions = []
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{metadata}, line {number}"
@@ -75,8 +79,8 @@ def load_picture(path: Path, resolution: int) -> Tensor:
     """One picture, transparency on white, centre-cropped to a square: (3, resolution, resolution) in [-1, 1]."""
     try:
         with Image.open(path) as image:
-            rgba = image.convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
         raise ConfigError(f"{path} is not a readable picture ({error})") from error
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if flat.size != (resolution, resolution):

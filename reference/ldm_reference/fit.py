@@ -95,8 +95,7 @@ def fit(
         loss = loss_at(step)
         if not torch.isfinite(loss):
             raise ConfigError(
-                f"the loss of stage {name!r} is {loss.item()} at step {step}; the state of step "
-                f"{step - step % SAVE_EVERY} is kept: lower learning_rate and start again"
+                f"the loss of stage {name!r} is {loss.item()} at step {step}; lower learning_rate and start again"
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -151,10 +150,16 @@ def _restore(
     """Steps already done: 0 if there is no state file."""
     if not state_file.is_file():
         return 0
-    with safetensors.safe_open(state_file, "pt") as file:
-        metadata = file.metadata()
-        if metadata["recipe"] != recipe:
-            raise ConfigError(f"{state_file} was made with another config; use that one, or train without --resume")
+    try:
+        opened = safetensors.safe_open(state_file, "pt")
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{state_file} is damaged ({error}); delete it to begin this stage again") from error
+    with opened as file:
+        metadata = file.metadata() or {}
+        if metadata.get("recipe") != recipe:
+            raise ConfigError(
+                f"{state_file} was made with another config; use that one, or train into another folder without --resume"
+            )
         step = int(json.loads(metadata["step"]))
         with torch.no_grad():
             for key, parameter in parameters.items():

@@ -1,10 +1,10 @@
 """Writes a model as a folder in diffusers layout: what is saved here, ``StableDiffusionPipeline.from_pretrained`` opens.
 
-    model_index.json
-    vae/  unet/              config.json, diffusion_pytorch_model.safetensors
-    text_encoder/            config.json, model.safetensors
-    tokenizer/               CLIP's files
-    scheduler/               scheduler_config.json
+model_index.json
+vae/  unet/              config.json, diffusion_pytorch_model.safetensors
+text_encoder/            config.json, model.safetensors
+tokenizer/               CLIP's files
+scheduler/               scheduler_config.json
 """
 
 from __future__ import annotations
@@ -69,13 +69,16 @@ def save_checkpoint(
     if tokenizer is not None:
         tokenizer(folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    text_class = (
+        "CLIPTextModelWithProjection" if text_encoder and text_encoder.config.with_projection else "CLIPTextModel"
+    )
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"] if text_encoder else [None, None],
+        "text_encoder": ["transformers", text_class] if text_encoder else [None, None],
         "tokenizer": ["transformers", "CLIPTokenizer"] if tokenizer else [None, None],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

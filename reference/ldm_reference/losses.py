@@ -29,4 +29,6 @@ def diffusion_target(
 ) -> Tensor:
     """What the UNet is asked for: the noise (2006.11239, eq. 14), the velocity (2202.00512, appendix D) or x0."""
     targets = {"epsilon": noise, "sample": latents}
-    return targets[prediction_type] if prediction_type in targets else velocity(latents, noise, alphas_cumprod, timesteps)
+    return (
+        targets[prediction_type] if prediction_type in targets else velocity(latents, noise, alphas_cumprod, timesteps)
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,12 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
 
 
+def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Tensor:
+    """That of a ``scheduler_config.json``, (num_train_timesteps,) float64; other keys are not read."""
+    keys = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "rescale_betas_zero_snr")
+    return alphas_cumprod_from_betas(make_betas(**{key: config[key] for key in keys if key in config}))
+
+
 def alphas_cumprod_from_betas(betas: Tensor) -> Tensor:
     """How much of the image's variance is left at each timestep: decreasing, in [0, 1)."""
     return torch.cumprod(1 - betas, dim=0)
@@ -112,3 +119,8 @@ def leading_timesteps(num_train_timesteps: int, steps: int, steps_offset: int = 
     """Evenly spaced timesteps, descending, that leave the gap at the noisy end (2305.08891, table 2, "leading")."""
     stride = num_train_timesteps // steps
     return [index * stride + steps_offset for index in reversed(range(steps))]
+
+
+def trailing_timesteps(num_train_timesteps: int, steps: int) -> list[int]:
+    """Evenly spaced timesteps, descending, that start at the noisiest (2305.08891, table 2, "trailing")."""
+    return [round(num_train_timesteps * (steps - index) / steps) - 1 for index in range(steps)]

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict
 
-INERT = {
-    # What transformers writes into every config and a text encoder in evaluation mode does not read.
-    **{"architectures": None, "attention_dropout": 0.0, "dropout": 0.0, "torch_dtype": None, "dtype": None},
-    **{"initializer_factor": 1.0, "initializer_range": 0.02, "model_type": "clip_text_model"},
+INERT = {"model_type": "clip_text_model"}
+BOOKKEEPING = {
+    *("architectures", "torch_dtype", "dtype", "transformers_version"),
+    *("attention_dropout", "dropout", "initializer_factor", "initializer_range"),
 }
-BOOKKEEPING = {"architectures", "torch_dtype", "dtype", "transformers_version", "initializer_factor"}
+"""What transformers writes into every config and a trained text encoder does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class TextEncoderConfig:
             num_attention_heads=self.num_attention_heads,
             max_position_embeddings=self.max_position_embeddings,
         )
+        if self.with_projection:
+            check_positive(projection_dim=self.projection_dim)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"num_attention_heads = {self.num_attention_heads} does not divide {self.hidden_size}")
 

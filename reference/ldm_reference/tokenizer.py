@@ -66,7 +66,7 @@ def encode(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Tensor
     end = tokenizer.token_to_id(END)
     rows = []
     for encoding in tokenizer.encode_batch(list(captions)):
-        ids = encoding.ids[: length - 1] + [end] if len(encoding.ids) > length else encoding.ids
+        ids = [*encoding.ids[:length - 1], end] if len(encoding.ids) > length else encoding.ids
         rows.append(ids + [end] * (length - len(ids)))
     return torch.tensor(rows)
 

@@ -21,12 +21,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ldm_reference.autoencoder import AutoencoderKL, sample_posterior
-from ldm_reference.config import ConfigError, config_from_dict
+from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict
 from ldm_reference.data import CaptionedImages, batch_indices
 from ldm_reference.fit import Optimisation, Progress, fit
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.losses import autoencoder_loss, diffusion_target
-from ldm_reference.schedules import add_noise, alphas_cumprod_from_betas, make_betas
+from ldm_reference.schedules import add_noise, alphas_cumprod_from_config
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.tokenizer import END, encode, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
@@ -36,7 +36,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SCHEDULE_KEYS = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "rescale_betas_zero_snr")
+REQUIRED = {
+    "vae_stage": ("steps", "batch_size", "learning_rate"),
+    "unet_stage": ("steps", "batch_size", "learning_rate"),
+    "tokenizer": ("vocab_size", "model_max_length"),
+    "scheduler": ("_class_name", "prediction_type"),
+}
+"""What has no default in the tables of a config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ConfigError(f"caption_dropout = {self.caption_dropout!r} must be in [0, 1)")
+        check_positive(resolution=self.resolution, **self.tokenizer)
+        check_choice("prediction_type", self.scheduler["prediction_type"], ("epsilon", "v_prediction", "sample"))
+        with torch.device("meta"):  # before a stage is trained that the next one cannot use
+            vae = AutoencoderKL.from_config(self.vae).config
+            text_encoder = CLIPTextModel.from_config(self.text_encoder).config
+            unet = UNet2DConditionModel.from_config(self.unet).config
+        if unet.has_class_labels or unet.addition_embed_type or not unet.reads_text:
+            raise ConfigError("the unet must be conditioned on text and nothing else: no classes, no text_time, cross-attention")
+        if self.resolution % vae.factor:
+            raise ConfigError(f"resolution = {self.resolution} is not a multiple of the autoencoder's {vae.factor}")
+        for name, given, needed in (
+            ("vae in_channels", vae.in_channels, 3),
+            ("vae out_channels", vae.out_channels, 3),
+            ("unet in_channels", unet.in_channels, vae.latent_channels),
+            ("unet out_channels", unet.out_channels, vae.latent_channels),
+            ("unet cross_attention_dim", unet.cross_attention_dim, text_encoder.hidden_size),
+        ):
+            if given != needed:
+                raise ConfigError(f"{name} = {given!r} must be {needed} here")
 
     @classmethod
     def read(cls, path: Path) -> TrainConfig:
@@ -72,6 +97,13 @@ class TrainConfig:
         missing = {field.name for field in dataclasses.fields(cls)} - values.keys()
         if missing:
             raise ConfigError(f"{path}: missing {', '.join(sorted(missing))}")
+        tables = [field.name for field in dataclasses.fields(cls) if field.type not in ("int", "float")]
+        for name in tables:
+            if not isinstance(values[name], dict):
+                raise ConfigError(f"{path}: {name} = {values[name]!r} must be a table")
+        for table, keys in REQUIRED.items():
+            if lacking := [key for key in keys if key not in values[table]]:
+                raise ConfigError(f"{path}: [{table}] lacks {', '.join(lacking)}")
         for stage in ("vae_stage", "unet_stage"):
             values[stage] = config_from_dict(Optimisation, values[stage], {})
         return config_from_dict(cls, values, {})
@@ -133,8 +165,7 @@ def train_denoiser(
     text_encoder = CLIPTextModel.from_config({**config.text_encoder, "max_position_embeddings": length, **special})
     unet = UNet2DConditionModel.from_config(config.unet)
     prediction_type = config.scheduler["prediction_type"]
-    schedule = {key: config.scheduler[key] for key in SCHEDULE_KEYS if key in config.scheduler}
-    alphas_cumprod = alphas_cumprod_from_betas(make_betas(**schedule)).float()
+    alphas_cumprod = alphas_cumprod_from_config(config.scheduler).float()
 
     parameters = encode_pictures(vae, data)
     owner = torch.tensor([index for index, _ in data.captions])
@@ -152,6 +183,7 @@ def train_denoiser(
         timesteps = torch.randint(len(alphas_cumprod), (len(batch),), generator=generator)
         dropped = torch.rand(len(batch), generator=generator) < config.caption_dropout
         ids = torch.where(dropped[:, None], empty, input_ids[batch])
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # for dropout, if the UNet has any
         noisy = add_noise(latents, noise, alphas_cumprod, timesteps)
         prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state)
         return F.mse_loss(prediction, diffusion_target(prediction_type, latents, noise, alphas_cumprod, timesteps))
@@ -172,10 +204,15 @@ def train(config: TrainConfig, data_folder: Path, output: Path, *, resume: bool,
     ConfigError
         If the data or the config cannot be used, or ``output`` holds something and ``resume`` is false.
     """
-    if output.exists() and any(output.iterdir()) and not resume:
-        raise ConfigError(f"{output} is not empty; use --resume to go on with it, or name another folder")
-    data = CaptionedImages.open(data_folder, config.resolution)
     state_folder = output / "training"
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; name a folder")
+    if output.exists() and any(output.iterdir()):
+        if not resume:
+            raise ConfigError(f"{output} is not empty; use --resume to go on with it, or name another folder")
+        if not state_folder.is_dir():
+            raise ConfigError(f"{output} holds no interrupted training; name another folder, or train without --resume")
+    data = CaptionedImages.open(data_folder, config.resolution)
     vae = train_autoencoder(config, data, state_folder, progress)
     tokenizer = train_tokenizer((text for _, text in data.captions), config.tokenizer["vocab_size"])
     unet, text_encoder = train_denoiser(config, data, vae, tokenizer, state_folder, progress)

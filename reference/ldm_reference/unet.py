@@ -53,7 +53,6 @@ INERT = {
     "conv_out_kernel": 3,
     "attention_type": "default",
     "class_embeddings_concat": False,
-    "mid_block_only_cross_attention": None,
     "cross_attention_norm": None,
     "addition_embed_type_num_heads": 64,
 }
@@ -79,6 +78,7 @@ class UNetConfig:
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     only_cross_attention: bool | tuple[bool, ...] = False
+    mid_block_only_cross_attention: bool | None = None  # read by no middle block that is supported here
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
     dropout: float = 0.0
@@ -127,9 +127,6 @@ class UNetConfig:
             )
         if self.class_embed_type == "projection":
             check_positive(projection_class_embeddings_input_dim=self.projection_class_embeddings_input_dim)
-        for width, heads in zip(self.block_out_channels, per_block("", self.attention_head_dim, blocks), strict=True):
-            if self.has_attention and width % heads:
-                raise ConfigError(f"attention_head_dim = {self.attention_head_dim!r} does not divide {width} channels")
 
     @property
     def has_cross_attention_mid(self) -> bool:
@@ -169,10 +166,14 @@ class BlockShape:
         )
 
     def transformer(self, channels: int, *, only_cross_attention: bool) -> Transformer2DModel:
-        config = self.config
+        config, heads = self.config, self.of("attention_head_dim")
+        if channels % heads:
+            raise ConfigError(
+                f"attention_head_dim = {heads} (heads) does not divide the {channels} channels of a block"
+            )
         return Transformer2DModel(
             channels,
-            self.of("attention_head_dim"),
+            heads,
             self.of("transformer_layers_per_block"),
             context_dim=self.of("cross_attention_dim"),
             groups=config.norm_num_groups,
@@ -186,9 +187,9 @@ class BlockShape:
         if "CrossAttn" in kind:
             return self.transformer(channels, only_cross_attention=self.of("only_cross_attention"))
         config = self.config
-        return Attention(
-            channels, channels // head_dim, bias=True, groups=config.norm_num_groups, eps=config.norm_eps
-        )
+        if channels % head_dim:
+            raise ConfigError(f"attention_head_dim = {head_dim} does not divide the {channels} channels of a {kind}")
+        return Attention(channels, channels // head_dim, bias=True, groups=config.norm_num_groups, eps=config.norm_eps)
 
 
 class Block(nn.Module):

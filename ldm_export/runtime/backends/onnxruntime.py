@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError

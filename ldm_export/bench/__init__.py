@@ -1,0 +1,1 @@
+"""Measures a bundle: the same pictures as PyTorch, and how fast."""

@@ -1,0 +1,125 @@
+"""The whole chain on one model: export it, draw the same prompts with PyTorch and with the bundle, compare."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_export.bench.parity import psnr_db
+from ldm_export.checkpoint import LatentDiffusion, TorchReference
+from ldm_export.export.chain import export_bundle
+from ldm_export.runtime import Pipeline, Tokenizer
+
+PROMPTS = (
+    "grinning face with smiling eyes",
+    "red apple",
+    "black cat",
+    "heavy black heart",
+    "pizza",
+    "sunflower",
+    "automobile",
+    "rocket",
+    "snowman",
+    "strawberry",
+    "octopus",
+    "soccer ball",
+    "crescent moon",
+    "birthday cake",
+    "frog face",
+    "smiling face with sunglasses",
+)
+STEPS, GUIDANCE, BATCH = 20, 4.0, 4
+STAGES = ("text", "unet", "loop", "decode")
+SAME_PICTURE_DB = 45.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo found.
+
+    Attributes
+    ----------
+    torch_images, bundle_images : uint8 (16, H, W, 3), the same prompts and seeds
+    psnr : dB, one a picture
+    milliseconds : side -> stage -> median over the batches of :data:`BATCH` pictures
+    """
+
+    bundle: Path
+    backend: str
+    parity: tuple[Mapping[str, Any], ...]
+    torch_images: npt.NDArray[Any]
+    bundle_images: npt.NDArray[Any]
+    psnr: tuple[float, ...]
+    milliseconds: dict[str, dict[str, float]]
+
+    @property
+    def passed(self) -> bool:
+        return all(record["passed"] for record in self.parity) and min(self.psnr) >= SAME_PICTURE_DB
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "backend": self.backend,
+            "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "prompts": list(PROMPTS),
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "batch": BATCH,
+            "parity": list(self.parity),
+            "psnr_db": [min(value, 999.0) for value in self.psnr],  # JSON has no infinity
+            "milliseconds": self.milliseconds,
+            "passed": self.passed,
+        }
+
+
+def run_demo(checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str], None]) -> Demo:
+    """Export ``checkpoint`` to ``folder/bundle`` and draw :data:`PROMPTS` with both, in turn, batch by batch."""
+    bundle = export_bundle(
+        checkpoint, folder / "bundle", force=True, progress=lambda stage: progress(f"export: {stage}")
+    )
+    pipeline = Pipeline(bundle, "cpu")
+    reference = TorchReference(checkpoint)
+    tokenizer = Tokenizer(bundle.path / "tokenizer")
+    size = (bundle.manifest.model["height"], bundle.manifest.model["width"])
+
+    def draw_with_torch(prompts: tuple[str, ...], seeds: range) -> tuple[npt.NDArray[Any], dict[str, float]]:
+        ids, negative_ids = tokenizer(prompts), tokenizer([""] * len(prompts))
+        return reference.draw(ids, negative_ids, seeds, steps=STEPS, guidance=GUIDANCE, size=size)
+
+    def draw_with_bundle(prompts: tuple[str, ...], seeds: range) -> tuple[npt.NDArray[Any], dict[str, float]]:
+        result = pipeline.generate(prompts, steps=STEPS, guidance=GUIDANCE, seed=list(seeds))
+        times = result.timings
+        values = (times.text_ms, sum(times.unet_ms), times.loop_ms, times.decode_ms)
+        return result.images, dict(zip(STAGES, values, strict=True))
+
+    sides = {"PyTorch": draw_with_torch, "bundle": draw_with_bundle}
+    for draw in sides.values():
+        progress("warming up")
+        draw(("warm up",) * BATCH, range(BATCH))
+    images: dict[str, list[npt.NDArray[Any]]] = {side: [] for side in sides}
+    times: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for start in range(0, len(PROMPTS), BATCH):
+        for side, draw in sides.items():
+            progress(f"drawing {start + BATCH} of {len(PROMPTS)} with {side}")
+            drawn, milliseconds = draw(PROMPTS[start : start + BATCH], range(start, start + BATCH))
+            images[side].append(drawn)
+            times[side].append(milliseconds)
+    torch_images, bundle_images = (np.concatenate(images[side]) for side in sides)
+    return Demo(
+        bundle=bundle.path,
+        backend=pipeline.backend,
+        parity=tuple(bundle.manifest.parity),
+        torch_images=torch_images,
+        bundle_images=bundle_images,
+        psnr=tuple(psnr_db(ours, theirs) for ours, theirs in zip(bundle_images, torch_images, strict=True)),
+        milliseconds={
+            side: {stage: statistics.median(run[stage] for run in runs) for stage in STAGES}
+            for side, runs in times.items()
+        },
+    )

@@ -1,0 +1,99 @@
+"""The demo as one self-contained HTML page: no script, no network, readable on a phone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+from PIL import Image
+
+from ldm_export.bench.demo import BATCH, GUIDANCE, PROMPTS, SAME_PICTURE_DB, STAGES, STEPS, Demo
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;color:#1c1e21;background:#fff;max-width:60rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}
+.verdict{padding:.7rem 1rem;border-radius:.4rem;background:#e7f5ec;border-left:.3rem solid #1f8a4c}
+.verdict.bad{background:#fdecea;border-color:#c0392b}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:.6rem}
+figure{margin:0;border:1px solid #e2e5e9;border-radius:.4rem;padding:.4rem}
+figure div{display:flex}figure img{width:50%;image-rendering:auto}
+figcaption{font-size:.8rem;line-height:1.3;margin-top:.3rem}figcaption span{color:#666}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.25rem .7rem;border-bottom:1px solid #e2e5e9;text-align:left}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
+code{background:#f3f4f6;padding:.1rem .3rem;border-radius:.2rem}
+"""
+
+
+def _picture(pixels: object, alt: str) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")  # type: ignore[arg-type]
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "".join(
+            f"<{tag}{' class=number' if i >= text_columns else ''}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{line(head, "th")}</tr>{body}</table></div>'
+
+
+def time_rows(demo: Demo) -> list[list[str]]:
+    """Milliseconds for one batch by stage: stage, PyTorch, bundle, ratio."""
+    torch_ms, bundle_ms = demo.milliseconds["PyTorch"], demo.milliseconds["bundle"]
+    stages = [(stage, torch_ms[stage], bundle_ms[stage]) for stage in STAGES]
+    stages.append(("all", sum(torch_ms.values()), sum(bundle_ms.values())))
+    return [[stage, f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}x"] for stage, ours, theirs in stages]
+
+
+def parity_rows(demo: Demo) -> list[list[str]]:
+    """Graph, output, error, tolerance, verdict."""
+    return [
+        [
+            record["graph"],
+            record["output"],
+            f"{record['max_error']:.1e}",
+            f"{record['tolerance']:.0e}",
+            "ok" if record["passed"] else "FAIL",
+        ]
+        for record in demo.parity
+    ]
+
+
+def html_report(demo: Demo) -> str:
+    """The page."""
+    figures = "".join(
+        f"<figure><div>{_picture(theirs, f'{prompt}, PyTorch')}{_picture(ours, f'{prompt}, bundle')}</div>"
+        f"<figcaption>{html.escape(prompt)}<br><span>seed {seed} &middot; {value:.1f} dB</span></figcaption></figure>"
+        for seed, (prompt, theirs, ours, value) in enumerate(
+            zip(PROMPTS, demo.torch_images, demo.bundle_images, demo.psnr, strict=True)
+        )
+    )
+    verdict = (
+        f"The bundle draws what PyTorch draws: every picture within {min(demo.psnr):.1f} dB or better."
+        if demo.passed
+        else f"The bundle does not draw what PyTorch draws: {min(demo.psnr):.1f} dB at worst, {SAME_PICTURE_DB:.0f} needed."
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>ldm_export demo</title><style>{STYLE}</style></head><body>
+<h1>One model, with and without PyTorch</h1>
+<p class="verdict{"" if demo.passed else " bad"}">{verdict}</p>
+<h2>Pictures: PyTorch left, bundle right</h2>
+<p>DDIM, {STEPS} steps, guidance {GUIDANCE:g}; the same prompt and seed on both sides.</p>
+<div class="pairs">{figures}</div>
+<h2>Each graph against its network</h2>
+<p>Largest difference, as a share of the output's largest value, on sizes that the export did not see.</p>
+{_table(("graph", "output", "max error", "allowed", ""), parity_rows(demo), 2)}
+<h2>Milliseconds for {BATCH} pictures, by stage</h2>
+<p>Median of {len(PROMPTS) // BATCH} batches, the two sides in turn; {html.escape(demo.backend)}.</p>
+{_table(("stage", "PyTorch eager", "bundle", "ratio"), time_rows(demo), 1)}
+<p>Made by <code>ldm-export demo</code>; the bundle is in <code>bundle/</code>.</p>
+</body></html>
+"""

@@ -1,0 +1,95 @@
+"""Text to image in plain PyTorch: the picture that an exported model is held against.
+
+DDIM with classifier-free guidance, as in ``StableDiffusionPipeline``: negative prompts and prompts in one call of the
+UNet, starting noise from ``torch.Generator("cpu")``, one generator a picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm_reference.autoencoder import AutoencoderKL
+from ldm_reference.config import check_choice
+from ldm_reference.samplers import ddim
+from ldm_reference.schedules import alphas_cumprod_from_config, leading_timesteps, trailing_timesteps
+from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.unet import UNet2DConditionModel
+
+
+class Drawn(NamedTuple):
+    """Pictures uint8 (B, H, W, 3), final latents (B, C, h, w) and milliseconds by stage (text, unet, loop, decode)."""
+
+    images: Tensor
+    latents: Tensor
+    timings_ms: dict[str, float]
+
+
+@torch.no_grad()
+def text_to_image(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    scheduler: Mapping[str, Any],
+    input_ids: Tensor,
+    negative_ids: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    latent_size: tuple[int, int],
+) -> Drawn:
+    """Draw one picture a row of token ids.
+
+    Parameters
+    ----------
+    scheduler : the content of ``scheduler_config.json``
+    input_ids, negative_ids : (B, L), int64
+    seeds : one a picture
+    guidance : scale, above 1
+    latent_size : height and width of the latents
+    """
+    started = time.perf_counter()
+    context = text_encoder(torch.cat([negative_ids, input_ids])).last_hidden_state
+    text_ms = (time.perf_counter() - started) * 1000
+
+    unet_ms = 0.0
+
+    def denoise(x: Tensor, timestep: int) -> Tensor:
+        nonlocal unet_ms
+        called = time.perf_counter()
+        negative, positive = unet(torch.cat([x, x]), torch.tensor([timestep]), context).chunk(2)
+        unet_ms += (time.perf_counter() - called) * 1000
+        return negative + guidance * (positive - negative)
+
+    started = time.perf_counter()
+    shape = (1, vae.config.latent_channels, *latent_size)
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+    alphas_cumprod = alphas_cumprod_from_config(scheduler)
+    latents = ddim(
+        denoise,
+        noise,
+        alphas_cumprod,
+        _timesteps(scheduler, len(alphas_cumprod), steps),
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
+    )
+    loop_ms = (time.perf_counter() - started) * 1000 - unet_ms
+
+    started = time.perf_counter()
+    sample = vae.decode(latents / vae.config.scaling_factor)
+    images = ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    decode_ms = (time.perf_counter() - started) * 1000
+    return Drawn(images, latents, {"text": text_ms, "unet": unet_ms, "loop": loop_ms, "decode": decode_ms})
+
+
+def _timesteps(scheduler: Mapping[str, Any], count: int, steps: int) -> list[int]:
+    spacing = scheduler.get("timestep_spacing", "leading")
+    check_choice("timestep_spacing", spacing, ("leading", "trailing"))
+    if spacing == "trailing":
+        return trailing_timesteps(count, steps)
+    return leading_timesteps(count, steps, scheduler.get("steps_offset", 0))
