@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ from ldm_reference.layout import save_checkpoint
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
+
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.export import chain
+from tests.bundle_fixture import KINDS, GraphCache
 
 TOKENS = 16
 CAPTIONS = ("a red circle", "a blue square", "two green triangles on white", "grinning face with smiling eyes")
@@ -92,3 +98,35 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype=torch.float32,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """From here to the end of the session, `export_bundle` traces each network once."""
+    graphs = GraphCache(tmp_path_factory.mktemp("graphs"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chain, "export_graph", graphs.export_graph)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `tiny_checkpoint`. Read-only: a test that changes a file works on a copy."""
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    return chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), folder).path
+
+
+@pytest.fixture(scope="session")
+def kinds(
+    tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """A function from a name in `KINDS` to a checkpoint of that kind and its bundle, both read-only."""
+    folder = tmp_path_factory.mktemp("kinds")
+
+    @cache
+    def make(kind: str) -> tuple[Path, Path]:
+        checkpoint, bundle = folder / kind, folder / f"{kind}.bundle"
+        KINDS[kind](checkpoint, tiny_checkpoint)
+        return checkpoint, chain.export_bundle(LatentDiffusion.open(checkpoint), bundle).path
+
+    return make

@@ -163,10 +163,14 @@ def test_shipped_checkpoints_open_by_name() -> None:
 
 def refusal(checkpoint: Path | str) -> str:
     """The message with which opening the checkpoint, or loading a component of it, is refused."""
-    with pytest.raises(CheckpointError) as caught:
+
+    def open_and_load() -> None:
         model = LatentDiffusion.open(checkpoint)
         for component in model.components:
             model.load(component)
+
+    with pytest.raises(CheckpointError) as caught:
+        open_and_load()
     message = str(caught.value)
     assert message.endswith(".")
     assert "\n" not in message

@@ -138,6 +138,7 @@ def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[st
         "latent_channels": vae["latent_channels"],
         "pixels_per_latent": pixels_per_latent,
         "scaling_factor": vae["scaling_factor"],
+        "num_class_embeds": unet["num_class_embeds"],
         "prediction_type": checkpoint.scheduler.get("prediction_type", "epsilon"),
         "zeros_for_empty_prompt": bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
     }

@@ -22,7 +22,15 @@ from ldm_export.plan import Stepper
 from ldm_export.runtime.backends import Array, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.noise import Generator
-from ldm_export.runtime.request import Request, check_size, latents_image, negatives_for, read_plan, seeds_for
+from ldm_export.runtime.request import (
+    Request,
+    check_size,
+    labels_for,
+    latents_image,
+    negatives_for,
+    read_plan,
+    seeds_for,
+)
 
 
 @dataclass
@@ -247,29 +255,32 @@ class Pipeline:
                 f"{len(texts)} prompts and {'no' if class_labels is None else len(class_labels)} class labels were given; "
                 f"this model takes {wants or 'neither: give seed a list, one a picture'}."
             )
-        batch = len(texts) if reads_text else len(class_labels or ()) if has_classes else np.size(seed)
-        if has_classes and len(class_labels or ()) != batch:
-            raise InputError(f"{len(class_labels or ())} class labels were given for {batch} pictures. Give one each.")
+        labels = None if class_labels is None else labels_for(class_labels, unet_inputs["class_labels"], model)
+        batch = len(texts) if reads_text else np.size(seed) if labels is None else len(labels)
+        if labels is not None and len(labels) != batch:
+            raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
         if not np.isfinite(guidance) or guidance < 0:
             raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
         plan = read_plan(self.bundle, sampler, steps)
         sample = None if image is None else latents_image(image, batch)
         if sample is not None:
-            if (height or sample.shape[2], width or sample.shape[3]) != sample.shape[2:]:
+            sides = sample.shape[2:]
+            if height not in (None, sides[0]) or width not in (None, sides[1]):
                 raise InputError(
-                    f"The size {height}x{width} was asked for with an image of {sample.shape[2]}x{sample.shape[3]}; "
+                    f"The size {height}x{width} was asked for with an image of {sides[0]}x{sides[1]}; "
                     "the picture has the image's size. Resize the image."
                 )
-            height, width = sample.shape[2:]
-        height, width = height or model["height"], width or model["width"]
+            height, width = sides
+        height = model["height"] if height is None else height
+        width = model["width"] if width is None else width
         check_size(height, width, model["pixels_per_latent"])
         return Request(
             prompts=texts,
             negative_prompts=negatives_for(negative_prompt, batch) if reads_text else (),
-            class_labels=None if class_labels is None else np.asarray(class_labels, np.int64),
+            class_labels=labels,
             seeds=seeds_for(seed, batch),
-            height=height,
-            width=width,
+            height=int(height),
+            width=int(width),
             guidance=guidance,
             image=sample,
             trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
@@ -333,7 +344,7 @@ class Pipeline:
             guidance=request.guidance,
         )
         if request.class_labels is not None:
-            conditions["class_labels"] = request.class_labels
+            conditions["class_labels"] = np.concatenate([request.class_labels] * (1 + guided))
         if request.prompts:
             if self._prompts is None:
                 self._prompts = PromptEncoder(self.bundle, self._backend)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.contract import TensorSpec
 from ldm_export.errors import InputError
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
+from ldm_export.runtime.noise import Generator
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,33 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
 
 
 def seeds_for(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:
-    """A list as it is; one number gives picture k the seed + k."""
-    if isinstance(seed, (int, np.integer)):
-        return tuple(int(seed) + k for k in range(batch))
-    if len(seed) != batch:
-        raise InputError(f"{len(seed)} seeds were given for {batch} pictures. Give one number, or one seed a picture.")
-    return tuple(int(value) for value in seed)
+    """A list as it is; one number gives picture k the seed + k. Each is one that `Generator` takes."""
+    seeds = [seed] if np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type, list-item]
+    for value in seeds:
+        Generator(value)
+    if np.ndim(seed) == 0:
+        seeds = [int(seeds[0]) + k for k in range(batch)]
+        Generator(seeds[-1])
+    elif len(seeds) != batch or not seeds:
+        raise InputError(
+            f"{len(seeds)} seeds were given for {batch or 'no'} pictures. Give one number, or one seed a picture."
+        )
+    return tuple(map(int, seeds))
+
+
+def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping[str, Any]) -> Array:
+    """Class labels as the UNet's input takes them: (B,) whole numbers below ``num_class_embeds``, or (B, F) features."""
+    labels = np.asarray(class_labels)
+    count = model.get("num_class_embeds")
+    if accepted.dtype != "int64":
+        labels = labels.astype(accepted.dtype)
+    elif labels.dtype.kind not in "iu" or (count and labels.size and not 0 <= labels.min() <= labels.max() < count):
+        wrong = [value for value in labels.ravel().tolist() if type(value) is not int or not 0 <= value < (count or 1)]
+        allowed = f"0 to {count - 1}" if count else "whole numbers"
+        raise InputError(f"class label {wrong[0] if wrong else class_labels!r} is none; this model has {allowed}.")
+    if labels.ndim != len(accepted.shape) or not len(labels):
+        raise InputError(f"class labels have shape {labels.shape}; this model takes {accepted.shape}. Give one a picture.")
+    return labels.astype(accepted.dtype)
 
 
 def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tuple[str, ...]:

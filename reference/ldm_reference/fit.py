@@ -157,9 +157,7 @@ def _restore(
     with opened as file:
         metadata = file.metadata() or {}
         if metadata.get("recipe") != recipe:
-            raise ConfigError(
-                f"{state_file} was made with another config; use that one, or train into another folder without --resume"
-            )
+            raise ConfigError(f"{state_file} was made with another config; use that one, or train into another folder")
         step = int(json.loads(metadata["step"]))
         with torch.no_grad():
             for key, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Writes a model as a folder in diffusers layout: what is saved here, ``StableDiffusionPipeline.from_pretrained`` opens.
+"""Writes a model as a folder in diffusers layout, which ``StableDiffusionPipeline.from_pretrained`` opens.
 
 model_index.json
 vae/  unet/              config.json, diffusion_pytorch_model.safetensors
@@ -32,7 +32,8 @@ def config_to_dict(module: AutoencoderKL | UNet2DConditionModel | CLIPTextModel)
     values = dataclasses.asdict(module.config)
     if isinstance(module, CLIPTextModel):
         name = "CLIPTextModelWithProjection" if values.pop("with_projection") else "CLIPTextModel"
-        return {"architectures": [name], "model_type": "clip_text_model", **values}
+        # transformers would otherwise run the network in the dtype that the weights are saved in, unlike diffusers
+        return {"architectures": [name], "dtype": "float32", "model_type": "clip_text_model", **values}
     return {"_class_name": type(module).__name__, **values}
 
 

@@ -1,7 +1,7 @@
 """A CLIP-style byte-level BPE trained on the captions, saved as CLIP's files.
 
 CLIP's scheme (Radford et al., 2103.00020, after Sennrich et al., 1508.07909): text is NFC-normalised, its white space
-folded, lower-cased and split into words; each word is spelt in 256 printable byte symbols, the last one marked ``</w>``.
+folded, lower-cased and split into words; each word is spelt in 256 printable byte symbols, the last marked ``</w>``.
 Ids: the 256 bytes, the 256 marked bytes, one id a merge, start of text, end of text.
 """
 
@@ -66,7 +66,7 @@ def encode(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Tensor
     end = tokenizer.token_to_id(END)
     rows = []
     for encoding in tokenizer.encode_batch(list(captions)):
-        ids = [*encoding.ids[:length - 1], end] if len(encoding.ids) > length else encoding.ids
+        ids = [*encoding.ids[: length - 1], end] if len(encoding.ids) > length else encoding.ids
         rows.append(ids + [end] * (length - len(ids)))
     return torch.tensor(rows)
 

@@ -75,7 +75,7 @@ class TrainConfig:
             text_encoder = CLIPTextModel.from_config(self.text_encoder).config
             unet = UNet2DConditionModel.from_config(self.unet).config
         if unet.has_class_labels or unet.addition_embed_type or not unet.reads_text:
-            raise ConfigError("the unet must be conditioned on text and nothing else: no classes, no text_time, cross-attention")
+            raise ConfigError("the unet must be conditioned on text, by cross-attention, and on nothing else")
         if self.resolution % vae.factor:
             raise ConfigError(f"resolution = {self.resolution} is not a multiple of the autoencoder's {vae.factor}")
         for name, given, needed in (
@@ -213,6 +213,8 @@ def train(config: TrainConfig, data_folder: Path, output: Path, *, resume: bool,
         if not state_folder.is_dir():
             raise ConfigError(f"{output} holds no interrupted training; name another folder, or train without --resume")
     data = CaptionedImages.open(data_folder, config.resolution)
+    for stage, count in ((config.vae_stage, len(data.files)), (config.unet_stage, len(data.captions))):
+        batch_indices(count, stage.batch_size, 0, config.seed)  # refuses a batch that is larger than the data
     vae = train_autoencoder(config, data, state_folder, progress)
     tokenizer = train_tokenizer((text for _, text in data.captions), config.tokenizer["vocab_size"])
     unet, text_encoder = train_denoiser(config, data, vae, tokenizer, state_folder, progress)

@@ -75,19 +75,21 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 # --- UNet -----------------------------------------------------------------------------------------------------------
 
 UNET = {
-    "block_out_channels": (16, 32, 32, 32),
-    "layers_per_block": 2,
+    "block_out_channels": (16, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
     "norm_num_groups": 8,
     "cross_attention_dim": 24,
     "attention_head_dim": 4,
 }
-THREE_LEVELS = {
-    "block_out_channels": (16, 32, 32),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+FOUR_LEVELS = {
+    "block_out_channels": (16, 32, 32, 32),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "layers_per_block": 2,
 }
 UNCONDITIONAL = {
-    "block_out_channels": (16, 32, 32),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "mid_block_type": "UNetMidBlock2D",
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -99,16 +101,22 @@ SDXL_EMBEDDING = {
     "projection_class_embeddings_input_dim": 20 + 6 * 8,
 }
 UNETS: dict[str, dict[str, Any]] = {
-    "sd-1": {},
-    "sd-2": {"use_linear_projection": True, "attention_head_dim": (2, 4, 8, 8), "upcast_attention": True},
+    "sd-1": FOUR_LEVELS,
+    "sd-2": {
+        **FOUR_LEVELS,
+        "use_linear_projection": True,
+        "attention_head_dim": (2, 4, 8, 8),
+        "upcast_attention": True,
+    },
     "sdxl": {
         **SDXL_EMBEDDING,
-        **THREE_LEVELS,
+        "layers_per_block": 2,
         "transformer_layers_per_block": (1, 2, 3),
         "attention_head_dim": (2, 4, 8),
         "use_linear_projection": True,
     },
     "sdxl-refiner": {
+        **FOUR_LEVELS,
         **SDXL_EMBEDDING,
         "projection_class_embeddings_input_dim": 20 + 5 * 8,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -117,6 +125,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
     },
     "sd-x4-upscaler": {
+        **FOUR_LEVELS,
         "in_channels": 7,
         "num_class_embeds": 1000,
         "only_cross_attention": (True, True, True, False),
@@ -127,18 +136,15 @@ UNETS: dict[str, dict[str, Any]] = {
     "only-cross-attention": {"only_cross_attention": True},
     "inpainting": {"in_channels": 9},
     "lcm": {"time_cond_proj_dim": 12},
-    "bk-sdm-base": {"layers_per_block": 1},
-    "bk-sdm-small": {"layers_per_block": 1, "mid_block_type": None},
+    "bk-sdm-base": {**FOUR_LEVELS, "layers_per_block": 1},
+    "bk-sdm-small": {**FOUR_LEVELS, "layers_per_block": 1, "mid_block_type": None},
     "bk-sdm-tiny": {
-        "layers_per_block": 1,
         "mid_block_type": None,
-        "block_out_channels": (16, 32, 32),
         "down_block_types": ("CrossAttnDownBlock2D",) * 3,
         "up_block_types": ("CrossAttnUpBlock2D",) * 3,
     },
-    "layers-per-block": {**THREE_LEVELS, "layers_per_block": (1, 2, 3), "attention_head_dim": (2, 4, 8)},
-    "emoji": {**THREE_LEVELS, "layers_per_block": 1, "cross_attention_dim": 16},
-    "unconditional": UNCONDITIONAL,
+    "layers-per-block": {"layers_per_block": (1, 2, 3), "attention_head_dim": (2, 4, 8)},
+    "unconditional": {**UNCONDITIONAL, "layers_per_block": 2},
     "unconditional-head-dims": {**UNCONDITIONAL, "attention_head_dim": (4, 8, 16)},
     "unconditional-scale-shift": {**UNCONDITIONAL, "resnet_time_scale_shift": "scale_shift"},
     "class-conditional": {**UNCONDITIONAL, "num_class_embeds": 10},
@@ -621,7 +627,7 @@ def test_stable_diffusion_pipeline_opens_and_runs(tiny_checkpoint: Path) -> None
     pictures = pipeline(["a red circle", "a cat"], num_inference_steps=2, generator=generator, output_type="np").images
     assert pictures.shape == (2, 16, 16, 3)
     model = LatentDiffusion.open(tiny_checkpoint)
-    assert max(unet_errors(model.load("unet"), pipeline.unet, {**UNET, "cross_attention_dim": 32})) < TOLERANCE
+    assert max(unet_errors(model.load("unet"), pipeline.unet, {"cross_attention_dim": 32})) < TOLERANCE
     assert max(vae_errors(model.load("vae"), pipeline.vae)) < TOLERANCE
     ids = pipeline.tokenizer(["a red circle"], padding="max_length", return_tensors="pt").input_ids
     assert ids.shape == (1, 16)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ def test_pictures_are_cropped_to_a_square_the_right_way_up(tmp_path: Path) -> No
     image = Image.new("RGB", (32, 16), "red")
     image.paste("blue", (8, 0, 24, 16))
     image.save(tmp_path / "wide.png")
-    assert load_picture(tmp_path / "wide.png", 8)[0].max() == -1.0  # the middle only
+    red = load_picture(tmp_path / "wide.png", 8)[0]
+    assert red[:, 1:-1].max() < -0.95  # the blue middle; the filter mixes a little into its edges
     turned = Image.new("RGB", (16, 16), "white")
     turned.paste("black", (0, 0, 16, 8))
     exif = Image.Exif()
@@ -296,20 +298,12 @@ def test_tokenizer_is_transformers(tmp_path: Path, vocab_size: int) -> None:
 
 def test_tokenizer_is_the_same_in_every_process() -> None:
     """A resumed run learns its tokenizer anew: equally frequent pairs must not follow a hash table's order."""
-    code = (
-        "from ldm_reference.tokenizer import train_tokenizer as t;"
-        f"print(t({[*CAPTIONS, *COLOURS]!r}, 560).to_str())"
-    )
+    code = f"from ldm_reference.tokenizer import train_tokenizer as t;print(t({[*CAPTIONS, *COLOURS]!r}, 560).to_str())"
     folder = str(Path(ldm_reference.fit.__file__).parents[1])
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"],
-            check=True,
-            capture_output=True,
-        ).stdout
-        for _ in range(3)
-    }
-    assert outputs == {(train_tokenizer([*CAPTIONS, *COLOURS], 560).to_str() + "\n").encode()}
+    code = f"import sys; sys.path.insert(0, {folder!r}); {code}"
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+    assert other.decode() == train_tokenizer([*CAPTIONS, *COLOURS], 560).to_str() + "\n"
+    assert train_tokenizer([*CAPTIONS, *COLOURS][::-1], 560).to_str() + "\n" == other.decode()
 
 
 def test_tokenizer_of_too_few_symbols() -> None:
@@ -354,7 +348,7 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
     assert rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(2.0 * 0.55)
     assert rates[100] == pytest.approx(0.2)
-    assert all(after < before for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(rates[10:]))
     short = Optimisation(steps=5, batch_size=1, learning_rate=1.0, warmup_steps=10)
     assert [short.learning_rate_at(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
@@ -383,27 +377,30 @@ class Point(nn.Module):
         self.at = nn.Parameter(torch.tensor([1.0, -2.0]))
 
 
-def fit_point(folder: Path, settings: Optimisation, loss_at: Callable[[Point, int], Tensor], recipe: str = "r") -> Point:
+def fit_point(
+    folder: Path, settings: Optimisation, loss_at: Callable[[Point, int], Tensor], recipe: str = "r"
+) -> Point:
     point = Point()
-    fit("point", {"point": point}, lambda step: loss_at(point, step), settings, folder / "s.safetensors", recipe, Losses())
+    state_file = folder / "s.safetensors"
+    fit("point", {"point": point}, lambda step: loss_at(point, step), settings, state_file, recipe, Losses())
     return point
 
 
 def test_average_of_the_weights_is_what_is_left(tmp_path: Path) -> None:
     """AdamW, clipping and the average, held against the formulas written out in numbers."""
-    settings = Optimisation(steps=20, batch_size=1, learning_rate=0.1, warmup_steps=1, ema_decay=0.5, weight_decay=0.1)
+    settings = Optimisation(steps=60, batch_size=1, learning_rate=0.1, warmup_steps=1, ema_decay=0.8, weight_decay=0.1)
     pull = torch.tensor([3.0, 4.0])
     point = fit_point(tmp_path, settings, lambda point, step: (point.at * pull).sum() * (1 + step % 3))
     weight = Point().at.detach().clone()
     average, first, second = weight.clone(), torch.zeros(2), torch.zeros(2)
-    for step in range(20):
+    for step in range(60):
         gradient = pull / 5.0 * settings.max_grad_norm  # its norm, 5 to 15, is clipped to 1
         rate = settings.learning_rate_at(step)
         first = 0.9 * first + 0.1 * gradient
         second = 0.99 * second + 0.01 * gradient**2
         weight = weight * (1 - rate * 0.1)
         weight -= rate * (first / (1 - 0.9 ** (step + 1))) / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8)
-        decay = min(0.5, (1 + step) / (10 + step))
+        decay = min(0.8, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(point.at.detach(), average, rtol=1e-4, atol=1e-5)
     state = safetensors.torch.load_file(tmp_path / "s.safetensors")
@@ -423,7 +420,7 @@ def test_a_loss_that_is_no_number_stops(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(ldm_reference.fit, "SAVE_EVERY", 4)
     settings = Optimisation(steps=20, batch_size=1, learning_rate=0.1)
     with pytest.raises(ConfigError, match=rf"loss of stage 'point' is {bad} at step 6; lower learning_rate") as caught:
-        fit_point(tmp_path, settings, lambda point, step: point.at.sum() * (bad if step == 6 else 1.0))
+        fit_point(tmp_path, settings, lambda point, step: point.at.square().sum() * (bad if step == 6 else 1.0))
     assert "\n" not in str(caught.value)
     state = safetensors.torch.load_file(tmp_path / "s.safetensors")  # of step 4, which was good
     assert all(tensor.isfinite().all() for tensor in state.values())
@@ -551,7 +548,7 @@ def test_a_batch_larger_than_the_captions_is_refused_before_any_step(
 
 
 @pytest.fixture
-def seen_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+def seen_ids(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The token ids of every batch that the text encoder is given."""
     seen: list[Tensor] = []
     forward = ldm_reference.train.CLIPTextModel.forward
@@ -561,35 +558,38 @@ def seen_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
         return forward(self, input_ids)
 
     monkeypatch.setattr(ldm_reference.train.CLIPTextModel, "forward", record)
-    yield seen
+    return seen
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_caption_dropout_drops_its_share(
     tmp_path: Path, pictures: Path, config: TrainConfig, seen_ids: list[Tensor], share: float
 ) -> None:
-    stage = dataclasses.replace(config.unet_stage, steps=60, batch_size=10)
+    stage = dataclasses.replace(config.unet_stage, steps=30, batch_size=12)
     config = dataclasses.replace(config, caption_dropout=share, unet_stage=stage)
     train(config, pictures, tmp_path / "out", resume=False, progress=Losses())
     rows = torch.cat(seen_ids)
-    assert len(rows) == 600
+    assert len(rows) == 360
     start, end = int(rows[0, 0]), int(rows.max())
     empty = (rows == torch.tensor([start] + [end] * 7)).all(dim=1)
-    assert empty.float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 600))
+    assert empty.float().mean().item() == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 360))
 
 
 def test_both_losses_go_down(tmp_path: Path, pictures: Path, config: TrainConfig) -> None:
-    """To less than half of the first steps' mean, which a sign error or a frozen part would not reach."""
+    """The denoiser's to well below 1, the variance of the noise, which is what predicting nothing costs."""
     stages = {
-        "vae_stage": dataclasses.replace(config.vae_stage, steps=150, batch_size=6, learning_rate=4e-3),
-        "unet_stage": dataclasses.replace(config.unet_stage, steps=250, batch_size=12, learning_rate=4e-3),
+        "vae_stage": dataclasses.replace(config.vae_stage, steps=60, batch_size=6, learning_rate=4e-3),
+        "unet_stage": dataclasses.replace(config.unet_stage, steps=120, batch_size=12, learning_rate=4e-3),
     }
-    config = dataclasses.replace(config, unet={**config.unet, "dropout": 0.0}, **stages)
+    scheduler = {**config.scheduler, "prediction_type": "epsilon"}
+    config = dataclasses.replace(config, unet={**config.unet, "dropout": 0.0}, scheduler=scheduler, **stages)
     losses = Losses()
     train(config, pictures, tmp_path / "out", resume=False, progress=losses)
-    for stage in ("autoencoder", "denoiser"):
-        values = [loss for (name, _), loss in losses.of.items() if name == stage]
-        assert sum(values[-20:]) < 0.5 * sum(values[:20]), stage
+    autoencoder, denoiser = (
+        [loss for (name, _), loss in losses.of.items() if name == stage] for stage in ("autoencoder", "denoiser")
+    )
+    assert sum(autoencoder[-20:]) < 0.5 * sum(autoencoder[:20])
+    assert sum(denoiser[-20:]) / 20 < 0.7
 
 
 # --- configs --------------------------------------------------------------------------------------------------------
@@ -612,7 +612,7 @@ def test_both_losses_go_down(tmp_path: Path, pictures: Path, config: TrainConfig
         ('"v_prediction"', '"velocity"', "prediction_type = 'velocity' is not supported"),
         ("cross_attention_dim = 16", "cross_attention_dim = 24", "unet cross_attention_dim = 24 must be 16 here"),
         ("dropout = 0.1", "in_channels = 3", "unet in_channels = 3 must be 4 here"),
-        ("dropout = 0.1", "num_class_embeds = 3", "the unet must be conditioned on text and nothing else"),
+        ("dropout = 0.1", "num_class_embeds = 3", "the unet must be conditioned on text"),
         ("num_hidden_layers = 1", "num_hidden_layers = 0", "num_hidden_layers = 0 must hold integers of at least 1"),
     ],
 )

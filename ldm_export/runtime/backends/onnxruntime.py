@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ class OnnxRuntimeBackend:
     ----------
     requested : ``cpu``; ``cuda``, which fails if CUDA cannot be used; or ``auto``, CUDA if the installed ONNX Runtime
         has it and else the CPU
-    threads : for one operator; by default as many as there are physical cores
+    threads : for one operator; by default one a physical core that this process may use
 
     Attributes
     ----------
@@ -42,8 +43,7 @@ class OnnxRuntimeBackend:
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        if threads is not None:
-            self._options.intra_op_num_threads = threads
+        self._options.intra_op_num_threads = threads or _allowed_threads()
         available = onnxruntime.get_available_providers()
         if requested == "cuda" and CUDA not in available:
             raise BackendError(
@@ -79,6 +79,12 @@ class OnnxRuntimeBackend:
             self.name = self.name.replace("cuda", "cpu")
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
         return OnnxRuntimeGraph(session, spec)
+
+
+def _allowed_threads() -> int:
+    """The CPUs that this process is confined to (taskset, containers); 0, ONNX Runtime's own choice, if it is not."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 class OnnxRuntimeGraph:

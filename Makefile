@@ -1,0 +1,37 @@
+# `make demo` and `make test` do everything on a fresh clone and share one environment, .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-slow check emoji-data train-emoji64 clean
+
+# torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/ldm-export demo -o demo
+
+test: check
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+emoji-data: $(READY)
+	$(BIN)/python -m ldm_reference.emoji build/emoji
+
+train-emoji64: emoji-data
+	$(BIN)/ldm-export train --data build/emoji/train -o build/emoji64 $(if $(wildcard build/emoji64/training),--resume)
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

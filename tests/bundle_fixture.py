@@ -1,0 +1,139 @@
+"""Checkpoints of other kinds than Stable Diffusion, and a cache that traces each of their networks once a session."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from ldm_reference.layout import save_checkpoint
+from ldm_reference.unet import UNet2DConditionModel
+from torch import Tensor
+
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.contract import GraphSpec
+from ldm_export.export import onnx
+from ldm_export.export.onnx import GraphModule
+
+CLASSES = 5
+SMALL_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+TEXT_UNET: dict[str, Any] = {
+    **SMALL_UNET,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 2,
+}
+
+
+class GraphCache:
+    """Stands in for ``export_graph``: tracing takes seconds, and equal networks give equal bytes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def export_graph(self, module: GraphModule, graph: GraphSpec, example: tuple[Tensor, ...], folder: Path) -> Path:
+        digest = hashlib.sha256(repr((graph, module.network.config, onnx.EXTERNAL_DATA_ABOVE_BYTES)).encode())
+        for tensor in module.network.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        traced = self.folder / digest.hexdigest()
+        if not traced.is_dir():
+            onnx.export_graph(module, graph, example, traced)
+        shutil.copytree(traced, folder)
+        return folder / "model.onnx"
+
+
+def perturb(module: torch.nn.Module) -> torch.nn.Module:
+    """Move every weight off its initial value, so that a norm's scale or a bias that is ignored shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def _without_text(folder: Path, tiny: Path, prediction_type: str = "epsilon", **unet: Any) -> None:
+    torch.manual_seed(0)
+    checkpoint = LatentDiffusion.open(tiny)
+    save_checkpoint(
+        folder,
+        vae=checkpoint.load("vae"),
+        unet=perturb(UNet2DConditionModel.from_config({**SMALL_UNET, **unet})),
+        text_encoder=None,
+        tokenizer=None,
+        scheduler={**checkpoint.scheduler, "prediction_type": prediction_type},
+        dtype=torch.float32,
+    )
+
+
+def unconditional(folder: Path, tiny: Path) -> None:
+    """No text, no class; predicts v."""
+    _without_text(folder, tiny, "v_prediction")
+
+
+def class_conditional(folder: Path, tiny: Path) -> None:
+    _without_text(folder, tiny, num_class_embeds=CLASSES)
+
+
+def inpainting(folder: Path, tiny: Path) -> None:
+    """Nine input channels: latents, mask, latents of the masked picture."""
+    _without_text(folder, tiny, in_channels=9)
+
+
+def latent_consistency(folder: Path, tiny: Path) -> None:
+    """A guidance-distilled text model: the scale goes into the UNet as ``timestep_cond``."""
+    torch.manual_seed(0)
+    unet = perturb(diffusers.UNet2DConditionModel(**TEXT_UNET, cross_attention_dim=32, time_cond_proj_dim=10))
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    scheduler = diffusers.LCMScheduler.from_config(base.scheduler.config)
+    kept = {name: base.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+    off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    diffusers.LatentConsistencyModelPipeline(unet=unet, scheduler=scheduler, **kept, **off).save_pretrained(folder)
+
+
+def stable_diffusion_xl(folder: Path, tiny: Path) -> None:
+    """Two text encoders, the second with a projection; pooled text and picture sizes go into the UNet."""
+    torch.manual_seed(0)
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    second = transformers.CLIPTextConfig.from_dict({**base.text_encoder.config.to_dict(), "projection_dim": 24})
+    unet = diffusers.UNet2DConditionModel(
+        **TEXT_UNET,
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )
+    diffusers.StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=perturb(transformers.CLIPTextModelWithProjection(second)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=perturb(unet),
+        scheduler=diffusers.EulerDiscreteScheduler.from_config(base.scheduler.config),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
+KINDS: dict[str, Callable[[Path, Path], None]] = {
+    "unconditional": unconditional,
+    "class-conditional": class_conditional,
+    "inpainting": inpainting,
+    "lcm": latent_consistency,
+    "sdxl": stable_diffusion_xl,
+}
+"""How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""

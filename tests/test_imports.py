@@ -1,0 +1,129 @@
+"""The import rules of the packages, read from the syntax of every module, and what a light import loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ldm_export.errors
+import ldm_export.runtime
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {"ldm_export": ROOT / "ldm_export", "ldm_reference": ROOT / "reference" / "ldm_reference"}
+
+BASE = {"errors", "contract", "plan"}
+BUNDLE = BASE | {"onnx_wire", "manifest", "bundle"}
+MAY_IMPORT = {
+    "errors": set(),
+    "contract": {"errors"},
+    "plan": {"errors"},
+    "onnx_wire": BASE,
+    "manifest": BASE,
+    "bundle": BUNDLE,
+    "checkpoint": BASE,
+    "runtime": BUNDLE,
+    "passes": BUNDLE | {"checkpoint"},
+    "graph": BUNDLE,
+    "export": BUNDLE | {"checkpoint", "passes", "graph"},
+    "bench": BUNDLE | {"checkpoint", "runtime", "export", "passes", "graph"},
+    "cli": BUNDLE | {"checkpoint", "runtime", "export", "passes", "graph", "bench"},
+}
+"""What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
+
+LIGHT = {"numpy", "tokenizers", *sys.stdlib_module_names}
+"""What the parts that an application loads may import at their top."""
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package, by its dotted name, with its file."""
+    files = sorted(SOURCES[package].rglob("*.py"))
+    names = [file.relative_to(SOURCES[package].parent).with_suffix("").parts for file in files]
+    return {".".join(part for part in parts if part != "__init__"): file for parts, file in zip(names, files, strict=True)}
+
+
+def imports(file: Path, *, top: bool = False) -> set[str]:
+    """The modules that a file imports; with ``top``, without those that it imports inside functions."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if top and id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(file: Path, *, top: bool = False) -> set[str]:
+    return {name.partition(".")[0] for name in imports(file, top=top)}
+
+
+def part_of(module: str) -> str:
+    """``runtime`` of ``ldm_export.runtime.pipeline``."""
+    return [*module.split("."), ""][1]
+
+
+def parts_of(file: Path) -> set[str]:
+    """The parts of ``ldm_export`` that a file imports."""
+    return {part_of(name) for name in imports(file) if name.startswith("ldm_export.")} - {"__version__"}
+
+
+TOOLCHAIN, REFERENCE = modules("ldm_export"), modules("ldm_reference")
+
+
+@pytest.mark.parametrize("module", [module for module in TOOLCHAIN if module != "ldm_export"])
+def test_a_module_imports_only_what_its_part_may(module: str) -> None:
+    part = part_of(module)
+    assert parts_of(TOOLCHAIN[module]) <= MAY_IMPORT[part] | {part}
+
+
+def test_only_the_checkpoint_knows_the_reference_networks() -> None:
+    knows = [module for module, file in TOOLCHAIN.items() if "ldm_reference" in packages(file)]
+    assert knows == ["ldm_export.checkpoint"]
+
+
+def test_the_reference_networks_know_nothing_of_the_toolchain() -> None:
+    loaded = set.union(*map(packages, REFERENCE.values()))
+    assert "torch" in loaded
+    assert not loaded & {"ldm_export", "diffusers", "transformers"}
+
+
+def test_diffusers_and_transformers_are_judges_only() -> None:
+    assert not set.union(*map(packages, TOOLCHAIN.values())) & {"diffusers", "transformers", "optimum"}
+
+
+@pytest.mark.parametrize("module", [module for module in TOOLCHAIN if part_of(module) in BUNDLE | {"runtime", ""}])
+def test_what_an_application_loads_is_light(module: str) -> None:
+    assert packages(TOOLCHAIN[module], top=True) <= LIGHT | {"ldm_export"}
+
+
+@pytest.mark.parametrize("module", ["ldm_export", "ldm_export.runtime", "ldm_export.plan", "ldm_export.bundle"])
+def test_a_light_import_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    heavy = {"torch", "onnx", "onnxruntime", "onnxscript", "PIL", "click", "rich", "safetensors", "ldm_reference"}
+    assert not set(done.stdout.split()) & heavy
+
+
+def test_the_public_names_of_the_runtime() -> None:
+    names = ["Generation", "Generator", "Pipeline", "Step", "Tokenizer"]
+    assert ldm_export.runtime.__all__ == names
+    assert all(hasattr(ldm_export.runtime, name) for name in names)
+
+
+def test_the_error_tree_is_the_drawn_one() -> None:
+    assert ldm_export.errors.__doc__ is not None
+    drawn = {line.split()[1] for line in ldm_export.errors.__doc__.splitlines() if line.strip().startswith(("├", "└"))}
+    assert drawn == {error.__name__ for error in ldm_export.errors.LdmExportError.__subclasses__()}
