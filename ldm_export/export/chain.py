@@ -51,6 +51,14 @@ def export_bundle(
     weights_bytes = sum(file.stat().st_size for name in configs for file in checkpoint.weight_files(name))
     parity: list[Parity] = []
     with create_bundle(output, force=force, needed_bytes=weights_bytes) as writer:
+        progress("plans and tokenizer")
+        _write_plans(checkpoint.scheduler, writer.path / "plans")
+        _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
+        _write_json(writer.path / "model_index.json", checkpoint.index)
+        for name in configs:
+            if name.startswith("text_encoder"):
+                folder = name.replace("text_encoder", "tokenizer")
+                _copy_tokenizer(checkpoint.path / folder, writer.path / folder)
         for graph in graphs:
             config = configs[_component(graph)]
             progress(f"{graph.name}: running in PyTorch")
@@ -66,14 +74,7 @@ def export_bundle(
             check_parity(records)
             parity += records
             _write_json(writer.path / graph.name / "config.json", _without_projection(config))
-        progress("plans and manifest")
-        _write_plans(checkpoint.scheduler, writer.path / "plans")
-        _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
-        _write_json(writer.path / "model_index.json", checkpoint.index)
-        for name in configs:
-            if name.startswith("text_encoder"):
-                folder = name.replace("text_encoder", "tokenizer")
-                _copy_tokenizer(checkpoint.path / folder, writer.path / folder)
+        progress("hashes")
         return writer.seal(
             model=_model_facts(checkpoint, pixels_per_latent),
             graphs={graph.name: graph for graph in graphs},

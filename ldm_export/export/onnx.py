@@ -131,6 +131,8 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
         onnx_ir.save(model, path, external_data="model.onnx_data")
     else:
         onnx_ir.save(model, path)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewrite rules keep the last graph that they saw: let its weights go
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
@@ -142,7 +144,8 @@ def _cleaned(model: onnx_ir.Model, graph: GraphSpec) -> onnx_ir.Model:
     """Strip what depends on the machine and give free dimensions the contract's names."""
     model.metadata_props.clear()
     model.doc_string = None
-    for part in (model.graph, *model.functions.values()):
+    parts: list[onnx_ir.Graph | onnx_ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
         part.metadata_props.clear()
         part.doc_string = None
         for node in part.all_nodes():

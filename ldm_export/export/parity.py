@@ -83,7 +83,7 @@ def compare_outputs(
     parities = []
     for index, tensor in enumerate(graph.outputs):
         errors = [
-            float(np.abs(result[index] - reference[index].numpy()).max() / reference[index].abs().max().item())
+            float(np.abs(result[index] - reference[index].numpy()).max()) / (reference[index].abs().max().item() or 1.0)
             if result[index].shape == tuple(reference[index].shape)
             else float("inf")
             for reference, result in zip(references, results, strict=True)

@@ -386,14 +386,17 @@ def fit_point(
     return point
 
 
-def test_average_of_the_weights_is_what_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [5, 60])
+def test_average_of_the_weights_is_what_is_left(tmp_path: Path, steps: int) -> None:
     """AdamW, clipping and the average, held against the formulas written out in numbers."""
-    settings = Optimisation(steps=60, batch_size=1, learning_rate=0.1, warmup_steps=1, ema_decay=0.8, weight_decay=0.1)
+    settings = Optimisation(
+        steps=steps, batch_size=1, learning_rate=0.1, warmup_steps=1, ema_decay=0.8, weight_decay=0.1
+    )
     pull = torch.tensor([3.0, 4.0])
     point = fit_point(tmp_path, settings, lambda point, step: (point.at * pull).sum() * (1 + step % 3))
     weight = Point().at.detach().clone()
     average, first, second = weight.clone(), torch.zeros(2), torch.zeros(2)
-    for step in range(60):
+    for step in range(steps):
         gradient = pull / 5.0 * settings.max_grad_norm  # its norm, 5 to 15, is clipped to 1
         rate = settings.learning_rate_at(step)
         first = 0.9 * first + 0.1 * gradient

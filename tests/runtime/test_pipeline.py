@@ -18,7 +18,7 @@ from PIL import Image
 from ldm_export.bench.parity import psnr_db
 from ldm_export.errors import BackendError, CancelledError, InputError
 from ldm_export.plan import SAMPLERS, compile_plan
-from ldm_export.runtime import Generation, Generator, Pipeline
+from ldm_export.runtime import Generation, Pipeline
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeGraph
 from tests.bundle_fixture import CLASSES
 from tests.scheduler_configs import diffusers_scheduler, relative_error
@@ -65,11 +65,14 @@ def opened(pipeline_class: type, checkpoint: Path) -> Any:
 
 
 def judged(pipe: Any, sampler: str, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> torch.Tensor:
-    """The final latents of a diffusers pipeline, its scheduler replaced, from our options."""
-    pipe.scheduler = diffusers_scheduler({**pipe.scheduler.config, "skip_prk_steps": True}, sampler)
+    """The final latents of a diffusers pipeline, for once with another scheduler, from our options."""
+    scheduler = diffusers_scheduler({**pipe.scheduler.config, "skip_prk_steps": True}, sampler)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     keywords = {KEYWORDS.get(name, name): value for name, value in options.items()}
-    return pipe(list(prompts), generator=generators, output_type="latent", **keywords).images
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe, "scheduler", scheduler)
+        patch.setattr(pipe, "check_inputs", lambda *_, **__: None)  # it wants multiples of 8, whatever the autoencoder
+        return pipe(list(prompts), generator=generators, output_type="latent", **keywords).images
 
 
 @torch.no_grad()
@@ -391,7 +394,7 @@ def test_models_of_other_kinds_say_what_they_take(
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", " \t\n", "🦊👩‍👩‍👧‍👧", "\ud83e", "\x00\x07\x1b[31m", "\u202eمرحبا", "a\u0301\u0327" * 3, "\ufeff\ufffe", "<|endoftext|>"],
+    ["", " \t\n", "🦊👩‍👧", "\ud83e", "\x00\x07\x1b[31m", "\u202eمرحبا", "a\u0301\u0327" * 3, "\ufeff\ufffe", "<|endoftext|>"],
     ids=ascii,
 )
 def test_any_unicode_is_a_prompt(pipeline: Pipeline, prompt: str) -> None:
@@ -412,10 +415,3 @@ def test_a_plan_that_is_no_plan(tiny_bundle: Path, tmp_path: Path) -> None:
     pipeline.bundle = pipeline.bundle.add_file("plans/ddim-20.json", b"[]")
     with pytest.raises(InputError, match="plan"):
         pipeline.steps(PROMPTS)
-
-
-def test_noise_is_that_of_the_seed(pipeline: Pipeline, pictures: np.ndarray[Any, Any]) -> None:
-    step = next(iter(pipeline.steps(PROMPTS[0], steps=STEPS, sampler="euler", seed=5, guidance=1.0)))
-    rows = compile_plan(scheduler_config(pipeline), "euler", STEPS)
-    start = Generator(5).randn((1, 4, 8, 8)) * np.float32(rows.init_scale)
-    assert 0 < relative_error(step.latents, start) < 0.5

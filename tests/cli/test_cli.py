@@ -1,0 +1,457 @@
+"""The command line: what each command prints and writes, its exit codes, and errors of one line without a traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from ldm_export import __version__
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.cli import doctor, main
+from ldm_export.cli.main import COMMANDS
+from ldm_export.export import chain
+from ldm_export.plan import SAMPLERS
+from ldm_export.runtime import Pipeline
+
+Run = Callable[..., Result]
+
+TRAINING = """
+seed = 3
+resolution = 16
+kl_weight = 1e-4
+caption_dropout = 0.1
+[vae_stage]
+steps = 2
+batch_size = 2
+learning_rate = 1e-3
+[unet_stage]
+steps = 2
+batch_size = 2
+learning_rate = 1e-3
+[vae]
+sample_size = 16
+block_out_channels = [8, 16]
+down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D"]
+up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D"]
+norm_num_groups = 4
+[tokenizer]
+vocab_size = 540
+model_max_length = 8
+[text_encoder]
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+[unet]
+sample_size = 8
+block_out_channels = [8, 16]
+down_block_types = ["DownBlock2D", "CrossAttnDownBlock2D"]
+up_block_types = ["CrossAttnUpBlock2D", "UpBlock2D"]
+layers_per_block = 1
+norm_num_groups = 4
+cross_attention_dim = 16
+attention_head_dim = 2
+[scheduler]
+_class_name = "DDIMScheduler"
+prediction_type = "epsilon"
+clip_sample = false
+"""
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run `ldm-export` in this process; exceptions other than exits are the test's failure."""
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def assert_refused(done: Result, message: str, exit_code: int = 2) -> None:
+    """One line on stderr that begins with ``error:``, nothing on stdout."""
+    assert done.exit_code == exit_code, done.output
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_group_lists_every_command(run: Run) -> None:
+    done = run("--help")
+    assert done.exit_code == 0
+    assert all(re.search(rf"^  {command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Run, command: str) -> None:
+    done = run(command, "-h")
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"Usage: main {command} [OPTIONS]")
+
+
+def test_the_version(run: Run) -> None:
+    assert run("--version").stdout == f"ldm-export, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["draw"], ["generate"], ["export", "x"], ["generate", "b", "-o", "p.png", "--steps", "many"]]
+)
+def test_wrong_usage_exits_with_2(run: Run, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert "Usage: " in done.stderr
+
+
+# --- every command on good input ------------------------------------------------------------------------------------
+
+
+def test_export(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    done = run("export", tiny_checkpoint, "-o", tmp_path / "new")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^unet +out_sample +differs from PyTorch by \S+ \(allowed 1e-04\)$", done.stdout, re.MULTILINE)
+    again = run("export", tiny_checkpoint, "-o", tmp_path / "new", "--force", "--json")
+    document = json.loads(again.stdout)
+    assert document["bundle"] == str(tmp_path / "new")
+    assert {record["graph"] for record in document["parity"]} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+
+
+def test_generate(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    options = ["--steps", "10", "--sampler", "euler", "--seed", "5", "--negative", "blue", "--size", "16x24"]
+    files = ["-o", tmp_path / "out" / "p.png", "--latents", tmp_path / "latents.npy"]
+    done = run("generate", tiny_bundle, "red", "green", "blue", *files, *options, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["seeds"] == [5, 6, 7]
+    assert document["requested_backend"] == "auto"
+    assert document["backend"].endswith("cpu")
+    assert len(document["timings"]["unet_ms"]) == 10
+    expected = Pipeline.open(tiny_bundle).generate(
+        ["red", "green", "blue"], sampler="euler", steps=10, seed=5, negative_prompt="blue", height=16, width=24
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "latents.npy"), expected.latents)
+    sheet = np.asarray(Image.open(tmp_path / "out" / "p.png"))
+    assert sheet.shape == (32, 48, 3)  # two columns, two rows, the last place white
+    np.testing.assert_array_equal(sheet[:16, 24:], expected.images[1])
+    np.testing.assert_array_equal(sheet[16:, :24], expected.images[2])
+    assert (sheet[16:, 24:] == 255).all()
+
+
+def test_generate_from_an_image(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGBA", (16, 24), (255, 0, 0, 0)).save(tmp_path / "in.png")  # transparent, so white
+    picture = tmp_path / "p.png"
+    done = run("generate", tiny_bundle, "red", "-o", picture, "--steps", 10, "--image", tmp_path / "in.png")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"p\.png: 1 of 16x24 in .* on onnxruntime .* cpu \(asked for: auto\)", done.stdout)
+    white = np.full((24, 16, 3), 255, np.uint8)
+    expected = Pipeline.open(tiny_bundle).generate("red", steps=10, image=white).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(picture)), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "seeds"),
+    [("unconditional", ["--count", "3"], [0, 1, 2]), ("class-conditional", ["--class-label", "4"], [0])],
+)
+def test_generate_without_text(
+    run: Run,
+    kinds: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    kind: str,
+    options: list[str],
+    seeds: list[int],
+) -> None:
+    done = run("generate", kinds(kind)[1], "-o", tmp_path / "p.png", *options, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["seeds"] == seeds
+
+
+def test_verify(run: Run, tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    done = run("verify", tiny_bundle)
+    assert done.exit_code == 0, done.output
+    assert "4 graphs open" in done.stdout
+    document = json.loads(run("verify", tiny_bundle, "--against", tiny_checkpoint, "--json").stdout)
+    assert document["passed"] is True
+    assert len(document["parity"]) == 5
+
+
+def test_inspect(run: Run, tiny_bundle: Path) -> None:
+    done = run("inspect", tiny_bundle)
+    assert done.exit_code == 0, done.output
+    assert all(words in done.stdout for words in ("encoder_hidden_states", "latent_parameters", "ddim-20", "epsilon"))
+    assert json.loads(run("inspect", tiny_bundle, "--json").stdout) == json.loads(
+        (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
+    )
+
+
+def test_plan(run: Run, bundle: Path, tmp_path: Path) -> None:
+    done = run("plan", bundle, "--sampler", "lcm", "--steps", 4, "--json")
+    assert json.loads(done.stdout) == {"plan": "plans/lcm-4.json", "rows": 4}
+    assert run("verify", bundle).exit_code == 0
+    done = run("generate", bundle, "red", "-o", tmp_path / "p.png", "--sampler", "lcm", "--steps", 4)
+    assert done.exit_code == 0, done.output
+
+
+def test_doctor(run: Run) -> None:
+    done = run("doctor", "--json")
+    document = json.loads(done.stdout)
+    assert done.exit_code == (1 if document["problems"] else 0)
+    assert document["ldm_export"] == __version__
+    assert run("doctor").stdout.startswith(f"ldm_export {__version__}, Python ")
+
+
+@pytest.mark.parametrize(
+    ("installed", "problem"),
+    [
+        ({"onnxruntime", "onnxruntime-gpu"}, "are both installed"),
+        (set(), "No ONNX Runtime is installed"),
+        ({"onnxruntime-gpu"}, "without a CUDA provider"),
+    ],
+)
+def test_doctor_finds_what_is_wrong(
+    run: Run, monkeypatch: pytest.MonkeyPatch, installed: set[str], problem: str
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: "1.0" if package in installed else None)
+    monkeypatch.setattr(doctor, "_providers", lambda: ["CPUExecutionProvider"])
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert re.search(f"^problem: .*{problem}", done.stdout, re.MULTILINE)
+
+
+# --- wrong input: exit code 2 and one sentence ----------------------------------------------------------------------
+
+
+def pickle_file(folder: Path) -> Path:
+    (folder / "model.ckpt").write_bytes(b"\x80\x04")
+    return folder / "model.ckpt"
+
+
+def empty_folder(folder: Path) -> Path:
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        (lambda folder: folder / "absent", "There is no checkpoint"),
+        (pickle_file, "is a pickle, which can run code when it is opened"),
+        (empty_folder, r"has no model_index\.json"),
+    ],
+)
+def test_export_of_what_is_no_checkpoint(
+    run: Run, tmp_path: Path, checkpoint: Callable[[Path], Path], message: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    assert_refused(run("export", checkpoint(source), "-o", tmp_path / "new"), message)
+    assert not (tmp_path / "new").exists()
+
+
+def test_export_does_not_overwrite(run: Run, tiny_checkpoint: Path, bundle: Path) -> None:
+    assert_refused(run("export", tiny_checkpoint, "-o", bundle), "exists; use --force")
+
+
+def test_export_overwrites_nothing_but_a_bundle(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert_refused(run("export", tiny_checkpoint, "-o", tmp_path, "--force"), "is not a bundle")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sampler", "magic"], "no plan for 'magic'"),
+        (["--steps", "7"], "ldm-export plan .* --sampler ddim --steps 7"),
+        (["--size", "big"], "--size big is not a size; it is HEIGHTxWIDTH"),
+        (["--size", "17x16"], "17x16 does not fit"),
+        (["--size", "0x16"], "0x16 does not fit"),
+        (["--guidance", "nan"], "guidance is nan"),
+        (["--class-label", "1"], "1 class labels were given"),
+        (["--seed", str(2**64)], "seed"),
+        (["--image", "absent.png"], "absent.png does not exist"),
+        (["--image", __file__], "cannot be read as a picture"),
+        (["--backend", "cuda"], "cuda was asked for"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_generate_with_wrong_options(
+    run: Run, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert_refused(run("generate", tiny_bundle, "red", "-o", tmp_path / "p.png", *options), message)
+    assert not (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize("command", [["generate", "red", "-o", "p.png"], ["verify"], ["inspect"]])
+def test_what_is_no_bundle(run: Run, tmp_path: Path, command: list[str]) -> None:
+    assert_refused(run(command[0], tmp_path, *command[1:]), r"manifest\.json is missing, so it is no bundle")
+
+
+@pytest.mark.parametrize("option", ["-o", "--latents"])
+@pytest.mark.parametrize("name", ["file/p.png", "p.unknown"])
+def test_an_output_that_cannot_be_written(
+    run: Run, tiny_bundle: Path, tmp_path: Path, option: str, name: str
+) -> None:
+    if (option, name) == ("--latents", "p.unknown"):
+        pytest.skip("any name will do for an array")
+    (tmp_path / "file").write_text("")
+    files = {"-o": tmp_path / "p.png", option: tmp_path / name}
+    arguments = [part for pair in files.items() for part in pair]
+    assert_refused(run("generate", tiny_bundle, "red", "--steps", 10, *arguments), "cannot be written")
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("magic", 10), ("ddim", 0), ("ddim", 1001)])
+def test_a_plan_that_cannot_be_compiled(run: Run, bundle: Path, sampler: str, steps: int) -> None:
+    allowed = ", ".join(SAMPLERS) if sampler == "magic" else "1 to 1000"
+    assert_refused(run("plan", bundle, "--sampler", sampler, "--steps", steps), allowed)
+
+
+def test_verify_names_the_file_that_was_altered(run: Run, bundle: Path) -> None:
+    graph = bundle / "unet" / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[-100] ^= 1
+    graph.write_bytes(content)
+    assert_refused(run("verify", bundle), r"unet/model\.onnx has been altered")
+
+
+def test_verify_against_a_model_of_another_shape(
+    run: Run, tiny_bundle: Path, kinds: Callable[[str], tuple[Path, Path]]
+) -> None:
+    done = run("verify", tiny_bundle, "--against", kinds("class-conditional")[0])
+    assert_refused(done, "unet of .* has other inputs or outputs than the bundle")
+
+
+# --- a check that fails: exit code 1 --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def retrained(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint with other weights in its UNet."""
+    import safetensors.torch
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "retrained"))
+    weights = LatentDiffusion.open(tiny_checkpoint).load("unet").state_dict()
+    changed = {name: tensor * 1.01 for name, tensor in weights.items()}
+    safetensors.torch.save_file(changed, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def test_verify_against_other_weights(run: Run, tiny_bundle: Path, retrained: Path) -> None:
+    done = run("verify", tiny_bundle, "--against", retrained)
+    assert done.exit_code == 1, done.output
+    assert re.search(r"^FAIL unet +out_sample", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok +vae_decoder", done.stdout, re.MULTILINE)
+
+
+def test_an_export_without_parity(run: Run, retrained: Path, tiny_bundle: Path, monkeypatch: Any) -> None:
+    def export_another(module: object, graph: object, example: object, folder: Path) -> Path:
+        shutil.copytree(tiny_bundle / folder.name, folder)
+        return folder / "model.onnx"
+
+    monkeypatch.setattr(chain, "export_graph", export_another)
+    done = run("export", retrained, "-o", retrained.parent / "new")
+    assert_refused(done, "unet output 'out_sample' differs from PyTorch by .* Nothing was sealed", exit_code=1)
+    assert not (retrained.parent / "new").exists()
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_export_leaves_nothing(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain, "export_graph", interrupt)
+    done = run("export", tiny_checkpoint, "-o", tmp_path / "new" / "bundle")
+    assert done.exit_code == 1
+    assert done.stderr.strip() == "Aborted!"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_gets_ctrl_c(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ldm_export.cli.main", "export", tiny_checkpoint, "-o", tmp_path / "new"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(tmp_path.iterdir()):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "Aborted!" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_with_wrong_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ldm_export.cli.main", "verify", tmp_path / "absent"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: Bundle {tmp_path / 'absent'}: there is no such folder. Check the path.\n"
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four captioned pictures."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for colour in ("red", "green", "blue", "black"):
+        Image.new("RGB", (20, 16), colour).save(folder / f"{colour}.png")
+    captions = [{"file_name": f"{colour}.png", "text": f"a {colour} wall"} for colour in ("red", "green", "blue", "black")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(TRAINING)
+    return tmp_path / "config.toml"
+
+
+def test_what_train_makes_can_be_opened_by_export(run: Run, data: Path, config: Path, tmp_path: Path) -> None:
+    done = run("train", "--data", data, "-o", tmp_path / "model", "--config", config)
+    assert done.exit_code == 0, done.output
+    assert "ldm-export export" in done.stdout
+    checkpoint = LatentDiffusion.open(tmp_path / "model")
+    assert [graph.name for graph in chain.graph_specs(checkpoint)][0] == "text_encoder"
+    assert all(checkpoint.load(component) for component in checkpoint.components)
+    assert_refused(run("train", "--data", data, "-o", tmp_path / "model", "--config", config), "is not empty")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data, config: (data / "metadata.jsonl").unlink(), r"has no metadata\.jsonl"),
+        (lambda data, config: (data / "red.png").unlink(), r"'red\.png' is not in"),
+        (lambda data, config: (data / "red.png").write_text("no picture"), "is not a readable picture"),
+        (lambda data, config: config.unlink(), "is not a readable TOML file"),
+        (lambda data, config: config.write_text("seed = "), "is not a readable TOML file"),
+        (lambda data, config: config.write_text(TRAINING.replace("resolution = 16", "resolution = 17")), "resolution"),
+        (lambda data, config: config.write_text(TRAINING.replace("batch_size = 2", "batch_size = 9")), "batch"),
+    ],
+)
+def test_train_on_what_cannot_be_used(
+    run: Run, data: Path, config: Path, tmp_path: Path, damage: Callable[[Path, Path], object], message: str
+) -> None:
+    damage(data, config)
+    assert_refused(run("train", "--data", data, "-o", tmp_path / "model", "--config", config), message)
