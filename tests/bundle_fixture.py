@@ -46,7 +46,7 @@ class GraphCache:
         self.folder = folder
 
     def export_graph(self, module: GraphModule, graph: GraphSpec, example: tuple[Tensor, ...], folder: Path) -> Path:
-        digest = hashlib.sha256(repr((graph, module.network.config, onnx.EXTERNAL_DATA_ABOVE_BYTES)).encode())
+        digest = hashlib.sha256(repr((graph, module.network.config)).encode())
         for tensor in module.network.state_dict().values():
             digest.update(tensor.numpy().tobytes())
         traced = self.folder / digest.hexdigest()

@@ -67,7 +67,11 @@ def test_arrays_that_fit() -> None:
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("sample", np.zeros((2, 4, 8, 6)), r"shape \(2, 4, 8, 6\) and dtype float64.*\(batch, 4, height, width\) float32"),
+        (
+            "sample",
+            np.zeros((2, 4, 8, 6)),
+            r"shape \(2, 4, 8, 6\) and dtype float64.*\(batch, 4, height, width\) float32",
+        ),
         ("sample", np.zeros((2, 3, 8, 6), np.float32), r"'sample' has shape \(2, 3, 8, 6\)"),
         ("sample", np.zeros((2, 4, 8), np.float32), r"'sample' has shape \(2, 4, 8\)"),
         ("timestep", np.zeros(1, np.float32), r"'timestep' has shape \(1,\)"),
@@ -83,5 +87,5 @@ def test_an_array_that_does_not_fit(name: str, array: np.ndarray[Any, Any], mess
 def test_an_input_that_is_missing() -> None:
     arrays = fitting()
     del arrays["timestep"]
-    with pytest.raises(InputError, match="it takes .*'timestep'"):
+    with pytest.raises(InputError, match=r"it takes .*'timestep'"):
         check_inputs(TEXT_SPEC, arrays)

@@ -42,7 +42,9 @@ def modules(package: str) -> dict[str, Path]:
     """Every module of a package, by its dotted name, with its file."""
     files = sorted(SOURCES[package].rglob("*.py"))
     names = [file.relative_to(SOURCES[package].parent).with_suffix("").parts for file in files]
-    return {".".join(part for part in parts if part != "__init__"): file for parts, file in zip(names, files, strict=True)}
+    return {
+        ".".join(part for part in parts if part != "__init__"): file for parts, file in zip(names, files, strict=True)
+    }
 
 
 def imports(file: Path, *, top: bool = False) -> set[str]:

@@ -78,7 +78,8 @@ def html_report(demo: Demo) -> str:
     verdict = (
         f"The bundle draws what PyTorch draws: every picture within {min(demo.psnr):.1f} dB or better."
         if demo.passed
-        else f"The bundle does not draw what PyTorch draws: {min(demo.psnr):.1f} dB at worst, {SAME_PICTURE_DB:.0f} needed."
+        else f"The bundle does not draw what PyTorch draws: {min(demo.psnr):.1f} dB at worst, "
+        f"{SAME_PICTURE_DB:.0f} needed."
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">

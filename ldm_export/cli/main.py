@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from ldm_export import __version__
-from ldm_export.errors import LdmExportError
+from ldm_export.errors import InputError, LdmExportError
 
 COMMANDS = {
     "demo": "The whole chain on the shipped model: export, draw with and without PyTorch, compare.",
@@ -46,18 +46,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        try:
-            module = importlib.import_module(f"ldm_export.cli.{name}")
-        except ModuleNotFoundError as error:
-            missing = (error.name or "").partition(".")[0]
-            if missing not in EXTRAS:
-                raise
-            extra = EXTRAS[missing]
-            message = (
-                f"`ldm-export {name}` needs {missing}, which is not installed. Run: pip install 'ldm_export[{extra}]'"
-            )
-            raise click.UsageError(message) from error
-        command: click.Command = module.command
+        command: click.Command = importlib.import_module(f"ldm_export.cli.{name}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -65,13 +54,23 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Print an error of ours as its one sentence and leave with its exit code."""
-        warnings.showwarning = _print_warning  # type: ignore[assignment]  # it needs two of the six arguments
-        try:
-            return super().invoke(ctx)
-        except LdmExportError as error:
-            errors.print(f"error: {error}", style="red", markup=False)
-            ctx.exit(error.exit_code)
+        """Print an error of ours, or that a package is missing, as one sentence and leave with the exit code."""
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning  # type: ignore[assignment]  # it needs two of the six arguments
+            try:
+                return super().invoke(ctx)
+            except LdmExportError as error:
+                errors.print(f"error: {error}", style="red", markup=False)
+                ctx.exit(error.exit_code)
+            except ModuleNotFoundError as error:
+                missing = (error.name or "").partition(".")[0]
+                if missing not in EXTRAS:
+                    raise
+                hint = f"pip install 'ldm_export[{EXTRAS[missing]}]'"
+                errors.print(
+                    f"error: This needs {missing}, which is not installed. Run: {hint}", style="red", markup=False
+                )
+                ctx.exit(InputError.exit_code)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -36,7 +36,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 def stages(title: str) -> Iterator[Callable[[str], None]]:
     """A spinner that shows what is being done; gives the function to call with each new stage."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=status, transient=True) as progress:
+    with Progress(*columns, console=status, transient=True, disable=not status.is_terminal) as progress:
         task = progress.add_task(title)
         yield lambda stage: progress.update(task, description=f"{title}  {stage}")
 
@@ -45,6 +45,6 @@ def stages(title: str) -> Iterator[Callable[[str], None]]:
 def steps_bar(title: str) -> Iterator[Callable[..., None]]:
     """A bar over counted steps; gives the function to call with (done, of) and, if it changed, the title."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=status, transient=True) as progress:
+    with Progress(*columns, console=status, transient=True, disable=not status.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, of, title=title: progress.update(task, completed=done, total=of, description=title)

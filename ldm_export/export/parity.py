@@ -98,6 +98,6 @@ def check_parity(parities: list[Parity]) -> None:
     for parity in parities:
         if not parity.passed:
             raise ParityError(
-                f"{parity.graph} output {parity.output!r} differs from PyTorch by {parity.max_error:.3g} of its largest "
-                f"value; {parity.tolerance:.3g} is allowed. Nothing was sealed."
+                f"{parity.graph} output {parity.output!r} differs from PyTorch by {parity.max_error:.3g} of its "
+                f"largest value; {parity.tolerance:.3g} is allowed. Nothing was sealed."
             )

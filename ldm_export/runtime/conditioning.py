@@ -32,7 +32,7 @@ class PromptEncoder:
         self._cache: OrderedDict[bytes, tuple[Array, ...]] = OrderedDict()
 
     def encode(self, prompts: Sequence[str], *, negative: bool = False) -> dict[str, Array]:
-        """The UNet inputs that come from text: ``encoder_hidden_states`` (B, L, C) and, for SDXL, ``text_embeds`` (B, P).
+        """The UNet inputs from text: ``encoder_hidden_states`` (B, L, C) and, for SDXL, ``text_embeds`` (B, P).
 
         With ``negative``, empty prompts become zeros where the model was trained so (SDXL).
         """

@@ -241,18 +241,23 @@ class Pipeline:
         unet_inputs = {tensor.name: tensor for tensor in self.bundle.manifest.graphs["unet"].inputs}
         if unet_inputs["sample"].shape[1] != model["latent_channels"]:
             raise InputError(
-                f"This bundle's UNet takes {unet_inputs['sample'].shape[1]} channels for {model['latent_channels']} of latents "
-                "(an inpainting model); this runtime draws text-to-image and image-to-image. Run its graphs yourself."
+                f"This bundle's UNet takes {unet_inputs['sample'].shape[1]} channels for {model['latent_channels']} of "
+                "latents (an inpainting model); this runtime draws text-to-image and image-to-image. "
+                "Run its graphs yourself."
             )
         texts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
+        for text in texts:
+            if not isinstance(text, str):
+                raise InputError(f"A prompt is {text!r}, of type {type(text).__name__}; prompts are of type str.")
         reads_text = "encoder_hidden_states" in unet_inputs
         has_classes = "class_labels" in unet_inputs
         if reads_text != bool(texts) or has_classes != (class_labels is not None):
             wants = " and ".join(
                 [*(["a prompt a picture"] if reads_text else []), *(["class_labels"] if has_classes else [])]
             )
+            given = "no" if class_labels is None else len(class_labels)
             raise InputError(
-                f"{len(texts)} prompts and {'no' if class_labels is None else len(class_labels)} class labels were given; "
+                f"{len(texts)} prompts and {given} class labels were given; "
                 f"this model takes {wants or 'neither: give seed a list, one a picture'}."
             )
         labels = None if class_labels is None else labels_for(class_labels, unet_inputs["class_labels"], model)

@@ -68,21 +68,21 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
 
 def seeds_for(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:
     """A list as it is; one number gives picture k the seed + k. Each is one that `Generator` takes."""
-    seeds = [seed] if np.ndim(seed) == 0 else list(seed)  # type: ignore[arg-type, list-item]
-    for value in seeds:
-        Generator(value)
-    if np.ndim(seed) == 0:
-        seeds = [int(seeds[0]) + k for k in range(batch)]
-        Generator(seeds[-1])
-    elif len(seeds) != batch or not seeds:
+    given: Any = seed
+    if np.ndim(given) == 0:
+        Generator(given)
+        given = [int(given) + k for k in range(batch)]
+    if len(given) != batch or not batch:
         raise InputError(
-            f"{len(seeds)} seeds were given for {batch or 'no'} pictures. Give one number, or one seed a picture."
+            f"{len(given)} seeds were given for {batch or 'no'} pictures. Give one number, or one seed a picture."
         )
-    return tuple(map(int, seeds))
+    for value in given:
+        Generator(value)
+    return tuple(map(int, given))
 
 
 def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping[str, Any]) -> Array:
-    """Class labels as the UNet's input takes them: (B,) whole numbers below ``num_class_embeds``, or (B, F) features."""
+    """Class labels as the UNet takes them: (B,) whole numbers below ``num_class_embeds``, or (B, F) features."""
     labels = np.asarray(class_labels)
     count = model.get("num_class_embeds")
     if accepted.dtype != "int64":
@@ -92,7 +92,7 @@ def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping
         allowed = f"0 to {count - 1}" if count else "whole numbers"
         raise InputError(f"class label {wrong[0] if wrong else class_labels!r} is none; this model has {allowed}.")
     if labels.ndim != len(accepted.shape) or not len(labels):
-        raise InputError(f"class labels have shape {labels.shape}; this model takes {accepted.shape}. Give one a picture.")
+        raise InputError(f"class labels have shape {labels.shape}; {accepted.shape} is needed. Give one a picture.")
     return labels.astype(accepted.dtype)
 
 
@@ -117,13 +117,13 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 def latents_image(image: Array, batch: int) -> Array:
-    """Pictures uint8 (H, W, 3) or (B, H, W, 3) as (B, 3, H, W) float32 in [-1, 1]; one picture serves the whole batch."""
+    """Pictures uint8 (H, W, 3) or (B, H, W, 3) as (B, 3, H, W) float32 in [-1, 1]; one serves the whole batch."""
     pixels = np.asarray(image)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[0] not in (1, batch):
         raise InputError(
-            f"image has shape {np.shape(image)} and dtype {pixels.dtype}; uint8 (H, W, 3), or one of those for each of the "
-            f"{batch} pictures, is needed. Convert it to RGB."
+            f"image has shape {np.shape(image)} and dtype {pixels.dtype}; uint8 (H, W, 3), or one of those for each of "
+            f"the {batch} pictures, is needed. Convert it to RGB."
         )
     sample = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - np.float32(1.0)
     return np.ascontiguousarray(np.broadcast_to(sample, (batch, *sample.shape[1:])))

@@ -1,4 +1,4 @@
-"""Drawing from a bundle, with diffusers as the judge: the same latents and pictures for the same seeds, in every way."""
+"""Drawing from a bundle, with diffusers as the judge: the same latents and pictures for the same seeds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from ldm_export.bench.parity import psnr_db
+from ldm_export.bundle import Bundle
 from ldm_export.errors import BackendError, CancelledError, InputError
 from ldm_export.plan import SAMPLERS, compile_plan
 from ldm_export.runtime import Generation, Pipeline
-from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeGraph
+from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeGraph
 from tests.bundle_fixture import CLASSES
 from tests.scheduler_configs import diffusers_scheduler, relative_error
 
@@ -29,7 +30,8 @@ PROMPTS = ["a red circle", "two green triangles on white"]
 NEGATIVES = ["a blue square", "smiling eyes"]
 SEEDS = [7, 11]
 STEPS = 10
-LATENT_TOLERANCE = 1e-4
+LATENT_TOLERANCE = 2e-5
+"""Of the largest value; 1.6e-6 is what was seen. Noise alone may differ by 4e-6 from processor to processor."""
 SAME_PICTURE_DB = 45.0
 CONDITIONS: dict[str, dict[str, Any]] = {
     "guided": {"guidance": 4.0, "negative_prompt": NEGATIVES},
@@ -139,9 +141,7 @@ def test_latent_consistency(kinds: Callable[[str], tuple[Path, Path]], guidance:
     ("kind", "labels"), [("unconditional", None), ("class-conditional", [CLASSES - 1, 0])], ids=["none", "class"]
 )
 @torch.no_grad()
-def test_models_without_text(
-    kinds: Callable[[str], tuple[Path, Path]], kind: str, labels: list[int] | None
-) -> None:
+def test_models_without_text(kinds: Callable[[str], tuple[Path, Path]], kind: str, labels: list[int] | None) -> None:
     checkpoint, bundle = kinds(kind)
     unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     vae = diffusers.AutoencoderKL.from_pretrained(checkpoint / "vae")
@@ -171,15 +171,11 @@ def test_image_k_of_a_batch_uses_seed_plus_k(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
-def test_a_batch_is_its_pictures_drawn_singly(
-    pipeline: Pipeline, pictures: np.ndarray[Any, Any], sampler: str
-) -> None:
+def test_a_batch_is_its_pictures_drawn_singly(pipeline: Pipeline, pictures: np.ndarray[Any, Any], sampler: str) -> None:
     options = {"sampler": sampler, "steps": STEPS}
     batch = pipeline.generate(PROMPTS, seed=SEEDS, image=pictures, negative_prompt=NEGATIVES, **options)
     for k, seed in enumerate(SEEDS):
-        single = pipeline.generate(
-            PROMPTS[k], seed=seed, image=pictures[k], negative_prompt=NEGATIVES[k], **options
-        )
+        single = pipeline.generate(PROMPTS[k], seed=seed, image=pictures[k], negative_prompt=NEGATIVES[k], **options)
         assert relative_error(batch.latents[k : k + 1], single.latents) < 1e-5
 
 
@@ -315,6 +311,13 @@ def test_onnxruntime_that_is_not_installed(tiny_bundle: Path, monkeypatch: pytes
         Pipeline.open(tiny_bundle)
 
 
+def test_an_error_of_onnxruntime_becomes_one_sentence(tiny_bundle: Path) -> None:
+    graph = OnnxRuntimeBackend(Bundle.open(tiny_bundle), "cpu", None).load("text_encoder")
+    with pytest.raises(BackendError, match="ONNX Runtime could not run text_encoder: ") as raised:
+        graph.run({"input_ids": np.full((1, 16), 10**6)})  # far beyond the vocabulary
+    assert "\n" not in str(raised.value)
+
+
 # --- what cannot be drawn -------------------------------------------------------------------------------------------
 
 GREY = np.full((16, 16, 3), 127, np.uint8)
@@ -361,8 +364,13 @@ def test_wrong_options_are_one_sentence_before_the_first_step(pipeline: Pipeline
 
 @pytest.mark.parametrize("prompts", [None, [], ()])
 def test_a_text_model_needs_prompts(pipeline: Pipeline, prompts: Sequence[str] | None) -> None:
-    with pytest.raises(InputError, match="0 prompts .* takes a prompt a picture"):
+    with pytest.raises(InputError, match=r"0 prompts .* takes a prompt a picture"):
         pipeline.steps(prompts)
+
+
+def test_a_prompt_is_text(pipeline: Pipeline) -> None:
+    with pytest.raises(InputError, match="A prompt is 7, of type int"):
+        pipeline.steps(["a red circle", 7])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +402,17 @@ def test_models_of_other_kinds_say_what_they_take(
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", " \t\n", "🦊👩‍👧", "\ud83e", "\x00\x07\x1b[31m", "\u202eمرحبا", "a\u0301\u0327" * 3, "\ufeff\ufffe", "<|endoftext|>"],
+    [
+        "",
+        " \t\n",
+        "🦊👩\u200d",
+        "\ud83e",
+        "\x00\x07\x1b[31m",
+        "\u202eمرحبا",
+        "a\u0301\u0327" * 3,
+        "\ufeff\ufffe",
+        "<|endoftext|>",
+    ],
     ids=ascii,
 )
 def test_any_unicode_is_a_prompt(pipeline: Pipeline, prompt: str) -> None:

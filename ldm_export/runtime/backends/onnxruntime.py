@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ldm_export.bundle import Bundle
@@ -97,7 +98,8 @@ class OnnxRuntimeGraph:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
-        return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        with self._foreign_errors():
+            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         check_inputs(self.spec, inputs)
@@ -108,6 +110,15 @@ class OnnxRuntimeGraph:
                 bind_tensor(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
-            self._session.run_with_iobinding(binding)
+            with self._foreign_errors():
+                self._session.run_with_iobinding(binding)
 
         return call
+
+    @contextmanager
+    def _foreign_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # its exceptions have no common base class
+            reason = " ".join(str(error).split())
+            raise BackendError(f"ONNX Runtime could not run {self.spec.name}: {reason}. Try a smaller size.") from error
