@@ -65,7 +65,8 @@ def main(bundle: Path, checkpoint: str) -> None:
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     ratio = medians["diffusers"] / medians["bundle"]
     print(
-        f"one picture, {STEPS} steps: diffusers {medians['diffusers']:.3f} s, bundle {medians['bundle']:.3f} s: {ratio:.2f}x"
+        f"one picture, {STEPS} steps: diffusers {medians['diffusers']:.3f} s, "
+        f"bundle {medians['bundle']:.3f} s: {ratio:.2f}x"
     )
     print(f"the loop outside the graphs: {statistics.median(shares):.2%} of the bundle's time")
     print(

@@ -23,18 +23,18 @@ from ldm_export.export.onnx import GraphModule
 CLASSES = 5
 SMALL_UNET: dict[str, Any] = {
     "sample_size": 8,
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "block_out_channels": [8],
+    "down_block_types": ["DownBlock2D"],
     "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "up_block_types": ["UpBlock2D"],
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }
 TEXT_UNET: dict[str, Any] = {
     **SMALL_UNET,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "mid_block_type": None,
+    "up_block_types": ["CrossAttnUpBlock2D"],
     "attention_head_dim": 2,
 }
 

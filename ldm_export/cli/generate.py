@@ -8,7 +8,7 @@ import click
 import numpy as np
 
 from ldm_export.cli.options import bundle_argument, console, folder, json_option, print_json, steps_bar
-from ldm_export.cli.pictures import read_picture, save_grid
+from ldm_export.cli.pictures import check_writable, read_picture, save_grid
 from ldm_export.errors import InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import BACKENDS
@@ -66,6 +66,7 @@ def command(
 ) -> None:
     """Draw one picture a PROMPT from BUNDLE, without PyTorch."""
     height, width = _size(size)
+    check_writable(output)
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     options: dict[str, Any] = {"seed": seed if prompts or class_labels else [seed + k for k in range(count)]}
     with steps_bar(f"{sampler}-{steps}") as advance:

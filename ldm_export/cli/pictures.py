@@ -27,6 +27,16 @@ def read_picture(path: Path) -> Pixels:
     return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError unless a picture can be written to ``path``; makes its folder."""
+    if path.suffix.lower() not in Image.registered_extensions() or path.is_dir():
+        raise InputError(f"{path} is not the name of a picture. Name a .png.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made ({error.strerror}). Name another folder.") from error
+
+
 def grid(images: Pixels, columns: int | None = None) -> Image.Image:
     """Pictures (B, H, W, 3) in rows of about the square root of B, on white."""
     count, height, width, _ = images.shape
@@ -39,8 +49,8 @@ def grid(images: Pixels, columns: int | None = None) -> Image.Image:
 
 def save_grid(images: Pixels, path: Path) -> None:
     """Write one picture, or a grid of several."""
+    check_writable(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         grid(images).save(path)
-    except (OSError, ValueError) as error:  # ValueError: an extension that Pillow does not know
+    except OSError as error:
         raise InputError(f"{path} cannot be written ({error}). Name a .png in a folder that can be written.") from error

@@ -21,6 +21,8 @@ from ldm_export.export.parity import Parity, check_parity, compare_graph, refere
 from ldm_export.plan import SAMPLERS, compile_plan
 
 DEFAULT_STEPS = (10, 20, 30, 50)
+FEW_STEPS = (1, 2, 4, 8)
+"""What consistency models (LCM) are drawn with."""
 EXAMPLE_SIZES = {"batch": 2, "height": 8, "width": 16, "tokens": 7}
 
 Progress = Callable[[str], None]
@@ -163,7 +165,7 @@ def _write_plans(scheduler: Mapping[str, Any], folder: Path) -> None:
     """The plans of every sampler that can run this scheduler config, for the usual numbers of steps."""
     folder.mkdir()
     for sampler in SAMPLERS:
-        for steps in DEFAULT_STEPS:
+        for steps in FEW_STEPS if sampler == "lcm" else DEFAULT_STEPS:
             try:
                 plan = compile_plan(scheduler, sampler, steps)
             except InputError:

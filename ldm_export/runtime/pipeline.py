@@ -12,25 +12,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.errors import CancelledError, InputError
+from ldm_export.errors import CancelledError
 from ldm_export.plan import Stepper
 from ldm_export.runtime.backends import Array, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.noise import Generator
-from ldm_export.runtime.request import (
-    Request,
-    check_size,
-    labels_for,
-    latents_image,
-    negatives_for,
-    read_plan,
-    seeds_for,
-)
+from ldm_export.runtime.request import Options, Request, checked_request
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -138,7 +133,7 @@ class Pipeline:
         prompts: str | Sequence[str] | None = None,
         *,
         callback: Callable[[Step], object] | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Generation:
         """Draw one picture a prompt.
 
@@ -146,7 +141,8 @@ class Pipeline:
         ----------
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
-        options : those of :meth:`steps`
+        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, strength, class_labels; see
+            :class:`ldm_export.runtime.request.Options`
 
         Raises
         ------
@@ -155,7 +151,7 @@ class Pipeline:
         CancelledError
             If the callback returned ``False``.
         """
-        request = self._request(prompts, **options)
+        request = checked_request(self.bundle, prompts, **options)
         timings = Timings()
         latents: Array | None = None
         for step in self._sample(request, timings):
@@ -168,128 +164,20 @@ class Pipeline:
         timings.decode_ms = _since(started)
         return Generation(images, latents, request.seeds, timings, self.backend)
 
-    def steps(
-        self,
-        prompts: str | Sequence[str] | None = None,
-        *,
-        sampler: str = "ddim",
-        steps: int = 20,
-        guidance: float = 4.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        seed: int | Sequence[int] = 0,
-        height: int | None = None,
-        width: int | None = None,
-        image: Array | None = None,
-        strength: float = 0.6,
-        class_labels: Sequence[int] | None = None,
-    ) -> Iterator[Step]:
-        """The sampling loop, pulled one step at a time: stop iterating to cancel.
-
-        Parameters
-        ----------
-        sampler, steps : a plan of the bundle, such as ``ddim`` and 20
-        guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off
-        negative_prompt : one for all pictures, or one each
-        seed : picture k uses seed + k; or one seed a picture
-        height, width : pixels, multiples of the bundle's latent size; the model's own size by default
-        image : uint8 (H, W, 3), or (B, H, W, 3), to start from; its size is the picture's
-        strength : in (0, 1], the share of the steps that is redone on ``image``
-        class_labels : one a picture, for class-conditional models
+    def steps(self, prompts: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Iterator[Step]:
+        """The sampling loop of :meth:`generate`, pulled one step at a time: stop iterating to cancel.
 
         Raises
         ------
         InputError
-            Before the first step, for anything that this bundle cannot draw.
+            At the call, before the first step, for anything that this bundle cannot draw.
         """
-        request = self._request(
-            prompts,
-            sampler=sampler,
-            steps=steps,
-            guidance=guidance,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            height=height,
-            width=width,
-            image=image,
-            strength=strength,
-            class_labels=class_labels,
-        )
-        return self._sample(request, Timings())
+        return self._sample(checked_request(self.bundle, prompts, **options), Timings())
 
     def _graph(self, name: str) -> Graph:
         if name not in self._graphs:
             self._graphs[name] = self._backend.load(name)
         return self._graphs[name]
-
-    def _request(
-        self,
-        prompts: str | Sequence[str] | None = None,
-        *,
-        sampler: str = "ddim",
-        steps: int = 20,
-        guidance: float = 4.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        seed: int | Sequence[int] = 0,
-        height: int | None = None,
-        width: int | None = None,
-        image: Array | None = None,
-        strength: float = 0.6,
-        class_labels: Sequence[int] | None = None,
-    ) -> Request:
-        """Check a call of :meth:`steps` whole, before anything runs."""
-        model = self.bundle.manifest.model
-        unet_inputs = {tensor.name: tensor for tensor in self.bundle.manifest.graphs["unet"].inputs}
-        if unet_inputs["sample"].shape[1] != model["latent_channels"]:
-            raise InputError(
-                f"This bundle's UNet takes {unet_inputs['sample'].shape[1]} channels for {model['latent_channels']} of "
-                "latents (an inpainting model); this runtime draws text-to-image and image-to-image. "
-                "Run its graphs yourself."
-            )
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
-        for text in texts:
-            if not isinstance(text, str):
-                raise InputError(f"A prompt is {text!r}, of type {type(text).__name__}; prompts are of type str.")
-        reads_text = "encoder_hidden_states" in unet_inputs
-        has_classes = "class_labels" in unet_inputs
-        if reads_text != bool(texts) or has_classes != (class_labels is not None):
-            wants = " and ".join(
-                [*(["a prompt a picture"] if reads_text else []), *(["class_labels"] if has_classes else [])]
-            )
-            given = "no" if class_labels is None else len(class_labels)
-            raise InputError(
-                f"{len(texts)} prompts and {given} class labels were given; "
-                f"this model takes {wants or 'neither: give seed a list, one a picture'}."
-            )
-        labels = None if class_labels is None else labels_for(class_labels, unet_inputs["class_labels"], model)
-        batch = len(texts) if reads_text else np.size(seed) if labels is None else len(labels)
-        if labels is not None and len(labels) != batch:
-            raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
-        if not np.isfinite(guidance) or guidance < 0:
-            raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
-        plan = read_plan(self.bundle, sampler, steps)
-        sample = None if image is None else latents_image(image, batch)
-        if sample is not None:
-            sides = sample.shape[2:]
-            if height not in (None, sides[0]) or width not in (None, sides[1]):
-                raise InputError(
-                    f"The size {height}x{width} was asked for with an image of {sides[0]}x{sides[1]}; "
-                    "the picture has the image's size. Resize the image."
-                )
-            height, width = sides
-        height = model["height"] if height is None else height
-        width = model["width"] if width is None else width
-        check_size(height, width, model["pixels_per_latent"])
-        return Request(
-            prompts=texts,
-            negative_prompts=negatives_for(negative_prompt, batch) if reads_text else (),
-            class_labels=labels,
-            seeds=seeds_for(seed, batch),
-            height=int(height),
-            width=int(width),
-            guidance=guidance,
-            image=sample,
-            trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
-        )
 
     def _sample(self, request: Request, timings: Timings) -> Iterator[Step]:
         model, batch = self.bundle.manifest.model, request.batch

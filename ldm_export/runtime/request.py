@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,33 @@ from ldm_export.errors import InputError
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
 from ldm_export.runtime.noise import Generator
+
+
+class Options(TypedDict, total=False):
+    """How to draw; every key may be left out.
+
+    Attributes
+    ----------
+    sampler, steps : a plan of the bundle; ``ddim`` and 20
+    guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off; 4
+    negative_prompt : one for all pictures, or one each; empty
+    seed : picture k uses seed + k; or a list, one a picture; 0
+    height, width : pixels, multiples of what one latent stands for; the model's own size
+    image : uint8 (H, W, 3), or (B, H, W, 3), to start from; its size is the picture's
+    strength : in (0, 1], the share of the steps that is redone on ``image``; 0.6
+    class_labels : one a picture, for class-conditional models
+    """
+
+    sampler: str
+    steps: int
+    guidance: float
+    negative_prompt: str | Sequence[str] | None
+    seed: int | Sequence[int]
+    height: int | None
+    width: int | None
+    image: Array | None
+    strength: float
+    class_labels: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,83 @@ class Request:
         return len(self.seeds)
 
 
+def checked_request(
+    bundle: Bundle,
+    prompts: str | Sequence[str] | None = None,
+    *,
+    sampler: str = "ddim",
+    steps: int = 20,
+    guidance: float = 4.0,
+    negative_prompt: str | Sequence[str] | None = None,
+    seed: int | Sequence[int] = 0,
+    height: int | None = None,
+    width: int | None = None,
+    image: Array | None = None,
+    strength: float = 0.6,
+    class_labels: Sequence[int] | None = None,
+) -> Request:
+    """Check what is asked for whole, before anything runs; the parameters are those of :class:`Options`.
+
+    Raises
+    ------
+    InputError
+        For anything that this bundle cannot draw; the message says what it can.
+    """
+    model = bundle.manifest.model
+    unet_inputs = {tensor.name: tensor for tensor in bundle.manifest.graphs["unet"].inputs}
+    if unet_inputs["sample"].shape[1] != model["latent_channels"]:
+        raise InputError(
+            f"This bundle's UNet takes {unet_inputs['sample'].shape[1]} channels for {model['latent_channels']} of "
+            "latents (an inpainting model); this runtime draws text-to-image and image-to-image. "
+            "Run its graphs yourself."
+        )
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"A prompt is {text!r}, of type {type(text).__name__}; prompts are of type str.")
+    reads_text = "encoder_hidden_states" in unet_inputs
+    has_classes = "class_labels" in unet_inputs
+    if reads_text != bool(texts) or has_classes != (class_labels is not None):
+        wants = " and ".join(
+            [*(["a prompt a picture"] if reads_text else []), *(["class_labels"] if has_classes else [])]
+        )
+        given = "no" if class_labels is None else len(class_labels)
+        raise InputError(
+            f"{len(texts)} prompts and {given} class labels were given; "
+            f"this model takes {wants or 'neither: give seed a list, one a picture'}."
+        )
+    labels = None if class_labels is None else labels_for(class_labels, unet_inputs["class_labels"], model)
+    batch = len(texts) if reads_text else np.size(seed) if labels is None else len(labels)
+    if labels is not None and len(labels) != batch:
+        raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
+    if not np.isfinite(guidance) or guidance < 0:
+        raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
+    plan = read_plan(bundle, sampler, steps)
+    sample = None if image is None else latents_image(image, batch)
+    if sample is not None:
+        sides = sample.shape[2:]
+        if height not in (None, sides[0]) or width not in (None, sides[1]):
+            raise InputError(
+                f"The size {height}x{width} was asked for with an image of {sides[0]}x{sides[1]}; "
+                "the picture has the image's size. Resize the image."
+            )
+        height, width = sides
+    height = model["height"] if height is None else height
+    width = model["width"] if width is None else width
+    check_size(height, width, model["pixels_per_latent"])
+    return Request(
+        prompts=texts,
+        negative_prompts=negatives_for(negative_prompt, batch) if reads_text else (),
+        class_labels=labels,
+        seeds=seeds_for(seed, batch),
+        height=int(height),
+        width=int(width),
+        guidance=guidance,
+        image=sample,
+        trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
+    )
+
+
 def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     """The bundle's plan of that sampler and number of steps.
 
@@ -56,11 +160,12 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     """
     path = f"plans/{sampler}-{steps}.json"
     if path not in bundle.manifest.files:
-        there = sorted(
-            name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")
-        )
+        there = [name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")]
+        kin = sorted((name for name in there if name.rpartition("-")[0] == sampler), key=len)
+        samplers = sorted({name.rpartition("-")[0] for name in there})
+        has = f"{', '.join(kin)}" if kin else f"plans for {', '.join(samplers) or 'no sampler'}"
         raise InputError(
-            f"This bundle has no plan for {sampler!r} with {steps} steps; it has {', '.join(there) or 'none'}. "
+            f"This bundle has no plan for {sampler!r} with {steps} steps; it has {has}. "
             f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
         )
     return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
