@@ -138,6 +138,12 @@ class LatentDiffusion:
         """The content of ``scheduler_config.json``."""
         return _read_json(self.path / "scheduler" / "scheduler_config.json")
 
+    @cached_property
+    def weights_bytes(self) -> int:
+        """What all weights take in float32."""
+        networks = map(self._skeleton, self.components)
+        return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """The component's safetensors files, in name order."""
         folder = self.path / component
@@ -218,6 +224,14 @@ class TorchReference:
 
     def __init__(self, checkpoint: LatentDiffusion):
         self._scheduler = checkpoint.scheduler
+        spacing = self._scheduler.get("timestep_spacing", "leading")
+        clips = self._scheduler.get("clip_sample", True)
+        if checkpoint.components != ("text_encoder", "unet", "vae") or spacing == "linspace" or clips:
+            raise InputError(
+                f"{checkpoint.path} has {', '.join(checkpoint.components)}, timestep_spacing {spacing} and clip_sample "
+                f"{clips}; the PyTorch reference draws with one text encoder, leading or trailing spacing, no clip. "
+                "Use `ldm-export export` and `ldm-export verify --against` for this model."
+            )
         vae, unet, text_encoder = (checkpoint.load(name) for name in ("vae", "unet", "text_encoder"))
         assert isinstance(vae, AutoencoderKL)
         assert isinstance(unet, UNet2DConditionModel)

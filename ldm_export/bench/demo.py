@@ -80,11 +80,11 @@ class Demo:
 
 def run_demo(checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str], None]) -> Demo:
     """Export ``checkpoint`` to ``folder/bundle`` and draw :data:`PROMPTS` with both, in turn, batch by batch."""
+    reference = TorchReference(checkpoint)  # first: it refuses what it cannot draw
     bundle = export_bundle(
         checkpoint, folder / "bundle", force=True, progress=lambda stage: progress(f"export: {stage}")
     )
     pipeline = Pipeline(bundle, "cpu")
-    reference = TorchReference(checkpoint)
     tokenizer = Tokenizer(bundle.path / "tokenizer")
     size = (bundle.manifest.model["height"], bundle.manifest.model["width"])
 

@@ -27,8 +27,8 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 @bundle_argument
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("-o", "--output", type=folder, required=True, help="The PNG; several pictures become a grid.")
-@click.option("--sampler", default="ddim", show_default=True, help="A sampler that the bundle has plans for.")
-@click.option("--steps", default=20, show_default=True, help="Denoising steps.")
+@click.option("--sampler", default=None, help="A sampler that the bundle has plans for; its own (ddim) by default.")
+@click.option("--steps", type=int, default=None, help="Denoising steps; the bundle's own number (20) by default.")
 @click.option("--guidance", default=4.0, show_default=True, help="Guidance scale; 1 is off.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
 @click.option("--seed", default=0, show_default=True, help="Picture k uses seed + k.")
@@ -49,8 +49,8 @@ def command(
     bundle: Path,
     prompts: tuple[str, ...],
     output: Path,
-    sampler: str,
-    steps: int,
+    sampler: str | None,
+    steps: int | None,
     guidance: float,
     negative: str | None,
     seed: int,
@@ -67,9 +67,13 @@ def command(
     """Draw one picture a PROMPT from BUNDLE, without PyTorch."""
     height, width = _size(size)
     check_writable(output)
+    if latents is not None and not latents.parent.is_dir():
+        raise InputError(
+            f"{latents.parent} is not a folder; --latents is written there. Make it, or name another file."
+        )
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     options: dict[str, Any] = {"seed": seed if prompts or class_labels else [seed + k for k in range(count)]}
-    with steps_bar(f"{sampler}-{steps}") as advance:
+    with steps_bar("drawing") as advance:
         result = pipeline.generate(
             prompts or None,
             sampler=sampler,

@@ -23,7 +23,10 @@ def command(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(manifest.to_json(), nl=False)
         return
-    console.print(f"[bold]{manifest.source['checkpoint']}[/]  exported by ldm_export {manifest.ldm_export_version}")
+    console.print(
+        f"[bold]{manifest.source.get('checkpoint', bundle.name)}[/], "
+        f"exported by ldm_export {manifest.ldm_export_version}"
+    )
     for key, value in manifest.model.items():
         console.print(f"  {key}: {value}", markup=False)
     graphs = Table("graph", "inputs", "outputs", "MB")
@@ -33,7 +36,7 @@ def command(bundle: Path, as_json: bool) -> None:
     console.print(graphs)
     parity = Table("graph", "output", "max error", "allowed")
     for record in manifest.parity:
-        parity.add_row(record["graph"], record["output"], f"{record['max_error']:.1e}", f"{record['tolerance']:.0e}")
+        parity.add_row(*(str(record.get(key, "")) for key in ("graph", "output", "max_error", "tolerance")))
     console.print(parity)
     plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
     console.print(f"plans: {', '.join(plans)}", markup=False)

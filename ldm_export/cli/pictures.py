@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ldm_export.errors import InputError
 
 Pixels = npt.NDArray[Any]
+WRITABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 
 def read_picture(path: Path) -> Pixels:
@@ -29,7 +30,7 @@ def read_picture(path: Path) -> Pixels:
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless a picture can be written to ``path``; makes its folder."""
-    if path.suffix.lower() not in Image.registered_extensions() or path.is_dir():
+    if Image.registered_extensions().get(path.suffix.lower()) not in WRITABLE or path.is_dir():
         raise InputError(f"{path} is not the name of a picture. Name a .png.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import click
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json
+from ldm_export.errors import BundleError
 from ldm_export.plan import SAMPLERS, compile_plan
 
 
@@ -19,7 +20,10 @@ from ldm_export.plan import SAMPLERS, compile_plan
 def command(bundle: Path, sampler: str, steps: int, eta: float, as_json: bool) -> None:
     """Compile a sampler into a plan and add it to BUNDLE; an installed C++ application can then use it too."""
     opened = Bundle.open(bundle)
-    scheduler = json.loads(opened.file("scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    try:
+        scheduler = json.loads(opened.file("scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{bundle}: scheduler_config.json is not JSON ({error}). Export the bundle anew.") from error
     plan = compile_plan(scheduler, sampler, steps, eta=eta)
     opened.add_file(f"plans/{plan.file_name}", plan.to_json().encode())
     if as_json:

@@ -50,13 +50,14 @@ def export_bundle(
     configs = checkpoint.configs
     graphs = graph_specs(checkpoint)
     pixels_per_latent = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    weights_bytes = sum(file.stat().st_size for name in configs for file in checkpoint.weight_files(name))
+    for name in configs:
+        checkpoint.weight_files(name)  # refuses what has no weights before anything is written
     parity: list[Parity] = []
-    with create_bundle(output, force=force, needed_bytes=weights_bytes) as writer:
+    with create_bundle(output, force=force, needed_bytes=checkpoint.weights_bytes) as writer:
         progress("plans and tokenizer")
         _write_plans(checkpoint.scheduler, writer.path / "plans")
         _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
-        _write_json(writer.path / "model_index.json", checkpoint.index)
+        _write_json(writer.path / "model_index.json", _bundle_index(checkpoint))
         for name in configs:
             if name.startswith("text_encoder"):
                 folder = name.replace("text_encoder", "tokenizer")
@@ -134,6 +135,7 @@ def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[st
     unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
     size = unet["sample_size"] or 64
     height, width = (size, size) if isinstance(size, int) else size
+    consistency = checkpoint.scheduler.get("_class_name") == "LCMScheduler"
     return {
         "class_name": checkpoint.index.get("_class_name", "StableDiffusionPipeline"),
         "height": height * pixels_per_latent,
@@ -142,6 +144,8 @@ def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[st
         "pixels_per_latent": pixels_per_latent,
         "scaling_factor": vae["scaling_factor"],
         "num_class_embeds": unet["num_class_embeds"],
+        "default_sampler": "lcm" if consistency else "ddim",
+        "default_steps": 4 if consistency else 20,
         "prediction_type": checkpoint.scheduler.get("prediction_type", "epsilon"),
         "zeros_for_empty_prompt": bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
     }
@@ -155,6 +159,17 @@ def _component(graph: GraphSpec) -> str:
 def _ids(config: Mapping[str, Any]) -> int:
     """How many token ids or class labels there are."""
     return int(config.get("vocab_size") or config.get("num_class_embeds") or 1)
+
+
+def _bundle_index(checkpoint: LatentDiffusion) -> dict[str, Any]:
+    """``model_index.json`` without the components that a bundle does not have, so that diffusers looks for none."""
+    kept = {*checkpoint.components, "scheduler"} | {
+        name.replace("text_encoder", "tokenizer") for name in checkpoint.components
+    }
+    return {
+        key: [None, None] if isinstance(value, list) and key not in kept else value
+        for key, value in checkpoint.index.items()
+    }
 
 
 def _without_projection(config: Mapping[str, Any]) -> dict[str, Any]:

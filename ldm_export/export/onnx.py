@@ -74,7 +74,10 @@ def graph_module(network: Network, graph: GraphSpec) -> GraphModule:
 def random_inputs(
     graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, vocab_size: int
 ) -> tuple[Tensor, ...]:
-    """Seeded inputs of the contract's shapes: normal values, a timestep of 500, token ids below ``vocab_size``."""
+    """Seeded inputs of the contract's shapes: normal values, a timestep of 500, token ids below ``vocab_size``.
+
+    Each row of token ids has the highest one, by CLIP's convention the end of text, at a place of its own.
+    """
     generator = torch.Generator().manual_seed(0)
     sizes = {
         **sizes,
@@ -87,7 +90,10 @@ def random_inputs(
         if tensor.name == "timestep":
             return torch.full(shape, 500.0)
         if tensor.dtype == "int64":
-            return torch.randint(vocab_size, shape, generator=generator)
+            ids = torch.randint(vocab_size, shape, generator=generator)
+            if len(shape) == 2:  # end of text, the highest id, somewhere else in each row: pooling looks for it
+                ids[range(shape[0]), range(2, shape[0] + 2)] = vocab_size - 1
+            return ids
         return torch.randn(shape, generator=generator)
 
     return tuple(draw(tensor) for tensor in graph.inputs)

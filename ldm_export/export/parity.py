@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import Tensor
 
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import ParityError
+from ldm_export.errors import ExportError, ParityError
 from ldm_export.export.onnx import GraphModule, random_inputs
 
 TOLERANCE = 1e-4
@@ -59,15 +60,16 @@ def reference_runs(module: GraphModule, graph: GraphSpec, pixels_per_latent: int
 
 def compare_graph(path: Path, graph: GraphSpec, runs: list[Run]) -> list[Parity]:
     """The graph in ONNX Runtime on the CPU against ``runs``: one record an output."""
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if sum(file.stat().st_size for file in path.parent.iterdir()) > LARGE_BYTES:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
-    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base class
+        raise ExportError(f"ONNX Runtime refuses the exported {graph.name}: {error}. Nothing was sealed.") from error
     names = [tensor.name for tensor in graph.inputs]
     results = [
         session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})

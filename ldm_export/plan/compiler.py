@@ -153,7 +153,7 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
     if spec.edm_scale:
         init_scale = first.ratio if options.timestep_spacing != "leading" else math.hypot(first.ratio, 1)
     return Plan(
-        sampler=sampler,
+        sampler=f"{sampler}-eta{eta:g}" if eta else sampler,  # its own name: it draws other pictures
         num_inference_steps=num_inference_steps,
         init_scale=init_scale,
         rows=tuple(row for step in rows for row in step),

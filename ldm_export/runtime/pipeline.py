@@ -22,7 +22,7 @@ from ldm_export.plan import Stepper
 from ldm_export.runtime.backends import Array, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.noise import Generator
-from ldm_export.runtime.request import Options, Request, checked_request
+from ldm_export.runtime.request import Options, Request, check_drawable, checked_request
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 class Timings:
     """Wall-clock milliseconds of one generation, by stage.
 
+    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and not part of the total.
     ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
     """
 
+    load_ms: float = 0.0
     text_ms: float = 0.0
     encode_ms: float = 0.0
     unet_ms: list[float] = field(default_factory=list)
@@ -98,6 +100,7 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None):
+        check_drawable(bundle)
         self.bundle = bundle
         self.requested_backend = backend
         self._backend = open_backend(bundle, backend, threads)
@@ -181,7 +184,14 @@ class Pipeline:
 
     def _sample(self, request: Request, timings: Timings) -> Iterator[Step]:
         model, batch = self.bundle.manifest.model, request.batch
-        unet = self._graph("unet")
+        started = time.perf_counter()
+        unet, _ = self._graph("unet"), self._graph("vae_decoder")
+        if request.image is not None:
+            self._graph("vae_encoder")
+        if request.prompts and self._prompts is None:
+            self._prompts = PromptEncoder(self.bundle, self._backend)
+        timings.load_ms = _since(started)
+
         started = time.perf_counter()
         conditions, guided = self._conditions(request, unet)
         timings.text_ms = _since(started)
@@ -239,8 +249,7 @@ class Pipeline:
         if request.class_labels is not None:
             conditions["class_labels"] = np.concatenate([request.class_labels] * (1 + guided))
         if request.prompts:
-            if self._prompts is None:
-                self._prompts = PromptEncoder(self.bundle, self._backend)
+            assert self._prompts is not None
             encoded = self._prompts.encode(request.prompts)
             if guided:
                 negative = self._prompts.encode(request.negative_prompts, negative=True)

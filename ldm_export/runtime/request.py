@@ -10,10 +10,33 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
-from ldm_export.errors import InputError
+from ldm_export.errors import BundleError, InputError
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
 from ldm_export.runtime.noise import Generator
+
+DRAWN_WITH = ("unet", "vae_decoder", "vae_encoder")
+MODEL_FACTS: dict[str, tuple[type, ...]] = {
+    "height": (int,),
+    "width": (int,),
+    "latent_channels": (int,),
+    "pixels_per_latent": (int,),
+    "scaling_factor": (int, float),
+    "default_sampler": (str,),
+    "default_steps": (int,),
+}
+"""What the manifest's ``model`` must say of a bundle that is drawn with."""
+
+
+def check_drawable(bundle: Bundle) -> None:
+    """Raise BundleError unless the bundle has the graphs and says the facts that drawing needs."""
+    for name in DRAWN_WITH:
+        if name not in bundle.manifest.graphs:
+            raise BundleError(f"Bundle {bundle.path} has no graph {name}, so nothing can be drawn. Export it anew.")
+    for key, kinds in MODEL_FACTS.items():
+        value: Any = bundle.manifest.model.get(key)
+        if type(value) not in kinds or (not isinstance(value, str) and not value > 0):
+            raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
 
 
 class Options(TypedDict, total=False):
@@ -21,7 +44,7 @@ class Options(TypedDict, total=False):
 
     Attributes
     ----------
-    sampler, steps : a plan of the bundle; ``ddim`` and 20
+    sampler, steps : a plan of the bundle, such as ``ddim`` and 20; by default the bundle's own choice
     guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off; 4
     negative_prompt : one for all pictures, or one each; empty
     seed : picture k uses seed + k; or a list, one a picture; 0
@@ -31,8 +54,8 @@ class Options(TypedDict, total=False):
     class_labels : one a picture, for class-conditional models
     """
 
-    sampler: str
-    steps: int
+    sampler: str | None
+    steps: int | None
     guidance: float
     negative_prompt: str | Sequence[str] | None
     seed: int | Sequence[int]
@@ -77,8 +100,8 @@ def checked_request(
     bundle: Bundle,
     prompts: str | Sequence[str] | None = None,
     *,
-    sampler: str = "ddim",
-    steps: int = 20,
+    sampler: str | None = None,
+    steps: int | None = None,
     guidance: float = 4.0,
     negative_prompt: str | Sequence[str] | None = None,
     seed: int | Sequence[int] = 0,
@@ -124,7 +147,7 @@ def checked_request(
         raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
     if not np.isfinite(guidance) or guidance < 0:
         raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
-    plan = read_plan(bundle, sampler, steps)
+    plan = read_plan(bundle, sampler or model["default_sampler"], model["default_steps"] if steps is None else steps)
     sample = None if image is None else latents_image(image, batch)
     if sample is not None:
         sides = sample.shape[2:]

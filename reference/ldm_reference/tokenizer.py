@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm_reference.config import ConfigError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+SMALLEST_VOCAB = 2 * 256 + 2
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -39,8 +40,8 @@ def _clip_scheme(model: models.BPE) -> Tokenizer:
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn at most ``vocab_size - 514`` merges from the captions; the same captions give the same merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < 2 * len(alphabet) + 2:
-        raise ConfigError(f"vocab_size = {vocab_size} is below {2 * len(alphabet) + 2}, the bytes and the two marks")
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(f"vocab_size = {vocab_size} is below {SMALLEST_VOCAB}, the bytes and the two marks")
     symbols = [*alphabet, *(byte + "</w>" for byte in alphabet)]
     learner = _clip_scheme(models.BPE(end_of_word_suffix="</w>"))
     # Equally frequent pairs are merged in the order of their ids: unless every symbol is given one, as a special token,

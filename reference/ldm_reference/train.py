@@ -26,9 +26,9 @@ from ldm_reference.data import CaptionedImages, batch_indices
 from ldm_reference.fit import Optimisation, Progress, fit
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.losses import autoencoder_loss, diffusion_target
-from ldm_reference.schedules import add_noise, alphas_cumprod_from_config
+from ldm_reference.schedules import SCHEDULES, add_noise, alphas_cumprod_from_config
 from ldm_reference.text_encoder import CLIPTextModel
-from ldm_reference.tokenizer import END, encode, save_tokenizer, train_tokenizer
+from ldm_reference.tokenizer import END, SMALLEST_VOCAB, encode, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
 
 if sys.version_info >= (3, 11):
@@ -40,9 +40,27 @@ REQUIRED = {
     "vae_stage": ("steps", "batch_size", "learning_rate"),
     "unet_stage": ("steps", "batch_size", "learning_rate"),
     "tokenizer": ("vocab_size", "model_max_length"),
-    "scheduler": ("_class_name", "prediction_type"),
+    "scheduler": (
+        *("_class_name", "prediction_type", "num_train_timesteps"),
+        *("beta_schedule", "beta_start", "beta_end", "clip_sample"),  # diffusers' own defaults differ by class
+    ),
 }
 """What has no default in the tables of a config."""
+
+SCHEDULER_KEYS = (
+    "_class_name",
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "clip_sample",
+    "set_alpha_to_one",
+    "rescale_betas_zero_snr",
+)
+SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +87,20 @@ class TrainConfig:
         if not 0 <= self.caption_dropout < 1:
             raise ConfigError(f"caption_dropout = {self.caption_dropout!r} must be in [0, 1)")
         check_positive(resolution=self.resolution, **self.tokenizer)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {self.seed!r} must be in [0, 2**32)")
+        if self.tokenizer["vocab_size"] < SMALLEST_VOCAB:
+            raise ConfigError(f"vocab_size = {self.tokenizer['vocab_size']!r} must be at least {SMALLEST_VOCAB}")
+        if unknown := self.scheduler.keys() - SCHEDULER_KEYS:
+            raise ConfigError(
+                f"[scheduler] has the unknown key {min(unknown)!r}; known are {', '.join(SCHEDULER_KEYS)}"
+            )
+        check_choice("timestep_spacing", self.scheduler.get("timestep_spacing", "leading"), SPACINGS)
+        check_choice("beta_schedule", self.scheduler["beta_schedule"], tuple(SCHEDULES))
+        try:
+            alphas_cumprod_from_config(self.scheduler)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"[scheduler] gives no noise schedule ({error})") from error
         check_choice("prediction_type", self.scheduler["prediction_type"], ("epsilon", "v_prediction", "sample"))
         with torch.device("meta"):  # before a stage is trained that the next one cannot use
             vae = AutoencoderKL.from_config(self.vae).config
@@ -83,6 +115,7 @@ class TrainConfig:
             ("vae out_channels", vae.out_channels, 3),
             ("unet in_channels", unet.in_channels, vae.latent_channels),
             ("unet out_channels", unet.out_channels, vae.latent_channels),
+            ("unet sample_size", unet.sample_size, self.resolution // vae.factor),
             ("unet cross_attention_dim", unet.cross_attention_dim, text_encoder.hidden_size),
         ):
             if given != needed:
@@ -123,12 +156,11 @@ def train_autoencoder(
     """Stage 1. The result is in evaluation mode and carries the data's ``scaling_factor``."""
     torch.manual_seed(config.seed)
     vae = AutoencoderKL.from_config(config.vae)
-    pictures = data.load(range(len(data.files)))  # (N, 3, H, W)
     size = config.resolution // vae.config.factor
     settings = config.vae_stage
 
     def loss_at(step: int) -> Tensor:
-        batch = pictures[batch_indices(len(pictures), settings.batch_size, step, config.seed)]
+        batch = data.load(batch_indices(len(data.files), settings.batch_size, step, config.seed))
         shape = (len(batch), vae.config.latent_channels, size, size)
         noise = torch.randn(shape, generator=_generator(config.seed, 0, step))
         return autoencoder_loss(vae, batch, noise, config.kl_weight)

@@ -14,6 +14,7 @@ from ldm_export.errors import BackendError, BundleError
 from ldm_export.runtime.backends import Array
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
 
 
 class OnnxRuntimeBackend:
@@ -46,6 +47,8 @@ class OnnxRuntimeBackend:
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
         self._options.intra_op_num_threads = threads or _allowed_threads()
         available = onnxruntime.get_available_providers()
+        if CUDA in available and requested != "cpu":
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
         if requested == "cuda" and CUDA not in available:
             raise BackendError(
                 f"cuda was asked for; the installed ONNX Runtime {onnxruntime.__version__} has only "
@@ -65,7 +68,7 @@ class OnnxRuntimeBackend:
             If ONNX Runtime refuses the graph.
         """
         spec = self._bundle.manifest.graphs[graph]
-        providers = [CUDA, CPU] if self._cuda else [CPU]
+        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
         try:
             session = self._library.InferenceSession(self._bundle.file(spec.path), self._options, providers)
         except Exception as error:  # its exceptions have no common base class
@@ -75,11 +78,12 @@ class OnnxRuntimeBackend:
             if self._requested == "cuda":
                 raise BackendError(
                     "cuda was asked for; ONNX Runtime has a CUDA provider that does not start here (driver, CUDA or "
-                    "cuDNN missing). Run `ldm-export doctor`, or use the backend cpu."
+                    "cuDNN missing). Install 'ldm_export[gpu]' and NVIDIA's driver, or use the backend cpu."
                 )
             self.name = self.name.replace("cuda", "cpu")
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
-        return OnnxRuntimeGraph(session, spec)
+        _check_contract(session, spec)
+        return OnnxRuntimeGraph(session, spec, on_gpu=self._cuda)
 
 
 def _allowed_threads() -> int:
@@ -88,11 +92,28 @@ def _allowed_threads() -> int:
     return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
+def _check_contract(session: Any, spec: GraphSpec) -> None:
+    """Raise BundleError unless the session has the inputs and outputs that the manifest gives its graph."""
+    for side, declared, found in (
+        ("inputs", spec.inputs, session.get_inputs()),
+        ("outputs", spec.outputs, session.get_outputs()),
+    ):
+        there = {value.name: (value.type, value.shape) for value in found}
+        fits = there.keys() == {tensor.name for tensor in declared}
+        for tensor in declared if fits else ():
+            kind, shape = there[tensor.name]
+            sizes = [given if isinstance(size, str) else size for size, given in zip(tensor.shape, shape, strict=False)]
+            fits = fits and kind == ONNX_TYPES.get(tensor.dtype) and sizes == shape and len(shape) == len(tensor.shape)
+        if not fits:
+            raise BundleError(f"{spec.path} has other {side} than manifest.json says: {there}. Export the bundle anew.")
+
+
 class OnnxRuntimeGraph:
     """One session; see :class:`ldm_export.runtime.backends.Graph`."""
 
-    def __init__(self, session: Any, spec: GraphSpec):
+    def __init__(self, session: Any, spec: GraphSpec, *, on_gpu: bool):
         self._session = session
+        self._on_gpu = on_gpu
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -102,6 +123,8 @@ class OnnxRuntimeGraph:
             return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        if self._on_gpu:  # there, binding an array copies it once, at the binding; what changes later is not seen
+            return lambda: self._copy_out(self.run(inputs), outputs)
         check_inputs(self.spec, inputs)
         binding = self._session.io_binding()
         for bind_tensor, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -114,6 +137,11 @@ class OnnxRuntimeGraph:
                 self._session.run_with_iobinding(binding)
 
         return call
+
+    @staticmethod
+    def _copy_out(results: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        for name, array in outputs.items():
+            array[...] = results[name]
 
     @contextmanager
     def _foreign_errors(self) -> Iterator[None]:
