@@ -48,8 +48,11 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imports(file: Path, *, top: bool = False) -> set[str]:
-    """The modules that a file imports; with ``top``, without those that it imports inside functions."""
+    """The modules that a file imports when it runs; with ``top``, without those that it imports inside functions."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
     inside = {
         id(node)
         for function in ast.walk(tree)

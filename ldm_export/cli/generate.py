@@ -68,9 +68,7 @@ def command(
     height, width = _size(size)
     check_writable(output)
     if latents is not None and not latents.parent.is_dir():
-        raise InputError(
-            f"{latents.parent} is not a folder; --latents is written there. Make it, or name another file."
-        )
+        raise InputError(f"{latents} cannot be written: {latents.parent} is no folder. Make it, or name another file.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     options: dict[str, Any] = {"seed": seed if prompts or class_labels else [seed + k for k in range(count)]}
     with steps_bar("drawing") as advance:

@@ -31,11 +31,11 @@ def read_picture(path: Path) -> Pixels:
 def check_writable(path: Path) -> None:
     """Raise InputError unless a picture can be written to ``path``; makes its folder."""
     if Image.registered_extensions().get(path.suffix.lower()) not in WRITABLE or path.is_dir():
-        raise InputError(f"{path} is not the name of a picture. Name a .png.")
+        raise InputError(f"{path} cannot be written: it is not the name of a picture file. Name a .png.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be made ({error.strerror}). Name another folder.") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}). Name another folder.") from error
 
 
 def grid(images: Pixels, columns: int | None = None) -> Image.Image:
