@@ -2,7 +2,7 @@
 
 from ldm_export.runtime import Pipeline
 
-pipeline = Pipeline.open("emoji64.bundle")
+pipeline = Pipeline.open("demo/bundle")
 result = pipeline.generate(["red apple"], steps=20, guidance=4.0, seed=0)
 result.images                                      # uint8 (B, H, W, 3)
 """

@@ -247,6 +247,8 @@ def train(config: TrainConfig, data_folder: Path, output: Path, *, resume: bool,
     data = CaptionedImages.open(data_folder, config.resolution)
     for stage, count in ((config.vae_stage, len(data.files)), (config.unet_stage, len(data.captions))):
         batch_indices(count, stage.batch_size, 0, config.seed)  # refuses a batch that is larger than the data
+    for index in range(len(data.files)):  # a picture that cannot be read shows now, not hours from here
+        data.load([index])
     vae = train_autoencoder(config, data, state_folder, progress)
     tokenizer = train_tokenizer((text for _, text in data.captions), config.tokenizer["vocab_size"])
     unet, text_encoder = train_denoiser(config, data, vae, tokenizer, state_folder, progress)

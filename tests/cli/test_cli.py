@@ -69,6 +69,10 @@ cross_attention_dim = 16
 attention_head_dim = 2
 [scheduler]
 _class_name = "DDIMScheduler"
+num_train_timesteps = 1000
+beta_start = 0.00085
+beta_end = 0.012
+beta_schedule = "scaled_linear"
 prediction_type = "epsilon"
 clip_sample = false
 """
