@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import CheckpointError, InputError
-from ldm_export.export.onnx import export_graph, graph_module, random_inputs
+from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
 from ldm_export.export.parity import Parity, check_parity, compare_graph, reference_runs
 from ldm_export.plan import SAMPLERS, compile_plan
 
@@ -70,8 +69,7 @@ def export_bundle(
             progress(f"{graph.name}: exporting")
             example = random_inputs(graph, EXAMPLE_SIZES, pixels_per_latent, _ids(config))
             path = export_graph(module, graph, example, writer.path / graph.name)
-            del module
-            gc.collect()
+            release_weights(module)
             progress(f"{graph.name}: comparing with PyTorch")
             records = compare_graph(path, graph, runs)
             check_parity(records)
@@ -110,8 +108,7 @@ def compare_bundle(bundle: Bundle, checkpoint: LatentDiffusion, progress: Progre
         module = graph_module(checkpoint.load(_component(graph)), graph)
         pixels_per_latent = bundle.manifest.model["pixels_per_latent"]
         runs = reference_runs(module, graph, pixels_per_latent, _ids(configs[_component(graph)]))
-        del module
-        gc.collect()
+        release_weights(module)
         progress(f"{graph.name}: comparing with PyTorch")
         parity += compare_graph(bundle.file(graph.path), graph, runs)
     return parity

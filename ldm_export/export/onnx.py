@@ -137,8 +137,6 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
         onnx_ir.save(model, path, external_data="model.onnx_data")
     else:
         onnx_ir.save(model, path)
-    for value in model.graph.initializers.values():
-        value.const_value = None  # onnxscript's rewrite rules keep the last graph that they saw: let its weights go
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
@@ -165,6 +163,12 @@ def _cleaned(model: onnx_ir.Model, graph: GraphSpec) -> onnx_ir.Model:
         for value, tensor in zip(values, tensors, strict=True):
             value.shape = onnx_ir.Shape(tensor.shape)
     return model
+
+
+def release_weights(module: GraphModule) -> None:
+    """Free the network's memory, whoever still holds its tensors: onnxscript's rewrite rules keep the last graph."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = torch.empty(0)
 
 
 @contextmanager
