@@ -26,9 +26,9 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import BundleError, CheckpointError, ExportError, InputError, LdmExportError, ParityError
-from ldm_export.export import chain
+from ldm_export.export import chain, parity
 from ldm_export.export import onnx as onnx_export
-from ldm_export.export.onnx import GraphModule, random_inputs
+from ldm_export.export.onnx import GraphModule, graph_module, random_inputs
 from ldm_export.export.parity import TOLERANCE, check_parity, compare_outputs
 from ldm_export.runtime import Pipeline
 from tests.bundle_fixture import CLASSES, KINDS
@@ -385,3 +385,18 @@ def test_a_tokenizer_in_one_file_is_written_out(tiny_checkpoint: Path, tiny_bund
     pipelines = [Pipeline.open(folder) for folder in (bundle, tiny_bundle)]
     drawn = [pipeline.generate("two green triangles", steps=10).latents for pipeline in pipelines]
     np.testing.assert_array_equal(*drawn)
+
+
+def test_a_large_graph_is_compared_in_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tiny_checkpoint: Path
+) -> None:
+    monkeypatch.setattr(parity, "LARGE_BYTES", 0)
+    bundle, checkpoint = Bundle.open(tiny_bundle), LatentDiffusion.open(tiny_checkpoint)
+    graph = bundle.manifest.graphs["text_encoder"]
+    module = graph_module(checkpoint.load("text_encoder"), graph)
+    runs = parity.reference_runs(module, graph, 2, checkpoint.configs["text_encoder"]["vocab_size"])
+    records = parity.compare_graph(bundle.file(graph.path), graph, runs)
+    assert [record.output for record in records] == ["last_hidden_state", "pooler_output"]
+    assert all(record.passed for record in records)
+    wrong = [(inputs, tuple(output + 1 for output in outputs)) for inputs, outputs in runs]
+    assert not any(record.passed for record in parity.compare_graph(bundle.file(graph.path), graph, wrong))
