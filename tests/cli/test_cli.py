@@ -25,57 +25,14 @@ from ldm_export.cli.main import COMMANDS
 from ldm_export.export import chain
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline
+from tests.tiny_recipe import CONFIG
 
 Run = Callable[..., Result]
 
 LDM_EXPORT = [sys.executable, "-c", "from ldm_export.cli import main; main(prog_name='ldm-export')"]
 """The command in a process of its own."""
 
-TRAINING = """
-seed = 3
-resolution = 16
-kl_weight = 1e-4
-caption_dropout = 0.1
-[vae_stage]
-steps = 2
-batch_size = 2
-learning_rate = 1e-3
-[unet_stage]
-steps = 2
-batch_size = 2
-learning_rate = 1e-3
-[vae]
-sample_size = 16
-block_out_channels = [8, 16]
-down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D"]
-up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D"]
-norm_num_groups = 4
-[tokenizer]
-vocab_size = 540
-model_max_length = 8
-[text_encoder]
-hidden_size = 16
-intermediate_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-[unet]
-sample_size = 8
-block_out_channels = [8, 16]
-down_block_types = ["DownBlock2D", "CrossAttnDownBlock2D"]
-up_block_types = ["CrossAttnUpBlock2D", "UpBlock2D"]
-layers_per_block = 1
-norm_num_groups = 4
-cross_attention_dim = 16
-attention_head_dim = 2
-[scheduler]
-_class_name = "DDIMScheduler"
-num_train_timesteps = 1000
-beta_start = 0.00085
-beta_end = 0.012
-beta_schedule = "scaled_linear"
-prediction_type = "epsilon"
-clip_sample = false
-"""
+TRAINING = CONFIG.replace("batch_size = 5", "batch_size = 2")  # for the four pictures here
 
 
 @pytest.fixture
