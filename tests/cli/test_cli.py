@@ -365,7 +365,12 @@ def test_an_interrupted_export_leaves_nothing(
 
 def test_a_process_that_gets_ctrl_c(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [*LDM_EXPORT, "export", tiny_checkpoint, "-o", tmp_path / "new"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def heed_ctrl_c() -> None:  # a job in the background of a shell inherits that it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, preexec_fn=heed_ctrl_c, **options) as process:
         while process.poll() is None and not any(tmp_path.iterdir()):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
