@@ -3,20 +3,20 @@
 CONFIG = """
 seed = 3
 resolution = 16
-kl_weight = 1e-4
-caption_dropout = 0.2
 
 [vae_stage]
 steps = 7
 batch_size = 4
 learning_rate = 2e-3
 warmup_steps = 3
+kl_weight = 1e-4
 
 [unet_stage]
 steps = 9
 batch_size = 5
 learning_rate = 2e-3
 warmup_steps = 3
+caption_dropout = 0.2
 
 [vae]
 sample_size = 16

@@ -1,7 +1,7 @@
-"""A folder of pictures with captions, in the *imagefolder* convention.
+"""A folder of pictures with captions or labels, in the *imagefolder* convention.
 
-``metadata.jsonl`` holds one JSON object a line with ``file_name`` (relative to the folder) and ``text``. A picture may
-stand on several lines, one for each of its captions.
+``metadata.jsonl`` holds one JSON object a line with ``file_name`` (relative to the folder) and, as the model asks for,
+``text`` or ``label`` (a class, from 0). A picture may stand on several lines, one for each of its captions.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,74 +19,125 @@ from torch import Tensor
 
 from ldm_reference.config import ConfigError
 
+EXAMPLES = {
+    "text": '{"file_name": "cat.png", "text": "a cat"}',
+    "label": '{"file_name": "boot.png", "label": 9}',
+    None: '{"file_name": "wood.png"}',
+}
+"""A line of the metadata for each kind of condition."""
+
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Pictures and their captions.
+    """Pictures and what is said of them.
 
     Attributes
     ----------
     folder : where the files are
     files : file names, each once
-    captions : (index into ``files``, text), one a line of the metadata
+    captions : (index into ``files``, text), one a line of the metadata; empty where the model reads no text
+    labels : the class of each file; empty where the model has none
     resolution : side of the square that :meth:`load` gives, in pixels
+    channels : 3, or 1 for grey
     """
 
     folder: Path
     files: tuple[str, ...]
     captions: tuple[tuple[int, str], ...]
+    labels: tuple[int, ...]
     resolution: int
+    channels: int
 
     @classmethod
-    def open(cls, folder: Path, resolution: int) -> CaptionedImages:
+    def open(
+        cls,
+        folder: Path,
+        resolution: int,
+        channels: int = 3,
+        *,
+        condition: str | None = "text",
+        classes: int | None = None,
+    ) -> CaptionedImages:
+        """Read the metadata; no picture is opened.
+
+        Parameters
+        ----------
+        condition : "text", "label" or None: what every line must have beside ``file_name``
+        classes : labels must be below it
+
+        Raises
+        ------
+        ConfigError
+            Naming the file and the line, if a line or a picture is missing or is not what is needed.
+        """
         metadata = folder / "metadata.jsonl"
+        example = EXAMPLES[condition]
         if not metadata.is_file():
-            raise ConfigError(
-                f"{folder} has no metadata.jsonl; one line a picture is needed: "
-                '{"file_name": "cat.png", "text": "a cat"}'
-            )
+            raise ConfigError(f"{folder} has no metadata.jsonl; one line a picture is needed: {example}")
         try:
             lines = metadata.read_text(encoding="utf-8").split("\n")  # splitlines would cut a caption at U+2028
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{metadata} is not readable text ({error})") from error
         index: dict[str, int] = {}
-        captions = []
+        captions: list[tuple[int, str]] = []
+        labels: dict[int, int] = {}
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{metadata}, line {number}"
             try:
                 entry = json.loads(line)
-                name, text = entry["file_name"], entry["text"]
+                name, value = entry["file_name"], entry[condition] if condition else None
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigError(f"{where}: not an object with 'file_name' and 'text' ({error})") from error
-            if not isinstance(name, str) or not isinstance(text, str):
+                raise ConfigError(f"{where}: not an object like {example} ({error})") from error
+            if not isinstance(name, str) or (condition == "text" and not isinstance(value, str)):
                 raise ConfigError(f"{where}: 'file_name' and 'text' must be strings")
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ConfigError(f"{where}: {name!r} leaves the folder")
             if name not in index and not (folder / name).is_file():
                 raise ConfigError(f"{where}: {name!r} is not in {folder}")
-            captions.append((index.setdefault(name, len(index)), text))
-        if not captions:
-            raise ConfigError(f"{metadata} is empty; one line a picture is needed")
-        return cls(folder, tuple(index), tuple(captions), resolution)
+            picture = index.setdefault(name, len(index))
+            if condition == "text":
+                captions.append((picture, value))
+            elif condition == "label" and labels.setdefault(picture, _label(value, classes, where)) != value:
+                raise ConfigError(f"{where}: {name!r} has two labels, {labels[picture]} and {value}")
+        if not index:
+            raise ConfigError(f"{metadata} is empty; one line a picture is needed: {example}")
+        return cls(folder, tuple(index), tuple(captions), tuple(labels.values()), resolution, channels)
 
     def load(self, indices: Sequence[int]) -> Tensor:
-        """Pictures as (B, 3, resolution, resolution), float32 in [-1, 1]."""
-        return torch.stack([load_picture(self.folder / self.files[i], self.resolution) for i in indices])
+        """Pictures as (B, channels, resolution, resolution), float32 in [-1, 1]."""
+        return torch.stack([load_picture(self.folder / self.files[i], self.resolution, self.channels) for i in indices])
 
 
-def load_picture(path: Path, resolution: int) -> Tensor:
-    """One picture, transparency on white, centre-cropped to a square: (3, resolution, resolution) in [-1, 1]."""
+def _label(value: Any, classes: int | None, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0 or (classes and value >= classes):
+        allowed = f"from 0 to {classes - 1}" if classes else "of at least 0"
+        raise ConfigError(f"{where}: label {value!r} must be a whole number {allowed}")
+    return value
+
+
+def load_picture(path: Path, resolution: int, channels: int = 3) -> Tensor:
+    """One picture, transparency on white, centre-cropped to a square: (channels, resolution, resolution) in [-1, 1].
+
+    Of an animated picture it is the first frame; grey becomes colour, or colour grey (ITU-R 601), as asked.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read whole, or has more pixels than Pillow opens.
+    """
     try:
         with Image.open(path) as image:
             rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+    except Image.DecompressionBombError as error:
+        raise ConfigError(f"{path} is too large ({error}); make it smaller first") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
         raise ConfigError(f"{path} is not a readable picture ({error})") from error
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB" if channels == 3 else "L")
     if flat.size != (resolution, resolution):
         flat = ImageOps.fit(flat, (resolution, resolution), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(flat).copy())  # (H, W, 3), uint8
+    pixels = torch.from_numpy(np.array(flat)).reshape(resolution, resolution, channels)  # uint8
     return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
 
 

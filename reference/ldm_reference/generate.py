@@ -53,8 +53,9 @@ def text_to_image(
     guidance : scale, above 1
     latent_size : height and width of the latents
     """
+    device = unet.conv_in.weight.device
     started = time.perf_counter()
-    context = text_encoder(torch.cat([negative_ids, input_ids])).last_hidden_state
+    context = text_encoder(torch.cat([negative_ids, input_ids]).to(device)).last_hidden_state
     text_ms = (time.perf_counter() - started) * 1000
 
     unet_ms = 0.0
@@ -62,7 +63,7 @@ def text_to_image(
     def denoise(x: Tensor, timestep: int) -> Tensor:
         nonlocal unet_ms
         called = time.perf_counter()
-        negative, positive = unet(torch.cat([x, x]), torch.tensor([timestep]), context).chunk(2)
+        negative, positive = unet(torch.cat([x, x]), torch.tensor([timestep], device=device), context).chunk(2)
         unet_ms += (time.perf_counter() - called) * 1000
         return negative + guidance * (positive - negative)
 
@@ -72,7 +73,7 @@ def text_to_image(
     alphas_cumprod = alphas_cumprod_from_config(scheduler)
     latents = ddim(
         denoise,
-        noise,
+        noise.to(device),
         alphas_cumprod,
         _timesteps(scheduler, len(alphas_cumprod), steps),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
@@ -82,9 +83,14 @@ def text_to_image(
 
     started = time.perf_counter()
     sample = vae.decode(latents / vae.config.scaling_factor)
-    images = ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    images = pixels_from_sample(sample)
     decode_ms = (time.perf_counter() - started) * 1000
     return Drawn(images, latents, {"text": text_ms, "unet": unet_ms, "loop": loop_ms, "decode": decode_ms})
+
+
+def pixels_from_sample(sample: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
+    return ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _timesteps(scheduler: Mapping[str, Any], count: int, steps: int) -> list[int]:
