@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check emoji-data train-emoji64 clean
+.PHONY: demo test test-slow check emoji-data train-emoji64 fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +32,12 @@ emoji-data: $(READY)
 
 train-emoji64: emoji-data
 	$(BIN)/ldm-export train --data build/emoji/train -o build/emoji64 $(if $(wildcard build/emoji64/training),--resume)
+
+fashion-mnist-data: $(READY)
+	$(BIN)/python -m ldm_reference.fashion_mnist build/fashion
+
+train-fashion-mnist: fashion-mnist-data
+	$(BIN)/ldm-export train --data build/fashion/train --config reference/ldm_reference/recipes/fashion_mnist.toml -o build/fashion_mnist $(if $(wildcard build/fashion_mnist/training),--resume)
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

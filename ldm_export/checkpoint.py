@@ -274,7 +274,10 @@ def train_checkpoint(
     InputError
         If the data or the config cannot be used, the loss stops being a number, or the disk is full.
     """
-    from ldm_reference import train
+    try:
+        from ldm_reference import train
+    except ModuleNotFoundError as error:
+        raise InputError(f"Training needs {error.name}, which is not installed; pip install ldm_export[train].") from error
 
     recipe = config or Path(train.__file__).parent / "recipes" / "emoji64.toml"
     try:

@@ -12,6 +12,7 @@ from ldm_export.cli.pictures import check_writable, read_picture, save_grid
 from ldm_export.errors import InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import BACKENDS
+from ldm_export.runtime.request import picture_channels
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
@@ -80,7 +81,7 @@ def command(
             negative_prompt=negative,
             height=height,
             width=width,
-            image=None if image is None else read_picture(image),
+            image=None if image is None else read_picture(image, picture_channels(pipeline.bundle)),
             strength=strength,
             class_labels=class_labels or None,
             callback=lambda step: advance(step.index + 1, step.count),

@@ -16,8 +16,8 @@ Pixels = npt.NDArray[Any]
 WRITABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 
-def read_picture(path: Path) -> Pixels:
-    """A file as uint8 (H, W, 3), turned upright, transparency on white."""
+def read_picture(path: Path, channels: int = 3) -> Pixels:
+    """A file as uint8 (H, W, channels), turned upright, transparency on white; grey (ITU-R 601) for one channel."""
     try:
         with Image.open(path) as image:
             rgba = ImageOps.exif_transpose(image).convert("RGBA")
@@ -25,7 +25,8 @@ def read_picture(path: Path) -> Pixels:
         raise InputError(f"{path} does not exist; --image takes a picture file.") from error
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture ({error}). Give a PNG or JPEG.") from error
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(flat.convert("L" if channels == 1 else "RGB")).reshape(rgba.height, rgba.width, -1)
 
 
 def check_writable(path: Path) -> None:
@@ -39,12 +40,13 @@ def check_writable(path: Path) -> None:
 
 
 def grid(images: Pixels, columns: int | None = None) -> Image.Image:
-    """Pictures (B, H, W, 3) in rows of about the square root of B, on white."""
-    count, height, width, _ = images.shape
+    """Pictures (B, H, W, C) in rows of about the square root of B, on white; mode L where C is 1, else RGB."""
+    count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
-    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height), "white")
+    sheet = Image.new("L" if channels == 1 else "RGB", (columns * width, math.ceil(count / columns) * height), "white")
     for k, pixels in enumerate(images):
-        sheet.paste(Image.fromarray(pixels), (k % columns * width, k // columns * height))
+        picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+        sheet.paste(picture, (k % columns * width, k // columns * height))
     return sheet
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from ldm_export.cli.options import console, folder, steps_bar
 @click.option("--config", type=folder, default=None, help="A TOML file; the recipe of emoji64 by default.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")
 def command(data: Path, output: Path, config: Path | None, resume: bool) -> None:
-    """Train a text-to-image model: the autoencoder first, then UNet and text encoder. Resumable with --resume."""
+    """Train a model: autoencoder, text encoder, UNet. Resumable with --resume.
+
+    On several processes or machines: torchrun --nproc-per-node 2 --no-python ldm-export train ...
+    """
     with steps_bar("train") as advance:
 
         def progress(stage: str, done: int, steps: int, loss: float) -> None:
@@ -24,4 +28,5 @@ def command(data: Path, output: Path, config: Path | None, resume: bool) -> None
                 click.echo(f"{stage} {done}/{steps} loss {loss:.5f}", err=True)
 
         train_checkpoint(data, output, config, resume=resume, progress=progress)
-    console.print(f"{output}: a checkpoint in diffusers layout. Next: ldm-export export {output} -o BUNDLE")
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.print(f"{output}: a checkpoint in diffusers layout. Next: ldm-export export {output} -o BUNDLE")

@@ -66,7 +66,7 @@ class Step:
     _decode: Callable[[Array], Array] = field(repr=False)
 
     def decode(self) -> Array:
-        """The latents as pictures, uint8 (B, H, W, 3): a preview, and after the last step the result."""
+        """The latents as pictures, uint8 (B, H, W, C): a preview, and after the last step the result."""
         return self._decode(self.latents)
 
 
@@ -76,7 +76,7 @@ class Generation:
 
     Attributes
     ----------
-    images : uint8 (B, H, W, 3)
+    images : uint8 (B, H, W, C), C being 3, or 1 for grey models
     latents : float32 (B, C, h, w), scaled by the model's ``scaling_factor`` as the UNet sees them
     seeds : one a picture
     timings : by stage

@@ -49,7 +49,7 @@ class Options(TypedDict, total=False):
     negative_prompt : one for all pictures, or one each; empty
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
-    image : uint8 (H, W, 3), or (B, H, W, 3), to start from; its size is the picture's
+    image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
     strength : in (0, 1], the share of the steps that is redone on ``image``; 0.6
     class_labels : one a picture, for class-conditional models
     """
@@ -77,7 +77,7 @@ class Request:
     seeds : one a picture
     height, width : pixels
     guidance : the scale; 1 is off
-    image : (B, 3, H, W) float32 in [-1, 1] to start from, or None
+    image : (B, C, H, W) float32 in [-1, 1] to start from, or None
     trajectory : where the latents start and the rows that they run through
     """
 
@@ -148,7 +148,7 @@ def checked_request(
     if not np.isfinite(guidance) or guidance < 0:
         raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
     plan = read_plan(bundle, sampler or model["default_sampler"], model["default_steps"] if steps is None else steps)
-    sample = None if image is None else latents_image(image, batch)
+    sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
         sides = sample.shape[2:]
         if height not in (None, sides[0]) or width not in (None, sides[1]):
@@ -244,14 +244,20 @@ def check_size(height: int, width: int, multiple: int) -> None:
         )
 
 
-def latents_image(image: Array, batch: int) -> Array:
-    """Pictures uint8 (H, W, 3) or (B, H, W, 3) as (B, 3, H, W) float32 in [-1, 1]; one serves the whole batch."""
+def picture_channels(bundle: Bundle) -> int:
+    """Of the pictures that the model reads: 3, or 1 for grey ones."""
+    return int(bundle.manifest.graphs["vae_encoder"].inputs[0].shape[1])
+
+
+def latents_image(image: Array, batch: int, channels: int) -> Array:
+    """Pictures uint8 (H, W, C) or (B, H, W, C) as (B, C, H, W) float32 in [-1, 1]; one serves the whole batch."""
     pixels = np.asarray(image)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.shape[0] not in (1, batch):
+    shaped = pixels.ndim == 4 and pixels.shape[3] == channels and pixels.shape[0] in (1, batch)
+    if pixels.dtype != np.uint8 or not shaped:
         raise InputError(
-            f"image has shape {np.shape(image)} and dtype {pixels.dtype}; uint8 (H, W, 3), or one of those for each of "
-            f"the {batch} pictures, is needed. Convert it to RGB."
+            f"image has shape {np.shape(image)} and dtype {pixels.dtype}; uint8 (H, W, {channels}), or one of those "
+            f"for each of the {batch} pictures, is needed. Convert it to {'grey' if channels == 1 else 'RGB'}."
         )
     sample = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - np.float32(1.0)
     return np.ascontiguousarray(np.broadcast_to(sample, (batch, *sample.shape[1:])))

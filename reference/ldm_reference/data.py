@@ -129,7 +129,10 @@ def load_picture(path: Path, resolution: int, channels: int = 3) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            rgba = upright.convert("RGBA")
     except Image.DecompressionBombError as error:
         raise ConfigError(f"{path} is too large ({error}); make it smaller first") from error
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise

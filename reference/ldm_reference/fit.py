@@ -221,7 +221,8 @@ def _log(run: Run, stage: Stage, start: int) -> Iterator[Callable[[str, float, i
     if not run.accelerator.is_main_process:
         yield lambda key, value, step: None
         return
-    writer = SummaryWriter(str(run.folder / "logs" / stage.name), purge_step=start + 1 if start else None)
+    folder, purge = run.folder / "logs" / stage.name, start + 1 if start else None
+    writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".from{start}")  # one second, one name, else
     try:
         yield writer.add_scalar
     finally:

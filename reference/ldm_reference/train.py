@@ -37,6 +37,7 @@ def train(config: TrainConfig, data_folder: Path, output: Path, *, resume: bool,
         if stage is not None:
             stage.rows(run.accelerator.num_processes, 0, 0)  # refuses what cannot be cut up
     run.accelerator.wait_for_everyone()  # before the first process writes what the others check
+    run.state_folder.mkdir(parents=True, exist_ok=True)
 
     vae = train_autoencoder(run, config, data)
     tokenizer = text_encoder = heads = judge = None
