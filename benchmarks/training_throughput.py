@@ -2,7 +2,7 @@
 
 training_throughput.py [--rounds 5] [--steps 6]
 
-The loop is the trainer's: bf16 autocast where the recipe asks for it, v-prediction loss, backward, clipping, AdamW, EMA.
+The loop is the trainer's: autocast as the recipe asks for it, squared error, backward, clipping, AdamW, EMA.
 """
 
 from __future__ import annotations

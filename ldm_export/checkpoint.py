@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError
-from ldm_reference.generate import text_to_image
+from ldm_reference.generate import pixels_from_sample, text_to_image
 from ldm_reference.layout import config_to_dict
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
@@ -263,6 +263,14 @@ class TorchReference:
         )
         return drawn.images.numpy(), drawn.timings_ms
 
+    @torch.no_grad()
+    def reconstruct(self, images: Pixels) -> Pixels:
+        """Pictures uint8 (B, H, W, C), through the autoencoder and back, by the mean of its latents."""
+        vae, _, _ = self._networks
+        sample = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        redrawn: Pixels = pixels_from_sample(vae.decode(vae.encode(sample).chunk(2, dim=1)[0])).numpy()
+        return redrawn
+
 
 def train_checkpoint(
     data: Path, output: Path, config: Path | None, *, resume: bool, progress: Callable[[str, int, int, float], None]
@@ -274,14 +282,12 @@ def train_checkpoint(
     InputError
         If the data or the config cannot be used, the loss stops being a number, or the disk is full.
     """
-    try:
-        from ldm_reference import train
-    except ModuleNotFoundError as error:
-        raise InputError(f"Training needs {error.name}, which is not installed; pip install ldm_export[train].") from error
+    from ldm_reference import train
+    from ldm_reference.train_config import TrainConfig
 
     recipe = config or Path(train.__file__).parent / "recipes" / "emoji64.toml"
     try:
-        train.train(train.TrainConfig.read(recipe), data, output, resume=resume, progress=progress)
+        train.train(TrainConfig.read(recipe), data, output, resume=resume, progress=progress)
     except ConfigError as error:
         raise InputError(f"{error}.") from error
     except (OSError, SafetensorError) as error:

@@ -15,9 +15,10 @@ from ldm_export.errors import InputError, LdmExportError
 
 COMMANDS = {
     "demo": "The whole chain on the shipped model: export, draw with and without PyTorch, compare.",
-    "train": "Train a text-to-image model on a folder of captioned pictures.",
+    "train": "Train a latent diffusion model on a folder of pictures.",
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
     "generate": "Draw pictures from a bundle.",
+    "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",
@@ -31,6 +32,8 @@ EXTRAS = {
     "onnxscript": "export",
     "safetensors": "export",
     "ldm_reference": "export",
+    "accelerate": "train",
+    "tensorboardX": "train",
     "tomli": "train",
 }
 

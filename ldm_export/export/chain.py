@@ -60,7 +60,7 @@ def export_bundle(
         for name in configs:
             if name.startswith("text_encoder"):
                 folder = name.replace("text_encoder", "tokenizer")
-                _copy_tokenizer(checkpoint.path / folder, writer.path / folder)
+                copy_tokenizer(checkpoint.path / folder, writer.path / folder)
         for graph in graphs:
             config = configs[_component(graph)]
             progress(f"{graph.name}: running in PyTorch")
@@ -187,7 +187,7 @@ def _write_plans(scheduler: Mapping[str, Any], folder: Path) -> None:
             (folder / plan.file_name).write_text(plan.to_json(), encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
     """CLIP's files; ``vocab.json`` and ``merges.txt`` are written out where only ``tokenizer.json`` has them."""
     names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     whole = source / "tokenizer.json"

@@ -22,7 +22,15 @@ from ldm_export.plan import Stepper
 from ldm_export.runtime.backends import Array, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.noise import Generator
-from ldm_export.runtime.request import Options, Request, check_drawable, checked_request
+from ldm_export.runtime.request import (
+    Options,
+    Request,
+    check_drawable,
+    check_size,
+    checked_request,
+    latents_image,
+    picture_channels,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -176,6 +184,19 @@ class Pipeline:
             At the call, before the first step, for anything that this bundle cannot draw.
         """
         return self._sample(checked_request(self.bundle, prompts, **options), Timings())
+
+    def reconstruct(self, images: Array) -> Array:
+        """Pictures uint8 (B, H, W, C) through the autoencoder and back, by the mean of its latents.
+
+        Raises
+        ------
+        InputError
+            If their sides are no multiples of the model's pixels per latent, or their channels not the model's.
+        """
+        check_size(images.shape[1], images.shape[2], self.bundle.manifest.model["pixels_per_latent"])
+        sample = latents_image(images, len(images), picture_channels(self.bundle))
+        mean, _ = np.split(self._graph("vae_encoder").run({"sample": sample})["latent_parameters"], 2, axis=1)
+        return self._decode(mean * np.float32(self.bundle.manifest.model["scaling_factor"]))
 
     def _graph(self, name: str) -> Graph:
         if name not in self._graphs:

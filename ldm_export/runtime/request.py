@@ -133,8 +133,10 @@ def checked_request(
     reads_text = "encoder_hidden_states" in unet_inputs
     has_classes = "class_labels" in unet_inputs
     if reads_text != bool(texts) or has_classes != (class_labels is not None):
+        count = model.get("num_class_embeds")
+        labels_it_takes = f"class_labels from 0 to {count - 1}" if count else "class_labels"
         wants = " and ".join(
-            [*(["a prompt a picture"] if reads_text else []), *(["class_labels"] if has_classes else [])]
+            [*(["a prompt a picture"] if reads_text else []), *([labels_it_takes] if has_classes else [])]
         )
         given = "no" if class_labels is None else len(class_labels)
         raise InputError(

@@ -39,7 +39,7 @@ def gradient() -> torch.Tensor:
 
 
 def test_features_are_what_they_were() -> None:
-    """Made by picture_features(gradient())[0].topk(6), torch 2.13; timm's tf_efficientnet_lite0 gave the same to the bit."""
+    """Made by picture_features(gradient())[0].topk(6); timm's tf_efficientnet_lite0 gave the same to the bit."""
     features = picture_features(gradient())
     assert features.shape == (1, FEATURES)
     assert features.min() >= 0

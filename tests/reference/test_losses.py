@@ -191,7 +191,7 @@ def test_diffusion_targets() -> None:
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weighs_one_x0_error_alike_in_every_objective(gamma: float) -> None:
-    """A guess of x0 is turned into a guess of epsilon and of v: the weighted error must be min(SNR, gamma) |x0 error|²."""
+    """A guess of x0, turned into one of epsilon and of v: its weighted error is min(SNR, gamma) |x0 error|² in all."""
     timesteps = torch.arange(5)
     latents, noise = torch.randn(5, 4, 3, 3).double(), torch.randn(5, 4, 3, 3).double()
     alphas = ALPHAS_CUMPROD.double()[:, None, None, None]

@@ -31,7 +31,9 @@ def optimiser(rate: float) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "cyclic"])
 def test_warm_up_is_linear(schedule: str) -> None:
     ours = settings(schedule=schedule)
-    assert [ours.learning_rate_at(step) for step in range(10)] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert [ours.learning_rate_at(step) for step in range(10)] == pytest.approx(
+        [0.2 * (step + 1) for step in range(10)]
+    )
     assert ours.learning_rate_at(10) == pytest.approx(2.0)
 
 

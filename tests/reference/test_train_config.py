@@ -14,7 +14,10 @@ from tests.training import TEXT_STAGE, config_from, edited
 
 WITHOUT_TEXT = [
     (CONFIG[CONFIG.index("[tokenizer]") : CONFIG.index("[unet]\n")], ""),
-    ('["DownBlock2D", "CrossAttnDownBlock2D"]', '["DownBlock2D", "AttnDownBlock2D"]\nmid_block_type = "UNetMidBlock2D"'),
+    (
+        '["DownBlock2D", "CrossAttnDownBlock2D"]',
+        '["DownBlock2D", "AttnDownBlock2D"]\nmid_block_type = "UNetMidBlock2D"',
+    ),
     ('["CrossAttnUpBlock2D", "UpBlock2D"]', '["AttnUpBlock2D", "UpBlock2D"]'),
     ("cross_attention_dim = 16\n", ""),
 ]
@@ -75,7 +78,10 @@ LIES = {
     "half a step": ([("steps = 7", "steps = 7.5")], "steps = 7.5 must be int"),
     "misspelt": ([("steps = 7", "stepz = 7\nsteps = 7")], "unknown key 'stepz'"),
     "prediction": ([('"v_prediction"', '"velocity"')], "prediction_type = 'velocity' is not supported"),
-    "scheduler key": ([("clip_sample = false", "clip_sample = false\nbeta = 1")], "[scheduler] has the unknown key 'beta'"),
+    "scheduler key": (
+        [("clip_sample = false", "clip_sample = false\nbeta = 1")],
+        "[scheduler] has the unknown key 'beta'",
+    ),
     "spacing": (
         [("clip_sample = false", 'clip_sample = false\ntimestep_spacing = "even"')],
         "timestep_spacing = 'even' is not supported",

@@ -158,7 +158,10 @@ def test_the_command_s_errors(tmp_path: Path, pictures: Path, monkeypatch: pytes
     recipe = tmp_path / "config.toml"
     recipe.write_text(CONFIG)
     for error, sentence in (
-        (OSError(28, "No space left on device"), r"cannot be written \(.*No space left.*Free some space; --resume goes on"),
+        (
+            OSError(28, "No space left on device"),
+            r"cannot be written \(.*No space left.*Free some space; --resume goes on",
+        ),
         (ConfigError("the loss is nan"), r"^the loss is nan\.$"),
     ):
         monkeypatch.setattr("ldm_reference.train.train", fail(error))
@@ -265,7 +268,9 @@ def test_flips_spare_captions_that_name_a_side(
     vae = checkpoint.load("vae")
     assert isinstance(vae, AutoencoderKL)
     picture = CaptionedImages.open(sides, 16).load([0])
-    straight, mirrored = (vae.encode(x).chunk(2, dim=1)[0][0] * vae.config.scaling_factor for x in (picture, picture.flip(-1)))
+    straight, mirrored = (
+        vae.encode(x).chunk(2, dim=1)[0][0] * vae.config.scaling_factor for x in (picture, picture.flip(-1))
+    )
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     turned = {}
     for caption in ("a ramp", "a ramp to the right", "Left of it", "other ramp"):
@@ -365,8 +370,12 @@ def test_samples_appear_as_training_goes(tmp_path: Path, pictures: Path) -> None
 def test_both_losses_go_down(tmp_path: Path, pictures: Path, prediction_type: str) -> None:
     """The denoiser's to well below 1, the variance of what is predicted, which is what predicting nothing costs."""
     text = (
-        CONFIG.replace("steps = 7\nbatch_size = 4\nlearning_rate = 2e-3", "steps = 60\nbatch_size = 6\nlearning_rate = 4e-3")
-        .replace("steps = 9\nbatch_size = 5\nlearning_rate = 2e-3", "steps = 120\nbatch_size = 12\nlearning_rate = 4e-3")
+        CONFIG.replace(
+            "steps = 7\nbatch_size = 4\nlearning_rate = 2e-3", "steps = 60\nbatch_size = 6\nlearning_rate = 4e-3"
+        )
+        .replace(
+            "steps = 9\nbatch_size = 5\nlearning_rate = 2e-3", "steps = 120\nbatch_size = 12\nlearning_rate = 4e-3"
+        )
         .replace("dropout = 0.1\n", "\n")
         .replace("caption_\n", "min_snr_gamma = 0\n")
         .replace("v_prediction", prediction_type)

@@ -1,0 +1,334 @@
+"""How good a model's pictures are, of a PyTorch checkpoint and of a bundle alike: same prompts, seeds and judges.
+
+Reconstruction is of the autoencoder alone, on pictures that it was not trained on. The rest is of drawn pictures, one a
+prompt: does a picture look like those of its own prompt (retrieval, alignment), do all of them look like real ones
+(distances between sets, beside the floor that two sets of real pictures have), and are they copies (memorisation).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_export.bench.metrics import (
+    Figure,
+    frechet_distance,
+    kernel_distance,
+    nearest_distance,
+    over_pictures,
+    over_sets,
+    psnr,
+    recalled,
+    ssim,
+)
+from ldm_export.bundle import Bundle
+from ldm_export.checkpoint import LatentDiffusion, TorchReference, shipped_checkpoints
+from ldm_export.errors import CheckpointError, InputError
+from ldm_export.export.chain import copy_tokenizer
+from ldm_export.judge import AlignmentJudge, Pictures, features_of, open_pictures
+from ldm_export.runtime import Pipeline, Tokenizer
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+"""Called with what is done now, how much of it is done, and how much there is."""
+
+FEATURES = "EfficientNet-Lite0 features (not Inception FID)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn: ``prompts`` of them, ``batch`` at a time; picture k has seed ``seed + k``."""
+
+    prompts: int = 200
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 4.0
+    seed: int = 0
+    batch: int = 8
+
+
+class Painter(Protocol):
+    """What both sides can do. ``condition`` is what a picture is asked for by: "text", "label" or None."""
+
+    name: str
+    size: int
+    channels: int
+    condition: str | None
+
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+        """Pictures uint8 (B, H, W, C)."""
+
+    def reconstruct(self, images: Array) -> Array:
+        """Pictures uint8 (B, H, W, C) through the autoencoder and back."""
+
+
+class CheckpointPainter:
+    """A text-to-image checkpoint in PyTorch, with DDIM."""
+
+    channels = 3
+    condition: str | None = "text"
+
+    def __init__(self, checkpoint: LatentDiffusion):
+        self._reference = TorchReference(checkpoint)
+        configs = checkpoint.configs
+        self.name = f"checkpoint {checkpoint.path}"
+        size = configs["unet"]["sample_size"]
+        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        self.size = _side((size, size) if isinstance(size, int) else size) * factor
+        self._tokenizer = checkpoint_tokenizer(checkpoint)
+
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+        if settings.sampler != "ddim":
+            raise InputError(
+                f"A checkpoint is drawn with ddim, not {settings.sampler!r}; export it and use the bundle."
+            )
+        ids, negative_ids = self._tokenizer(list(map(str, conditions))), self._tokenizer([""] * len(conditions))
+        size = (self.size, self.size)
+        steps, guidance = settings.steps, settings.guidance
+        return self._reference.draw(ids, negative_ids, seeds, steps=steps, guidance=guidance, size=size)[0]
+
+    def reconstruct(self, images: Array) -> Array:
+        return self._reference.reconstruct(images)
+
+
+class BundlePainter:
+    """A bundle, without PyTorch."""
+
+    def __init__(self, bundle: Bundle):
+        self._pipeline = Pipeline(bundle, "cpu")
+        model, graphs = bundle.manifest.model, bundle.manifest.graphs
+        self.name = f"bundle {bundle.path}"
+        self.size = _side((model["height"], model["width"]))
+        self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
+        inputs = {tensor.name for tensor in graphs["unet"].inputs}
+        self.condition = next(
+            (kind for kind, name in (("text", "encoder_hidden_states"), ("label", "class_labels")) if name in inputs),
+            None,
+        )
+
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+        given: dict[str, Any] = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds)}
+        if self.condition == "text":
+            given |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
+        elif self.condition == "label":
+            given["class_labels"] = [int(label) for label in conditions]
+        return self._pipeline.generate(**given).images
+
+    def reconstruct(self, images: Array) -> Array:
+        return self._pipeline.reconstruct(images)
+
+
+def _side(size: tuple[int, int]) -> int:
+    if size[0] != size[1]:
+        raise InputError(f"The model draws {size[0]} x {size[1]}; only square pictures are evaluated.")
+    return size[0]
+
+
+def checkpoint_tokenizer(checkpoint: LatentDiffusion) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        copy_tokenizer(checkpoint.path / "tokenizer", Path(folder) / "tokenizer")
+        return Tokenizer(Path(folder) / "tokenizer")
+
+
+@dataclass
+class QualityReport:
+    """What was measured.
+
+    Attributes
+    ----------
+    figures : name -> value with its 95 % interval; a unit ends a name
+    floors : name -> what real pictures score on the same figure
+    notes : what was left out or is to be known, a sentence each
+    images : uint8 (N, H, W, C), what was drawn
+    """
+
+    target: str
+    settings: Settings
+    figures: dict[str, Figure] = field(default_factory=dict)
+    floors: dict[str, Figure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    prompts: list[str | int] = field(default_factory=list)
+    images: Array = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+
+    def to_dict(self) -> dict[str, Any]:
+        figures = {
+            kind: {name: figure._asdict() for name, figure in values.items()}
+            for kind, values in (("figures", self.figures), ("real_pictures", self.floors))
+        }
+        return {
+            "target": self.target,
+            "features": FEATURES,
+            **self.settings.__dict__,
+            **figures,
+            "notes": self.notes,
+            "prompts_drawn": self.prompts,
+        }
+
+
+def open_painter(target: str) -> Painter:
+    """A bundle's folder, a checkpoint's folder, or a shipped checkpoint's name."""
+    if (Path(target) / "manifest.json").is_file():
+        return BundlePainter(Bundle.open(target))
+    return CheckpointPainter(LatentDiffusion.open(target))
+
+
+def open_judge(target: str, judge: str | None) -> AlignmentJudge | None:
+    """The judge of alignment: that of ``judge``, of the target, or of the shipped checkpoint that a bundle is from."""
+    name = judge or target
+    if judge is None and (Path(target) / "manifest.json").is_file():
+        name = str(Bundle.open(target).manifest.source.get("checkpoint", ""))
+        if name not in shipped_checkpoints():
+            return None
+    checkpoint = LatentDiffusion.open(name)
+    if "text_encoder" not in checkpoint.components:
+        return None
+    found = AlignmentJudge.open(checkpoint, checkpoint_tokenizer(checkpoint))
+    if found is None and judge is not None:
+        raise CheckpointError(f"{judge} has no alignment/ folder; train it with a [text_stage], or leave --judge out.")
+    return found
+
+
+def evaluate(
+    painter: Painter,
+    data_folder: Path,
+    held_out_folder: Path | None,
+    settings: Settings,
+    judge: AlignmentJudge | None,
+    progress: Progress,
+) -> QualityReport:
+    """Measure everything.
+
+    Parameters
+    ----------
+    data_folder : the training pictures; prompts are its captions, or its classes
+    held_out_folder : real pictures that no stage has seen; without it ``data_folder`` serves, and a note says so
+
+    Raises
+    ------
+    InputError
+        If a folder cannot be used, or has fewer pictures than prompts are asked for.
+    """
+    report = QualityReport(painter.name, settings)
+    progress("reading pictures", 0, 1)
+    data, held_out = (
+        open_pictures(folder, painter.size, painter.channels, painter.condition)
+        for folder in (data_folder, held_out_folder or data_folder)
+    )
+    if held_out_folder is None:
+        report.notes.append(
+            "No held-out pictures were given: reconstruction and distances are to the training pictures."
+        )
+    chosen = choose_prompts(data, settings, painter.condition)
+    report.prompts = [condition for _, condition in chosen]
+
+    report.images = _draw(painter, report.prompts, settings, progress)
+    _reconstruction(report, painter, held_out.images, progress)
+
+    def features(what: str, images: Array) -> Array:
+        return features_of(images, lambda done, of: progress(f"features of {what} pictures", done, of))
+
+    drawn, gallery = features("drawn", report.images), features("training", data.images)
+    apart = gallery if held_out_folder is None else features("held-out", held_out.images)
+    _distances(report, drawn, gallery, apart, same=held_out_folder is None)
+    if painter.condition is None:
+        report.notes.append("The model is told nothing: there is no retrieval and no alignment.")
+    else:
+        _retrieval(report, drawn, gallery, data, chosen)
+    if painter.condition == "text":
+        if judge is None:
+            report.notes.append(
+                "No checkpoint with alignment/ is known for this target: alignment is left out (--judge)."
+            )
+        else:
+            _alignment(report, drawn, gallery, chosen, judge, settings.seed)
+    return report
+
+
+def choose_prompts(data: Pictures, settings: Settings, condition: str | None) -> list[tuple[int, str | int]]:
+    """``prompts`` different pictures and one caption of each, or its class; a function of the seed."""
+    generator = np.random.default_rng(settings.seed)
+    count = len(data.images)
+    if settings.prompts > count:
+        raise InputError(
+            f"{settings.prompts} prompts are asked for and the data has {count} pictures; lower --prompts."
+        )
+    if settings.prompts < 10:
+        raise InputError(f"{settings.prompts} prompts are too few to measure anything; use at least 10.")
+    said: dict[int, list[str | int]] = {}
+    for picture, text in data.conditions:
+        said.setdefault(picture, []).append(text)
+    pictures = sorted(generator.permutation(count)[: settings.prompts].tolist())
+    if condition is None:
+        return [(picture, "") for picture in pictures]
+    return [(picture, said[picture][int(generator.integers(len(said[picture])))]) for picture in pictures]
+
+
+def _draw(painter: Painter, prompts: Sequence[str | int], settings: Settings, progress: Progress) -> Array:
+    images = []
+    for start in range(0, len(prompts), settings.batch):
+        part = prompts[start : start + settings.batch]
+        progress("drawing", start, len(prompts))
+        seeds = [settings.seed + k for k in range(start, start + len(part))]
+        images.append(painter.draw(part, seeds, settings))
+    return np.concatenate(images)
+
+
+def _reconstruction(report: QualityReport, painter: Painter, images: Array, progress: Progress) -> None:
+    redrawn = []
+    for start in range(0, len(images), report.settings.batch):
+        progress("reconstructing", start, len(images))
+        redrawn.append(painter.reconstruct(images[start : start + report.settings.batch]))
+    after = np.concatenate(redrawn)
+    report.figures["reconstruction_psnr_db"] = over_pictures(psnr(after, images))
+    report.figures["reconstruction_ssim"] = over_pictures(ssim(after, images))
+
+
+def _distances(report: QualityReport, drawn: Array, gallery: Array, apart: Array, *, same: bool) -> None:
+    """To the held-out set, beside two sets of real pictures of the same sizes; and to the nearest training picture."""
+    generator = np.random.default_rng(report.settings.seed)
+    real = gallery if same else np.concatenate([gallery, apart])
+    first = min(len(drawn), len(real) // 2)
+    order = generator.permutation(len(real))
+    halves = real[order[:first]], real[order[first : first + len(apart)]]
+    for name, distance in (("frechet_distance", frechet_distance), ("kernel_distance", kernel_distance)):
+        report.figures[name] = over_sets(distance, drawn, apart)
+        report.floors[name] = over_sets(distance, *halves)
+    report.figures["nearest_training_picture"] = over_pictures(nearest_distance(drawn, gallery), np.median)
+    if not same:
+        report.floors["nearest_training_picture"] = over_pictures(nearest_distance(apart, gallery), np.median)
+
+
+def _retrieval(
+    report: QualityReport, drawn: Array, gallery: Array, data: Pictures, chosen: Sequence[tuple[int, str | int]]
+) -> None:
+    pictures_of: dict[str | int, list[int]] = {}
+    for picture, said in data.conditions:
+        pictures_of.setdefault(said, []).append(picture)
+    own = np.zeros((len(chosen), len(gallery)), bool)
+    for row, (_, said) in enumerate(chosen):
+        own[row, pictures_of[said]] = True
+    for k in (1, 5):
+        report.figures[f"retrieval_at_{k}"] = over_pictures(recalled(drawn, gallery, own, k))
+
+
+def _alignment(
+    report: QualityReport,
+    drawn: Array,
+    gallery: Array,
+    chosen: Sequence[tuple[int, str | int]],
+    judge: AlignmentJudge,
+    seed: int,
+) -> None:
+    prompts = [str(said) for _, said in chosen]
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    others = order[np.argsort(np.roll(order, 1))]  # a picture never gets its own
+    report.figures["alignment"] = over_pictures(judge.score(drawn, prompts))
+    report.figures["alignment_with_another_prompt"] = over_pictures(judge.score(drawn, [prompts[k] for k in others]))
+    real = gallery[[picture for picture, _ in chosen]]
+    report.floors["alignment"] = over_pictures(judge.score(real, prompts))
