@@ -1,4 +1,6 @@
-"""Opens a checkpoint in diffusers layout as the reference networks. The only seam to ``ldm_reference``.
+"""Opens a checkpoint, in diffusers layout or as CompVis' single file, as the reference networks.
+
+With ``judge``, the seam to ``ldm_reference``.
 
 Components are loaded one at a time, when they are asked for, and their weights are memory-mapped: a model larger than
 half of the memory can be exported. Weights come from safetensors; a pickle is never opened.
@@ -30,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_export.errors import CheckpointError, InputError
+from ldm_export.single_file import SingleFile
 
 Ids = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -69,22 +72,24 @@ class LatentDiffusion:
     Attributes
     ----------
     name : the folder's name
-    path : the folder
+    path : the folder, or the single file
     index : the content of ``model_index.json``
+    file : the single file in CompVis' layout, where it is one
     """
 
     name: str
     path: Path
     index: dict[str, Any]
+    file: SingleFile | None = None
 
     @classmethod
     def open(cls, checkpoint: str | Path) -> LatentDiffusion:
-        """Open a folder, or a shipped checkpoint by its name.
+        """Open a folder, a single safetensors file in CompVis' layout, or a shipped checkpoint by its name.
 
         Raises
         ------
         CheckpointError
-            If there is no such checkpoint, it is a pickle or a single file, or a component is missing.
+            If there is no such checkpoint, it is a pickle, or a component is missing.
         """
         path = Path(checkpoint)
         if not path.exists() and str(checkpoint) in shipped_checkpoints():
@@ -96,6 +101,9 @@ class LatentDiffusion:
             )
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
+        if path.is_file():
+            file = SingleFile(path)
+            return cls(path.stem, path, file.index, file)
         if not (path / "model_index.json").is_file():
             raise CheckpointError(
                 f"{path} has no model_index.json; a checkpoint is a folder in diffusers layout. "
@@ -136,6 +144,8 @@ class LatentDiffusion:
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """The content of ``scheduler_config.json``."""
+        if self.file is not None:
+            return self.file.scheduler
         return _read_json(self.path / "scheduler" / "scheduler_config.json")
 
     @cached_property
@@ -146,6 +156,8 @@ class LatentDiffusion:
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """The component's safetensors files, in name order."""
+        if self.file is not None:
+            return (self.path,)
         folder = self.path / component
         variants: dict[str, list[Path]] = {}
         for file in sorted(folder.glob("*.safetensors")):
@@ -159,6 +171,8 @@ class LatentDiffusion:
 
     def sha256(self, component: str) -> str:
         """Over the component's weight files, in name order."""
+        if self.file is not None:
+            return self.file.sha256
         digest = hashlib.sha256()
         for file in self.weight_files(component):
             with file.open("rb") as stream:
@@ -175,6 +189,22 @@ class LatentDiffusion:
             If weights are missing, truncated, of another shape, or of a network that the config does not describe.
         """
         network = self._skeleton(component)
+        expected = network.state_dict()
+        if self.file is not None:
+            tensors = self.file.tensors(component, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+        else:
+            tensors = self._read_tensors(component)
+        _check_weights(self.path / component, tensors, expected)
+        tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
+        network.load_state_dict(tensors, assign=True)
+        return network.requires_grad_(False).eval()
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the tokenizer of a text encoder is: in the checkpoint, or beside a single file."""
+        folder = self.path if self.file is None else self.path.parent
+        return folder / component.replace("text_encoder", "tokenizer")
+
+    def _read_tensors(self, component: str) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for file in self.weight_files(component):
             try:
@@ -183,16 +213,11 @@ class LatentDiffusion:
                 raise CheckpointError(
                     f"{file} is truncated or not a safetensors file ({error}). Fetch it again."
                 ) from error
-        tensors = {
+        return {
             _current_name(component, key): tensor
             for key, tensor in tensors.items()
             if not key.endswith(".position_ids")
         }
-        expected = network.state_dict()
-        _check_weights(self.path / component, tensors, expected)
-        tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
-        network.load_state_dict(tensors, assign=True)
-        return network.requires_grad_(False).eval()
 
     def _skeleton(self, component: str) -> Network:
         """The network on the meta device: shapes, no memory."""
@@ -201,7 +226,7 @@ class LatentDiffusion:
             raise CheckpointError(
                 f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}."
             )
-        values = _read_json(file)
+        values = _read_json(file) if self.file is None else self.file.config(component)
         if component.startswith("text_encoder"):
             values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
         try:

@@ -132,7 +132,7 @@ def _side(size: tuple[int, int]) -> int:
 
 def checkpoint_tokenizer(checkpoint: LatentDiffusion) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
-        copy_tokenizer(checkpoint.path / "tokenizer", Path(folder) / "tokenizer")
+        copy_tokenizer(checkpoint.tokenizer_folder("text_encoder"), Path(folder) / "tokenizer")
         return Tokenizer(Path(folder) / "tokenizer")
 
 

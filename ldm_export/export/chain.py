@@ -59,8 +59,8 @@ def export_bundle(
         _write_json(writer.path / "model_index.json", _bundle_index(checkpoint))
         for name in configs:
             if name.startswith("text_encoder"):
-                folder = name.replace("text_encoder", "tokenizer")
-                copy_tokenizer(checkpoint.path / folder, writer.path / folder)
+                source = checkpoint.tokenizer_folder(name)
+                copy_tokenizer(source, writer.path / source.name)
         for graph in graphs:
             config = configs[_component(graph)]
             progress(f"{graph.name}: running in PyTorch")
@@ -192,7 +192,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     whole = source / "tokenizer.json"
     if not whole.is_file() and not all((source / name).is_file() for name in names[:2]):
-        raise CheckpointError(f"{source} has neither tokenizer.json nor vocab.json and merges.txt. Fetch it again.")
+        raise CheckpointError(
+            f"{source} has neither tokenizer.json nor vocab.json and merges.txt. Put the model's tokenizer there."
+        )
     target.mkdir()
     for name in (*names, whole.name):
         if (source / name).is_file():
