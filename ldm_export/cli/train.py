@@ -11,7 +11,9 @@ from ldm_export.cli.options import console, folder, steps_bar
 
 
 @click.command()
-@click.option("--data", type=folder, required=True, help="Pictures with a metadata.jsonl of file_name and text.")
+@click.option(
+    "--data", type=folder, required=True, help="Pictures and their metadata.jsonl: file_name and text, or label."
+)
 @click.option("-o", "--output", type=folder, required=True, help="The checkpoint's folder.")
 @click.option("--config", type=folder, default=None, help="A TOML file; the recipe of emoji64 by default.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in the same folder.")

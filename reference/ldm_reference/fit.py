@@ -147,24 +147,10 @@ def fit(run: Run, stage: Stage) -> dict[str, Tensor]:
             torch.manual_seed((stage.seed * 1_000_003 + step) * processes + process)  # for dropout
             for group in optimiser.param_groups:
                 group["lr"] = settings.learning_rate_at(step)
-            sums: dict[str, Tensor] = {}
-            for rows in parts:
-                share = {key: value[rows].to(run.device) for key, value in batch.items()}
-                with _synchronised(accelerator, objective, rows is parts[-1]):
-                    with accelerator.autocast():
-                        terms = objective(**share)
-                    accelerator.backward(terms["loss"] / len(parts))
-                for key, value in terms.items():
-                    sums[key] = sums.get(key, 0.0) + value.detach().float() / len(parts)
-            norm = whole(accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm))
-            values = {key: accelerator.reduce(value, "mean").item() for key, value in sums.items()}
-            if not np.isfinite(values["loss"]) or (accelerator.scaler is None and not torch.isfinite(norm)):
-                what = "loss" if not np.isfinite(values["loss"]) else "gradient"
-                kept = f"{state_file} keeps an earlier state" if state_file.is_file() else "no state was written yet"
-                raise ConfigError(
-                    f"the {what} of stage {stage.name!r} is not a number at step {step} ({kept}); lower learning_rate, "
-                    "or look at the data, and start again in another folder"
-                )
+            values = _backward(run, objective, batch, parts)
+            norm = whole(accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)).item()
+            if accelerator.scaler is None or not np.isfinite(values["loss"]):  # the scaler skips steps that overflow
+                _check_finite(stage.name, step, values["loss"], norm, state_file)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             decay = min(settings.ema_decay, (1 + step) / (10 + step))
@@ -172,7 +158,7 @@ def fit(run: Run, stage: Stage) -> dict[str, Tensor]:
                 torch._foreach_lerp_(list(average.values()), list(parameters.values()), 1.0 - decay)
             done = step + 1
             if done % LOG_EVERY == 0 or done == settings.steps:
-                scalars = {**values, "learning_rate": settings.learning_rate_at(step), "gradient_norm": norm.item()}
+                scalars = {**values, "learning_rate": settings.learning_rate_at(step), "gradient_norm": norm}
                 for key, value in scalars.items():
                     log(key, value, done)
             if done % settings.save_every == 0 or done == settings.steps:
@@ -187,6 +173,31 @@ def fit(run: Run, stage: Stage) -> dict[str, Tensor]:
     averages = {key: whole(tensor).cpu() for key, tensor in average.items()}
     accelerator.free_memory()
     return averages
+
+
+def _backward(run: Run, objective: nn.Module, batch: Rows, parts: list[slice]) -> dict[str, float]:
+    """Add up the gradients of this process's rows, part by part; gives the terms of the loss, over all processes."""
+    accelerator = run.accelerator
+    sums: dict[str, Tensor] = {}
+    for rows in parts:
+        share = {key: value[rows].to(run.device) for key, value in batch.items()}
+        with _synchronised(accelerator, objective, rows is parts[-1]):
+            with accelerator.autocast():
+                terms = objective(**share)
+            accelerator.backward(terms["loss"] / len(parts))
+        for key, value in terms.items():
+            sums[key] = sums.get(key, 0.0) + value.detach().float() / len(parts)
+    return {key: accelerator.reduce(value, "mean").item() for key, value in sums.items()}
+
+
+def _check_finite(stage: str, step: int, loss: float, norm: float, state_file: Path) -> None:
+    what = "loss" if not np.isfinite(loss) else "gradient"
+    if not np.isfinite(loss) or not np.isfinite(norm):
+        kept = f"{state_file} keeps an earlier state" if state_file.is_file() else "no state was written yet"
+        raise ConfigError(
+            f"the {what} of stage {stage!r} is not a number at step {step} ({kept}); lower learning_rate, "
+            "or look at the data, and start again in another folder"
+        )
 
 
 def shard(objective: nn.Module) -> nn.Module:

@@ -1,13 +1,13 @@
-"""Text to image in plain PyTorch: the picture that an exported model is held against.
+"""Pictures in plain PyTorch: what an exported model is held against, and what training shows as it goes.
 
-DDIM with classifier-free guidance, as in ``StableDiffusionPipeline``: negative prompts and prompts in one call of the
-UNet, starting noise from ``torch.Generator("cpu")``, one generator a picture.
+DDIM; for text with classifier-free guidance, as in ``StableDiffusionPipeline``: negative prompts and prompts in one
+call of the UNet, starting noise from ``torch.Generator("cpu")``, one generator a picture.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,17 +68,7 @@ def text_to_image(
         return negative + guidance * (positive - negative)
 
     started = time.perf_counter()
-    shape = (1, vae.config.latent_channels, *latent_size)
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
-    alphas_cumprod = alphas_cumprod_from_config(scheduler)
-    latents = ddim(
-        denoise,
-        noise.to(device),
-        alphas_cumprod,
-        _timesteps(scheduler, len(alphas_cumprod), steps),
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
-        final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
-    )
+    latents = _latents(unet, vae.config.latent_channels, scheduler, denoise, seeds, steps, latent_size)
     loop_ms = (time.perf_counter() - started) * 1000 - unet_ms
 
     started = time.perf_counter()
@@ -86,6 +76,51 @@ def text_to_image(
     images = pixels_from_sample(sample)
     decode_ms = (time.perf_counter() - started) * 1000
     return Drawn(images, latents, {"text": text_ms, "unet": unet_ms, "loop": loop_ms, "decode": decode_ms})
+
+
+@torch.no_grad()
+def class_to_image(
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    scheduler: Mapping[str, Any],
+    labels: Tensor | None,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    latent_size: tuple[int, int],
+) -> Tensor:
+    """Draw one picture a seed with a model that reads no text: uint8 (B, H, W, C). ``labels`` are classes (B,)."""
+    device = unet.conv_in.weight.device
+    classes = {} if labels is None else {"class_labels": labels.to(device)}
+
+    def denoise(x: Tensor, timestep: int) -> Tensor:
+        return unet(x, torch.tensor([timestep], device=device), **classes)
+
+    latents = _latents(unet, vae.config.latent_channels, scheduler, denoise, seeds, steps, latent_size)
+    return pixels_from_sample(vae.decode(latents / vae.config.scaling_factor))
+
+
+def _latents(
+    unet: UNet2DConditionModel,
+    channels: int,
+    scheduler: Mapping[str, Any],
+    denoise: Callable[[Tensor, int], Tensor],
+    seeds: Sequence[int],
+    steps: int,
+    size: tuple[int, int],
+) -> Tensor:
+    """DDIM from the noise of the seeds: (B, C, h, w)."""
+    shape = (1, channels, *size)
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+    alphas_cumprod = alphas_cumprod_from_config(scheduler)
+    return ddim(
+        denoise,
+        noise.to(unet.conv_in.weight.device),
+        alphas_cumprod,
+        _timesteps(scheduler, len(alphas_cumprod), steps),
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
+    )
 
 
 def pixels_from_sample(sample: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ldm_reference.data import CaptionedImages, batch_indices
 from ldm_reference.discriminator import PatchDiscriminator
 from ldm_reference.features import feature_network, picture_features
 from ldm_reference.fit import Rows, Run, Stage, fit
-from ldm_reference.generate import pixels_from_sample, text_to_image
+from ldm_reference.generate import class_to_image, pixels_from_sample, text_to_image
 from ldm_reference.initialisation import initialise
 from ldm_reference.objectives import AutoencoderObjective, ContrastiveObjective, DenoiserObjective
 from ldm_reference.schedules import alphas_cumprod_from_config
@@ -248,9 +248,13 @@ def train_denoiser(
         }
 
     def sample() -> Tensor:
-        """The first captions of as many pictures, drawn with guidance."""
-        assert tokenizer is not None
-        assert text_encoder is not None
+        """The first captions of as many pictures, drawn with guidance; or as many classes; or as many seeds."""
+        size = (shape[2], shape[3])
+        if tokenizer is None or text_encoder is None:
+            labels = torch.arange(SAMPLES) % config.classes if config.classes else None
+            seeds, steps = range(SAMPLES), SAMPLE_STEPS
+            images = class_to_image(vae, unet, config.scheduler, labels, seeds, steps=steps, latent_size=size)
+            return _rows_of_pictures(images, 1)
         captions = list(dict(reversed(data.captions)).values())[-SAMPLES:]
         ids = encode(tokenizer, ["", *captions], int((config.tokenizer or {})["model_max_length"]))
         drawn = text_to_image(
@@ -263,7 +267,7 @@ def train_denoiser(
             range(len(captions)),
             steps=SAMPLE_STEPS,
             guidance=SAMPLE_GUIDANCE,
-            latent_size=(shape[2], shape[3]),
+            latent_size=size,
         )
         return _rows_of_pictures(drawn.images, 1)
 
@@ -275,8 +279,7 @@ def train_denoiser(
         min_snr_gamma=settings.min_snr_gamma or None,
     )
     recipe = _recipe(config.to_dict(), vae.config.scaling_factor)
-    draws = sample if tokenizer is not None else None
-    weights = fit(run, Stage("denoiser", objective, batch_at, settings, recipe, config.seed + 2, draws))
+    weights = fit(run, Stage("denoiser", objective, batch_at, settings, recipe, config.seed + 2, sample))
     unet = UNet2DConditionModel.from_config(config.unet)
     _load(unet, weights, "unet.")
     if trained_text is not None and tokenizer is not None:

@@ -366,6 +366,22 @@ def test_samples_appear_as_training_goes(tmp_path: Path, pictures: Path) -> None
         assert image.size == (8 * 16, 16)
 
 
+@pytest.mark.parametrize("classes", [None, 6])
+def test_samples_of_a_model_without_text(tmp_path: Path, pictures: Path, classes: int | None) -> None:
+    from PIL import Image
+
+    from tests.reference.test_train_config import WITHOUT_TEXT
+
+    condition = ("dropout = 0.1", f"num_class_embeds = {classes}" if classes else "")
+    config = config_from(every_stage(edited(*WITHOUT_TEXT, condition), "sample_every = 9"), tmp_path)
+    train(config, pictures, tmp_path / "out", resume=False, progress=Losses())
+    assert LatentDiffusion.open(tmp_path / "out").components == ("unet", "vae")
+    with Image.open(tmp_path / "out" / "samples" / "denoiser-000009.png") as image:
+        assert image.size == (8 * 16, 16)
+        parts = [image.crop((k * 16, 0, k * 16 + 16, 16)).tobytes() for k in range(8)]
+    assert len(set(parts)) == 8
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_both_losses_go_down(tmp_path: Path, pictures: Path, prediction_type: str) -> None:
     """The denoiser's to well below 1, the variance of what is predicted, which is what predicting nothing costs."""
