@@ -294,9 +294,11 @@ def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
         assert "is a pickle, which can run code when it is opened" in refusal(file)
 
 
-def test_a_single_file_is_refused(tmp_path: Path) -> None:
-    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "sd.safetensors")
-    assert "a checkpoint is a folder in diffusers layout" in refusal(tmp_path / "sd.safetensors")
+def test_a_single_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert "has no UNet (model.diffusion_model.*)" in refusal(tmp_path / "lora.safetensors")
+    (tmp_path / "notes.txt").write_text("none")
+    assert "is truncated or not a safetensors file" in refusal(tmp_path / "notes.txt")
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:

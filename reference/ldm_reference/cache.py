@@ -7,16 +7,15 @@ while its key, a hash of all that went into it, is the same.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ldm_reference.data import CaptionedImages
+from ldm_reference.state import write_tensors
 
 CHUNK = 64
 
@@ -47,13 +46,7 @@ def cached(file: Path, key: str, compute: Callable[[], Tensor], *, writes: bool 
         return found
     value = compute()
     if writes:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial")
-        try:
-            safetensors.torch.save_file({"value": value.contiguous()}, temporary, {"key": key})
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(file, {"value": value.contiguous()}, {"key": key})
     return value
 
 

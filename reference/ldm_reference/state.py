@@ -60,6 +60,11 @@ def save_state(
         return
     tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     metadata = {"step": json.dumps(step), "recipe": recipe, "scaler": json.dumps(dict(scaler))}
+    write_tensors(file, tensors, metadata)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; what was there stays until the new one is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".partial")
     try:
