@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError
-from ldm_reference.generate import pixels_from_sample, text_to_image
+from ldm_reference.generate import class_to_image, pixels_from_sample, text_to_image
 from ldm_reference.layout import config_to_dict
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_export.contract import unet_spec
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.single_file import SingleFile
 
@@ -241,27 +242,34 @@ class LatentDiffusion:
 
 
 class TorchReference:
-    """A text-to-image checkpoint in plain PyTorch: the pictures that a bundle's are held against.
+    """A checkpoint in plain PyTorch: the pictures that a bundle's are held against. The sampler is DDIM.
 
     ``draw`` takes token ids (B, L) of prompts and negative prompts and gives uint8 (B, H, W, 3) with milliseconds by
-    stage (text, unet, loop, decode). The sampler is DDIM.
+    stage (text, unet, loop, decode). Models that read no text are opened with ``text=False``.
     """
 
-    def __init__(self, checkpoint: LatentDiffusion):
+    def __init__(self, checkpoint: LatentDiffusion, *, text: bool = True):
         self._scheduler = checkpoint.scheduler
         spacing = self._scheduler.get("timestep_spacing", "leading")
         clips = self._scheduler.get("clip_sample", True)
-        if checkpoint.components != ("text_encoder", "unet", "vae") or spacing == "linspace" or clips:
+        config, channels = checkpoint.configs["unet"], checkpoint.configs["vae"]["latent_channels"]
+        inputs = [(tensor.name, tensor.dtype) for tensor in unet_spec(config).inputs[2:]]
+        allowed = [[("encoder_hidden_states", "float32")]] if text else [[], [("class_labels", "int64")]]
+        components = ("text_encoder", "unet", "vae") if text else ("unet", "vae")
+        fits = checkpoint.components == components and inputs in allowed and config["in_channels"] == channels
+        if not fits or config["class_embed_type"] or spacing == "linspace" or clips:
+            told = "one text encoder" if text else "class numbers or nothing"
             raise InputError(
-                f"{checkpoint.path} has {', '.join(checkpoint.components)}, timestep_spacing {spacing} and clip_sample "
-                f"{clips}; the PyTorch reference draws with one text encoder, leading or trailing spacing, no clip. "
-                "Use `ldm-export export` and `ldm-export verify --against` for this model."
+                f"{checkpoint.path} has {', '.join(checkpoint.components)}, a UNet of {config['in_channels']} channels "
+                f"that is told {', '.join(name for name, _ in inputs) or 'nothing'}, timestep_spacing {spacing} and "
+                f"clip_sample {clips}; the PyTorch reference draws with {told}, {channels} channels, leading or "
+                "trailing spacing, no clip. Use `ldm-export export`, its bundle, and `ldm-export verify --against`."
             )
-        vae, unet, text_encoder = (checkpoint.load(name) for name in ("vae", "unet", "text_encoder"))
+        vae, unet = checkpoint.load("vae"), checkpoint.load("unet")
         assert isinstance(vae, AutoencoderKL)
         assert isinstance(unet, UNet2DConditionModel)
-        assert isinstance(text_encoder, CLIPTextModel)
-        self._networks = vae, unet, text_encoder
+        self._vae, self._unet = vae, unet
+        self._text_encoder = checkpoint.load("text_encoder") if text else None
 
     def draw(
         self,
@@ -273,27 +281,35 @@ class TorchReference:
         guidance: float,
         size: tuple[int, int],
     ) -> tuple[Pixels, dict[str, float]]:
-        vae, unet, text_encoder = self._networks
+        assert isinstance(self._text_encoder, CLIPTextModel)
         drawn = text_to_image(
-            vae,
-            unet,
-            text_encoder,
+            self._vae,
+            self._unet,
+            self._text_encoder,
             self._scheduler,
             torch.from_numpy(input_ids),
             torch.from_numpy(negative_ids),
             seeds,
             steps=steps,
             guidance=guidance,
-            latent_size=(size[0] // vae.config.factor, size[1] // vae.config.factor),
+            latent_size=(size[0] // self._vae.config.factor, size[1] // self._vae.config.factor),
         )
         return drawn.images.numpy(), drawn.timings_ms
+
+    def draw_without_text(self, labels: Ids | None, seeds: Sequence[int], *, steps: int, side: int) -> Pixels:
+        """Square pictures uint8 (B, H, W, C) of classes (B,), or of nothing."""
+        classes, latent_side = None if labels is None else torch.from_numpy(labels), side // self._vae.config.factor
+        size, networks = (latent_side, latent_side), (self._vae, self._unet)
+        drawn: Pixels = class_to_image(
+            *networks, self._scheduler, classes, seeds, steps=steps, latent_size=size
+        ).numpy()
+        return drawn
 
     @torch.no_grad()
     def reconstruct(self, images: Pixels) -> Pixels:
         """Pictures uint8 (B, H, W, C), through the autoencoder and back, by the mean of its latents."""
-        vae, _, _ = self._networks
         sample = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        redrawn: Pixels = pixels_from_sample(vae.decode(vae.encode(sample).chunk(2, dim=1)[0])).numpy()
+        redrawn: Pixels = pixels_from_sample(self._vae.decode(self._vae.encode(sample).chunk(2, dim=1)[0])).numpy()
         return redrawn
 
 

@@ -30,6 +30,9 @@ Encode = Callable[[Sequence[str]], Array]
 """Prompts to token ids (B, L), int64."""
 
 CHUNK = 64
+AT_ONCE = 4
+"""Pictures that go through the feature network together: activations of more do not stay in the cache or the heap, and
+take three times as long on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,16 @@ def open_pictures(folder: Path, resolution: int, channels: int, condition: str |
     """
     try:
         data = CaptionedImages.open(folder, resolution, channels, condition=condition)
-        pixels = (data.load(range(len(data.files))) + 1.0) * 127.5
+        indices = range(len(data.files))
+        parts = [_bytes(data.load(indices[start : start + CHUNK])) for start in range(0, len(indices), CHUNK)]
     except ConfigError as error:
         raise InputError(f"{error}.") from error
-    images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return Pictures(images, data.captions or tuple(enumerate(data.labels)))
+    return Pictures(np.concatenate(parts), data.captions or tuple(enumerate(data.labels)))
+
+
+def _bytes(pictures: torch.Tensor) -> Array:
+    """Pictures (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
+    return np.asarray(((pictures + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
 def features_of(images: Array, progress: Callable[[int, int], None] = lambda done, of: None) -> Array:
@@ -76,7 +84,7 @@ def features_of(images: Array, progress: Callable[[int, int], None] = lambda don
     for start in range(0, len(images), CHUNK):
         pixels = torch.from_numpy(images[start : start + CHUNK]).permute(0, 3, 1, 2)
         try:
-            parts.append(picture_features(pixels.float() / 127.5 - 1.0).double().numpy())
+            parts.append(picture_features(pixels.float() / 127.5 - 1.0, AT_ONCE).double().numpy())
         except ConfigError as error:
             raise InputError(f"{error}.") from error
         progress(min(start + CHUNK, len(images)), len(images))
@@ -84,9 +92,10 @@ def features_of(images: Array, progress: Callable[[int, int], None] = lambda don
 
 
 class AlignmentJudge:
-    """The image and text towers of a checkpoint's contrastive stage."""
+    """The image and text towers of a checkpoint's contrastive stage; ``name`` is the checkpoint's."""
 
-    def __init__(self, heads: alignment.AlignmentHeads, text_encoder: CLIPTextModel, encode: Encode):
+    def __init__(self, name: str, heads: alignment.AlignmentHeads, text_encoder: CLIPTextModel, encode: Encode):
+        self.name = name
         self._heads, self._text_encoder, self._encode = heads, text_encoder, encode
 
     @classmethod
@@ -108,7 +117,7 @@ class AlignmentJudge:
             folder = checkpoint.path / alignment.FOLDER
             raise CheckpointError(f"{folder} is damaged ({error}). Fetch it again, or remove it.") from error
         assert isinstance(text_encoder, CLIPTextModel)
-        return cls(heads, text_encoder, encode)
+        return cls(checkpoint.name, heads, text_encoder, encode)
 
     @torch.no_grad()
     def score(self, features: Array, prompts: Sequence[str]) -> Array:

@@ -2,7 +2,8 @@
 
 Features are EfficientNet-Lite0's (1280 a picture), so distances between sets are comparable with one another and not
 with a published Inception FID. Intervals are 95 %: the percentile bootstrap (Efron & Tibshirani, 1993, chapter 13) for
-means and medians over pictures; for distances between sets the delete-d jackknife (Shao & Wu, 1989), since drawing a
+means and medians over pictures; Wilson's for shares of pictures, since a bootstrap of no hits at all is certain of it;
+for distances between sets the delete-d jackknife (Shao & Wu, 1989), since drawing a
 picture twice, as a bootstrap does, makes a set narrower than it is and moves such a distance by more than its spread.
 """
 
@@ -15,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.bench.parity import psnr_db
+from ldm_export.errors import InputError
 
 Array = npt.NDArray[Any]
 
 RESAMPLES = 1000
 JACKKNIFES = 100
 DELETED = 0.2
+ROWS = 256
+"""How many rows of a large matrix are made at a time."""
+NORMAL = 1.96
 LUMA = (0.299, 0.587, 0.114)
 WINDOW, SIGMA = 11, 1.5
 
@@ -46,7 +51,16 @@ def ssim(ours: Array, theirs: Array) -> Array:
 
     Wang et al. (2004), eq. 13 averaged over all whole windows: Gaussian weights, 11 x 11, deviation 1.5;
     C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2.
+
+    Raises
+    ------
+    InputError
+        If the pictures are smaller than one window.
     """
+    if min(ours.shape[1:3]) < WINDOW:
+        raise InputError(
+            f"Pictures of {ours.shape[1]} x {ours.shape[2]} are too small for SSIM; {WINDOW} is the least."
+        )
     x, y = _luma(ours), _luma(theirs)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_x, mean_y = _blur(x), _blur(y)
@@ -81,6 +95,9 @@ def frechet_distance(a: Array, b: Array) -> float:
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). With A and B the centred sets over the root of their size
     less one, C_a = A^T A and C_b = B^T B, and the trace of the root is the sum of the singular values of A B^T, N x M:
     exact for fewer pictures than dimensions, where a root of the D x D product is not.
+
+    Of samples it is larger than of the distributions, the more so the smaller they are: only distances between sets of
+    the same sizes can be compared.
     """
     mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
     centred_a = (a - mean_a) / np.sqrt(len(a) - 1)
@@ -118,7 +135,8 @@ def _unit(x: Array) -> Array:
 
 def nearest_distance(a: Array, b: Array) -> Array:
     """Distance, 1 - cosine, from every row of ``a`` to the nearest of ``b``: (N,)."""
-    return np.asarray(1.0 - cosines(a, b).max(axis=1))
+    parts = np.array_split(a, -(-len(a) // ROWS))
+    return np.concatenate([1.0 - cosines(part, b).max(axis=1) for part in parts])
 
 
 def recalled(drawn: Array, gallery: Array, own: Array, k: int) -> Array:
@@ -144,6 +162,14 @@ def over_pictures(values: Array, statistic: Callable[..., Any] = np.mean, seed: 
     return Figure(float(statistic(values)), float(low), float(high))
 
 
+def over_hits(hits: Array) -> Figure:
+    """Share of the pictures for which something is so, with its score interval (Wilson, 1927); ``hits`` are 0 and 1."""
+    share, each = float(np.mean(hits)), NORMAL**2 / len(hits)
+    middle = (share + each / 2) / (1 + each)
+    half = np.sqrt(share * (1 - share) * each + each**2 / 4) / (1 + each)
+    return Figure(share, min(share, float(middle - half)), max(share, float(middle + half)))
+
+
 def over_sets(distance: Callable[[Array, Array], float], a: Array, b: Array, seed: int = 0) -> Figure:
     """A distance between two sets, with its delete-d jackknife interval.
 
@@ -159,4 +185,4 @@ def over_sets(distance: Callable[[Array, Array], float], a: Array, b: Array, see
 
     deviation = float(np.std([without() for _ in range(JACKKNIFES)]) * np.sqrt((1 - DELETED) / DELETED))
     value = distance(a, b)
-    return Figure(value, value - 1.96 * deviation, value + 1.96 * deviation)
+    return Figure(value, value - NORMAL * deviation, value + NORMAL * deviation)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from ldm_export.bench.metrics import Figure
@@ -22,6 +24,7 @@ ROWS = {
     "alignment": ("Image-text alignment", 3),
     "alignment_with_another_prompt": ("  with another prompt", 3),
     "nearest_training_picture": ("Distance to the nearest training picture", 3),
+    "nearer_than_95_percent_of_held_out": ("  share nearer than 95 % of held-out", 3),
 }
 """Figure -> what a person reads, and digits after the point."""
 
@@ -63,6 +66,8 @@ def command(
     """
     if pictures is not None:
         check_writable(pictures)
+    if output is not None:
+        _check_output(output)
     settings = Settings(prompts, sampler, steps, guidance, seed, batch)
     painter = open_painter(target)
     with steps_bar("evaluate") as advance:
@@ -73,7 +78,6 @@ def command(
         save_grid(report.images, pictures)
     if output is not None:
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{output} cannot be written ({error.strerror}). Name another file.") from error
@@ -82,14 +86,28 @@ def command(
     else:
         console.print(_table(report))
         for note in report.notes:
-            console.print(note)
+            console.print(note, markup=False)
+
+
+def _check_output(path: Path) -> None:
+    """Raise InputError unless a file can be written to ``path``; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: it is a folder, or in one that cannot be. Name another file.")
 
 
 def _table(report: QualityReport) -> Table:
     title = (
         f"{report.target}: {report.settings.prompts} prompts, {report.settings.sampler}, {report.settings.steps} steps"
     )
-    table = Table(title=title, caption=f"Distances are in {FEATURES}.")
+    counts = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in report.counts.items())
+    judge = f" Alignment is judged by {report.judge}." if report.judge else ""
+    table = Table(
+        title=escape(title), caption=escape(f"Pictures: {counts}. Distances are in {FEATURES}, of these sizes.{judge}")
+    )
     for column in ("", "value", "95 % interval", "real pictures"):
         table.add_column(column, justify="left" if not column else "right")
     for name, (label, digits) in ROWS.items():

@@ -9,17 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldm_export.bench import metrics
 from ldm_export.bench.metrics import (
     cosines,
     frechet_distance,
     kernel_distance,
     nearest_distance,
+    over_hits,
     over_pictures,
     over_sets,
     psnr,
     recalled,
     ssim,
 )
+from ldm_export.errors import InputError
 
 
 def pictures(seed: int, count: int = 2, channels: int = 3) -> np.ndarray:
@@ -52,6 +55,8 @@ def test_ssim_is_the_paper_s_window_by_window(channels: int) -> None:
                 found.append(above / ((mp**2 + mq**2 + 6.5025) * (vp + vq + 58.5225)))
         assert value == pytest.approx(np.mean(found), rel=1e-9)
     assert ssim(a, a) == pytest.approx(1.0)
+    with pytest.raises(InputError, match=r"16 x 10 are too small for SSIM; 11 is the least\."):
+        ssim(a[:, :, :10], b[:, :, :10])
 
 
 def root(matrix: np.ndarray) -> np.ndarray:
@@ -142,6 +147,29 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
         assert figure.low <= figure.value <= figure.high
         covered += figure.low <= 1.0 <= figure.high
     assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_wilson_covers_a_share_as_often_as_it_says(share: float) -> None:
+    draw = np.random.default_rng(7)
+    figures = [over_hits(draw.random(60) < share) for _ in range(400)]
+    covered = sum(figure.low <= share <= figure.high for figure in figures)
+    assert 0.92 <= covered / 400 <= 1.0
+
+
+def test_no_hits_are_not_certain() -> None:
+    """Wilson (1927): with no hit in n, the interval is from 0 to z^2 / (n + z^2)."""
+    none, all_of_them = over_hits(np.zeros(16)), over_hits(np.ones(16))
+    assert none == pytest.approx((0.0, 0.0, 1.96**2 / (16 + 1.96**2)))
+    assert all_of_them == pytest.approx((1.0, 16 / (16 + 1.96**2), 1.0))
+
+
+def test_nearest_does_not_depend_on_the_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(8)
+    a, b = draw.normal(size=(11, 4)), draw.normal(size=(9, 4))
+    whole = nearest_distance(a, b)
+    monkeypatch.setattr(metrics, "ROWS", 3)
+    np.testing.assert_allclose(nearest_distance(a, b), whole, rtol=1e-12, atol=1e-15)
 
 
 def test_jackknife_of_a_distance_covers_its_spread() -> None:
