@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ PROMPTS = (
 STEPS, GUIDANCE, BATCH = 20, 4.0, 4
 STAGES = ("text", "unet", "loop", "decode")
 SAME_PICTURE_DB = 45.0
+SETTLE_S = 0.5
+"""Between the sides: threads of one library that still wait, spinning, for more work would slow the other."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def run_demo(checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str]
     for start in range(0, len(PROMPTS), BATCH):
         for side, draw in sides.items():
             progress(f"drawing {start + BATCH} of {len(PROMPTS)} with {side}")
+            time.sleep(SETTLE_S)
             drawn, milliseconds = draw(PROMPTS[start : start + BATCH], range(start, start + BATCH))
             images[side].append(drawn)
             times[side].append(milliseconds)

@@ -83,7 +83,7 @@ class CheckpointPainter:
         self._classes = configs["unet"]["num_class_embeds"]
         self.condition = "text" if reads_text else "label" if self._classes else None
         self.channels = int(configs["vae"]["in_channels"])
-        self.name = f"checkpoint {checkpoint.path}"
+        self.name = f"checkpoint {checkpoint.name}"
         size = configs["unet"]["sample_size"]
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         self.size = _side((size, size) if isinstance(size, int) else size) * factor
@@ -114,7 +114,7 @@ class BundlePainter:
     def __init__(self, bundle: Bundle):
         self._pipeline = Pipeline(bundle, "cpu")
         model, graphs = bundle.manifest.model, bundle.manifest.graphs
-        self.name = f"bundle {bundle.path}"
+        self.name = f"bundle {bundle.path.resolve().name}"
         self.size = _side((model["height"], model["width"]))
         self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
         inputs = {tensor.name for tensor in graphs["unet"].inputs}
