@@ -55,8 +55,14 @@ def losses_of(output: Path) -> dict[tuple[str, int], float]:
 
 @pytest.fixture(scope="module")
 def alone(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
+    """One process that runs through, on one thread as :func:`launch` has it: sums in another order round otherwise."""
     folder, losses = tmp_path_factory.mktemp("alone"), Losses()
-    train(config_from(RECIPE, folder), pictures, folder / "out", resume=False, progress=losses)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(config_from(RECIPE, folder), pictures, folder / "out", resume=False, progress=losses)
+    finally:
+        torch.set_num_threads(threads)
     return folder / "out", losses
 
 
