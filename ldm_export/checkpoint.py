@@ -11,40 +11,38 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError
-from ldm_reference.generate import class_to_image, pixels_from_sample, text_to_image
-from ldm_reference.layout import config_to_dict
+from ldm_reference.layout import config_to_dict, save_component, write_json
 from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from ldm_reference.unet import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm_export.contract import unet_spec
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.single_file import SingleFile
 
-Ids = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
-Network = AutoencoderKL | UNet2DConditionModel | CLIPTextModel
+Autoencoder = AutoencoderKL | AutoencoderTiny
+Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
 
-CLASSES: dict[str, type[AutoencoderKL] | type[UNet2DConditionModel] | type[CLIPTextModel]] = {
-    "vae": AutoencoderKL,
-    "unet": UNet2DConditionModel,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModel,
+CLASSES: dict[str, dict[str, type[Any]]] = {
+    "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
+    "unet": {"UNet2DConditionModel": UNet2DConditionModel},
+    "text_encoder": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
+    "text_encoder_2": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
 }
+"""What ``model_index.json`` may say that a component is, and what it is opened as."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 HOW_TO_CONVERT = (
     "Load it where you trust it and save it with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)."
@@ -57,13 +55,25 @@ WEIGHT_FILE = re.compile(
 )
 """Whole or one shard of several, of a variant such as ``fp16`` or of none."""
 
-CLASS_NAMES = {
-    "vae": ("AutoencoderKL",),
-    "unet": ("UNet2DConditionModel",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-}
-"""What ``model_index.json`` may say that a component is."""
+
+PASSES = "passes.json"
+"""Beside ``model_index.json``: how a model that passes have changed is drawn with, and what each of them did."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a model is drawn with unless told otherwise.
+
+    Attributes
+    ----------
+    guidance : the scale
+    folded : whether that scale is in the UNet itself, which then is called once a step and takes no other
+    """
+
+    sampler: str = "ddim"
+    steps: int = 20
+    guidance: float = 4.0
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,14 @@ class LatentDiffusion:
     path : the folder, or the single file
     index : the content of ``model_index.json``
     file : the single file in CompVis' layout, where it is one
+    drawn_with : how to draw it, where that is not what its files say
     """
 
     name: str
     path: Path
     index: dict[str, Any]
     file: SingleFile | None = None
+    drawn_with: Drawing | None = None
 
     @classmethod
     def open(cls, checkpoint: str | Path) -> LatentDiffusion:
@@ -117,7 +129,7 @@ class LatentDiffusion:
                     f"{path / 'model_index.json'} names no {component}; a latent diffusion model has one."
                 )
         for component in model.components:
-            given, allowed = model.index[component], CLASS_NAMES[component]
+            given, allowed = model.index[component], CLASSES[component]
             if not isinstance(given, list) or len(given) != 2 or given[1] not in allowed:
                 raise CheckpointError(
                     f"{path / 'model_index.json'} says that the {component} is {given!r}; "
@@ -130,6 +142,10 @@ class LatentDiffusion:
         """The networks that it has, in the order in which they run."""
         order = ("text_encoder", "text_encoder_2", "unet", "vae")
         return tuple(name for name in order if self.index.get(name) not in (None, [None, None]))
+
+    @property
+    def reads_text(self) -> bool:
+        return "text_encoder" in self.components
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -148,6 +164,28 @@ class LatentDiffusion:
         if self.file is not None:
             return self.file.scheduler
         return _read_json(self.path / "scheduler" / "scheduler_config.json")
+
+    @cached_property
+    def drawing(self) -> Drawing:
+        """How it is drawn with: what passes left, or the defaults of its scheduler."""
+        if self.drawn_with is not None:
+            return self.drawn_with
+        if self.file is None and (self.path / PASSES).is_file():
+            try:
+                return Drawing(**_read_json(self.path / PASSES)["drawing"])
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self.path / PASSES} does not say how to draw ({error}). Fetch it again."
+                ) from error
+        consistency = self.scheduler.get("_class_name") == "LCMScheduler"
+        return Drawing("lcm", 4) if consistency else Drawing()
+
+    @cached_property
+    def passes(self) -> list[dict[str, Any]]:
+        """What passes did to it, in order."""
+        if self.file is not None or not (self.path / PASSES).is_file():
+            return []
+        return list(_read_json(self.path / PASSES).get("passes", []))
 
     @cached_property
     def weights_bytes(self) -> int:
@@ -200,6 +238,37 @@ class LatentDiffusion:
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
 
+    def save_changed(
+        self,
+        folder: Path,
+        networks: Mapping[str, Network],
+        scheduler: Mapping[str, Any] | None,
+        drawing: Drawing,
+        passes: Sequence[Mapping[str, Any]],
+    ) -> LatentDiffusion:
+        """Write this checkpoint with other networks in place of its own, weights of those in fp16, and open that."""
+        if self.file is not None:
+            raise CheckpointError(f"{self.path} is one file; passes need a folder in diffusers layout. Save it as one.")
+        shutil.copytree(
+            self.path,
+            folder,
+            ignore=lambda _, names: [name for name in names if name in (*networks, "training", "logs", "samples")],
+        )
+        index = dict(self.index)
+        for component, network in networks.items():
+            save_component(network.half(), folder / component)
+            index[component] = [self.index[component][0], type(network).__name__]
+        if scheduler is not None:
+            write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        write_json(folder / "model_index.json", index)
+        write_json(folder / PASSES, {"drawing": asdict(drawing), "passes": list(passes)})
+        return LatentDiffusion.open(folder)
+
+    def record_passes(self, passes: Sequence[Mapping[str, Any]]) -> None:
+        """Write down what passes did to it."""
+        write_json(self.path / PASSES, {"drawing": asdict(self.drawing), "passes": list(passes)})
+
     def tokenizer_folder(self, component: str) -> Path:
         """Where the tokenizer of a text encoder is: in the checkpoint, or beside a single file."""
         folder = self.path if self.file is None else self.path.parent
@@ -232,85 +301,14 @@ class LatentDiffusion:
             values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
         try:
             with torch.device("meta"):
-                return CLASSES[component].from_config(values)
+                network: Network = CLASSES[component][self.index[component][1]].from_config(values)
+                return network
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}. Use the config.json that was saved with the weights.") from error
         except (ValueError, TypeError, RuntimeError) as error:  # torch's own words on sizes that no layer can have
             raise CheckpointError(
                 f"{file} describes a network that cannot be built ({error}). Fetch it again."
             ) from error
-
-
-class TorchReference:
-    """A checkpoint in plain PyTorch: the pictures that a bundle's are held against. The sampler is DDIM.
-
-    ``draw`` takes token ids (B, L) of prompts and negative prompts and gives uint8 (B, H, W, 3) with milliseconds by
-    stage (text, unet, loop, decode). Models that read no text are opened with ``text=False``.
-    """
-
-    def __init__(self, checkpoint: LatentDiffusion, *, text: bool = True):
-        self._scheduler = checkpoint.scheduler
-        spacing = self._scheduler.get("timestep_spacing", "leading")
-        clips = self._scheduler.get("clip_sample", True)
-        config, channels = checkpoint.configs["unet"], checkpoint.configs["vae"]["latent_channels"]
-        inputs = [(tensor.name, tensor.dtype) for tensor in unet_spec(config).inputs[2:]]
-        allowed = [[("encoder_hidden_states", "float32")]] if text else [[], [("class_labels", "int64")]]
-        components = ("text_encoder", "unet", "vae") if text else ("unet", "vae")
-        fits = checkpoint.components == components and inputs in allowed and config["in_channels"] == channels
-        if not fits or config["class_embed_type"] or spacing == "linspace" or clips:
-            told = "one text encoder" if text else "class numbers or nothing"
-            raise InputError(
-                f"{checkpoint.path} has {', '.join(checkpoint.components)}, a UNet of {config['in_channels']} channels "
-                f"that is told {', '.join(name for name, _ in inputs) or 'nothing'}, timestep_spacing {spacing} and "
-                f"clip_sample {clips}; the PyTorch reference draws with {told}, {channels} channels, leading or "
-                "trailing spacing, no clip. Use `ldm-export export`, its bundle, and `ldm-export verify --against`."
-            )
-        vae, unet = checkpoint.load("vae"), checkpoint.load("unet")
-        assert isinstance(vae, AutoencoderKL)
-        assert isinstance(unet, UNet2DConditionModel)
-        self._vae, self._unet = vae, unet
-        self._text_encoder = checkpoint.load("text_encoder") if text else None
-
-    def draw(
-        self,
-        input_ids: Ids,
-        negative_ids: Ids,
-        seeds: Sequence[int],
-        *,
-        steps: int,
-        guidance: float,
-        size: tuple[int, int],
-    ) -> tuple[Pixels, dict[str, float]]:
-        assert isinstance(self._text_encoder, CLIPTextModel)
-        drawn = text_to_image(
-            self._vae,
-            self._unet,
-            self._text_encoder,
-            self._scheduler,
-            torch.from_numpy(input_ids),
-            torch.from_numpy(negative_ids),
-            seeds,
-            steps=steps,
-            guidance=guidance,
-            latent_size=(size[0] // self._vae.config.factor, size[1] // self._vae.config.factor),
-        )
-        return drawn.images.numpy(), drawn.timings_ms
-
-    def draw_without_text(self, labels: Ids | None, seeds: Sequence[int], *, steps: int, side: int) -> Pixels:
-        """Square pictures uint8 (B, H, W, C) of classes (B,), or of nothing."""
-        classes, latent_side = None if labels is None else torch.from_numpy(labels), side // self._vae.config.factor
-        size, networks = (latent_side, latent_side), (self._vae, self._unet)
-        drawn: Pixels = class_to_image(
-            *networks, self._scheduler, classes, seeds, steps=steps, latent_size=size
-        ).numpy()
-        return drawn
-
-    @torch.no_grad()
-    def reconstruct(self, images: Pixels) -> Pixels:
-        """Pictures uint8 (B, H, W, C), through the autoencoder and back, by the mean of its latents."""
-        sample = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        redrawn: Pixels = pixels_from_sample(self._vae.decode(self._vae.encode(sample).chunk(2, dim=1)[0])).numpy()
-        return redrawn
 
 
 def train_checkpoint(

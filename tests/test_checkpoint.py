@@ -198,8 +198,8 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["says that the unet is 5; UNet2DConditionModel can be opened"],
     ),
     "component of another class": (
-        lambda f: edit_json(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]),
-        ["says that the vae is ['diffusers', 'AutoencoderTiny']; AutoencoderKL can be opened"],
+        lambda f: edit_json(f / "model_index.json", vae=["diffusers", "VQModel"]),
+        ["says that the vae is ['diffusers', 'VQModel']; AutoencoderKL and AutoencoderTiny can be opened"],
     ),
     "text encoder of another class": (
         lambda f: edit_json(f / "model_index.json", text_encoder=["transformers", "T5EncoderModel"]),

@@ -133,6 +133,8 @@ def test_the_bundle_is_read_as_the_checkpoint_was(tiny_checkpoint: Path, tiny_bu
         "scaling_factor": diffusers.AutoencoderKL.load_config(tiny_checkpoint / "vae")["scaling_factor"],
         "default_sampler": "ddim",
         "default_steps": 20,
+        "default_guidance": 4.0,
+        "guidance_folded": False,
         "num_class_embeds": None,
         "prediction_type": "epsilon",
         "zeros_for_empty_prompt": False,

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.bench.parity import psnr_db
-from ldm_export.checkpoint import LatentDiffusion, TorchReference
+from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.chain import export_bundle
 from ldm_export.runtime import Pipeline, Tokenizer
+from ldm_export.torch_reference import TorchReference
 
 PROMPTS = (
     "grinning face with smiling eyes",

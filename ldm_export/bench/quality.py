@@ -29,11 +29,12 @@ from ldm_export.bench.metrics import (
     ssim,
 )
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion, TorchReference, shipped_checkpoints
+from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.export.chain import copy_tokenizer
 from ldm_export.judge import AlignmentJudge, Pictures, features_of, open_pictures
 from ldm_export.runtime import Pipeline, Tokenizer
+from ldm_export.torch_reference import TorchReference
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -78,6 +79,7 @@ class CheckpointPainter:
 
     def __init__(self, checkpoint: LatentDiffusion):
         reads_text = "text_encoder" in checkpoint.components
+        self._folded = checkpoint.drawing.folded
         self._reference = TorchReference(checkpoint, text=reads_text)
         configs = checkpoint.configs
         self._classes = configs["unet"]["num_class_embeds"]
@@ -101,7 +103,7 @@ class CheckpointPainter:
             return self._reference.draw_without_text(labels, seeds, steps=settings.steps, side=self.size)
         ids, negative_ids = self._tokenizer(list(map(str, conditions))), self._tokenizer([""] * len(conditions))
         size = (self.size, self.size)
-        steps, guidance = settings.steps, settings.guidance
+        steps, guidance = settings.steps, 1.0 if self._folded else settings.guidance
         return self._reference.draw(ids, negative_ids, seeds, steps=steps, guidance=guidance, size=size)[0]
 
     def reconstruct(self, images: Array) -> Array:

@@ -1,33 +1,103 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.cli.options import console, folder, json_option, print_json, stages
+from ldm_export.cli.options import console, folder, json_option, print_json, stages, steps_bar
 from ldm_export.export.chain import export_bundle
+
+if TYPE_CHECKING:
+    from ldm_export.bundle import Bundle
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=folder, required=True, help="The bundle's folder.")
+@click.option("--recipe", default=None, metavar="FILE|NAME", help="Passes to apply, such as the shipped cpu-fast.")
+@click.option("--work", type=folder, default=None, help="Where the recipe's stages are kept; OUTPUT.work by default.")
+@click.option("--data", type=folder, default=None, help="Pictures to judge passes by; drawn by the model by default.")
+@click.option("--held-out", type=folder, default=None, help="Pictures that distances are to; those of --data else.")
+@click.option("--from-scratch", is_flag=True, help="Train even what a shipped checkpoint has the result of.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @json_option
-def command(checkpoint: str, output: Path, force: bool, as_json: bool) -> None:
+def command(
+    checkpoint: str,
+    output: Path,
+    recipe: str | None,
+    work: Path | None,
+    data: Path | None,
+    held_out: Path | None,
+    from_scratch: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
 
-    Every graph is held against PyTorch before the bundle is sealed; exit code 1 if one differs.
+    Every graph is held against PyTorch before the bundle is sealed; exit code 1 if one differs. With --recipe the model
+    is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much.
     """
-    with stages("export") as progress:
-        bundle = export_bundle(LatentDiffusion.open(checkpoint), output, force=force, progress=progress)
+    model = LatentDiffusion.open(checkpoint)
+    records: list[dict[str, Any]] = []
+    if recipe is None:
+        with stages("export") as progress:
+            bundle = export_bundle(model, output, force=force, progress=progress)
+    else:
+        from ldm_export.recipe import read_recipe, run_recipe
+
+        steps = read_recipe(recipe)
+        with steps_bar("export") as advance:
+            bundle, records = run_recipe(
+                model,
+                steps,
+                output,
+                work or output.with_name(f"{output.name}.work"),
+                data=data,
+                held_out=held_out,
+                from_scratch=from_scratch,
+                force=force,
+                progress=lambda what, done, of: advance(done, of, what),
+            )
     if as_json:
-        print_json({"bundle": str(bundle.path), "parity": list(bundle.manifest.parity)})
+        print_json({"bundle": str(bundle.path), "passes": records, "parity": list(bundle.manifest.parity)})
         return
+    if records:
+        _print_passes(records)
     for record in bundle.manifest.parity:
         console.print(
             f"{record['graph']:15} {record['output']:20} differs from PyTorch by {record['max_error']:.1e} "
             f"(allowed {record['tolerance']:.0e})"
         )
+    _print_size(bundle)
+
+
+def _print_size(bundle: Bundle) -> None:
     size_mb = sum(entry.size_bytes for entry in bundle.manifest.files.values()) / 1e6
     console.print(f"{bundle.path}: {len(bundle.manifest.files)} files, {size_mb:.1f} MB")
+
+
+def _print_passes(records: list[dict[str, Any]]) -> None:
+    table = Table()
+    for column in ("pass", "", "steps", "UNet ms", "picture ms", "MB", "Fréchet", "R@5"):
+        table.add_column(column, justify="left" if column in ("pass", "") else "right")
+    for record in records:
+        score = record.get("score")
+        cells = ["", "", "", "", "", ""]
+        if score is not None:
+            latency, recalled = score["latency"], score["retrieval_at_5"]
+            cells = [
+                str(latency["calls"]),
+                f"{latency['unet_ms']:.2f}",
+                f"{latency['total_ms']:.1f}",
+                f"{score['bytes'] / 1e6:.1f}",
+                f"{score['frechet_distance']:.1f}",
+                "" if recalled is None else f"{recalled:.3f}",
+            ]
+        table.add_row(record["name"], "kept" if record["kept"] else "undone", *cells)
+    console.print(table)
+    for record in records:
+        if not record["kept"]:
+            console.print(f"{record['name']} was undone: {record['why']}", markup=False)

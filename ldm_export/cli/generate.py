@@ -30,7 +30,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 @click.option("-o", "--output", type=folder, required=True, help="The PNG; several pictures become a grid.")
 @click.option("--sampler", default=None, help="A sampler that the bundle has plans for; its own (ddim) by default.")
 @click.option("--steps", type=int, default=None, help="Denoising steps; the bundle's own number (20) by default.")
-@click.option("--guidance", default=4.0, show_default=True, help="Guidance scale; 1 is off.")
+@click.option("--guidance", type=float, default=None, help="Guidance scale, 1 is off; the bundle's own (4) by default.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
 @click.option("--seed", default=0, show_default=True, help="Picture k uses seed + k.")
 @click.option("--image", type=folder, default=None, help="A picture to start from.")
@@ -52,7 +52,7 @@ def command(
     output: Path,
     sampler: str | None,
     steps: int | None,
-    guidance: float,
+    guidance: float | None,
     negative: str | None,
     seed: int,
     image: Path | None,

@@ -19,7 +19,7 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.errors import CancelledError
 from ldm_export.plan import Stepper
-from ldm_export.runtime.backends import Array, Graph, open_backend
+from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.request import (
@@ -99,7 +99,7 @@ class Generation:
 
 
 class Pipeline:
-    """An opened bundle. Use it from one thread at a time.
+    """An opened bundle. Use it from one thread at a time. ``backend`` is a name, or a backend that is open already.
 
     Attributes
     ----------
@@ -107,11 +107,11 @@ class Pipeline:
     requested_backend, backend : what was asked for, and what runs
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None):
+    def __init__(self, bundle: Bundle, backend: str | Backend = "auto", *, threads: int | None = None):
         check_drawable(bundle)
         self.bundle = bundle
-        self.requested_backend = backend
-        self._backend = open_backend(bundle, backend, threads)
+        self._backend = open_backend(bundle, backend, threads) if isinstance(backend, str) else backend
+        self.requested_backend = backend if isinstance(backend, str) else backend.name
         self._graphs: dict[str, Graph] = {}
         self._prompts: PromptEncoder | None = None
 

@@ -15,6 +15,7 @@ from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
 from ldm_export.runtime.noise import Generator
 
+DEFAULT_GUIDANCE = 4.0
 DRAWN_WITH = ("unet", "vae_decoder", "vae_encoder")
 MODEL_FACTS: dict[str, tuple[type, ...]] = {
     "height": (int,),
@@ -45,7 +46,8 @@ class Options(TypedDict, total=False):
     Attributes
     ----------
     sampler, steps : a plan of the bundle, such as ``ddim`` and 20; by default the bundle's own choice
-    guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off; 4
+    guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off; the
+        bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
     negative_prompt : one for all pictures, or one each; empty
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
@@ -56,7 +58,7 @@ class Options(TypedDict, total=False):
 
     sampler: str | None
     steps: int | None
-    guidance: float
+    guidance: float | None
     negative_prompt: str | Sequence[str] | None
     seed: int | Sequence[int]
     height: int | None
@@ -102,7 +104,7 @@ def checked_request(
     *,
     sampler: str | None = None,
     steps: int | None = None,
-    guidance: float = 4.0,
+    guidance: float | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     seed: int | Sequence[int] = 0,
     height: int | None = None,
@@ -147,8 +149,7 @@ def checked_request(
     batch = len(texts) if reads_text else np.size(seed) if labels is None else len(labels)
     if labels is not None and len(labels) != batch:
         raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
-    if not np.isfinite(guidance) or guidance < 0:
-        raise InputError(f"guidance is {guidance}; it must be a number from 0 on, 1 being off.")
+    scale = guidance_for(guidance, negative_prompt, model)
     plan = read_plan(bundle, sampler or model["default_sampler"], model["default_steps"] if steps is None else steps)
     sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
@@ -169,7 +170,7 @@ def checked_request(
         seeds=seeds_for(seed, batch),
         height=int(height),
         width=int(width),
-        guidance=guidance,
+        guidance=scale,
         image=sample,
         trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
     )
@@ -224,6 +225,25 @@ def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping
     if labels.ndim != len(accepted.shape) or not len(labels):
         raise InputError(f"class labels have shape {labels.shape}; {accepted.shape} is needed. Give one a picture.")
     return labels.astype(accepted.dtype)
+
+
+def guidance_for(
+    guidance: float | None, negative_prompt: str | Sequence[str] | None, model: Mapping[str, Any]
+) -> float:
+    """The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself."""
+    own = float(model.get("default_guidance", DEFAULT_GUIDANCE))
+    scale = own if guidance is None else guidance
+    if not np.isfinite(scale) or scale < 0:
+        raise InputError(f"guidance is {scale}; it must be a number from 0 on, 1 being off.")
+    if not model.get("guidance_folded"):
+        return scale
+    if scale != own or (negative_prompt and any(negatives_for(negative_prompt, len(negative_prompt)))):
+        asked = f"guidance {scale:g}" if scale != own else "a negative prompt"
+        raise InputError(
+            f"{asked[0].upper()}{asked[1:]} was asked for; this model was distilled with guidance {own:g} and takes no "
+            "other, and no negative prompt. Leave it out, or use the bundle of the model that it was distilled from."
+        )
+    return 1.0
 
 
 def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import check_choice
+from ldm_reference.layout import Autoencoder
 from ldm_reference.samplers import ddim
 from ldm_reference.schedules import alphas_cumprod_from_config, leading_timesteps, trailing_timesteps
 from ldm_reference.text_encoder import CLIPTextModel
@@ -31,7 +31,7 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def text_to_image(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     scheduler: Mapping[str, Any],
@@ -50,12 +50,13 @@ def text_to_image(
     scheduler : the content of ``scheduler_config.json``
     input_ids, negative_ids : (B, L), int64
     seeds : one a picture
-    guidance : scale, above 1
+    guidance : scale; without guidance where it is 1 or less
     latent_size : height and width of the latents
     """
     device = unet.conv_in.weight.device
     started = time.perf_counter()
-    context = text_encoder(torch.cat([negative_ids, input_ids]).to(device)).last_hidden_state
+    ids = torch.cat([negative_ids, input_ids]) if guidance > 1 else input_ids
+    context = text_encoder(ids.to(device)).last_hidden_state
     text_ms = (time.perf_counter() - started) * 1000
 
     unet_ms = 0.0
@@ -63,9 +64,14 @@ def text_to_image(
     def denoise(x: Tensor, timestep: int) -> Tensor:
         nonlocal unet_ms
         called = time.perf_counter()
-        negative, positive = unet(torch.cat([x, x]), torch.tensor([timestep], device=device), context).chunk(2)
+        t = torch.tensor([timestep], device=device)
+        if guidance > 1:
+            negative, positive = unet(torch.cat([x, x]), t, context).chunk(2)
+            out = negative + guidance * (positive - negative)
+        else:
+            out = unet(x, t, context)
         unet_ms += (time.perf_counter() - called) * 1000
-        return negative + guidance * (positive - negative)
+        return out
 
     started = time.perf_counter()
     latents = _latents(unet, vae.config.latent_channels, scheduler, denoise, seeds, steps, latent_size)
@@ -80,7 +86,7 @@ def text_to_image(
 
 @torch.no_grad()
 def class_to_image(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     unet: UNet2DConditionModel,
     scheduler: Mapping[str, Any],
     labels: Tensor | None,
@@ -117,7 +123,7 @@ def _latents(
         denoise,
         noise.to(unet.conv_in.weight.device),
         alphas_cumprod,
-        _timesteps(scheduler, len(alphas_cumprod), steps),
+        timesteps_from_config(scheduler, steps),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
     )
@@ -128,8 +134,9 @@ def pixels_from_sample(sample: Tensor) -> Tensor:
     return ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _timesteps(scheduler: Mapping[str, Any], count: int, steps: int) -> list[int]:
-    spacing = scheduler.get("timestep_spacing", "leading")
+def timesteps_from_config(scheduler: Mapping[str, Any], steps: int) -> list[int]:
+    """The descending timesteps of DDIM, as ``scheduler_config.json`` spaces them."""
+    spacing, count = scheduler.get("timestep_spacing", "leading"), scheduler.get("num_train_timesteps", 1000)
     check_choice("timestep_spacing", spacing, ("leading", "trailing"))
     if spacing == "trailing":
         return trailing_timesteps(count, steps)

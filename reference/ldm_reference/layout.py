@@ -21,13 +21,17 @@ from torch import nn
 
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from ldm_reference.unet import UNet2DConditionModel
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 
 
-def config_to_dict(module: AutoencoderKL | UNet2DConditionModel | CLIPTextModel) -> dict[str, Any]:
+def config_to_dict(module: Network) -> dict[str, Any]:
     """The content of the component's ``config.json``."""
     values = dataclasses.asdict(module.config)
     if isinstance(module, CLIPTextModel):
@@ -37,7 +41,7 @@ def config_to_dict(module: AutoencoderKL | UNet2DConditionModel | CLIPTextModel)
     return {"_class_name": type(module).__name__, **values}
 
 
-def save_component(module: AutoencoderKL | UNet2DConditionModel | CLIPTextModel, folder: Path) -> None:
+def save_component(module: Network, folder: Path) -> None:
     """``config.json`` and the weights, in the module's dtype."""
     write_json(folder / "config.json", config_to_dict(module))
     weights = TRANSFORMERS_WEIGHTS if isinstance(module, CLIPTextModel) else DIFFUSERS_WEIGHTS
@@ -48,7 +52,7 @@ def save_component(module: AutoencoderKL | UNet2DConditionModel | CLIPTextModel,
 def save_checkpoint(
     folder: Path,
     *,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel | None,
     tokenizer: Callable[[Path], None] | None,
@@ -82,7 +86,7 @@ def save_checkpoint(
         "text_encoder": ["transformers", text_class] if text_encoder else [None, None],
         "tokenizer": ["transformers", "CLIPTokenizer"] if tokenizer else [None, None],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", type(vae).__name__],
     }
     write_json(folder / "model_index.json", index)
 

@@ -1,0 +1,107 @@
+"""Changes the graphs of a bundle: the same files, some graphs rewritten by a pass, held against PyTorch again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ldm_export.bundle import Bundle, create_bundle
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.errors import ExportError, InputError
+from ldm_export.export.chain import Progress, parity_runs
+from ldm_export.export.parity import check_parity, compare_graph
+from ldm_export.graph.base import GraphPass, Inputs
+from ldm_export.manifest import MANIFEST, is_target
+
+
+def change_graphs(
+    bundle: Bundle,
+    output: Path,
+    step: GraphPass,
+    calibration: Mapping[str, Sequence[Inputs]],
+    checkpoint: LatentDiffusion,
+    progress: Progress = lambda stage: None,
+) -> tuple[Bundle, dict[str, Any]]:
+    """Apply a pass to the graphs that it names; gives the new bundle, and the pass's report on each graph.
+
+    Parameters
+    ----------
+    calibration : inputs of each graph, by its name
+    checkpoint : the networks that the bundle was exported from
+
+    Raises
+    ------
+    InputError
+        If the bundle has none of these graphs.
+    ParityError
+        If a graph differs from its network by more than the pass's tolerance. Nothing is sealed.
+    """
+    names = [name for name in step.graphs if name in bundle.manifest.graphs]
+    if not names:
+        raise InputError(
+            f"{step.name} is for {', '.join(step.graphs)}; this bundle has {', '.join(bundle.manifest.graphs)}."
+        )
+    reports: dict[str, Any] = {}
+    parity = [record for record in bundle.manifest.parity if record["graph"] not in names]
+    with create_bundle(output, force=True) as writer:
+        copy_files(bundle, writer.path)
+        for name in names:
+            graph = bundle.manifest.graphs[name]
+            file = writer.path / graph.path
+            if (file.parent / "model.onnx_data").exists():
+                raise InputError(f"{step.name}: {name} has more than 2 GB of weights, which no graph pass handles yet.")
+            progress(f"{name}: {step.name}")
+            try:
+                change = step.apply(onnx.load(str(file)), calibration.get(name, ()))
+                onnx.checker.check_model(change.model, full_check=True)
+            except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+                raise ExportError(f"{step.name} made no valid ONNX of {name} ({error}). Nothing was kept.") from error
+            file.write_bytes(change.model.SerializeToString(deterministic=True))
+            reports[name] = dict(change.report)
+            progress(f"{name}: comparing with PyTorch")
+            tolerance = max([step.tolerance, *tolerances(bundle, name).values()])
+            records = [
+                replace(record, tolerance=tolerance)
+                for record in compare_graph(file, graph, parity_runs(checkpoint, graph))
+            ]
+            check_parity(records)
+            parity += [record.to_dict() for record in records]
+        manifest = bundle.manifest
+        sealed = writer.seal(
+            model=manifest.model, graphs=manifest.graphs, source=manifest.source, passes=manifest.passes, parity=parity
+        )
+    return sealed, reports
+
+
+def tolerances(bundle: Bundle, graph: str) -> dict[str, float]:
+    """What the bundle allows each output of a graph, by its parity record."""
+    return {record["output"]: record["tolerance"] for record in bundle.manifest.parity if record["graph"] == graph}
+
+
+def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, Any]], force: bool) -> Bundle:
+    """The same bundle elsewhere, with a record of what was done to it."""
+    size = sum(entry.size_bytes for entry in bundle.manifest.files.values())
+    with create_bundle(output, force=force, needed_bytes=size) as writer:
+        copy_files(bundle, writer.path)
+        manifest = bundle.manifest
+        return writer.seal(
+            model=manifest.model,
+            graphs=manifest.graphs,
+            source=manifest.source,
+            passes=passes,
+            parity=manifest.parity,
+        )
+
+
+def copy_files(bundle: Bundle, folder: Path) -> None:
+    """Everything that is listed; neither the manifest nor targets."""
+    for relative in bundle.manifest.files:
+        assert relative != MANIFEST
+        assert not is_target(relative)
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path / relative, folder / relative)

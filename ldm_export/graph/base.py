@@ -1,0 +1,72 @@
+"""What a pass over the ONNX graphs of a bundle is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from ldm_export.errors import InputError
+
+Array = npt.NDArray[Any]
+Inputs = Mapping[str, Array]
+"""The inputs of one call of a graph, by name."""
+Purpose = Literal["speed", "bytes"]
+
+
+@dataclass(frozen=True)
+class GraphChange:
+    """A graph as a pass left it.
+
+    Attributes
+    ----------
+    report : what was touched, what was left alone and why
+    """
+
+    model: onnx.ModelProto
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+class GraphPass(Protocol):
+    """A technique that changes graphs.
+
+    Attributes
+    ----------
+    graphs : the graphs that it is applied to, of those that a bundle has
+    targets : the kinds of machine that can run what it makes
+    tolerance : how far an output may then be from the PyTorch network's, as a share of its largest value
+    """
+
+    name: ClassVar[str]
+    purpose: ClassVar[Purpose]
+    targets: ClassVar[tuple[str, ...]]
+    tolerance: ClassVar[float]
+
+    @property
+    def graphs(self) -> tuple[str, ...]: ...
+
+    def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange: ...
+
+
+def check_calibration(model: onnx.ModelProto, calibration: Sequence[Inputs]) -> None:
+    """Raise InputError unless every call has the graph's inputs, of its ranks and fixed sizes, and only numbers."""
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    if not calibration:
+        raise InputError("There is no calibration data; draw at least one picture for it.")
+    for call in calibration:
+        if call.keys() != inputs.keys():
+            raise InputError(f"Calibration data has the inputs {sorted(call)}; the graph takes {sorted(inputs)}.")
+        for name, array in call.items():
+            sizes = [dim.dim_value or None for dim in inputs[name]]
+            fits = len(sizes) == array.ndim and all(
+                size in (None, given) for size, given in zip(sizes, array.shape, strict=True)
+            )
+            if not fits:
+                allowed = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise InputError(f"Calibration data for {name!r} has shape {array.shape}; the graph takes ({allowed}).")
+            if not np.isfinite(array).all():
+                raise InputError(f"Calibration data for {name!r} holds values that are no numbers. Draw it anew.")

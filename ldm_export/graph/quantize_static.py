@@ -1,0 +1,241 @@
+"""Static int8 convolution: QuantizeLinear and DequantizeLinear around every convolution that is worth it.
+
+    x ~ s (x_q - z), unsigned bytes, one s and z a tensor;  w ~ s_c w_q, 7 bits, one s_c an output channel
+
+Ranges are calibrated over whole sampling trajectories and are aware of the timestep (Q-Diffusion, 2302.04304, section
+4.2): every timestep gives equally many samples, and a range is the one with the least mean squared error where each
+timestep's error is measured against its own power, so that quiet timesteps count as much as loud ones. A convolution
+that reads a concatenation with a skip connection, whose two parts have ranges of their own, becomes a sum of two
+(section 4.3, "split quantization"). Each convolution is tried alone: one that costs too much accuracy, or that is not
+faster here than in fp32, stays as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from ldm_export.graph.base import Array, GraphChange, Inputs, Purpose, check_calibration
+from ldm_export.graph.integers import SAFE_MAX, array, initializers, quantized, remove_unused, tensor
+from ldm_export.graph.running import outputs_of, session, watched, worst_error
+from ldm_export.options import check_between
+
+SAMPLES = 4096
+"""Values of a tensor that are kept of each call."""
+SHRINKS = np.linspace(1.0, 0.5, 26)
+"""Shares of the whole range that are tried."""
+TRIALS = 15
+
+Range = tuple[float, int]
+"""Scale and zero point."""
+
+
+@dataclass(frozen=True)
+class QuantizeStatic:
+    """Options.
+
+    Attributes
+    ----------
+    layer_error : how far one convolution alone may move the graph's output, root mean square, as a share of it
+    only_faster : leave what is not faster on this machine in fp32
+    """
+
+    name: ClassVar[str] = "quantize-static"
+    purpose: ClassVar[Purpose] = "speed"
+    targets: ClassVar[tuple[str, ...]] = ("cpu", "gpu")
+    tolerance: ClassVar[float] = 0.2
+
+    layer_error: float = 0.02
+    only_faster: bool = True
+    graphs: tuple[str, ...] = ("unet", "vae_decoder")
+
+    def __post_init__(self) -> None:
+        check_between("layer_error", self.layer_error, 0.0, 1.0, inclusive=False)
+
+    def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange:
+        check_calibration(model, calibration)
+        split = split_concatenations(model)
+        convs = [node for node in model.graph.node if node.op_type == "Conv"]
+        ranges, shapes = _calibrate(model, convs, calibration)
+        some = list(calibration[:: max(1, len(calibration) // 4)])
+        references = outputs_of(model, some)
+        kept, slower, coarse = [], [], []
+        for node in convs:
+            if self.only_faster and not _is_faster(model, node, ranges, shapes):
+                slower.append(node.output[0])
+                continue
+            trial = _with_integers(model, [node], ranges)
+            if worst_error(references, outputs_of(trial, some)) > self.layer_error:
+                coarse.append(node.output[0])
+            else:
+                kept.append(node)
+        report = {"quantized": len(kept), "not_faster": slower, "not_accurate": coarse, "split": split}
+        return GraphChange(_with_integers(model, kept, ranges), report)
+
+
+def split_concatenations(model: onnx.ModelProto) -> int:
+    """Conv(Concat(a, b), W) = Conv(a, W_a) + Conv(b, W_b), in place; gives how many were split."""
+    constants = initializers(model)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    inferred = onnx.shape_inference.infer_shapes(model)
+    channels = {
+        value.name: value.type.tensor_type.shape.dim[1].dim_value
+        for value in (*inferred.graph.value_info, *inferred.graph.input)
+        if len(value.type.tensor_type.shape.dim) == 4
+    }
+    nodes, done = [], 0
+    for node in model.graph.node:
+        source = producers.get(node.input[0]) if node.op_type == "Conv" else None
+        weight = constants.get(node.input[1]) if source is not None else None
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        parts = list(source.input) if source is not None and source.op_type == "Concat" else []
+        sizes = [channels.get(name, 0) for name in parts]
+        if weight is None or not parts or attributes.get("group", 1) != 1 or sum(sizes) != weight.dims[1]:
+            nodes.append(node)
+            continue
+        done += 1
+        pieces = np.split(array(weight), np.cumsum(sizes)[:-1], axis=1)
+        outs = [f"{node.output[0]}.part_{index}" for index in range(len(parts))]
+        for index, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+            name = f"{node.input[1]}.part_{index}"
+            model.graph.initializer.append(tensor(piece, name))
+            bias = list(node.input[2:]) if index == 0 else []
+            nodes.append(helper.make_node("Conv", [part, name, *bias], [outs[index]], outs[index], **attributes))
+        nodes.append(helper.make_node("Sum", outs, list(node.output), f"{node.output[0]}.sum"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    remove_unused(model)
+    return done
+
+
+def _calibrate(
+    model: onnx.ModelProto, convs: Sequence[onnx.NodeProto], calibration: Sequence[Inputs]
+) -> tuple[dict[str, Range], dict[str, tuple[int, ...]]]:
+    """The range of every input and output of a convolution, and the shape of every input."""
+    names = [name for node in convs for name in (node.input[0], node.output[0])]
+    inputs = {value.name for value in model.graph.input}
+    samples: dict[str, list[Array]] = {name: [] for name in names}
+    shapes: dict[str, tuple[int, ...]] = {}
+    generator = np.random.default_rng(0)
+    with watched(model, [name for name in names if name not in inputs]) as values:
+        for call in calibration:
+            found = {**values(call), **call}
+            for name in samples:
+                value = found[name]
+                shapes[name] = value.shape
+                flat = value.reshape(-1)
+                chosen = generator.choice(flat, min(SAMPLES, flat.size), replace=False)
+                samples[name].append(np.concatenate([chosen, [flat.min(), flat.max()]]))
+    return {name: best_range(parts) for name, parts in samples.items()}, shapes
+
+
+def best_range(parts: Sequence[Array]) -> Range:
+    """The range of unsigned bytes with the least error over samples of several timesteps, each against its own power.
+
+    It always holds 0, which padding is made of.
+    """
+    low, high = min(0.0, *(float(part.min()) for part in parts)), max(0.0, *(float(part.max()) for part in parts))
+    if high == low:
+        return 1.0, 0
+    best, least = (1.0, 0), np.inf
+    for shrink in SHRINKS:
+        scale = float(np.float32((high - low) * shrink / 255))
+        zero = int(np.clip(np.rint(-low * shrink / scale), 0, 255))
+        error = 0.0
+        for part in parts:
+            redone = scale * (np.clip(np.rint(part / scale) + zero, 0, 255) - zero)
+            error += float(((redone - part) ** 2).mean() / max(float((part**2).mean()), 1e-12))
+        if error < least:
+            best, least = (scale, zero), error
+    return best
+
+
+def _with_integers(
+    model: onnx.ModelProto, convs: Sequence[onnx.NodeProto], ranges: Mapping[str, Range]
+) -> onnx.ModelProto:
+    """A copy of the graph in which these convolutions run on integers."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    constants, chosen = initializers(changed), {node.output[0] for node in convs}
+    nodes: list[onnx.NodeProto] = []
+    integers: set[str] = set()
+
+    def add(values: Array, name: str) -> str:
+        changed.graph.initializer.append(tensor(values, name))
+        return name
+
+    def quantize(x: str, range_of: str, to: str) -> None:
+        scale, zero = ranges[range_of]
+        parts = [add(np.float32(scale), f"{to}.scale"), add(np.uint8(zero), f"{to}.zero_point")]
+        nodes.append(helper.make_node("QuantizeLinear", [x, *parts], [f"{to}.quantized"], f"{to}.quantize"))
+        nodes.append(
+            helper.make_node("DequantizeLinear", [f"{to}.quantized", *parts], [f"{to}.dequantized"], f"{to}.dequantize")
+        )
+
+    for node in changed.graph.node:
+        if node.op_type != "Conv" or node.output[0] not in chosen:
+            nodes.append(node)
+            continue
+        x, out = node.input[0], node.output[0]
+        if x not in integers:
+            integers.add(x)
+            quantize(x, x, f"{x}.input")
+        weight, bias = _integer_constants(add, nodes, node, constants, ranges[x][0])
+        conv = onnx.NodeProto()
+        conv.CopyFrom(node)
+        del conv.input[:]
+        conv.input.extend([f"{x}.input.dequantized", weight, *bias])
+        conv.output[0] = f"{out}.float"
+        nodes.append(conv)
+        quantize(f"{out}.float", out, out)
+        nodes[-1].output[0] = out
+    del changed.graph.node[:]
+    changed.graph.node.extend(nodes)
+    remove_unused(changed)
+    return changed
+
+
+def _integer_constants(
+    add: Any, nodes: list[onnx.NodeProto], node: onnx.NodeProto, constants: Mapping[str, TensorProto], scale_x: float
+) -> tuple[str, list[str]]:
+    """A convolution's weight as 7-bit and its bias as 32-bit integers, with what makes numbers of them again."""
+    out = node.output[0]
+    whole, scale = quantized(array(constants[node.input[1]]), 0, SAFE_MAX)
+    parts = [add(whole, f"{out}.weight"), add(scale, f"{out}.weight_scale")]
+    nodes.append(
+        helper.make_node("DequantizeLinear", parts, [f"{out}.weight_float"], f"{out}.dequantize_weight", axis=0)
+    )
+    if len(node.input) < 3:
+        return f"{out}.weight_float", []
+    bias_scale = scale * np.float32(scale_x)
+    bias = np.clip(np.rint(array(constants[node.input[2]]) / bias_scale), -(2**31), 2**31 - 1).astype(np.int32)
+    parts = [add(bias, f"{out}.bias"), add(bias_scale, f"{out}.bias_scale")]
+    nodes.append(helper.make_node("DequantizeLinear", parts, [f"{out}.bias_float"], f"{out}.dequantize_bias", axis=0))
+    return f"{out}.weight_float", [f"{out}.bias_float"]
+
+
+def _is_faster(
+    model: onnx.ModelProto, node: onnx.NodeProto, ranges: Mapping[str, Range], shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether one convolution, with what it takes to get into integers and out, is faster than in fp32 here."""
+    constants = initializers(model)
+    x, shape = node.input[0], shapes[node.input[0]]
+    given = helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)
+    made = helper.make_empty_tensor_value_info(node.output[0])
+    graph = helper.make_graph([node], "one", [given], [made], [constants[name] for name in node.input[1:]])
+    plain = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    call = {x: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    sides = [session(plain), session(_with_integers(plain, [node], ranges))]
+    times: list[list[float]] = [[], []]
+    for _ in range(TRIALS):
+        for side, opened in enumerate(sides):
+            started = time.perf_counter()
+            opened.run(None, call)
+            times[side].append(time.perf_counter() - started)
+    return min(times[1]) < min(times[0])

@@ -1,0 +1,186 @@
+"""What the teacher draws: the latents that students learn from, made from prompts or classes alone.
+
+A recipe needs no training pictures: DDIM with guidance turns every condition into latents, and noise added to those
+gives the inputs on which a student is taught, as the forward process of the paper's data would.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ldm_reference.generate import timesteps_from_config
+from ldm_reference.samplers import ddim
+from ldm_reference.schedules import alphas_cumprod_from_config
+from ldm_reference.state import write_tensors
+from ldm_reference.unet import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.errors import InputError
+
+Conditions = dict[str, Tensor]
+"""Inputs of the UNet beside latents and timestep, by name, a row a sample."""
+
+CHUNK = 64
+SAVE_EVERY = 8
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    """Conditions and what the teacher drew under them.
+
+    Attributes
+    ----------
+    conditions : (P, ...) each, of every prompt or class; empty for a model that is told nothing
+    empty : what the same inputs are without a prompt, to guide away from; empty where there is no guidance
+    latents : (N, C, h, w), scaled as the UNet sees them
+    owner : (N,), the condition that each was drawn under
+    guidance : the scale that they were drawn with
+    """
+
+    conditions: Conditions
+    empty: Conditions
+    latents: Tensor
+    owner: Tensor
+    guidance: float
+
+    def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Conditions]:
+        """Some latents and the conditions that they were drawn under."""
+        chosen = torch.randint(len(self.latents), (count,), generator=generator)
+        return self.latents[chosen], {name: rows[self.owner[chosen]] for name, rows in self.conditions.items()}
+
+
+def predict(unet: UNet2DConditionModel, x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    prediction: Tensor = unet(x, timesteps, **conditions)
+    return prediction
+
+
+def predict_guided(
+    unet: UNet2DConditionModel,
+    x: Tensor,
+    timesteps: Tensor,
+    conditions: Conditions,
+    empty: Conditions,
+    guidance: float | Tensor,
+) -> Tensor:
+    """Away from the empty condition by ``guidance``, a number or (B, 1, 1, 1) (Ho & Salimans, 2207.12598, eq. 6)."""
+    if not empty:
+        return predict(unet, x, timesteps, conditions)
+    both = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in conditions.items()}
+    negative, positive = predict(unet, torch.cat([x, x]), torch.cat([timesteps, timesteps]), both).chunk(2)
+    return negative + guidance * (positive - negative)
+
+
+def encode_conditions(
+    model: LatentDiffusion, told: Sequence[str | int], tokenize: Callable[[Sequence[str]], Tensor] | None
+) -> tuple[Conditions, Conditions]:
+    """The UNet's inputs for prompts, classes or, where ``told`` is empty, nothing; and those of the empty prompt.
+
+    Raises
+    ------
+    InputError
+        If the model is told anything else (two text encoders, sizes, an embedded guidance scale).
+    """
+    components = [name for name in model.components if name.startswith("text_encoder")]
+    config = model.configs["unet"]
+    if len(components) > 1 or config["addition_embed_type"] or config["time_cond_proj_dim"]:
+        raise InputError(
+            f"{model.name} is told more than one text encoder says; models with one text encoder, classes or nothing "
+            "can be taught from. Leave the trained passes out of the recipe."
+        )
+    if components and tokenize is not None:
+        encoder = model.load("text_encoder")
+        with torch.no_grad():
+            ids = tokenize(["", *map(str, told)])
+            states = torch.cat([encoder(part).last_hidden_state for part in torch.split(ids, 256)])
+        return {"encoder_hidden_states": states[1:]}, {"encoder_hidden_states": states[0]}
+    if config["num_class_embeds"]:
+        return {"class_labels": torch.tensor([int(label) for label in told])}, {}
+    return {}, {}
+
+
+def draw_latents(
+    model: LatentDiffusion,
+    conditions: Conditions,
+    empty: Conditions,
+    drawing: Drawing,
+    count: int,
+    seed: int,
+    file: Path,
+    progress: Callable[[str, int, int], None],
+) -> TeacherData:
+    """``count`` latents, condition after condition, in ``file``; goes on where an interrupted run stopped.
+
+    Raises
+    ------
+    InputError
+        If the file is damaged or was drawn otherwise.
+    """
+    size = model.configs["unet"]["sample_size"] or 64
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (model.configs["vae"]["latent_channels"], height, width)
+    told = max((len(rows) for rows in conditions.values()), default=1)
+    owner = torch.arange(count) % told
+    made = json.dumps([model.sha256("unet"), told, drawing.steps, drawing.guidance, count, seed])
+    latents = _read(file, made, shape)
+    if len(latents) < count:
+        unet = model.load("unet")
+        assert isinstance(unet, UNet2DConditionModel)
+        parts = [latents]
+        for start in range(len(latents), count, CHUNK):
+            progress("teacher draws", start, count)
+            chosen = range(start, min(start + CHUNK, count))
+            rows = {name: values[owner[list(chosen)]] for name, values in conditions.items()}
+            parts.append(_draw(model, unet, rows, empty, drawing, [seed + k for k in chosen], shape))
+            if len(parts) % SAVE_EVERY == 0 or chosen.stop == count:
+                write_tensors(file, {"latents": torch.cat(parts)}, {"made": made})
+        latents = torch.cat(parts)
+    return TeacherData(conditions, empty, latents, owner, drawing.guidance)
+
+
+def _draw(
+    model: LatentDiffusion,
+    unet: UNet2DConditionModel,
+    rows: Conditions,
+    empty: Conditions,
+    drawing: Drawing,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+) -> Tensor:
+    scheduler = model.scheduler
+    alphas_cumprod = alphas_cumprod_from_config(scheduler)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def denoise(x: Tensor, timestep: int) -> Tensor:
+        return predict_guided(unet, x, torch.full((len(x),), timestep), rows, empty, drawing.guidance)
+
+    return ddim(
+        denoise,
+        noise,
+        alphas_cumprod,
+        timesteps_from_config(scheduler, drawing.steps),
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
+    )
+
+
+def _read(file: Path, made: str, shape: tuple[int, ...]) -> Tensor:
+    """What is there already, (n, C, h, w); none if there is no file."""
+    if not file.is_file():
+        return torch.empty(0, *shape)
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+            latents: Tensor = opened.get_tensor("latents")
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged ({error}). Delete it, and it is drawn anew.") from error
+    if metadata.get("made") != made or latents.shape[1:] != shape:
+        raise InputError(f"{file} was drawn by another teacher or another recipe. Use another --work folder.")
+    if not torch.isfinite(latents).all():
+        raise InputError(f"{file} holds values that are no numbers. Delete it, and it is drawn anew.")
+    return latents

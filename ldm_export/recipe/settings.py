@@ -1,0 +1,208 @@
+"""``recipe.toml``: what is done to a model, in which order, and how much quality it may cost. Checked before it runs.
+
+target = "cpu"                     # cpu or gpu: what the passes must be able to run on
+prompts = "prompts.txt"            # one a line, beside this file; what the teacher draws for its students
+
+[teacher]                          # how the model is drawn before any pass: what everything is held against
+steps = 50
+guidance = 4.0
+
+[budget]                           # what a pass may leave of the teacher's quality
+frechet_ratio = 1.15               # Fréchet distance, as a multiple of the teacher's
+retrieval_drop = 0.05              # share of pictures that are no longer among the five nearest of their caption
+
+[[pass]]                           # applied in this order; the keys are the options of the pass
+name = "distill-guidance"
+updates = 1000
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ldm_export.errors import InputError
+from ldm_export.graph.base import GraphPass
+from ldm_export.graph.half import Half
+from ldm_export.graph.quantize_dynamic import QuantizeDynamic
+from ldm_export.graph.quantize_static import QuantizeStatic
+from ldm_export.graph.quantize_weights import QuantizeWeights
+from ldm_export.options import check_between, check_least, check_one_of, options_from_table
+from ldm_export.passes.base import TorchPass
+from ldm_export.passes.distill_decoder import DistillDecoder
+from ldm_export.passes.distill_guidance import DistillGuidance
+from ldm_export.passes.distill_steps import DistillSteps
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+TARGETS = ("cpu", "gpu")
+TORCH_PASSES: Mapping[str, type[Any]] = {kind.name: kind for kind in (DistillGuidance, DistillSteps, DistillDecoder)}
+GRAPH_PASSES: Mapping[str, type[Any]] = {
+    kind.name: kind for kind in (QuantizeStatic, QuantizeDynamic, QuantizeWeights, Half)
+}
+BEFORE = (("distill-guidance", "distill-steps"),)
+"""Pairs of which the first, where a recipe has both, comes first."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How the model is drawn before any pass, and how many latents it draws for its students: at most ``latents``, one
+    a prompt."""
+
+    steps: int = 50
+    guidance: float = 4.0
+    latents: int = 4096
+
+    def __post_init__(self) -> None:
+        check_least("steps", self.steps, 1)
+        check_between("guidance", self.guidance, 1.0, 50.0)
+        check_least("latents", self.latents, 16)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost, against the teacher, and on how many ``pictures`` that is judged."""
+
+    frechet_ratio: float = 1.15
+    retrieval_drop: float = 0.05
+    pictures: int = 200
+
+    def __post_init__(self) -> None:
+        check_least("frechet_ratio", self.frechet_ratio, 1.0)
+        check_between("retrieval_drop", self.retrieval_drop, 0.0, 1.0)
+        check_least("pictures", self.pictures, 10)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was checked.
+
+    Attributes
+    ----------
+    name : of its file
+    prompts : what the teacher draws; empty for models that read no text
+    torch_passes, graph_passes : in order; all of the first run before the first of the second
+    """
+
+    name: str
+    target: str
+    teacher: Teacher
+    budget: Budget
+    prompts: tuple[str, ...]
+    torch_passes: tuple[TorchPass, ...]
+    graph_passes: tuple[GraphPass, ...]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The keys of the file itself."""
+
+    target: str = "cpu"
+    prompts: str = ""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("ldm_export") / "recipes"))
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def read_recipe(given: str | Path) -> Recipe:
+    """Read and check a file, or one of the shipped by its name.
+
+    Raises
+    ------
+    InputError
+        For anything that could not run: an unknown pass or key, a wrong type, range or order, a target that cannot run
+        what a pass makes.
+    """
+    file = Path(given)
+    if not file.exists() and str(given) in shipped_recipes():
+        file = shipped_recipes()[str(given)]
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"There is no recipe {str(given)!r}; give a TOML file or one of {', '.join(shipped_recipes())}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no readable TOML ({error}).") from error
+    where = file.name
+    for key, value in table.items():
+        known = {"pass", *(known.name for known in dataclasses.fields(_Table))}
+        if key not in known:
+            raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(sorted(known))}.")
+        kinds = {"pass": list, "target": str, "prompts": str}.get(key, dict)
+        if not isinstance(value, kinds):
+            raise InputError(f"{where}: {key} = {value!r} must be {'text' if kinds is str else 'a table'}.")
+    target = table.get("target", "cpu")
+    check_one_of(f"{where}: target", target, TARGETS)
+    passes = [_pass(entry, f"{where}, pass {number}") for number, entry in enumerate(table.get("pass", []), 1)]
+    if not passes:
+        raise InputError(f"{where} has no [[pass]]; export without --recipe, or add one.")
+    _check_order(passes, target, where)
+    return Recipe(
+        name=file.stem,
+        target=target,
+        teacher=options_from_table(Teacher, table.get("teacher", {}), f"{where}, [teacher]"),
+        budget=options_from_table(Budget, table.get("budget", {}), f"{where}, [budget]"),
+        prompts=_prompts(file, table.get("prompts")),
+        torch_passes=tuple(step for step in passes if step.name in TORCH_PASSES),
+        graph_passes=tuple(step for step in passes if step.name in GRAPH_PASSES),
+    )
+
+
+def _pass(entry: object, where: str) -> Any:
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise InputError(f"{where} has no name; passes are {', '.join((*TORCH_PASSES, *GRAPH_PASSES))}.")
+    options = dict(entry)
+    name = options.pop("name")
+    kind = {**TORCH_PASSES, **GRAPH_PASSES}.get(name)
+    if kind is None:
+        raise InputError(f"{where}: there is no pass {name!r}; passes are {', '.join((*TORCH_PASSES, *GRAPH_PASSES))}.")
+    return options_from_table(kind, options, f"{where} ({name})")
+
+
+def _check_order(passes: Sequence[Any], target: str, where: str) -> None:
+    names = [step.name for step in passes]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{where} has {name} {names.count(name)} times; once is enough.")
+    kinds = [name in GRAPH_PASSES for name in names]
+    if kinds != sorted(kinds):
+        late = next(name for index, name in enumerate(names) if not kinds[index] and any(kinds[:index]))
+        raise InputError(
+            f"{where}: {late} changes networks and stands behind a pass that changes graphs; put it first."
+        )
+    for first, second in BEFORE:
+        if first in names and second in names and names.index(first) > names.index(second):
+            raise InputError(f"{where}: {first} stands behind {second}; put it first.")
+    for step in passes:
+        if step.name in GRAPH_PASSES and target not in step.targets:
+            raise InputError(
+                f"{where}: what {step.name} makes runs on {' and '.join(step.targets)}, not on {target}; leave it out."
+            )
+
+
+def _prompts(recipe: Path, given: str | None) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    file = recipe.parent / given
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{recipe.name}: prompts = {given!r} cannot be read ({error}).") from error
+    prompts = tuple(line for line in lines if line)
+    if not prompts:
+        raise InputError(f"{recipe.name}: {file} has no prompts; write one a line.")
+    return prompts
