@@ -13,10 +13,13 @@ import onnx
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import ExportError, InputError
-from ldm_export.export.chain import Progress, parity_runs
+from ldm_export.export.chain import Progress, parity_runs, tolerances
 from ldm_export.export.parity import check_parity, compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.manifest import MANIFEST, is_target
+
+CALIBRATION = "calibration"
+"""In a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
 
 
 def change_graphs(
@@ -24,6 +27,7 @@ def change_graphs(
     output: Path,
     step: GraphPass,
     calibration: Mapping[str, Sequence[Inputs]],
+    told: Sequence[str | int],
     checkpoint: LatentDiffusion,
     progress: Progress = lambda stage: None,
 ) -> tuple[Bundle, dict[str, Any]]:
@@ -31,7 +35,7 @@ def change_graphs(
 
     Parameters
     ----------
-    calibration : inputs of each graph, by its name
+    calibration, told : inputs of each graph, by its name, and the prompts or classes that they were recorded under
     checkpoint : the networks that the bundle was exported from
 
     Raises
@@ -55,9 +59,10 @@ def change_graphs(
             file = writer.path / graph.path
             if (file.parent / "model.onnx_data").exists():
                 raise InputError(f"{step.name}: {name} has more than 2 GB of weights, which no graph pass handles yet.")
+            calls = calibration[name]
             progress(f"{name}: {step.name}")
             try:
-                change = step.apply(onnx.load(str(file)), calibration.get(name, ()))
+                change = step.apply(onnx.load(str(file)), calls)
                 onnx.checker.check_model(change.model, full_check=True)
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise ExportError(f"{step.name} made no valid ONNX of {name} ({error}). Nothing was kept.") from error
@@ -67,20 +72,19 @@ def change_graphs(
             tolerance = max([step.tolerance, *tolerances(bundle, name).values()])
             records = [
                 replace(record, tolerance=tolerance)
-                for record in compare_graph(file, graph, parity_runs(checkpoint, graph))
+                for record in compare_graph(file, graph, parity_runs(checkpoint, graph, calls))
             ]
             check_parity(records)
             parity += [record.to_dict() for record in records]
         manifest = bundle.manifest
         sealed = writer.seal(
-            model=manifest.model, graphs=manifest.graphs, source=manifest.source, passes=manifest.passes, parity=parity
+            model=manifest.model,
+            graphs=manifest.graphs,
+            source={**manifest.source, CALIBRATION: list(told)},
+            passes=manifest.passes,
+            parity=parity,
         )
     return sealed, reports
-
-
-def tolerances(bundle: Bundle, graph: str) -> dict[str, float]:
-    """What the bundle allows each output of a graph, by its parity record."""
-    return {record["output"]: record["tolerance"] for record in bundle.manifest.parity if record["graph"] == graph}
 
 
 def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, Any]], force: bool) -> Bundle:

@@ -30,7 +30,7 @@ from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.judge import AlignmentJudge
 from ldm_export.passes.base import Setting
 from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditions
-from ldm_export.recipe.pictures import calibration_calls, draw_gallery
+from ldm_export.recipe.pictures import calibration_calls, calibration_conditions, draw_gallery
 from ldm_export.recipe.score import Judge, Score, verdict
 from ldm_export.recipe.settings import GRAPH_PASSES, Recipe
 
@@ -218,8 +218,8 @@ class _Run:
             self.progress(f"{step.name}: {what}", 0, 1)
 
         if step.name in GRAPH_PASSES:
-            calls = self._calls(current)
-            return change_graphs(current.bundle, folder / "bundle", step, calls, current.checkpoint, stage)
+            told, calls = self._calls(current)
+            return change_graphs(current.bundle, folder / "bundle", step, calls, told, current.checkpoint, stage)
         path = folder / "checkpoint"
         if adopted is not None and adopted.passes[-1]["key"] == record["key"]:
             shutil.copytree(adopted.path, path, dirs_exist_ok=True)
@@ -267,12 +267,13 @@ class _Run:
             )
         return self._data
 
-    def _calls(self, current: Stage) -> dict[str, Any]:
-        """Calibration data of a stage's graphs."""
+    def _calls(self, current: Stage) -> tuple[list[str | int], dict[str, Any]]:
+        """Calibration data of a stage's graphs, and what it was drawn of."""
+        told = calibration_conditions(self.told)
         if self._calibration[0] != current.key:
             self.progress("calibration pictures", 0, 1)
-            self._calibration = current.key, calibration_calls(current.bundle, self.told)
-        return self._calibration[1]
+            self._calibration = current.key, calibration_calls(current.bundle, told)
+        return told, self._calibration[1]
 
     def _adopted(self, key: str) -> LatentDiffusion | None:
         """The shipped checkpoint that has the results of the most of the recipe's first passes, if any has."""
