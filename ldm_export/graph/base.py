@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import onnx
+from onnx import helper
 
 from ldm_export.errors import InputError
 
@@ -53,14 +54,19 @@ class GraphPass(Protocol):
 
 
 def check_calibration(model: onnx.ModelProto, calibration: Sequence[Inputs]) -> None:
-    """Raise InputError unless every call has the graph's inputs, of its ranks and fixed sizes, and only numbers."""
+    """Raise InputError unless every call has the graph's inputs, of its dtypes and fixed sizes, and only numbers."""
     inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    dtypes = {
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in model.graph.input
+    }
     if not calibration:
         raise InputError("There is no calibration data; draw at least one picture for it.")
     for call in calibration:
         if call.keys() != inputs.keys():
             raise InputError(f"Calibration data has the inputs {sorted(call)}; the graph takes {sorted(inputs)}.")
         for name, array in call.items():
+            if array.dtype != dtypes[name]:
+                raise InputError(f"Calibration data for {name!r} is {array.dtype}; the graph takes {dtypes[name]}.")
             sizes = [dim.dim_value or None for dim in inputs[name]]
             fits = len(sizes) == array.ndim and all(
                 size in (None, given) for size, given in zip(sizes, array.shape, strict=True)

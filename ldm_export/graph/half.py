@@ -25,6 +25,8 @@ from ldm_export.options import check_between, check_one_of
 
 FORMATS = {"fp16": (TensorProto.FLOAT16, 65504.0), "bf16": (TensorProto.BFLOAT16, 3.39e38)}
 """ONNX's type and the largest number."""
+OPSETS = {"fp16": 1, "bf16": 22}
+"""The first in which every operator takes the format; convolutions and norms of earlier ones have no bf16."""
 HEADROOM = 8.0
 """How far the largest calibrated value must stay below the largest number."""
 NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -104,7 +106,7 @@ class Half:
                     nodes.extend(self._round_trip(name, f"{name}.rounded"))
                 shadow.input[index] = f"{name}.rounded"
             shadow.name = f"{node.name}.shadow"
-            shadow.output[:] = [f"{name}.shadow" for name in node.output]
+            shadow.output[:] = [name and f"{name}.shadow" for name in node.output]  # "" is an output left out
             nodes.append(shadow)
             nodes.extend(self._round_trip(f"{out}.shadow", f"{out}.shadow_rounded"))
             nodes.append(helper.make_node("Sub", [out, f"{out}.shadow_rounded"], [f"{out}.off"]))
@@ -156,6 +158,8 @@ class Half:
         del changed.graph.node[:]
         changed.graph.node.extend(nodes)
         remove_unused(changed)
+        opset = changed.opset_import[0]
+        opset.version = max(opset.version, OPSETS[self.format])
         return changed
 
     def _is_converted(self, node: onnx.NodeProto, floats: set[str]) -> bool:

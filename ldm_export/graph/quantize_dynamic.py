@@ -48,7 +48,12 @@ class QuantizeDynamic:
         nodes, integers, done, left = [], {}, 0, 0
         for node in model.graph.node:
             weight = constants.get(node.input[1]) if node.op_type == "MatMul" else None
-            if weight is None or len(weight.dims) != 2 or np.prod(weight.dims) < self.smallest:
+            if (
+                weight is None
+                or weight.data_type != TensorProto.FLOAT
+                or len(weight.dims) != 2
+                or np.prod(weight.dims) < self.smallest
+            ):
                 left += node.op_type == "MatMul"
                 nodes.append(node)
                 continue
@@ -77,6 +82,6 @@ def _integer_matmul(
     return [
         helper.make_node("MatMulInteger", [x[0], names[0], x[2], names[2]], [f"{out}.integer"], f"{out}.matmul"),
         helper.make_node("Cast", [f"{out}.integer"], [f"{out}.cast"], f"{out}.to_float", to=TensorProto.FLOAT),
-        helper.make_node("Mul", [x[1], names[1]], [f"{out}.scale"], f"{out}.scales"),
-        helper.make_node("Mul", [f"{out}.cast", f"{out}.scale"], [out], f"{out}.scaled"),
+        helper.make_node("Mul", [x[1], names[1]], [f"{out}.scales"], f"{out}.multiply_scales"),  # .scale is its own
+        helper.make_node("Mul", [f"{out}.cast", f"{out}.scales"], [out], f"{out}.scaled"),
     ]

@@ -76,7 +76,10 @@ class QuantizeWeights:
         chosen = {
             name: axes[name]
             for name, weight in initializers(model).items()
-            if name in axes and weight.data_type == TensorProto.FLOAT and np.prod(weight.dims) >= self.smallest
+            if name in axes
+            and weight.data_type == TensorProto.FLOAT
+            and len(weight.dims) > 1  # a vector has no other axis to share a scale
+            and np.prod(weight.dims) >= self.smallest
         }
         fine = set(chosen)
         if self.bits == 4:

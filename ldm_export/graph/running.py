@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 from onnx import helper
@@ -50,10 +51,11 @@ def watched(model: onnx.ModelProto, names: Iterable[str]) -> Iterator[Any]:
 
 
 def worst_error(references: Sequence[Sequence[Array]], results: Sequence[Sequence[Array]]) -> float:
-    """Root mean square of the difference over that of the reference, of the worst call."""
+    """Root mean square of the difference over that of the reference, of the worst call; NaN if a call's is."""
     errors = []
     for reference, result in zip(references, results, strict=True):
-        power = sum(float((array**2).sum()) for array in reference)
-        off = sum(float(((array - other) ** 2).sum()) for array, other in zip(reference, result, strict=True))
+        exact = [array.astype(np.float64) for array in reference]  # squares of large values leave float32
+        power = sum(float((array**2).sum()) for array in exact)
+        off = sum(float(((array - other) ** 2).sum()) for array, other in zip(exact, result, strict=True))
         errors.append((off / max(power, 1e-30)) ** 0.5)
-    return float(max(errors))
+    return float(np.max(errors))  # NaN if any is, which max() is not

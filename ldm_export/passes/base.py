@@ -23,7 +23,9 @@ from ldm_export.errors import InputError
 from ldm_export.options import check_least, check_one_of
 from ldm_export.passes.teacher import TeacherData
 
-Purpose = Literal["speed", "bytes"]
+PRECISIONS = ("no", "bf16", "fp16")
+Purpose = Literal["speed", "bytes", "zeros"]
+"""What a pass is for, and so what undoes it: not being faster, not being smaller, or neither."""
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, how much of it is done, and how much there is."""
 
@@ -76,7 +78,7 @@ class TorchPass(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """Options of every pass that trains.
+    """Options of every pass that trains, ``fewest_updates`` at least.
 
     Attributes
     ----------
@@ -87,6 +89,8 @@ class Training:
     mixed_precision : no, bf16, or fp16 (on a GPU)
     """
 
+    fewest_updates: ClassVar[int] = 1
+
     updates: int = 1000
     batch_size: int = 64
     learning_rate: float = 2e-4
@@ -95,14 +99,14 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least("updates", self.updates, 1)
-        check_one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        check_least("updates", self.updates, self.fewest_updates)
+        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         self.optimisation()
 
     def optimisation(self) -> Optimisation:
         try:
             return Optimisation(
-                steps=self.updates,
+                steps=max(self.updates, 1),
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 warmup_steps=max(1, self.updates // 20),

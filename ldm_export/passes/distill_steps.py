@@ -75,15 +75,17 @@ class DistillSteps(Training):
         model, data = setting.model, setting.data
         if data.empty and not model.drawing.folded:
             raise InputError(
-                f"{self.name}: {model.name} is drawn with guidance; put distill-guidance before this pass."
+                f"{self.name}: {model.name} is drawn with guidance; put distill-guidance, with the method fixed, "
+                "before this pass."
             )
         unet = model.load("unet")
         assert isinstance(unet, UNet2DConditionModel)
         if self.method == "consistency":
             return self._consistency(setting, unet)
-        scheduler, losses, steps = model.scheduler, {}, self.start
-        if scheduler.get("_class_name") == "LCMScheduler":
+        if model.scheduler.get("_class_name") == "LCMScheduler":
             raise InputError(f"{self.name}: {model.name} is a consistency model already; leave this pass out.")
+        # of the spacings, the one whose timesteps for N steps are every second of those for 2 N
+        scheduler, losses, steps = {**model.scheduler, "timestep_spacing": "trailing"}, {}, self.start
         while steps > self.to:
             steps //= 2
             objective = ProgressiveObjective(
@@ -91,7 +93,8 @@ class DistillSteps(Training):
             )
             unet, losses[steps] = self._taught(setting, f"{self.name}-{steps}", objective, steps)
         drawing = replace(model.drawing, sampler="ddim", steps=self.to)
-        return Change({"unet": unet}, drawing, report={"method": self.method, "steps": self.to, "loss": losses})
+        report = {"method": self.method, "steps": self.to, "loss": losses}
+        return Change({"unet": unet}, drawing, None if scheduler == model.scheduler else scheduler, report)
 
     def _consistency(self, setting: Setting, unet: UNet2DConditionModel) -> Change:
         model = setting.model

@@ -1,4 +1,4 @@
-"""What the teacher draws: the latents that students learn from, made from prompts or classes alone.
+"""The latents that students learn from: drawn by the teacher, from prompts or classes alone, or those of pictures.
 
 A recipe needs no training pictures: DDIM with guidance turns every condition into latents, and noise added to those
 gives the inputs on which a student is taught, as the forward process of the paper's data would.
@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from ldm_reference.config import ConfigError
 from ldm_reference.generate import timesteps_from_config
 from ldm_reference.samplers import ddim
 from ldm_reference.schedules import alphas_cumprod_from_config
@@ -20,7 +23,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import Autoencoder, Drawing, LatentDiffusion
 from ldm_export.errors import InputError
 
 Conditions = dict[str, Tensor]
@@ -53,6 +56,12 @@ class TeacherData:
         """Some latents and the conditions that they were drawn under."""
         chosen = torch.randint(len(self.latents), (count,), generator=generator)
         return self.latents[chosen], {name: rows[self.owner[chosen]] for name, rows in self.conditions.items()}
+
+
+def autocast(mixed_precision: str) -> torch.autocast:
+    """On the processor, where the teacher draws; "no" computes in float32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
 
 def predict(unet: UNet2DConditionModel, x: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
@@ -113,6 +122,7 @@ def draw_latents(
     seed: int,
     file: Path,
     progress: Callable[[str, int, int], None],
+    mixed_precision: str = "no",
 ) -> TeacherData:
     """``count`` latents, condition after condition, in ``file``; goes on where an interrupted run stopped.
 
@@ -126,7 +136,7 @@ def draw_latents(
     shape = (model.configs["vae"]["latent_channels"], height, width)
     told = max((len(rows) for rows in conditions.values()), default=1)
     owner = torch.arange(count) % told
-    made = json.dumps([model.sha256("unet"), told, drawing.steps, drawing.guidance, count, seed])
+    made = json.dumps([model.sha256("unet"), told, drawing.steps, drawing.guidance, count, seed, mixed_precision])
     latents = _read(file, made, shape)
     if len(latents) < count:
         unet = model.load("unet")
@@ -136,11 +146,24 @@ def draw_latents(
             progress("teacher draws", start, count)
             chosen = range(start, min(start + CHUNK, count))
             rows = {name: values[owner[list(chosen)]] for name, values in conditions.items()}
-            parts.append(_draw(model, unet, rows, empty, drawing, [seed + k for k in chosen], shape))
+            with torch.no_grad(), autocast(mixed_precision):
+                parts.append(_draw(model, unet, rows, empty, drawing, [seed + k for k in chosen], shape))
             if len(parts) % SAVE_EVERY == 0 or chosen.stop == count:
                 write_tensors(file, {"latents": torch.cat(parts)}, {"made": made})
         latents = torch.cat(parts)
     return TeacherData(conditions, empty, latents, owner, drawing.guidance)
+
+
+@torch.no_grad()
+def encode_pictures(model: LatentDiffusion, images: npt.NDArray[np.uint8]) -> Tensor:
+    """Pictures uint8 (N, H, W, C) as the means of their latents, (N, C, h, w), scaled as the UNet sees them."""
+    vae = model.load("vae")
+    assert isinstance(vae, Autoencoder)
+    parts = []
+    for start in range(0, len(images), CHUNK):
+        sample = torch.from_numpy(images[start : start + CHUNK]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        parts.append(vae.encode(sample).chunk(2, dim=1)[0] * vae.config.scaling_factor)
+    return torch.cat(parts)
 
 
 def _draw(
@@ -154,16 +177,20 @@ def _draw(
 ) -> Tensor:
     scheduler = model.scheduler
     alphas_cumprod = alphas_cumprod_from_config(scheduler)
+    try:
+        timesteps = timesteps_from_config(scheduler, drawing.steps)
+    except ConfigError as error:
+        raise InputError(f"{model.name}: {error}.") from error
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def denoise(x: Tensor, timestep: int) -> Tensor:
-        return predict_guided(unet, x, torch.full((len(x),), timestep), rows, empty, drawing.guidance)
+        return predict_guided(unet, x, torch.full((len(x),), timestep), rows, empty, drawing.guidance).float()
 
     return ddim(
         denoise,
         noise,
         alphas_cumprod,
-        timesteps_from_config(scheduler, drawing.steps),
+        timesteps,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
     )

@@ -27,9 +27,9 @@ from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion, shipped_chec
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs, copy_bundle
-from ldm_export.judge import AlignmentJudge
+from ldm_export.judge import AlignmentJudge, Pictures, open_pictures
 from ldm_export.passes.base import Setting
-from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditions
+from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditions, encode_pictures
 from ldm_export.recipe.pictures import calibration_calls, calibration_conditions, draw_gallery
 from ldm_export.recipe.score import Judge, Score, verdict
 from ldm_export.recipe.settings import GRAPH_PASSES, Recipe
@@ -89,8 +89,9 @@ def run_recipe(
     """
     if output.exists() and not force:
         raise BundleError(f"{output} exists; use --force to replace it, or choose another folder.")
-    told = _told(checkpoint, recipe)
-    run = _Run(checkpoint, recipe, work, told, from_scratch, progress)
+    pictures = _pictures(checkpoint, recipe, data)
+    told = [said for _, said in pictures.conditions] if pictures else _told(checkpoint, recipe)
+    run = _Run(checkpoint, recipe, work, told, pictures, from_scratch, progress)
     return run.run(output, data, held_out, alignment, force)
 
 
@@ -101,12 +102,13 @@ class _Run:
         recipe: Recipe,
         work: Path,
         told: Sequence[str | int],
+        pictures: Pictures | None,
         from_scratch: bool,
         progress: Progress,
     ):
         drawing = Drawing("ddim", recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
         self.teacher = replace(checkpoint, drawn_with=drawing)
-        self.recipe, self.work, self.told = recipe, work, told
+        self.recipe, self.work, self.told, self.pictures = recipe, work, told, pictures
         self.from_scratch, self.progress = from_scratch, progress
         self._data: TeacherData | None = None
         self._calibration: tuple[str, dict[str, Any]] = ("", {})
@@ -120,7 +122,8 @@ class _Run:
         force: bool,
     ) -> tuple[Bundle, list[Record]]:
         weights = [self.teacher.sha256(name) for name in self.teacher.components]
-        key = _hash(weights, asdict(self.recipe.teacher), list(self.told))
+        learned = None if self.pictures is None else hashlib.sha256(self.pictures.images.tobytes()).hexdigest()
+        key = _hash(weights, asdict(self.recipe.teacher), list(self.told), *([learned] if learned else []))
         folder = self.work / "00-teacher"
         plain = self._plain_bundle(folder / "bundle", self.teacher)
         if data is None:
@@ -246,7 +249,7 @@ class _Run:
         )
 
     def _latents(self) -> TeacherData:
-        """What the teacher draws for its students; drawn when the first pass asks for it."""
+        """What students learn from; made when the first pass asks for it."""
         if self._data is None:
             tokenize = checkpoint_tokenizer(self.teacher) if self.teacher.reads_text else None
             conditions, empty = encode_conditions(
@@ -254,16 +257,25 @@ class _Run:
                 self.told,
                 None if tokenize is None else lambda prompts: torch.from_numpy(tokenize(prompts)),
             )
+            if self.teacher.drawing.guidance <= 1:
+                empty = {}
+            if self.pictures is not None:
+                owner = [number for number, _ in self.pictures.conditions] or list(range(len(self.pictures.images)))
+                latents = encode_pictures(self.teacher, self.pictures.images)[owner]
+                own = torch.arange(len(latents)) if conditions else torch.zeros(len(latents), dtype=torch.int64)
+                self._data = TeacherData(conditions, empty, latents, own, self.teacher.drawing.guidance)
+                return self._data
             count = self.recipe.teacher.latents
             self._data = draw_latents(
                 self.teacher,
                 conditions,
-                empty if self.teacher.drawing.guidance > 1 else {},
+                empty,
                 self.teacher.drawing,
                 min(count, len(self.told)) if self.teacher.reads_text else count,
                 LATENTS_SEED,
                 self.work / "teacher" / "latents.safetensors",
                 self.progress,
+                self.recipe.teacher.mixed_precision,
             )
         return self._data
 
@@ -290,6 +302,21 @@ class _Run:
             if fits:
                 found.append(candidate)
         return max(found, key=lambda candidate: len(candidate.passes), default=None)
+
+
+def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) -> Pictures | None:
+    """What students learn from, if that is a folder."""
+    if recipe.teacher.latents_from != "data":
+        return None
+    if data is None:
+        raise InputError(
+            f'The recipe {recipe.name} says latents_from = "data", and no pictures were given; add --data FOLDER.'
+        )
+    unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
+    size = unet["sample_size"] if isinstance(unet["sample_size"], int) else unet["sample_size"][0]
+    side = size * 2 ** (len(vae["block_out_channels"]) - 1)
+    condition = "text" if checkpoint.reads_text else "label" if unet["num_class_embeds"] else None
+    return open_pictures(data, side, vae["in_channels"], condition)
 
 
 def _told(checkpoint: LatentDiffusion, recipe: Recipe) -> list[str | int]:

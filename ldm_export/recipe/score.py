@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from ldm_export.bench.metrics import psnr
 from ldm_export.bench.quality import BundlePainter, Progress, Settings, evaluate
 from ldm_export.bundle import Bundle
 from ldm_export.judge import AlignmentJudge
+from ldm_export.passes.base import Purpose
 from ldm_export.recipe.settings import Budget
 from ldm_export.runtime import Pipeline
 
@@ -118,7 +119,7 @@ def bundle_bytes(bundle: Bundle) -> int:
 
 
 def verdict(
-    purpose: Literal["speed", "bytes"],
+    purpose: Purpose,
     budget: Budget,
     teacher: Score,
     before: Score,

@@ -2,6 +2,7 @@
 
 target = "cpu"                     # cpu or gpu: what the passes must be able to run on
 prompts = "prompts.txt"            # one a line, beside this file; what the teacher draws for its students
+                                   # (not needed with latents_from = "data" under [teacher])
 
 [teacher]                          # how the model is drawn before any pass: what everything is held against
 steps = 50
@@ -33,10 +34,13 @@ from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.options import check_between, check_least, check_one_of, options_from_table
-from ldm_export.passes.base import TorchPass
+from ldm_export.passes.base import PRECISIONS, TorchPass
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
+from ldm_export.passes.distill_student import DistillStudent
+from ldm_export.passes.prune_channels import PruneChannels
+from ldm_export.passes.prune_weights import PruneWeights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,27 +48,45 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 TARGETS = ("cpu", "gpu")
-TORCH_PASSES: Mapping[str, type[Any]] = {kind.name: kind for kind in (DistillGuidance, DistillSteps, DistillDecoder)}
+LATENTS_FROM = ("drawn", "data")
+TORCH_PASSES: Mapping[str, type[Any]] = {
+    kind.name: kind
+    for kind in (DistillStudent, PruneChannels, DistillGuidance, DistillSteps, DistillDecoder, PruneWeights)
+}
 GRAPH_PASSES: Mapping[str, type[Any]] = {
     kind.name: kind for kind in (QuantizeStatic, QuantizeDynamic, QuantizeWeights, Half)
 }
-BEFORE = (("distill-guidance", "distill-steps"),)
+GRAPHS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+BEFORE = (
+    ("distill-guidance", "distill-steps"),
+    *((name, "prune-weights") for name in ("distill-student", "prune-channels", "distill-guidance", "distill-steps")),
+)
 """Pairs of which the first, where a recipe has both, comes first."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """How the model is drawn before any pass, and how many latents it draws for its students: at most ``latents``, one
-    a prompt."""
+    """How the model is drawn before any pass, and what its students learn from.
+
+    Attributes
+    ----------
+    latents_from : "drawn", by the teacher, at most ``latents``, one a prompt; or "data", the pictures and captions of a
+        folder that is given to the command
+    mixed_precision : of drawing them: no, bf16, or fp16 (on a GPU)
+    """
 
     steps: int = 50
     guidance: float = 4.0
+    latents_from: str = "drawn"
     latents: int = 4096
+    mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
         check_least("steps", self.steps, 1)
         check_between("guidance", self.guidance, 1.0, 50.0)
         check_least("latents", self.latents, 16)
+        check_one_of("latents_from", self.latents_from, LATENTS_FROM)
+        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -144,7 +166,8 @@ def read_recipe(given: str | Path) -> Recipe:
             raise InputError(f"{where} has the unknown key {key!r}; known are {', '.join(sorted(known))}.")
         kinds = {"pass": list, "target": str, "prompts": str}.get(key, dict)
         if not isinstance(value, kinds):
-            raise InputError(f"{where}: {key} = {value!r} must be {'text' if kinds is str else 'a table'}.")
+            called = {str: "text", list: "tables that begin with [[pass]]", dict: "a table"}[kinds]
+            raise InputError(f"{where}: {key} = {value!r} must be {called}.")
     target = table.get("target", "cpu")
     check_one_of(f"{where}: target", target, TARGETS)
     passes = [_pass(entry, f"{where}, pass {number}") for number, entry in enumerate(table.get("pass", []), 1)]
@@ -167,10 +190,13 @@ def _pass(entry: object, where: str) -> Any:
         raise InputError(f"{where} has no name; passes are {', '.join((*TORCH_PASSES, *GRAPH_PASSES))}.")
     options = dict(entry)
     name = options.pop("name")
-    kind = {**TORCH_PASSES, **GRAPH_PASSES}.get(name)
+    kind = {**TORCH_PASSES, **GRAPH_PASSES}.get(name) if isinstance(name, str) else None
     if kind is None:
         raise InputError(f"{where}: there is no pass {name!r}; passes are {', '.join((*TORCH_PASSES, *GRAPH_PASSES))}.")
-    return options_from_table(kind, options, f"{where} ({name})")
+    step: Any = options_from_table(kind, options, f"{where} ({name})")
+    if name in GRAPH_PASSES and not (step.graphs and set(step.graphs) <= set(GRAPHS)):
+        raise InputError(f"{where} ({name}): graphs = {list(step.graphs)!r} must be some of {', '.join(GRAPHS)}.")
+    return step
 
 
 def _check_order(passes: Sequence[Any], target: str, where: str) -> None:

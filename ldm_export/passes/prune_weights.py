@@ -1,0 +1,91 @@
+"""Unstructured pruning: single weights become zero, the smallest of all (L1) or two of every four in a row (2:4).
+
+Zeros alone make nothing faster: dense kernels multiply them as they do all others, on a CPU and on a GPU. What they buy
+is a bundle that compresses better, and, in the 2:4 pattern and fp16 or int8, the sparse tensor cores of NVIDIA GPUs
+from Ampere on, if the engine is built with sparse weights allowed (2104.08378). The report says how well they compress.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from ldm_reference.unet import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from ldm_export.options import check_between, check_one_of
+from ldm_export.passes.base import Change, Purpose, Setting
+from ldm_export.passes.imitation import Imitating, Smaller
+
+
+@dataclass(frozen=True)
+class PruneWeights(Imitating):
+    """Options.
+
+    Attributes
+    ----------
+    pattern : "unstructured", or "2:4": of every four weights along the inputs, the two largest stay
+    ratio : of the weights of all layers together that become zero, where unstructured
+    """
+
+    name: ClassVar[str] = "prune-weights"
+    purpose: ClassVar[Purpose] = "zeros"
+
+    pattern: str = "unstructured"
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("pattern", self.pattern, ("unstructured", "2:4"))
+        check_between("ratio", self.ratio, 0.0, 1.0, inclusive=False)
+
+    def apply(self, setting: Setting) -> Change:
+        teacher, student = setting.model.load("unet"), setting.model.load("unet")
+        assert isinstance(teacher, UNet2DConditionModel)
+        assert isinstance(student, UNet2DConditionModel)
+        layers, left = prunable(student, self.pattern)
+        before = compressed_bytes(student)
+        if self.pattern == "2:4":
+            for layer in layers.values():
+                prune.custom_from_mask(layer, "weight", two_of_four(layer.weight))
+        else:
+            weights = [(layer, "weight") for layer in layers.values()]
+            prune.global_unstructured(weights, prune.L1Unstructured, amount=self.ratio)
+        report = self.imitate(self.name, setting, Smaller(student, teacher, {}, {}))
+        for layer in layers.values():
+            prune.remove(layer, "weight")
+        zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
+        return Change(
+            {"unet": student},
+            report={
+                "zeros": zeros,
+                "of": sum(layer.weight.numel() for layer in layers.values()),
+                "left_alone": left,
+                "compressed_bytes": {"before": before, "after": compressed_bytes(student)},
+                "output_error": report["output_error"],
+                "speed": "none from zeros, except 2:4 on the sparse tensor cores of NVIDIA GPUs",
+            },
+        )
+
+
+def prunable(unet: nn.Module, pattern: str) -> tuple[dict[str, nn.Linear | nn.Conv2d], list[str]]:
+    """Layers by name whose weights can go, and the names of those whose inputs cannot be cut into fours."""
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    left = [name for name, layer in layers.items() if pattern == "2:4" and layer.weight.shape[1] % 4]
+    return {name: layer for name, layer in layers.items() if name not in left}, left
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """1 where a weight (out, in, ...) is among the two largest of its four along the inputs, else 0."""
+    fours = weight.detach().abs().reshape(weight.shape[0], -1, 4, *weight.shape[2:])
+    places = fours.topk(2, dim=2).indices
+    return torch.zeros_like(fours).scatter_(2, places, 1.0).flatten(1, 2)
+
+
+def compressed_bytes(network: nn.Module) -> int:
+    """What deflate, as in a zip file, makes of the weights in fp16."""
+    tensors = (tensor.detach().half().numpy().tobytes() for tensor in network.state_dict().values())
+    return sum(len(zlib.compress(data, 6)) for data in tensors)
