@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check emoji-data train-emoji64 fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow check emoji-data train-emoji64 distill-emoji64 waterfall fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +32,19 @@ emoji-data: $(READY)
 
 train-emoji64: emoji-data
 	$(BIN)/ldm-export train --data build/emoji/train -o build/emoji64 $(if $(wildcard build/emoji64/training),--resume)
+
+JUDGED := --data build/emoji/train --held-out build/emoji/test
+
+# the student that ships as emoji64-fast, from its teacher alone; goes on where it was interrupted
+distill-emoji64: emoji-data
+	$(BIN)/ldm-export export emoji64 --recipe cpu-fast --from-scratch $(JUDGED) -o build/fast.bundle --work build/fast.work --force
+
+# every pass of the shipped recipes on emoji64, measured; trained results are taken from what ships
+waterfall: emoji-data
+	$(BIN)/ldm-export export emoji64 --recipe cpu-fast $(JUDGED) -o build/cpu-fast.bundle --work build/cpu-fast.work --force
+	$(BIN)/python -m benchmarks.waterfall build/cpu-fast.work benchmarks/results/cpu_fast.json
+	$(BIN)/ldm-export export emoji64 --recipe cpu-small $(JUDGED) -o build/cpu-small.bundle --work build/cpu-small.work --force
+	$(BIN)/python -m benchmarks.waterfall build/cpu-small.work benchmarks/results/cpu_small.json
 
 fashion-mnist-data: $(READY)
 	$(BIN)/python -m ldm_reference.fashion_mnist build/fashion

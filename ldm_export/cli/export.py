@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.options import console, folder, json_option, print_json, stages, steps_bar
+from ldm_export.cli.passes import print_passes
 from ldm_export.export.chain import export_bundle
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def command(
         print_json({"bundle": str(bundle.path), "passes": records, "parity": list(bundle.manifest.parity)})
         return
     if records:
-        _print_passes(records)
+        print_passes(records)
     for record in bundle.manifest.parity:
         console.print(
             f"{record['graph']:15} {record['output']:20} differs from PyTorch by {record['max_error']:.1e} "
@@ -77,27 +77,3 @@ def command(
 def _print_size(bundle: Bundle) -> None:
     size_mb = sum(entry.size_bytes for entry in bundle.manifest.files.values()) / 1e6
     console.print(f"{bundle.path}: {len(bundle.manifest.files)} files, {size_mb:.1f} MB")
-
-
-def _print_passes(records: list[dict[str, Any]]) -> None:
-    table = Table()
-    for column in ("pass", "", "steps", "UNet ms", "picture ms", "MB", "Fréchet", "R@5"):
-        table.add_column(column, justify="left" if column in ("pass", "") else "right")
-    for record in records:
-        score = record.get("score")
-        cells = ["", "", "", "", "", ""]
-        if score is not None:
-            latency, recalled = score["latency"], score["retrieval_at_5"]
-            cells = [
-                str(latency["calls"]),
-                f"{latency['unet_ms']:.2f}",
-                f"{latency['total_ms']:.1f}",
-                f"{score['bytes'] / 1e6:.1f}",
-                f"{score['frechet_distance']:.1f}",
-                "" if recalled is None else f"{recalled:.3f}",
-            ]
-        table.add_row(record["name"], "kept" if record["kept"] else "undone", *cells)
-    console.print(table)
-    for record in records:
-        if not record["kept"]:
-            console.print(f"{record['name']} was undone: {record['why']}", markup=False)

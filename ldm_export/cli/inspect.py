@@ -7,6 +7,7 @@ from rich.table import Table
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli.options import bundle_argument, console, json_option
+from ldm_export.cli.passes import print_passes
 from ldm_export.contract import TensorSpec
 
 
@@ -40,5 +41,5 @@ def command(bundle: Path, as_json: bool) -> None:
     console.print(parity)
     plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
     console.print(f"plans: {', '.join(plans)}", markup=False)
-    for applied in manifest.passes:
-        console.print(f"pass: {applied}", markup=False)
+    if manifest.passes:
+        print_passes(manifest.passes)

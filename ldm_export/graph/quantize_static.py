@@ -1,4 +1,4 @@
-"""Static int8 convolution: QuantizeLinear and DequantizeLinear around every convolution that is worth it.
+"""Static int8: QuantizeLinear and DequantizeLinear around every Conv and MatMul that is worth it.
 
     x ~ s (x_q - z), unsigned bytes, one s and z a tensor;  w ~ s_c w_q, 7 bits, one s_c an output channel
 
@@ -6,7 +6,7 @@ Ranges are calibrated over whole sampling trajectories and are aware of the time
 4.2): every timestep gives equally many samples, and a range is the one with the least mean squared error where each
 timestep's error is measured against its own power, so that quiet timesteps count as much as loud ones. A convolution
 that reads a concatenation with a skip connection, whose two parts have ranges of their own, becomes a sum of two
-(section 4.3, "split quantization"). Each convolution is tried alone: one that costs too much accuracy, or that is not
+(section 4.3, "split quantization"). Each operator is tried alone: one that costs too much accuracy, or that is not
 faster here than in fp32, stays as it is.
 """
 
@@ -21,16 +21,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from ldm_export.errors import InputError
 from ldm_export.graph.base import Array, GraphChange, Inputs, Purpose, check_calibration
 from ldm_export.graph.integers import SAFE_MAX, array, initializers, quantized, remove_unused, tensor
 from ldm_export.graph.running import outputs_of, session, watched, worst_error
-from ldm_export.options import check_between
+from ldm_export.options import check_between, check_one_of
 
 SAMPLES = 4096
 """Values of a tensor that are kept of each call."""
 SHRINKS = np.linspace(1.0, 0.5, 26)
 """Shares of the whole range that are tried."""
 TRIALS = 15
+OPERATORS = {"Conv": 0, "MatMul": 1}
+"""What can be quantized, with the axis of its weight's output channels."""
 
 Range = tuple[float, int]
 """Scale and zero point."""
@@ -42,7 +45,8 @@ class QuantizeStatic:
 
     Attributes
     ----------
-    layer_error : how far one convolution alone may move the graph's output, root mean square, as a share of it
+    operators : Conv, MatMul or both; of MatMul those by a constant, which on a CPU are better off with quantize-dynamic
+    layer_error : how far one operator alone may move the graph's output, root mean square, as a share of it
     only_faster : leave what is not faster on this machine in fp32
     """
 
@@ -51,22 +55,30 @@ class QuantizeStatic:
     targets: ClassVar[tuple[str, ...]] = ("cpu", "gpu")
     tolerance: ClassVar[float] = 0.2
 
+    operators: tuple[str, ...] = ("Conv", "MatMul")
     layer_error: float = 0.02
     only_faster: bool = True
     graphs: tuple[str, ...] = ("unet", "vae_decoder")
 
     def __post_init__(self) -> None:
         check_between("layer_error", self.layer_error, 0.0, 1.0, inclusive=False)
+        if not self.operators:
+            raise InputError(f"operators = [] quantizes nothing; allowed are {', '.join(OPERATORS)}.")
+        for operator in self.operators:
+            check_one_of("operators", operator, tuple(OPERATORS))
 
     def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange:
         check_calibration(model, calibration)
         split = split_concatenations(model)
-        convs = [node for node in model.graph.node if node.op_type == "Conv"]
-        ranges, shapes = _calibrate(model, convs, calibration)
+        constants = initializers(model)
+        nodes = [
+            node for node in model.graph.node if node.op_type in self.operators and _is_by_a_constant(node, constants)
+        ]
+        ranges, shapes = _calibrate(model, nodes, calibration)
         some = list(calibration[:: max(1, len(calibration) // 4)])
         references = outputs_of(model, some)
         kept, slower, coarse = [], [], []
-        for node in convs:
+        for node in nodes:
             if self.only_faster and not _is_faster(model, node, ranges, shapes):
                 slower.append(node.output[0])
                 continue
@@ -77,6 +89,12 @@ class QuantizeStatic:
                 kept.append(node)
         report = {"quantized": len(kept), "not_faster": slower, "not_accurate": coarse, "split": split}
         return GraphChange(_with_integers(model, kept, ranges), report)
+
+
+def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether an operator has a weight; that of a MatMul must be a matrix."""
+    weight = constants.get(node.input[1])
+    return weight is not None and (node.op_type != "MatMul" or len(weight.dims) == 2)
 
 
 def split_concatenations(model: onnx.ModelProto) -> int:
@@ -115,10 +133,10 @@ def split_concatenations(model: onnx.ModelProto) -> int:
 
 
 def _calibrate(
-    model: onnx.ModelProto, convs: Sequence[onnx.NodeProto], calibration: Sequence[Inputs]
+    model: onnx.ModelProto, chosen: Sequence[onnx.NodeProto], calibration: Sequence[Inputs]
 ) -> tuple[dict[str, Range], dict[str, tuple[int, ...]]]:
-    """The range of every input and output of a convolution, and the shape of every input."""
-    names = [name for node in convs for name in (node.input[0], node.output[0])]
+    """The range of every input and output of these operators, and the shape of every input."""
+    names = [name for node in chosen for name in (node.input[0], node.output[0])]
     inputs = {value.name for value in model.graph.input}
     samples: dict[str, list[Array]] = {name: [] for name in names}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -157,12 +175,12 @@ def best_range(parts: Sequence[Array]) -> Range:
 
 
 def _with_integers(
-    model: onnx.ModelProto, convs: Sequence[onnx.NodeProto], ranges: Mapping[str, Range]
+    model: onnx.ModelProto, chosen_nodes: Sequence[onnx.NodeProto], ranges: Mapping[str, Range]
 ) -> onnx.ModelProto:
-    """A copy of the graph in which these convolutions run on integers."""
+    """A copy of the graph in which these operators run on integers."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    constants, chosen = initializers(changed), {node.output[0] for node in convs}
+    constants, chosen = initializers(changed), {node.output[0] for node in chosen_nodes}
     nodes: list[onnx.NodeProto] = []
     integers: set[str] = set()
 
@@ -179,7 +197,7 @@ def _with_integers(
         )
 
     for node in changed.graph.node:
-        if node.op_type != "Conv" or node.output[0] not in chosen:
+        if node.output[0] not in chosen:
             nodes.append(node)
             continue
         x, out = node.input[0], node.output[0]
@@ -187,12 +205,12 @@ def _with_integers(
             integers.add(x)
             quantize(x, x, f"{x}.input")
         weight, bias = _integer_constants(add, nodes, node, constants, ranges[x][0])
-        conv = onnx.NodeProto()
-        conv.CopyFrom(node)
-        del conv.input[:]
-        conv.input.extend([f"{x}.input.dequantized", weight, *bias])
-        conv.output[0] = f"{out}.float"
-        nodes.append(conv)
+        integer = onnx.NodeProto()
+        integer.CopyFrom(node)
+        del integer.input[:]
+        integer.input.extend([f"{x}.input.dequantized", weight, *bias])
+        integer.output[0] = f"{out}.float"
+        nodes.append(integer)
         quantize(f"{out}.float", out, out)
         nodes[-1].output[0] = out
     del changed.graph.node[:]
@@ -204,12 +222,12 @@ def _with_integers(
 def _integer_constants(
     add: Any, nodes: list[onnx.NodeProto], node: onnx.NodeProto, constants: Mapping[str, TensorProto], scale_x: float
 ) -> tuple[str, list[str]]:
-    """A convolution's weight as 7-bit and its bias as 32-bit integers, with what makes numbers of them again."""
-    out = node.output[0]
-    whole, scale = quantized(array(constants[node.input[1]]), 0, SAFE_MAX)
+    """An operator's weight as 7-bit and its bias as 32-bit integers, with what makes numbers of them again."""
+    out, axis = node.output[0], OPERATORS[node.op_type]
+    whole, scale = quantized(array(constants[node.input[1]]), axis, SAFE_MAX)
     parts = [add(whole, f"{out}.weight"), add(scale, f"{out}.weight_scale")]
     nodes.append(
-        helper.make_node("DequantizeLinear", parts, [f"{out}.weight_float"], f"{out}.dequantize_weight", axis=0)
+        helper.make_node("DequantizeLinear", parts, [f"{out}.weight_float"], f"{out}.dequantize_weight", axis=axis)
     )
     if len(node.input) < 3:
         return f"{out}.weight_float", []
@@ -223,7 +241,7 @@ def _integer_constants(
 def _is_faster(
     model: onnx.ModelProto, node: onnx.NodeProto, ranges: Mapping[str, Range], shapes: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether one convolution, with what it takes to get into integers and out, is faster than in fp32 here."""
+    """Whether one operator, with what it takes to get into integers and out, is faster than in fp32 here."""
     constants = initializers(model)
     x, shape = node.input[0], shapes[node.input[0]]
     given = helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)

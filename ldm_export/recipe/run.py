@@ -151,8 +151,8 @@ class _Run:
             key = _hash(current.key, step.name, asdict(step))
             folder = self.work / f"{number:02d}-{step.name}-{key[:8]}"  # other options, other folder: nothing is lost
             record = _finished(folder, key, judge)
-            if record is None and adopted is not None and number < len(adopted.passes):
-                record = adopted.passes[number]  # the teacher's record is the first
+            if record is None and adopted is not None and number < len(adopted.passes) - 1:
+                record = adopted.passes[number]  # the teacher's is the first; the last has what the others led to
             if record is None:
                 record = self._apply(step, folder, key, teacher, current, judge, adopted, records)
             records.append(record)
@@ -240,7 +240,9 @@ class _Run:
         if folder.is_dir():
             try:
                 bundle = Bundle.open(folder)
-                if bundle.manifest.source["sha256"] == {n: checkpoint.sha256(n) for n in checkpoint.components}:
+                model, drawing = bundle.manifest.model, checkpoint.drawing
+                same = (model["default_steps"], model["default_guidance"]) == (drawing.steps, drawing.guidance)
+                if same and bundle.manifest.source["sha256"] == {n: checkpoint.sha256(n) for n in checkpoint.components}:
                     return bundle
             except (BundleError, KeyError):
                 pass

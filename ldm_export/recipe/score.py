@@ -127,20 +127,20 @@ def verdict(
     faster: float,
 ) -> str | None:
     """Why a pass is undone, with its numbers; None where it stays."""
-    ratio = after.frechet_distance / teacher.frechet_distance
-    if not ratio <= budget.frechet_ratio:  # true for NaN
+    ratio = after.frechet_distance / max(teacher.frechet_distance, 1e-12)  # a teacher may draw what it is judged by
+    if not ratio <= budget.frechet_ratio:  # true for NaN, as below
         return (
             f"Fréchet distance {after.frechet_distance:.1f} is {ratio:.2f} times the teacher's "
             f"{teacher.frechet_distance:.1f}; {budget.frechet_ratio:g} times is allowed"
         )
     if teacher.retrieval_at_5 is not None and after.retrieval_at_5 is not None:
         drop = teacher.retrieval_at_5 - after.retrieval_at_5
-        if drop > budget.retrieval_drop + 1e-9:
+        if not drop <= budget.retrieval_drop + 1e-9:
             return (
                 f"R@5 fell from the teacher's {teacher.retrieval_at_5:.3f} to {after.retrieval_at_5:.3f}; "
                 f"a drop of {budget.retrieval_drop:g} is allowed"
             )
-    if purpose == "speed" and faster < 1 / FASTER:
+    if purpose == "speed" and not faster >= 1 / FASTER:
         return f"it is meant to be faster, and is {faster:.2f} times as fast as the stage before"
     if purpose == "bytes" and after.bytes >= before.bytes:
         return f"it is meant to be smaller, and has {after.bytes:,} bytes where the stage before has {before.bytes:,}"

@@ -60,6 +60,8 @@ GRAPHS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"
 BEFORE = (
     ("distill-guidance", "distill-steps"),
     *((name, "prune-weights") for name in ("distill-student", "prune-channels", "distill-guidance", "distill-steps")),
+    *((name, "quantize-weights") for name in ("quantize-static", "quantize-dynamic")),
+    *((name, "half") for name in ("quantize-static", "quantize-dynamic", "quantize-weights")),
 )
 """Pairs of which the first, where a recipe has both, comes first."""
 

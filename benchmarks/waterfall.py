@@ -1,0 +1,164 @@
+"""What each pass of a recipe bought and cost: every stage of its work folder, and PyTorch eager, timed in turn.
+
+waterfall.py WORK [RESULT.json]        WORK as `ldm-export export CHECKPOINT --recipe ... --work WORK` left it
+
+Quality is what the recipe measured on each stage's bundle; times are measured here, one picture at a time, each side
+drawn as its own defaults say, every round all sides. The last line of the output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+
+from ldm_export.bench.latency import SETTLE_S
+from ldm_export.bundle import Bundle
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.recipe.run import STAGE
+from ldm_export.runtime import Pipeline, Tokenizer
+from ldm_export.torch_reference import TorchReference
+
+ROUNDS = 11
+PROMPTS = ("red apple", "black cat", "rocket", "pizza", "octopus", "snowman", "frog face", "crescent moon")
+
+Draw = Callable[[str, int], dict[str, float]]
+"""Draws one picture; gives milliseconds: total, of one UNet call, of decoding."""
+
+
+def main(work: Path, checkpoint: str) -> dict[str, Any]:
+    records = [json.loads((folder / STAGE).read_text()) | {"folder": folder} for folder in stages(work)]
+    bundles = {record["name"]: Bundle.open(record["folder"] / "bundle") for record in records if record["kept"]}
+    plain = bundles["teacher"]
+    drawing = plain.manifest.model
+    sides: dict[str, Draw] = {"PyTorch eager": draw_with_torch(checkpoint, plain)}
+    sides |= {name: draw_with(Pipeline(bundle, "cpu")) for name, bundle in bundles.items()}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(ROUNDS + 1):  # the first is warm-up
+        for name, draw in sides.items():
+            time.sleep(SETTLE_S)
+            measured = draw(f"{PROMPTS[number % len(PROMPTS)]} {number}", number)
+            if number:
+                times[name].append(measured)
+    rows = [row("PyTorch eager", None, times["PyTorch eager"], times, records[0])]
+    for record in records:
+        rows.append(row(record["name"], record, times.get(record["name"]), times, records[0]))
+    print_table(rows)
+    return {
+        "checkpoint": checkpoint,
+        "steps_of_teacher": drawing["default_steps"],
+        "guidance": drawing["default_guidance"],
+        "machine": f"{platform.machine()}, {cpu()}, {torch.get_num_threads()} threads",
+        "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
+        "rounds": ROUNDS,
+        "judged_on": records[0]["judged_on"],
+        "rows": rows,
+    }
+
+
+def stages(work: Path) -> list[Path]:
+    """The folders of the recipe's last run, in order: of passes that were run with several options, the newest."""
+    newest: dict[str, Path] = {}
+    for file in sorted(work.glob(f"*/{STAGE}"), key=lambda file: file.stat().st_mtime):
+        newest[file.parent.name.partition("-")[0]] = file.parent
+    return [newest[number] for number in sorted(newest)]
+
+
+def draw_with(pipeline: Pipeline) -> Draw:
+    def draw(prompt: str, seed: int) -> dict[str, float]:
+        timings = pipeline.generate(prompt, seed=seed).timings
+        return {
+            "total": timings.total_ms,
+            "unet": statistics.median(timings.unet_ms),
+            "decode": timings.decode_ms,
+            "calls": len(timings.unet_ms),
+        }
+
+    return draw
+
+
+def draw_with_torch(checkpoint: str, plain: Bundle) -> Draw:
+    reference, tokenizer = TorchReference(LatentDiffusion.open(checkpoint)), Tokenizer(plain.path / "tokenizer")
+    model = plain.manifest.model
+    steps, guidance, size = model["default_steps"], model["default_guidance"], (model["height"], model["width"])
+
+    def draw(prompt: str, seed: int) -> dict[str, float]:
+        ids, empty = tokenizer([prompt]), tokenizer([""])
+        _, spent = reference.draw(ids, empty, [seed], steps=steps, guidance=guidance, size=size)
+        return {
+            "total": sum(spent.values()),
+            "unet": spent["unet"] / steps,
+            "decode": spent["decode"],
+            "calls": steps,
+        }
+
+    return draw
+
+
+def row(
+    name: str,
+    record: dict[str, Any] | None,
+    spent: list[dict[str, float]] | None,
+    times: dict[str, list[dict[str, float]]],
+    teacher: dict[str, Any],
+) -> dict[str, Any]:
+    """One line of the table: ratios are medians over the rounds, each against the same round."""
+    found: dict[str, Any] = {"name": name, "kept": record is None or record["kept"]}
+    if record is not None:
+        found |= {key: record[key] for key in ("why", "seconds") if key in record}
+        score = record.get("score") or {}
+        found |= {key: score.get(key) for key in ("bytes", "frechet_distance", "retrieval_at_1", "retrieval_at_5")}
+        found["psnr_to_teacher_db"] = score.get("psnr_to_teacher_db")
+        if score:
+            found["frechet_ratio"] = score["frechet_distance"] / teacher["score"]["frechet_distance"]
+    if spent:
+        found |= {f"{key}_ms": statistics.median(run[key] for run in spent) for key in ("total", "unet", "decode")}
+        found["steps"] = spent[0]["calls"]
+        for side, against in (("eager", "PyTorch eager"), ("plain", "teacher")):
+            pairs = zip(times[against], spent, strict=True)
+            found[f"faster_than_{side}"] = statistics.median(theirs["total"] / ours["total"] for theirs, ours in pairs)
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown, as the README has it."""
+    heads = ("pass", "calls", "UNet ms", "picture ms", "against eager", "against plain", "MB", "Fréchet", "R@5")
+    print("| " + " | ".join(heads) + " |")
+    print("|---" + "|---:" * (len(heads) - 1) + "|")
+    for entry in rows:
+        timed = "total_ms" in entry
+        cells = [
+            entry["name"] + ("" if entry["kept"] else " (undone)"),
+            str(entry["steps"]) if timed else "",
+            f"{entry['unet_ms']:.2f}" if timed else "",
+            f"{entry['total_ms']:.1f}" if timed else "",
+            f"{entry['faster_than_eager']:.1f}x" if timed else "",
+            f"{entry['faster_than_plain']:.1f}x" if timed else "",
+            f"{entry['bytes'] / 1e6:.1f}" if entry.get("bytes") else "",
+            f"{entry['frechet_distance']:.1f}" if entry.get("frechet_distance") else "",
+            f"{entry['retrieval_at_5']:.3f}" if entry.get("retrieval_at_5") is not None else "",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    widest = next((name for name in ("avx512_vnni", "avx512f", "avx2") if name in flags), "no AVX2")
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model} ({widest})"
+
+
+if __name__ == "__main__":
+    document = main(Path(sys.argv[1]), "emoji64")
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    print(json.dumps(document, ensure_ascii=False))
