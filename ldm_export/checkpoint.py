@@ -75,6 +75,21 @@ class Drawing:
     guidance: float = 4.0
     folded: bool = False
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Drawing:
+        """Raise TypeError for anything that is no drawing."""
+        drawing = cls(**values)
+        kinds: dict[str, tuple[type, ...]] = {
+            "sampler": (str,),
+            "steps": (int,),
+            "guidance": (int, float),
+            "folded": (bool,),
+        }
+        for key, value in asdict(drawing).items():
+            if type(value) not in kinds[key]:
+                raise TypeError(f"{key} = {value!r}")
+        return drawing
+
 
 @dataclass(frozen=True)
 class LatentDiffusion:
@@ -172,7 +187,7 @@ class LatentDiffusion:
             return self.drawn_with
         if self.file is None and (self.path / PASSES).is_file():
             try:
-                return Drawing(**_read_json(self.path / PASSES)["drawing"])
+                return Drawing.from_dict(_read_json(self.path / PASSES)["drawing"])
             except (KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self.path / PASSES} does not say how to draw ({error}). Fetch it again."
@@ -185,7 +200,10 @@ class LatentDiffusion:
         """What passes did to it, in order."""
         if self.file is not None or not (self.path / PASSES).is_file():
             return []
-        return list(_read_json(self.path / PASSES).get("passes", []))
+        records = _read_json(self.path / PASSES).get("passes", [])
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise CheckpointError(f"{self.path / PASSES} does not say what passes did. Fetch it again.")
+        return records
 
     @cached_property
     def weights_bytes(self) -> int:
@@ -249,10 +267,11 @@ class LatentDiffusion:
         """Write this checkpoint with other networks in place of its own, weights of those in fp16, and open that."""
         if self.file is not None:
             raise CheckpointError(f"{self.path} is one file; passes need a folder in diffusers layout. Save it as one.")
+        left = {*networks, PASSES, "training", "logs", "samples"}  # PASSES is written last: with it, all is there
         shutil.copytree(
             self.path,
             folder,
-            ignore=lambda _, names: [name for name in names if name in (*networks, "training", "logs", "samples")],
+            ignore=lambda at, names: {*names} & left if Path(at) == self.path else set(),
         )
         index = dict(self.index)
         for component, network in networks.items():

@@ -92,9 +92,11 @@ class QuantizeStatic:
 
 
 def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
-    """Whether an operator has a weight; that of a MatMul must be a matrix."""
-    weight = constants.get(node.input[1])
-    return weight is not None and (node.op_type != "MatMul" or len(weight.dims) == 2)
+    """Whether an operator has a weight and perhaps a bias, in fp32; the weight of a MatMul must be a matrix."""
+    known = [constants.get(name) for name in node.input[1:]]
+    if any(constant is None or constant.data_type != TensorProto.FLOAT for constant in known):
+        return False
+    return node.op_type != "MatMul" or len(constants[node.input[1]].dims) == 2
 
 
 def split_concatenations(model: onnx.ModelProto) -> int:
@@ -114,7 +116,7 @@ def split_concatenations(model: onnx.ModelProto) -> int:
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         parts = list(source.input) if source is not None and source.op_type == "Concat" else []
         sizes = [channels.get(name, 0) for name in parts]
-        if weight is None or not parts or attributes.get("group", 1) != 1 or sum(sizes) != weight.dims[1]:
+        if weight is None or not all(sizes) or attributes.get("group", 1) != 1 or sum(sizes) != weight.dims[1]:
             nodes.append(node)
             continue
         done += 1

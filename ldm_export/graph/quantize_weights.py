@@ -2,9 +2,9 @@
 
     w = scale * q     8 bits: a scale an output channel;  4 bits: a scale for every block of inputs (opset 21)
 
-Bytes fall to a quarter or, with a scale for every 32, to a sixth; time does not (ONNX Runtime on a CPU undoes it when it
-loads, for MatMul when it runs, where it rounds activations too). With 4 bits each weight is tried alone: one that moves
-the graph's output by too much gets 8 bits.
+Bytes fall to a quarter or, with a scale for every 32, to a sixth; time does not (ONNX Runtime on a CPU undoes it when
+it loads, for MatMul when it runs, where it rounds activations too). With 4 bits each weight is tried alone: one that
+moves the graph's output by too much gets 8 bits.
 """
 
 from __future__ import annotations

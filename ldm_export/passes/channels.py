@@ -38,6 +38,9 @@ Axis = tuple[str, ...]
 FIXED: Axis = ()
 NUM_TIMESTEPS = 1000
 """On which the time embedding is fitted to its narrower input."""
+RCOND = 1e-3
+"""Least singular value, as a share of the largest, that a fit follows: slow sinusoids are nearly the same one, and
+weights that tell them apart leave fp16."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,10 @@ def narrower(config: UNetConfig, share: Fraction) -> UNetConfig | None:
         heads = [int(count * share) if (count * share).denominator == 1 else count for count in heads]
     if (measured or config.reads_text) and any(width % each for width, each in zip(widths, heads, strict=True)):
         return None
+    if measured and any(width % each for width, each in zip(reversed(widths), heads, strict=True)):
+        return None  # blocks on the way up read the list from its start, as diffusers' do
+    if widths[0] // 2 <= config.freq_shift:
+        return None  # no sinusoids
     return replace(
         config,
         block_out_channels=tuple(map(int, widths)),
@@ -270,8 +277,17 @@ def cut(unet: UNet2DConditionModel, kept: Mapping[str, Tensor], share: Fraction)
     }
     if share != 1:
         weights |= _refitted_time(unet, student, weights)
+    for name, attention in unet.named_modules():
+        if isinstance(attention, Attention):
+            weights[f"{name}.to_q.weight"] *= (_head_dim(student.get_submodule(name)) / _head_dim(attention)) ** 0.5
     student.load_state_dict(weights)
     return student.requires_grad_(False).eval()
+
+
+def _head_dim(attention: nn.Module) -> int:
+    """By whose root queries are divided: those of narrower heads are scaled so that the sums stay what they were."""
+    assert isinstance(attention, Attention)
+    return attention.to_q.out_features // attention.heads
 
 
 def _selected(channels: Channels, tensor: Tensor, axes: Sequence[Axis], kept: Mapping[str, Tensor]) -> Tensor:
@@ -290,7 +306,7 @@ def _refitted_time(
 ) -> dict[str, Tensor]:
     """The first layer of the time embedding for sinusoids of fewer frequencies: over all timesteps t, the W' with
 
-    W' phi'(t) ~ W phi(t)    (least squares),    and for an embedded guidance scale    W' P' ~ W P.
+    W' phi'(t) ~ W phi(t)    (least squares, truncated),    and for an embedded guidance scale    W' P' ~ W P.
     """
 
     def sinusoids(width: int) -> Tensor:
@@ -301,11 +317,15 @@ def _refitted_time(
             freq_shift=unet.config.freq_shift,
         ).double()
 
+    def fit(given: Tensor, goal: Tensor) -> Tensor:
+        solution: Tensor = torch.linalg.lstsq(given, goal, rcond=RCOND, driver="gelsd").solution
+        return solution
+
     old = weights["time_embedding.linear_1.weight"].double()
     goal = sinusoids(unet.config.block_out_channels[0]) @ old.T
-    new = torch.linalg.lstsq(sinusoids(student.config.block_out_channels[0]), goal, driver="gelsd").solution.T
+    new = fit(sinusoids(student.config.block_out_channels[0]), goal).T
     fitted = {"time_embedding.linear_1.weight": new.float()}
     if unet.time_embedding.cond_proj is not None:
         told = old @ weights["time_embedding.cond_proj.weight"].double()
-        fitted["time_embedding.cond_proj.weight"] = torch.linalg.lstsq(new, told, driver="gelsd").solution.float()
+        fitted["time_embedding.cond_proj.weight"] = fit(new, told).float()
     return fitted

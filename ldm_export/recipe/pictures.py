@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,31 @@ GALLERY_SEED, REFERENCE_SEED = 10_000_000, 20_000_000
 """Of the first picture of each set; what is judged is drawn with seeds from 0 on."""
 CALIBRATION_PICTURES = 8
 PNG = "{number:05d}.png"
+MADE = "made.json"
+"""Beside the pictures: what drew them, and how."""
 
 
 def draw_gallery(
     bundle: Bundle, told: Sequence[str | int], count: int, folder: Path, progress: Progress
 ) -> tuple[Path, Path]:
     """Two folders of pictures with captions or classes, in the layout of training data: ``count`` each, of different
-    conditions (as far as there are enough) and seeds. What is there already is not drawn again."""
+    conditions (as far as there are enough) and seeds. What the same bundle has drawn there is not drawn again."""
     painter = BundlePainter(bundle)
     model = bundle.manifest.model
     settings = Settings(
         sampler=model["default_sampler"], steps=model["default_steps"], guidance=model["default_guidance"]
     )
     order = np.random.default_rng(0).permutation(max(len(told), 1))
+    made = json.dumps([bundle.manifest.source.get("sha256"), asdict(settings), count, list(told)])
     folders = []
     for name, first_seed, skip in (("gallery", GALLERY_SEED, 0), ("reference", REFERENCE_SEED, count)):
         path = folder / name
         folders.append(path)
-        if (path / "metadata.jsonl").is_file():
+        if (path / "metadata.jsonl").is_file() and (path / MADE).is_file() and (path / MADE).read_text() == made:
             continue
         path.mkdir(parents=True, exist_ok=True)
+        (path / "metadata.jsonl").unlink(missing_ok=True)
+        (path / MADE).write_text(made)
         lines: list[dict[str, Any]] = []
         for start in range(0, count, settings.batch):
             progress(f"teacher draws the {name}", start, count)

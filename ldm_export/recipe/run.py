@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from ldm_export.bench.quality import Progress, checkpoint_tokenizer
 from ldm_export.bundle import Bundle
@@ -92,7 +93,12 @@ def run_recipe(
     pictures = _pictures(checkpoint, recipe, data)
     told = [said for _, said in pictures.conditions] if pictures else _told(checkpoint, recipe)
     run = _Run(checkpoint, recipe, work, told, pictures, from_scratch, progress)
-    return run.run(output, data, held_out, alignment, force)
+    try:
+        return run.run(output, data, held_out, alignment, force)
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+        raise InputError(
+            f"{work} cannot be written ({error}). Free some space, or choose another --work folder; the recipe goes on."
+        ) from error
 
 
 class _Run:
@@ -111,6 +117,7 @@ class _Run:
         self.recipe, self.work, self.told, self.pictures = recipe, work, told, pictures
         self.from_scratch, self.progress = from_scratch, progress
         self._data: TeacherData | None = None
+        self._key = ""
         self._calibration: tuple[str, dict[str, Any]] = ("", {})
 
     def run(
@@ -124,6 +131,7 @@ class _Run:
         weights = [self.teacher.sha256(name) for name in self.teacher.components]
         learned = None if self.pictures is None else hashlib.sha256(self.pictures.images.tobytes()).hexdigest()
         key = _hash(weights, asdict(self.recipe.teacher), list(self.told), *([learned] if learned else []))
+        self._key = key
         folder = self.work / "00-teacher"
         plain = self._plain_bundle(folder / "bundle", self.teacher)
         if data is None:
@@ -242,7 +250,8 @@ class _Run:
                 bundle = Bundle.open(folder)
                 model, drawing = bundle.manifest.model, checkpoint.drawing
                 same = (model["default_steps"], model["default_guidance"]) == (drawing.steps, drawing.guidance)
-                if same and bundle.manifest.source["sha256"] == {n: checkpoint.sha256(n) for n in checkpoint.components}:
+                weights = {name: checkpoint.sha256(name) for name in checkpoint.components}
+                if same and bundle.manifest.source["sha256"] == weights:
                     return bundle
             except (BundleError, KeyError):
                 pass
@@ -275,7 +284,7 @@ class _Run:
                 self.teacher.drawing,
                 min(count, len(self.told)) if self.teacher.reads_text else count,
                 LATENTS_SEED,
-                self.work / "teacher" / "latents.safetensors",
+                self.work / "teacher" / f"latents-{self._key[:8]}.safetensors",
                 self.progress,
                 self.recipe.teacher.mixed_precision,
             )

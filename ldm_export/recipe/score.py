@@ -15,6 +15,7 @@ from ldm_export.bench.latency import Latency, draw_with, time_in_turn
 from ldm_export.bench.metrics import psnr
 from ldm_export.bench.quality import BundlePainter, Progress, Settings, evaluate
 from ldm_export.bundle import Bundle
+from ldm_export.errors import InputError
 from ldm_export.judge import AlignmentJudge
 from ldm_export.passes.base import Purpose
 from ldm_export.recipe.settings import Budget
@@ -76,7 +77,10 @@ class Judge:
     @property
     def name(self) -> str:
         """What tells one set of pictures from another: file names and captions of both folders, and how many."""
-        texts = [(folder / "metadata.jsonl").read_bytes() for folder in (self.gallery, self.reference)]
+        try:
+            texts = [(folder / "metadata.jsonl").read_bytes() for folder in (self.gallery, self.reference)]
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}); give a picture a line.") from error
         return f"{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}, {self.pictures} pictures"
 
     def score(

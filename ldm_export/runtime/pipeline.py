@@ -282,7 +282,9 @@ class Pipeline:
         """A picture's scaled latents, drawn from the encoder's distribution with the pictures' own noise."""
         parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
         mean, logvar = np.split(parameters, 2, axis=1)
-        latents: Array = mean + np.exp(0.5 * np.clip(logvar, -30.0, 20.0)) * draw()
+        latents: Array = mean.copy()
+        if logvar.max() > -30.0:  # below, as AutoencoderTiny's is, the latents are certain, and take no noise
+            latents = mean + np.exp(0.5 * np.clip(logvar, -30.0, 20.0)) * draw()
         latents *= np.float32(self.bundle.manifest.model["scaling_factor"])
         return latents
 

@@ -27,6 +27,8 @@ MODEL_FACTS: dict[str, tuple[type, ...]] = {
     "default_steps": (int,),
 }
 """What the manifest's ``model`` must say of a bundle that is drawn with."""
+GUIDANCE_FACTS: dict[str, tuple[type, ...]] = {"default_guidance": (int, float), "guidance_folded": (bool,)}
+"""What it may say."""
 
 
 def check_drawable(bundle: Bundle) -> None:
@@ -37,6 +39,9 @@ def check_drawable(bundle: Bundle) -> None:
     for key, kinds in MODEL_FACTS.items():
         value: Any = bundle.manifest.model.get(key)
         if type(value) not in kinds or (not isinstance(value, str) and not value > 0):
+            raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
+    for key, kinds in GUIDANCE_FACTS.items():
+        if key in bundle.manifest.model and type(value := bundle.manifest.model[key]) not in kinds:
             raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
 
 
