@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.cli.options import console, folder, json_option, print_json, stages, steps_bar
 from ldm_export.cli.passes import print_passes
+from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=folder, required=True, help="The bundle's folder.")
 @click.option("--recipe", default=None, metavar="FILE|NAME", help="Passes to apply, such as the shipped cpu-fast.")
+@click.option("--prompts", type=folder, default=None, help="What to draw, one a line; the recipe's own by default.")
 @click.option("--work", type=folder, default=None, help="Where the recipe's stages are kept; OUTPUT.work by default.")
 @click.option("--data", type=folder, default=None, help="Pictures to judge passes by; drawn by the model by default.")
 @click.option("--held-out", type=folder, default=None, help="Pictures that distances are to; those of --data else.")
@@ -28,6 +30,7 @@ def command(
     checkpoint: str,
     output: Path,
     recipe: str | None,
+    prompts: Path | None,
     work: Path | None,
     data: Path | None,
     held_out: Path | None,
@@ -47,8 +50,15 @@ def command(
             bundle = export_bundle(model, output, force=force, progress=progress)
     else:
         from ldm_export.recipe import read_recipe, run_recipe
+        from ldm_export.recipe.settings import shipped_recipes
 
-        steps = read_recipe(recipe)
+        shipped = recipe in shipped_recipes() and not Path(recipe).exists()
+        if shipped and prompts is None and model.reads_text and model.name not in shipped_checkpoints():
+            raise InputError(
+                f"The shipped recipe {recipe} has the prompts of emoji64, which say nothing of {model.name}. "
+                "Give some that your model is to draw, one a line, with --prompts FILE."
+            )
+        steps = read_recipe(recipe, prompts)
         with steps_bar("export") as advance:
             bundle, records = run_recipe(
                 model,

@@ -77,10 +77,11 @@ class Judge:
     @property
     def name(self) -> str:
         """What tells one set of pictures from another: file names and captions of both folders, and how many."""
-        try:
-            texts = [(folder / "metadata.jsonl").read_bytes() for folder in (self.gallery, self.reference)]
-        except OSError as error:
-            raise InputError(f"{error.filename} cannot be read ({error.strerror}); give a picture a line.") from error
+        files = [folder / "metadata.jsonl" for folder in (self.gallery, self.reference)]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file.parent} has no metadata.jsonl; one line a picture is needed.")
+        texts = [file.read_bytes() for file in files]
         return f"{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}, {self.pictures} pictures"
 
     def score(

@@ -141,8 +141,8 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
-def read_recipe(given: str | Path) -> Recipe:
-    """Read and check a file, or one of the shipped by its name.
+def read_recipe(given: str | Path, prompts: Path | None = None) -> Recipe:
+    """Read and check a file, or one of the shipped by its name; ``prompts`` is a file that takes the place of its own.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def read_recipe(given: str | Path) -> Recipe:
         target=target,
         teacher=options_from_table(Teacher, table.get("teacher", {}), f"{where}, [teacher]"),
         budget=options_from_table(Budget, table.get("budget", {}), f"{where}, [budget]"),
-        prompts=_prompts(file, table.get("prompts")),
+        prompts=_prompts(file, table.get("prompts") if prompts is None else prompts.absolute()),
         torch_passes=tuple(step for step in passes if step.name in TORCH_PASSES),
         graph_passes=tuple(step for step in passes if step.name in GRAPH_PASSES),
     )
@@ -222,14 +222,14 @@ def _check_order(passes: Sequence[Any], target: str, where: str) -> None:
             )
 
 
-def _prompts(recipe: Path, given: str | None) -> tuple[str, ...]:
+def _prompts(recipe: Path, given: str | Path | None) -> tuple[str, ...]:
     if given is None:
         return ()
     file = recipe.parent / given
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{recipe.name}: prompts = {given!r} cannot be read ({error}).") from error
+        raise InputError(f"{recipe.name}: prompts = {str(given)!r} cannot be read ({error}).") from error
     prompts = tuple(line for line in lines if line)
     if not prompts:
         raise InputError(f"{recipe.name}: {file} has no prompts; write one a line.")
