@@ -78,3 +78,12 @@ def saved_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings write their state after every second update."""
     optimisation = Training.optimisation
     monkeypatch.setattr(Training, "optimisation", lambda self: replace(optimisation(self), save_every=2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums of several threads differ in the last bit from run to run; trainings are compared to the bit here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
