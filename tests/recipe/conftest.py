@@ -21,15 +21,6 @@ Made = tuple[Bundle, list[dict[str, Any]]]
 Make = Callable[..., Made]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are in the same order then, and weights the same to the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def cheap_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     judge_cheaply(monkeypatch)
