@@ -117,7 +117,7 @@ def html_report(demo: Demo) -> str:
 <p>Largest difference, as a share of the output's largest value, on sizes that the export did not see.</p>
 {_table(("graph", "output", "max error", "allowed", ""), parity_rows(demo), 2)}
 <h2>Milliseconds for {BATCH} pictures, by stage</h2>
-<p>Median of {len(PROMPTS) // BATCH} batches, the two sides in turn; {html.escape(demo.backend)}.</p>
+<p>Median of {len(PROMPTS) // BATCH} batches, the sides in turn; {html.escape(demo.backend)}.</p>
 {_table(time_heads(demo), time_rows(demo), 1)}
 <p>Made by <code>ldm-export demo</code>; the bundle is in <code>bundle/</code>.</p>
 </body></html>

@@ -24,6 +24,7 @@ from ldm_export.checkpoint import Autoencoder
 from ldm_export.errors import InputError
 from ldm_export.options import check_least
 from ldm_export.passes.base import Change, Purpose, Setting, Training
+from ldm_export.passes.imitation import parameters
 
 ENCODER_BLOCKS = 1
 """Of every resolution; the encoder runs once a picture, and only from image to image."""
@@ -93,12 +94,8 @@ class DistillDecoder(Training):
         weights = self.train(self.name, objective, rows_at, setting)
         student.load_state_dict({key.removeprefix("student."): value for key, value in weights.items()})
         student.requires_grad_(False).eval()
-        sizes = {"before": _parameters(teacher), "after": _parameters(student)}
+        sizes = {"before": parameters(teacher), "after": parameters(student)}
         return Change({"vae": student}, report={"parameters": sizes, **_likeness(student, teacher, data.latents)})
-
-
-def _parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @torch.no_grad()

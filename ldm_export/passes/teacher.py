@@ -146,7 +146,7 @@ def draw_latents(
             progress("teacher draws", start, count)
             chosen = range(start, min(start + CHUNK, count))
             rows = {name: values[owner[list(chosen)]] for name, values in conditions.items()}
-            with torch.no_grad(), autocast(mixed_precision):
+            with autocast(mixed_precision):
                 parts.append(_draw(model, unet, rows, empty, drawing, [seed + k for k in chosen], shape))
             if len(parts) % SAVE_EVERY == 0 or chosen.stop == count:
                 write_tensors(file, {"latents": torch.cat(parts)}, {"made": made})
