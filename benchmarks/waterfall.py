@@ -36,7 +36,8 @@ Draw = Callable[[str, int], dict[str, float]]
 
 def main(work: Path, checkpoint: str) -> dict[str, Any]:
     records = [json.loads((folder / STAGE).read_text()) | {"folder": folder} for folder in stages(work)]
-    bundles = {record["name"]: Bundle.open(record["folder"] / "bundle") for record in records if record["kept"]}
+    built = [record for record in records if record["kept"] and (record["folder"] / "bundle").is_dir()]
+    bundles = {record["name"]: Bundle.open(record["folder"] / "bundle") for record in built}
     plain = bundles["teacher"]
     drawing = plain.manifest.model
     sides: dict[str, Draw] = {"PyTorch eager": draw_with_torch(checkpoint, plain)}
@@ -114,7 +115,7 @@ def row(
     found: dict[str, Any] = {"name": name, "kept": record is None or record["kept"]}
     if record is not None:
         found |= {key: record[key] for key in ("why", "seconds") if key in record}
-        score = record.get("score") or {}
+        score = record.get("score", {}) if record["judged_on"] == teacher["judged_on"] else {}
         found |= {key: score.get(key) for key in ("bytes", "frechet_distance", "retrieval_at_1", "retrieval_at_5")}
         found["psnr_to_teacher_db"] = score.get("psnr_to_teacher_db")
         if score:

@@ -151,7 +151,7 @@ class BundleWriter:
             for relative in _walk(self.path):
                 _sync(self.path / relative)
                 _sync((self.path / relative).parent)
-            _check_target(self._target, self._force)
+            check_target(self._target, self._force)
             _move_into_place(self.path, self._target)
         except OSError as exc:
             raise _export_error(exc, self._target, self._needed_bytes) from exc
@@ -186,7 +186,7 @@ def create_bundle(
         If the disk has no room, before or during the export, or the folder cannot be made.
     """
     target = Path(os.path.abspath(path))
-    _check_target(target, force)
+    check_target(target, force)
     made = [parent for parent in target.parents if not parent.exists()]
     partial = target.parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -322,7 +322,8 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool) -> None:
+    """Raise BundleError unless a bundle may be written to ``target``: nothing is there, or ``force`` may replace it."""
     if not os.path.lexists(target):
         return
     if not force:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from ldm_export.cli.options import console
 
-COLUMNS = ("pass", "", "steps", "UNet ms", "picture ms", "faster", "MB", "Fréchet", "R@5", "PSNR")
+COLUMNS = ("pass", "", "steps", "UNet\nms", "picture\nms", "faster", "MB", "Fréchet", "R@5", "PSNR")
 
 
 def print_passes(records: Sequence[Mapping[str, Any]]) -> None:
     """``records`` as a bundle's manifest has them, the teacher's first. *Faster* is against the stage before, in turn;
     PSNR against the teacher's pictures, in dB."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # fits 80 columns
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
+        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right", no_wrap=True)
     for record in records:
         table.add_row(str(record.get("name")), "kept" if record.get("kept", True) else "undone", *_figures(record))
     console.print(table)

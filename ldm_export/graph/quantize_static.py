@@ -13,7 +13,7 @@ faster here than in fp32, stays as it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,6 +69,8 @@ class QuantizeStatic:
 
     def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange:
         check_calibration(model, calibration)
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
         split = split_concatenations(model)
         constants = initializers(model)
         nodes = [
@@ -87,8 +89,10 @@ class QuantizeStatic:
                 coarse.append(node.output[0])
             else:
                 kept.append(node)
-        report = {"quantized": len(kept), "not_faster": slower, "not_accurate": coarse, "split": split}
-        return GraphChange(_with_integers(model, kept, ranges), report)
+        worth_it = {convolution for node in kept for convolution, parts in split.items() if node.output[0] in parts}
+        split_concatenations(whole, only=worth_it)
+        report = {"quantized": len(kept), "not_faster": slower, "not_accurate": coarse, "split": len(worth_it)}
+        return GraphChange(_with_integers(whole, kept, ranges), report)
 
 
 def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
@@ -99,8 +103,11 @@ def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]
     return node.op_type != "MatMul" or len(constants[node.input[1]].dims) == 2
 
 
-def split_concatenations(model: onnx.ModelProto) -> int:
-    """Conv(Concat(a, b), W) = Conv(a, W_a) + Conv(b, W_b), in place; gives how many were split."""
+def split_concatenations(model: onnx.ModelProto, only: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Conv(Concat(a, b), W) = Conv(a, W_a) + Conv(b, W_b), in place, of all or ``only`` those with these outputs.
+
+    Gives the outputs of the parts by the output of their sum.
+    """
     constants = initializers(model)
     producers = {name: node for node in model.graph.node for name in node.output}
     inferred = onnx.shape_inference.infer_shapes(model)
@@ -109,19 +116,19 @@ def split_concatenations(model: onnx.ModelProto) -> int:
         for value in (*inferred.graph.value_info, *inferred.graph.input)
         if len(value.type.tensor_type.shape.dim) == 4
     }
-    nodes, done = [], 0
+    nodes, done = [], {}
     for node in model.graph.node:
         source = producers.get(node.input[0]) if node.op_type == "Conv" else None
         weight = constants.get(node.input[1]) if source is not None else None
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         parts = list(source.input) if source is not None and source.op_type == "Concat" else []
         sizes = [channels.get(name, 0) for name in parts]
-        if weight is None or not all(sizes) or attributes.get("group", 1) != 1 or sum(sizes) != weight.dims[1]:
+        fits = weight is not None and all(sizes) and attributes.get("group", 1) == 1 and sum(sizes) == weight.dims[1]
+        if weight is None or not fits or (only is not None and node.output[0] not in only):
             nodes.append(node)
             continue
-        done += 1
         pieces = np.split(array(weight), np.cumsum(sizes)[:-1], axis=1)
-        outs = [f"{node.output[0]}.part_{index}" for index in range(len(parts))]
+        outs = done[node.output[0]] = [f"{node.output[0]}.part_{index}" for index in range(len(parts))]
         for index, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
             name = f"{node.input[1]}.part_{index}"
             model.graph.initializer.append(tensor(piece, name))

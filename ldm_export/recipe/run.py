@@ -23,13 +23,15 @@ import torch
 from safetensors import SafetensorError
 
 from ldm_export.bench.quality import Progress, checkpoint_tokenizer
-from ldm_export.bundle import Bundle
+from ldm_export.bundle import Bundle, check_target
 from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.judge import AlignmentJudge, Pictures, open_pictures
 from ldm_export.passes.base import Setting
+from ldm_export.passes.distill_guidance import DistillGuidance
+from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditions, encode_pictures
 from ldm_export.recipe.pictures import calibration_calls, calibration_conditions, draw_gallery
 from ldm_export.recipe.score import Judge, Score, verdict
@@ -50,12 +52,15 @@ class Stage:
     Attributes
     ----------
     checkpoint : the networks; after passes over graphs, those that the graphs were exported from
+    bundle : its graphs; of a pass whose result is adopted with that of a later one, those of the stage before
+    ahead : how much faster than ``bundle`` the stage is
     """
 
     key: str
     checkpoint: LatentDiffusion
     bundle: Bundle
     score: Score
+    ahead: float = 1.0
 
 
 def run_recipe(
@@ -88,8 +93,10 @@ def run_recipe(
     InputError
         If the recipe does not fit the model. What was done so far stays in ``work``.
     """
-    if output.exists() and not force:
-        raise BundleError(f"{output} exists; use --force to replace it, or choose another folder.")
+    check_target(output, force)
+    if held_out is not None and data is None:
+        raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")
+    _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
     told = [said for _, said in pictures.conditions] if pictures else _told(checkpoint, recipe)
     run = _Run(checkpoint, recipe, work, told, pictures, from_scratch, progress)
@@ -161,6 +168,7 @@ class _Run:
             record = _finished(folder, key, judge)
             if record is None and adopted is not None and number < len(adopted.passes) - 1:
                 record = adopted.passes[number]  # the teacher's is the first; the last has what the others led to
+                _finish(folder, record, None)
             if record is None:
                 record = self._apply(step, folder, key, teacher, current, judge, adopted, records)
             records.append(record)
@@ -173,7 +181,8 @@ class _Run:
                     Score.from_dict(record["score"]),
                 )
             elif record["kept"]:
-                current = replace(current, key=key)
+                score = Score.from_dict(record["score"])
+                current = replace(current, key=key, score=score, ahead=current.ahead * record["faster"])
         return copy_bundle(current.bundle, output, passes=records, force=force), records
 
     def _apply(
@@ -200,6 +209,7 @@ class _Run:
         pictures = np.load(self.work / "00-teacher" / PICTURES, allow_pickle=False)
         score, faster, drawn = judge.score(bundle, current.bundle, pictures)
         assert faster is not None
+        faster /= current.ahead
         why = verdict(step.purpose, self.recipe.budget, teacher.score, current.score, score, faster)
         record |= {
             "kept": why is None,
@@ -330,6 +340,18 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
     return open_pictures(data, side, vae["in_channels"], condition)
 
 
+def _check_guidance(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
+    """Steps are distilled of a network that is called once a step."""
+    passes = {step.name: step for step in recipe.torch_passes}
+    guided = checkpoint.reads_text and recipe.teacher.guidance > 1 and not checkpoint.drawing.folded
+    folded = getattr(passes.get(DistillGuidance.name), "method", None) == "fixed"
+    if DistillSteps.name in passes and guided and not folded:
+        raise InputError(
+            f"The recipe {recipe.name} has {DistillSteps.name} for {checkpoint.name}, which is drawn with guidance "
+            f"{recipe.teacher.guidance:g}; put {DistillGuidance.name}, with the method fixed, before it."
+        )
+
+
 def _told(checkpoint: LatentDiffusion, recipe: Recipe) -> list[str | int]:
     """What the model is asked for: the recipe's prompts, all classes, or nothing."""
     classes = checkpoint.configs["unet"]["num_class_embeds"]
@@ -352,7 +374,8 @@ def _finished(folder: Path, key: str, judge: Judge) -> Record | None:
         record: Record = json.loads((folder / STAGE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if (record.get("key"), record.get("judged_on")) == (key, judge.name) else None
+    complete = not record.get("kept") or (folder / "bundle").is_dir()
+    return record if complete and (record.get("key"), record.get("judged_on")) == (key, judge.name) else None
 
 
 def _finish(folder: Path, record: Record, pictures: npt.NDArray[Any] | None) -> None:

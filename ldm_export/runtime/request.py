@@ -154,7 +154,7 @@ def checked_request(
     batch = len(texts) if reads_text else np.size(seed) if labels is None else len(labels)
     if labels is not None and len(labels) != batch:
         raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
-    scale = guidance_for(guidance, negative_prompt, model)
+    scale = guidance_for(guidance, negative_prompt, model, conditioned="timestep_cond" in unet_inputs)
     plan = read_plan(bundle, sampler or model["default_sampler"], model["default_steps"] if steps is None else steps)
     sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
@@ -233,16 +233,27 @@ def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping
 
 
 def guidance_for(
-    guidance: float | None, negative_prompt: str | Sequence[str] | None, model: Mapping[str, Any]
+    guidance: float | None,
+    negative_prompt: str | Sequence[str] | None,
+    model: Mapping[str, Any],
+    *,
+    conditioned: bool = False,
 ) -> float:
-    """The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself."""
+    """The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself. A
+    ``conditioned`` UNet is told the scale and, as one that has it in itself, is called without a negative prompt."""
     own = float(model.get("default_guidance", DEFAULT_GUIDANCE))
     scale = own if guidance is None else guidance
     if not np.isfinite(scale) or scale < 0:
         raise InputError(f"guidance is {scale}; it must be a number from 0 on, 1 being off.")
+    negative = bool(negative_prompt and any(negatives_for(negative_prompt, len(negative_prompt))))
+    if conditioned and negative:
+        raise InputError(
+            "A negative prompt was given; this model was distilled to be told a guidance scale and takes none. "
+            "Leave it out, or use the bundle of the model that it was distilled from."
+        )
     if not model.get("guidance_folded"):
         return scale
-    if scale != own or (negative_prompt and any(negatives_for(negative_prompt, len(negative_prompt)))):
+    if scale != own or negative:
         asked = f"guidance {scale:g}" if scale != own else "a negative prompt"
         raise InputError(
             f"{asked[0].upper()}{asked[1:]} was asked for; this model was distilled with guidance {own:g} and takes no "

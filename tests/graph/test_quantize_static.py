@@ -63,9 +63,10 @@ def integers_of(model: onnx.ModelProto) -> set[str]:
 def test_exactly_the_operators_that_are_asked_for(operators: tuple[str, ...], expected: set[str]) -> None:
     change = changed(network(), operators=operators)
     assert integers_of(change.model) == expected
-    assert change.report == {"quantized": len(expected), "not_faster": [], "not_accurate": [], "split": 2}
+    split = 2 if "Conv" in operators else 0  # for no other reason than integers
+    assert change.report == {"quantized": len(expected), "not_faster": [], "not_accurate": [], "split": split}
     assert {node.domain for node in change.model.graph.node} == {""}
-    assert count(change.model, "Conv") == 9
+    assert count(change.model, "Conv") == 5 + 2 * split
     assert count(change.model, "MatMul") == 4
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from ldm_export import checkpoint as checkpoints
+from ldm_export.bench.latency import Latency
 from ldm_export.checkpoint import PASSES, LatentDiffusion
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.recipe import run as recipe_run
-from ldm_export.recipe import run_recipe
+from ldm_export.recipe import run_recipe, score
 from tests.recipe.conftest import Make
 from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
 
@@ -86,6 +87,21 @@ def test_results_of_two_passes_are_taken(make: Make, ship: Any, trained: list[st
     assert list(bundle.manifest.passes) == plain(records)
     assert bundle.manifest.model["guidance_folded"] is True
     assert graphs_of(bundle.path) == graphs_of(results["bundle"])
+
+
+def test_a_result_is_timed_against_the_one_before_it(
+    make: Make, ship: Any, results: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two results has no bundle to be timed beside; how fast it was is known."""
+    shipped = Path(shutil.copytree(results["two"], tmp_path / "shipped"))
+    told = json.loads((shipped / PASSES).read_text(encoding="utf-8"))
+    told["passes"][1]["faster"] = 2.5
+    (shipped / PASSES).write_text(json.dumps(told))
+    ship(two=shipped)
+    spent = {"this": Latency(10.0, 1.0, 1.0, 1.0, 1), "beside": Latency(60.0, 1.0, 1.0, 1.0, 1)}
+    monkeypatch.setattr(score, "time_in_turn", lambda sides, rounds: {name: spent[name] for name in sides})
+    _, records = make(TRAINED)
+    assert [record["faster"] for record in records[1:]] == [2.5, pytest.approx(60 / 10 / 2.5)]
 
 
 def test_the_recipe_goes_on_from_a_result(make: Make, ship: Any, trained: list[str], results: dict[str, Path]) -> None:

@@ -142,7 +142,7 @@ def test_a_damaged_state_of_a_training_is_refused(make: Make, work: Path, saved_
     ("passes", "message"),
     [
         (GUIDANCE, "distill-guidance: tiny is drawn without guidance; leave this pass out"),
-        (STEPS, "distill-steps: tiny is drawn with guidance; put distill-guidance"),
+        (STEPS, r"has distill-steps for tiny, which is drawn with guidance 4; put distill-guidance, with"),
         (DECODER.replace("[1, 0]", "[1, 0, 0]"), r"blocks = \[1, 0, 0\], and tiny has 2 resolutions; give each"),
     ],
     ids=["guidance off", "guidance on", "resolutions"],
@@ -218,9 +218,38 @@ def test_a_bundle_that_is_there_is_replaced_only_by_force(make: Make, tiny_bundl
 def test_nothing_but_a_bundle_is_replaced(make: Make, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.tex").write_text("years of work")
+    told = Interrupt()
     with pytest.raises(BundleError, match="is not a bundle"):
-        make(WEIGHTS, force=True)
+        make(WEIGHTS, force=True, progress=told)
+    assert told.told == []
     assert (tmp_path / "bundle" / "thesis.tex").read_text() == "years of work"
+
+
+def test_held_out_pictures_alone_are_refused(make: Make, tmp_path: Path) -> None:
+    told = Interrupt()
+    with pytest.raises(InputError, match="was given without --data; give the pictures that prompts are of, too"):
+        make(WEIGHTS, held_out=tmp_path, progress=told)
+    assert told.told == []
+
+
+@pytest.mark.parametrize("method", ["none", "conditioned"])
+def test_guidance_must_be_in_the_network_before_its_steps_are_distilled(make: Make, method: str) -> None:
+    """Said before anything is drawn."""
+    guidance = "" if method == "none" else GUIDANCE + f'method = "{method}"\n'
+    told = Interrupt()
+    with pytest.raises(InputError, match="put distill-guidance, with the method fixed, before it"):
+        make(guidance + STEPS, progress=told)
+    assert told.told == []
+
+
+def test_a_stage_without_its_bundle_is_made_again(make: Make, work: Path) -> None:
+    made, _ = make(WEIGHTS)
+    before = files_of(made.path)
+    shutil.rmtree(next(work.glob("01-*")) / "bundle")
+    made, _ = make(WEIGHTS)
+    graphs = [name for name in before if name.endswith(".onnx")]
+    assert [files_of(made.path)[name] for name in graphs] == [before[name] for name in graphs]
+    assert (next(work.glob("01-*")) / "bundle").is_dir()
 
 
 def test_a_work_folder_that_is_a_file(make: Make, tmp_path: Path) -> None:

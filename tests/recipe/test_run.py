@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from PIL import Image
 
 from ldm_export import checkpoint as checkpoints
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.errors import InputError
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
+from ldm_export.passes.teacher import TeacherData
 from ldm_export.recipe import run_recipe, score
 from ldm_export.runtime import Pipeline
 from tests.recipe.conftest import Make
-from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
+from tests.recipe.tiny import DECODER, GUIDANCE, LOOSE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
+from tests.training import write_pictures
 
 ALL = GUIDANCE + DECODER + WEIGHTS
 
@@ -114,6 +120,42 @@ def test_every_stage_is_a_bundle_and_trained_ones_are_checkpoints(whole: tuple[P
         assert json.loads((stage / "stage.json").read_text(encoding="utf-8")) == plain(records[number])
         assert np.load(stage / "pictures.npy").shape == (10, 16, 16, 3)
     assert not (latest(folder / "work", "quantize-weights") / "checkpoint").exists()
+
+
+def test_students_may_learn_from_pictures(
+    make: Make, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``latents_from = "data"`` the teacher draws nothing, and the latents are those that its encoder makes."""
+    seen: list[TeacherData] = []
+    apply = DistillGuidance.apply
+    monkeypatch.setattr(DistillGuidance, "apply", lambda self, to: (seen.append(to.data), apply(self, to))[1])
+    (tmp_path / "data").mkdir()
+    pictures, told = write_pictures(tmp_path / "data"), Interrupt()
+    teacher = 'steps = 2\nlatents_from = "data"'
+    _, records = make(GUIDANCE, teacher=teacher, data=pictures, budget="pictures = 10\n" + LOOSE, progress=told)
+    assert records[1]["kept"]
+    assert not told.heard("teacher draws")
+    (data,) = seen
+    assert data.latents.shape == (13, 4, 8, 8)  # a row a caption: the first picture has two
+    torch.testing.assert_close(data.latents[0], data.latents[1])
+    vae = LatentDiffusion.open(tiny_checkpoint).load("vae")
+    image = torch.from_numpy(np.asarray(Image.open(pictures / "blue-bar.png"), np.float32)) / 127.5 - 1
+    mean = vae.encode(image.permute(2, 0, 1)[None]).latent_dist.mode() * vae.config.scaling_factor
+    torch.testing.assert_close(data.latents[6:7], mean, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"latents_from = \"data\", and no pictures were given; add --data FOLDER"):
+        make(GUIDANCE, teacher=teacher)
+
+
+def test_weights_that_are_zero_stay_though_nothing_is_faster(make: Make) -> None:
+    """What is for zeros is undone neither for its speed nor for its size."""
+    passes = '[[pass]]\nname = "prune-weights"\nratio = 0.5\nupdates = 2\nbatch_size = 4\n'
+    bundle, records = make(passes)
+    assert records[1]["kept"]
+    assert records[1]["faster"] == pytest.approx(1.0, abs=0.01)
+    weights = onnx.load(str(bundle.path / "unet" / "model.onnx")).graph.initializer
+    kernels = [onnx.numpy_helper.to_array(tensor) for tensor in weights if len(tensor.dims) in (2, 4)]
+    zeros = sum(int((kernel == 0).sum()) for kernel in kernels)
+    assert 0.4 < zeros / sum(kernel.size for kernel in kernels) < 0.55
 
 
 def test_a_whole_recipe_with_the_real_judge(tiny_checkpoint: Path, begun: Path, tmp_path: Path) -> None:
