@@ -24,7 +24,7 @@ from ldm_export.passes.teacher import TeacherData
 from ldm_export.recipe import run_recipe, score
 from ldm_export.runtime import Pipeline
 from tests.recipe.conftest import Make
-from tests.recipe.tiny import DECODER, GUIDANCE, LOOSE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
+from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
 from tests.training import write_pictures
 
 ALL = GUIDANCE + DECODER + WEIGHTS
@@ -132,7 +132,7 @@ def test_students_may_learn_from_pictures(
     (tmp_path / "data").mkdir()
     pictures, told = write_pictures(tmp_path / "data"), Interrupt()
     teacher = 'steps = 2\nlatents_from = "data"'
-    _, records = make(GUIDANCE, teacher=teacher, data=pictures, budget="pictures = 10\n" + LOOSE, progress=told)
+    _, records = make(GUIDANCE, teacher=teacher, data=pictures, progress=told)
     assert records[1]["kept"]
     assert not told.heard("teacher draws")
     (data,) = seen
@@ -140,7 +140,8 @@ def test_students_may_learn_from_pictures(
     torch.testing.assert_close(data.latents[0], data.latents[1])
     vae = LatentDiffusion.open(tiny_checkpoint).load("vae")
     image = torch.from_numpy(np.asarray(Image.open(pictures / "blue-bar.png"), np.float32)) / 127.5 - 1
-    mean = vae.encode(image.permute(2, 0, 1)[None]).latent_dist.mode() * vae.config.scaling_factor
+    with torch.no_grad():
+        mean = vae.encode(image.permute(2, 0, 1)[None]).chunk(2, dim=1)[0] * vae.config.scaling_factor
     torch.testing.assert_close(data.latents[6:7], mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"latents_from = \"data\", and no pictures were given; add --data FOLDER"):
         make(GUIDANCE, teacher=teacher)
