@@ -160,7 +160,7 @@ class BundleWriter:
     def _files(self) -> dict[str, FileEntry]:
         listed = (relative for relative in _walk(self.path) if relative != MANIFEST and not is_target(relative))
         paths = {relative: self.path / relative for relative in listed}
-        return {relative: FileEntry(path.stat().st_size, _sha256(path)) for relative, path in paths.items()}
+        return {relative: FileEntry(path.stat().st_size, sha256_of(path)) for relative, path in paths.items()}
 
 
 @contextmanager
@@ -281,14 +281,15 @@ def _check_external_data(folder: Path, relative: str, manifest: Manifest) -> Non
 def _check_hashes(folder: Path, manifest: Manifest) -> None:
     for relative, entry in sorted(manifest.files.items()):
         try:
-            actual = _sha256(folder / relative)
+            actual = sha256_of(folder / relative)
         except OSError as exc:
             raise _bad(folder, f"{relative} cannot be read ({exc})") from exc
         if actual != entry.sha256:
             raise _bad(folder, f"{relative} has been altered: its SHA-256 is {actual}, {MANIFEST} says {entry.sha256}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256, 64 hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

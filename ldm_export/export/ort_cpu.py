@@ -1,0 +1,144 @@
+"""The target ``ort-cpu``: a bundle's graphs rewritten for ONNX Runtime's CPU and laid out to be mapped into memory.
+
+ONNX Runtime optimizes a graph, and packs its weights for its kernels, each time that it opens one, into copies of its
+own. Here both are done once: what is written is the optimized graph and the packed weights, which a session then maps
+from the file. They hold for one release of ONNX Runtime and one kind of processor, which the target says.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from ldm_export.bundle import Bundle
+from ldm_export.contract import GraphSpec
+from ldm_export.errors import ExportError
+from ldm_export.export.chain import tolerances
+from ldm_export.export.onnx import random_inputs
+from ldm_export.export.parity import TOLERANCE
+from ldm_export.graph.base import Array
+from ldm_export.graph.cpu import RULES
+from ldm_export.graph.cpu.matching import CONTRIB
+from ldm_export.graph.cpu.once import cut_once
+from ldm_export.graph.cpu.rule import apply_rules
+from ldm_export.target import ORT_CPU, Target, TargetGraph, cpu_level, folder_of, read_target, write_target
+
+ONCE = {"unet": ("timestep", "encoder_hidden_states")}
+"""Of a graph, the inputs that stay the same from call to call, or come back."""
+SMALLEST_OUTSIDE_BYTES = 1024
+SIZES = {"batch": 2, "height": 8, "width": 16, "tokens": 7}
+
+Progress = Callable[[str], None]
+
+
+def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Target:
+    """Make the target ``ort-cpu`` of a bundle, for this machine, in the place of one that is there.
+
+    Raises
+    ------
+    ExportError
+        If a rewritten graph differs from the plain one by more than the plain one may from PyTorch.
+    """
+    target = folder_of(bundle, ORT_CPU)
+    target.parent.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=f".{ORT_CPU}.", dir=target.parent) as temporary:
+        folder = Path(temporary) / ORT_CPU
+        folder.mkdir()
+        graphs: dict[str, TargetGraph] = {}
+        report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
+        for name, spec in bundle.manifest.graphs.items():
+            progress(f"{ORT_CPU}: {name}")
+            graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
+        needs = needs_of(onnxruntime.__version__)
+        write_target(folder, bundle, ORT_CPU, graphs, needs, {**report, "seconds": time.perf_counter() - started})
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    made = read_target(bundle, ORT_CPU, needs)
+    assert isinstance(made, Target), made
+    return made
+
+
+def needs_of(version: str) -> dict[str, str]:
+    """What a target must have been made for, to be used here with this release of ONNX Runtime."""
+    return {"onnxruntime": version, "cpu": cpu_level()}
+
+
+def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[TargetGraph, dict[str, Any]]:
+    plain = bundle.file(spec.path)
+    model = ir.load(plain)
+    model.opset_imports.setdefault(CONTRIB, 1)
+    reports = apply_rules(model, RULES)
+    parts = {input_name: cut_once(model, [input_name], f"once.{input_name}") for input_name in ONCE.get(name, ())}
+    files = {"": f"{name}.onnx"} | {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
+    for key, file in files.items():
+        _lay_out(model if not key else parts[key], folder / file)
+    graph = TargetGraph(files.pop(""), files)
+    error = _largest_error(plain, spec, graph, folder, bundle)
+    allowed = max([TOLERANCE, *tolerances(bundle, name).values()])
+    if not error <= allowed:
+        raise ExportError(
+            f"{ORT_CPU}: {name} differs from the plain graph by {error:.1e}; {allowed:.0e} is allowed. Nothing was kept."
+        )
+    once = {key: len(part.graph.outputs) for key, part in parts.items() if part is not None}
+    return graph, {"rules": [asdict(rule) for rule in reports], "once": once, "error": error, "allowed": allowed}
+
+
+def _lay_out(model: ir.Model | None, file: Path) -> None:
+    """Write a graph as ONNX Runtime would hold it in memory: optimized for this machine, its weights packed, beside."""
+    assert model is not None
+    with tempfile.TemporaryDirectory(dir=file.parent.parent) as temporary:
+        given = Path(temporary) / "model.onnx"
+        ir.save(model, given, external_data="model.onnx_data")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(file)
+        for key, value in {
+            "session.optimized_model_external_initializers_file_name": f"{file.name}_data",
+            "session.optimized_model_external_initializers_min_size_in_bytes": str(SMALLEST_OUTSIDE_BYTES),
+            "session.save_external_prepacked_constant_initializers": "1",
+        }.items():
+            options.add_session_config_entry(key, value)
+        onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
+
+
+def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bundle: Bundle) -> float:
+    """Of the target against the plain graph on seeded inputs, as a share of each output's largest value."""
+    model = bundle.manifest.model
+    tensors = random_inputs(spec, SIZES, model["pixels_per_latent"], int(model.get("num_class_embeds") or 2))
+    call = {tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)}
+    names = [tensor.name for tensor in spec.outputs]
+    expected = _opened(plain).run(names, call)
+    results = run_parts(graph, call, lambda path: _opened(folder / path), names)
+    scales = [max(float(np.abs(array).max()), 1e-30) for array in expected]
+    return max(
+        float(np.abs(array - other).max()) / scale
+        for array, other, scale in zip(expected, results, scales, strict=True)
+    )
+
+
+def run_parts(graph: TargetGraph, call: Mapping[str, Array], opened: Callable[[str], Any], names: list[str]) -> list[Array]:
+    """One call of a target's graph, what is cut out of it first."""
+    given = dict(call)
+    for path in graph.once.values():
+        session = opened(path)
+        outputs = [value.name for value in session.get_outputs()]
+        inputs = {value.name: call[value.name] for value in session.get_inputs()}
+        given |= zip(outputs, session.run(outputs, inputs), strict=True)
+    session = opened(graph.path)
+    return list(session.run(names, {value.name: given[value.name] for value in session.get_inputs()}))
+
+
+def _opened(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])

@@ -1,0 +1,142 @@
+"""What is made of a bundle for one kind of machine, under ``targets/<kind>/``, and when it may be used.
+
+``target.json`` says what it was made from and for what, so that a target that does not fit is passed over, never run:
+
+    {"format_version": 1, "kind": "ort-cpu",
+     "made_from": {"unet/model.onnx": "…64 hex digits…", ...},        the bundle's own files
+     "needs": {"onnxruntime": "1.32.0", "cpu": "x86_64 avx512f"},     all must be equal
+     "files": {"unet.onnx": {"size_bytes": 1234, "sha256": "…"}, ...},
+     "graphs": {"unet": {"path": "unet.onnx", "once": {"timestep": "unet.timestep.onnx", ...}}, ...},
+     "report": {...}}                                                  free: rules, parity, seconds
+
+A target may be deleted and rebuilt at any time; the bundle is complete without it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_export.bundle import Bundle, sha256_of
+from ldm_export.errors import BundleError
+from ldm_export.manifest import TARGETS, FileEntry, check_relative
+from ldm_export.onnx_wire import external_data_from_onnx
+
+TARGET = "target.json"
+FORMAT_VERSION = 1
+ORT_CPU = "ort-cpu"
+LEVELS = ("avx512f", "avx2", "avx", "neon", "asimd")
+"""Vector instructions that decide how weights are laid out, the widest first."""
+
+
+@dataclass(frozen=True)
+class TargetGraph:
+    """One graph of a target.
+
+    Attributes
+    ----------
+    path : of what is run in every call
+    once : by name of the input that it depends on alone, the graph of what need not be; its outputs are inputs of the first
+    """
+
+    path: str
+    once: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target whose ``target.json`` was read and fits its bundle."""
+
+    folder: Path
+    graphs: Mapping[str, TargetGraph]
+    needs: Mapping[str, str]
+    report: Mapping[str, Any]
+
+    def file(self, relative: str) -> Path:
+        return self.folder / relative
+
+
+def folder_of(bundle: Bundle, kind: str) -> Path:
+    return bundle.path / TARGETS / kind
+
+
+def made_from(bundle: Bundle) -> dict[str, str]:
+    """The hashes of all files that a bundle's graphs consist of."""
+    graphs = {graph.path for graph in bundle.manifest.graphs.values()}
+    data = {path for path in bundle.manifest.files if path.endswith(".onnx_data")}
+    return {path: bundle.manifest.files[path].sha256 for path in sorted(graphs | data)}
+
+
+def cpu_level() -> str:
+    """The kind of processor as far as the layout of weights depends on it."""
+    flags: set[str] = set()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = (line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines())
+        flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
+    widest = next((level for level in LEVELS if level in flags), platform.processor())
+    return f"{platform.machine()} {widest}".strip()
+
+
+def write_target(
+    folder: Path, bundle: Bundle, kind: str, graphs: Mapping[str, TargetGraph], needs: Mapping[str, str], report: Any
+) -> None:
+    """Write ``target.json`` for what lies in ``folder``."""
+    files = {
+        str(file.relative_to(folder)): FileEntry(file.stat().st_size, sha256_of(file))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    document = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "made_from": made_from(bundle),
+        "needs": dict(needs),
+        "files": {name: asdict(entry) for name, entry in files.items()},
+        "graphs": {name: asdict(graph) for name, graph in graphs.items()},
+        "report": report,
+    }
+    (folder / TARGET).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | str | None:
+    """The bundle's target of a kind; why it does not fit, in words; or None where there is none.
+
+    Parameters
+    ----------
+    has : what there is of what a target may need, such as the version of its library
+    """
+    folder = folder_of(bundle, kind)
+    if not (folder / TARGET).is_file():
+        return None
+    try:
+        found = json.loads((folder / TARGET).read_text(encoding="utf-8"))
+        version, needs, report = found["format_version"], dict(found["needs"]), found["report"]
+        graphs = {name: TargetGraph(entry["path"], dict(entry["once"])) for name, entry in found["graphs"].items()}
+        sizes = {name: entry["size_bytes"] for name, entry in found["files"].items()}
+        source = found["made_from"]
+        for name in sizes:
+            check_relative(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BundleError) as error:
+        return f"its {TARGET} cannot be read ({error})"
+    if version != FORMAT_VERSION:
+        return f"it has format_version {version}, and this ldm_export reads {FORMAT_VERSION}"
+    if source != made_from(bundle):
+        return "it was made from other graphs"
+    for name, wanted in needs.items():
+        if has.get(name) != wanted:
+            return f"it was made for {name} {wanted}, and this is {has.get(name)}"
+    paths = {path for graph in graphs.values() for path in (graph.path, *graph.once.values())}
+    for name in paths | set(sizes):
+        file = folder / name
+        if name not in sizes or not file.is_file() or file.stat().st_size != sizes[name]:
+            return f"its {name} is missing or of another size"
+    for name in paths:
+        strays = {data.location for data in external_data_from_onnx(folder / name)} - set(sizes)
+        if strays:
+            return f"its {name} reads weights from {sorted(strays)[0]!r}, which it does not list"
+    return Target(folder, graphs, needs, report)
