@@ -40,7 +40,7 @@ class TargetGraph:
     Attributes
     ----------
     path : of what is run in every call
-    once : by name of the input that it depends on alone, the graph of what need not be; its outputs are inputs of the first
+    once : by name of the input that it depends on alone, the graph of what need not be; it gives inputs of the first
     """
 
     path: str
@@ -80,6 +80,11 @@ def cpu_level() -> str:
         flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
     widest = next((level for level in LEVELS if level in flags), platform.processor())
     return f"{platform.machine()} {widest}".strip()
+
+
+def needs_of(version: str) -> dict[str, str]:
+    """What ``ort-cpu`` must have been made for, to be used here with this release of ONNX Runtime."""
+    return {"onnxruntime": version, "cpu": cpu_level()}
 
 
 def write_target(

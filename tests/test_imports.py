@@ -25,18 +25,19 @@ MAY_IMPORT = {
     "manifest": BASE,
     "bundle": BUNDLE,
     "compvis_names": set(),
+    "target": BUNDLE,
     "single_file": BASE | {"compvis_names"},
     "options": BASE,
     "checkpoint": BASE | {"single_file"},
     "torch_reference": BASE | {"checkpoint"},
     "judge": BASE | {"checkpoint"},
-    "runtime": BUNDLE,
+    "runtime": BUNDLE | {"target"},
     "passes": BUNDLE | {"checkpoint", "options"},
     "graph": BUNDLE | {"options"},
-    "export": BUNDLE | {"checkpoint", "passes", "graph"},
+    "export": BUNDLE | {"target", "checkpoint", "passes", "graph"},
     "bench": BUNDLE | {"checkpoint", "torch_reference", "judge", "runtime", "export", "passes", "graph"},
     "recipe": BUNDLE | {"checkpoint", "options", "judge", "runtime", "export", "passes", "graph", "bench"},
-    "cli": BUNDLE | {"checkpoint", "judge", "runtime", "export", "passes", "graph", "bench", "recipe"},
+    "cli": BUNDLE | {"target", "checkpoint", "judge", "runtime", "export", "passes", "graph", "bench", "recipe"},
 }
 """What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ldm_export.bench.parity import psnr_db
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.export.chain import export_bundle
+from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime import Pipeline, Tokenizer
 from ldm_export.torch_reference import TorchReference
 
@@ -112,6 +113,7 @@ def run_demo(checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str]
     bundle = export_bundle(
         checkpoint, folder / "bundle", force=True, progress=lambda stage: progress(f"export: {stage}")
     )
+    build_ort_cpu(bundle, progress)
     pipeline = Pipeline(bundle, "cpu")
     tokenizer = Tokenizer(bundle.path / "tokenizer")
     size = (bundle.manifest.model["height"], bundle.manifest.model["width"])
@@ -132,6 +134,7 @@ def run_demo(checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str]
             force=True,
             progress=lambda stage: progress(f"export of the student: {stage}"),
         )
+        build_ort_cpu(taught, progress)
         sides["student"] = _draw_with(Pipeline(taught, "cpu"))
     for draw in sides.values():
         progress("warming up")

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
+from ldm_export.cli.build import print_target
 from ldm_export.cli.options import console, folder, json_option, print_json, stages, steps_bar
 from ldm_export.cli.passes import print_passes
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
+from ldm_export.export.ort_cpu import build_ort_cpu
 
 if TYPE_CHECKING:
     from ldm_export.bundle import Bundle
+
+TARGETS = ("cpu", "none")
 
 
 @click.command()
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--data", type=folder, default=None, help="Pictures to judge passes by; drawn by the model by default.")
 @click.option("--held-out", type=folder, default=None, help="Pictures that distances are to; those of --data else.")
 @click.option("--from-scratch", is_flag=True, help="Train even what a shipped checkpoint has the result of.")
+@click.option("--target", type=click.Choice(TARGETS), default="cpu", help="What to build beside; cpu by default.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @json_option
 def command(
@@ -35,6 +40,7 @@ def command(
     data: Path | None,
     held_out: Path | None,
     from_scratch: bool,
+    target: str,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -71,6 +77,10 @@ def command(
                 force=force,
                 progress=lambda what, done, of: advance(done, of, what),
             )
+    made = None
+    if target == "cpu":
+        with stages("build") as progress:
+            made = build_ort_cpu(bundle, progress)
     if as_json:
         print_json({"bundle": str(bundle.path), "passes": records, "parity": list(bundle.manifest.parity)})
         return
@@ -82,6 +92,8 @@ def command(
             f"(allowed {record['tolerance']:.0e})"
         )
     _print_size(bundle)
+    if made is not None:
+        print_target(made)
 
 
 def _print_size(bundle: Bundle) -> None:

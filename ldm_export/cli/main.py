@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "The whole chain on the shipped model: export, draw with and without PyTorch, compare.",
     "train": "Train a latent diffusion model on a folder of pictures.",
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
+    "build": "Make what a bundle runs faster with on one kind of machine.",
     "generate": "Draw pictures from a bundle.",
     "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+from onnx_ir.passes.common import ShapeInferencePass
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
@@ -30,7 +31,7 @@ from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
-from ldm_export.target import ORT_CPU, Target, TargetGraph, cpu_level, folder_of, read_target, write_target
+from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
 """Of a graph, the inputs that stay the same from call to call, or come back."""
@@ -68,15 +69,11 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
     return made
 
 
-def needs_of(version: str) -> dict[str, str]:
-    """What a target must have been made for, to be used here with this release of ONNX Runtime."""
-    return {"onnxruntime": version, "cpu": cpu_level()}
-
-
 def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[TargetGraph, dict[str, Any]]:
     plain = bundle.file(spec.path)
     model = ir.load(plain)
     model.opset_imports.setdefault(CONTRIB, 1)
+    ShapeInferencePass()(model)
     reports = apply_rules(model, RULES)
     parts = {input_name: cut_once(model, [input_name], f"once.{input_name}") for input_name in ONCE.get(name, ())}
     files = {"": f"{name}.onnx"} | {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
@@ -87,7 +84,8 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     allowed = max([TOLERANCE, *tolerances(bundle, name).values()])
     if not error <= allowed:
         raise ExportError(
-            f"{ORT_CPU}: {name} differs from the plain graph by {error:.1e}; {allowed:.0e} is allowed. Nothing was kept."
+            f"{ORT_CPU}: {name} differs from the plain graph by {error:.1e}; {allowed:.0e} is allowed. "
+            "Nothing was kept."
         )
     once = {key: len(part.graph.outputs) for key, part in parts.items() if part is not None}
     return graph, {"rules": [asdict(rule) for rule in reports], "once": once, "error": error, "allowed": allowed}
@@ -126,7 +124,9 @@ def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Pat
     )
 
 
-def run_parts(graph: TargetGraph, call: Mapping[str, Array], opened: Callable[[str], Any], names: list[str]) -> list[Array]:
+def run_parts(
+    graph: TargetGraph, call: Mapping[str, Array], opened: Callable[[str], Any], names: list[str]
+) -> list[Array]:
     """One call of a target's graph, what is cut out of it first."""
     given = dict(call)
     for path in graph.once.values():

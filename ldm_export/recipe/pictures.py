@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,10 @@ class RecordingGraph:
         self._calls.append({name: array.copy() for name, array in inputs.items()})
         return self._graph.run(inputs)
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        call = self._graph.bind(inputs, outputs)
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+    ) -> Callable[[], None]:
+        call = self._graph.bind(inputs, outputs, fixed)
 
         def recorded() -> None:
             self._calls.append({name: array.copy() for name, array in inputs.items()})

@@ -237,7 +237,8 @@ class Pipeline:
         sample = np.empty((batch * (1 + guided), *shape), np.float32)
         out = np.empty_like(sample)
         timestep = np.empty((), np.float32)
-        call = unet.bind({"sample": sample, "timestep": timestep, **conditions}, {"out_sample": out})
+        inputs = {"sample": sample, "timestep": timestep, **conditions}
+        call = unet.bind(inputs, {"out_sample": out}, fixed=tuple(conditions))
         for index, row in enumerate(trajectory.rows):
             stepper.network_input(out=sample[:batch])
             if guided:

@@ -4,8 +4,8 @@
     = MultiHeadAttention(Q, K, V; H, s), with Q, K, V and the result (B, L, H D)
 
 (Vaswani et al., 1706.03762, eq. 1.) Four transposes of whole tensors go, and the scores need not be written to memory:
-the kernel computes them in blocks (Dao et al., 2205.14135). The rule reads the plain export's form, where the factor s is
-split between Q and K and the transpose of K goes through two Reshapes, and the short form.
+the kernel computes them in blocks (Dao et al., 2205.14135). The rule reads the plain export's form, where the factor s
+is split between Q and K and the transpose of K goes through two Reshapes, and the short form.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, number, only_reader, replace, transposed
-from ldm_export.graph.cpu.rule import Refusal
+from ldm_export.graph.cpu.rule import RefusedError
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class FuseAttention:
         tokens_v, heads_v = split_heads(values.inputs[1])
         merged = merged_heads(values.outputs[0])
         if tokens_q is None or tokens_k is None or tokens_v is None or merged is None:
-            raise Refusal("its heads are not cut out of and put back into (B, L, C)")
+            raise RefusedError("its heads are not cut out of and put back into (B, L, C)")
         if heads is None or not heads == heads_k == heads_v:
-            raise Refusal(f"its heads are not constant: {heads}, {heads_k}, {heads_v}")
+            raise RefusedError(f"its heads are not constant: {heads}, {heads_k}, {heads_v}")
+        if tokens_q.dtype not in (None, ir.DataType.FLOAT):
+            raise RefusedError(f"its values are {tokens_q.dtype}, and the kernel is for FLOAT")
         writer = Writer(merged)
         (fused,) = writer.node(
             "MultiHeadAttention",

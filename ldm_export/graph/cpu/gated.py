@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, only_reader, replace
-from ldm_export.graph.cpu.rule import Refusal
+from ldm_export.graph.cpu.rule import RefusedError
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class SplitGated:
             return False
         approximate = gelu.attributes.get("approximate")
         if approximate is not None and approximate.as_string() != "none":
-            raise Refusal("its Gelu is the approximate one")
+            raise RefusedError("its Gelu is the approximate one")
         add = made_by(split.inputs[0], "Add")
         product = None if add is None else made_by(add.inputs[0], "MatMul")
         weight = None if product is None else constant(product.inputs[1])
         bias = None if add is None else constant(add.inputs[1])
         if product is None or weight is None or bias is None or weight.ndim != 2:
-            raise Refusal("what is split is no product with a constant plus a bias")
+            raise RefusedError("what is split is no product with a constant plus a bias")
+        if weight.dtype != np.float32:
+            raise RefusedError(f"its weights are {weight.dtype}, and the kernel is for float32")
         writer = Writer(gate)
         (w_value, w_gate), (b_value, b_gate) = np.split(weight, 2, axis=1), np.split(bias, 2)
         (value,) = writer.node("MatMul", [product.inputs[0], writer.constant(w_value)])

@@ -27,7 +27,8 @@ class PointwiseToProduct:
         weight = constant(conv.inputs[1])
         if weight is None or weight.shape[2:] != (1, 1) or ints(conv, "strides") not in ((), (1, 1)):
             return False
-        if any(ints(conv, "pads")) or (group := conv.attributes.get("group")) is not None and group.as_int() != 1:
+        group = conv.attributes.get("group")
+        if any(ints(conv, "pads")) or (group is not None and group.as_int() != 1):
             return False
         bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
         return on_the_way_in(conv, weight[:, :, 0, 0], bias) or on_the_way_out(conv, weight[:, :, 0, 0], bias)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """Why a pattern that was found is left as it is."""
 
 
@@ -34,7 +34,7 @@ class Rule(Protocol):
 
         Raises
         ------
-        Refusal
+        RefusedError
             If it is one that cannot be rewritten.
         """
         ...
@@ -59,7 +59,7 @@ def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> list[RuleReport]:
                 continue
             try:
                 applied += rule.rewrite(node)
-            except Refusal as reason:
+            except RefusedError as reason:
                 refused.append(f"{node.outputs[0].name}: {reason}")
         RemoveUnusedNodesPass()(model)
         reports.append(RuleReport(rule.name, applied, tuple(refused)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -23,8 +23,13 @@ class Graph(Protocol):
         """Run once, into new arrays."""
         ...
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        """A call that reads ``inputs`` and writes ``outputs`` where they lie, as often as it is made."""
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+    ) -> Callable[[], None]:
+        """A call that reads ``inputs`` and writes ``outputs`` where they lie, as often as it is made.
+
+        What inputs ``fixed`` hold does not change from call to call, and may be read here once and for all.
+        """
         ...
 
 

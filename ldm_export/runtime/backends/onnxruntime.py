@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, check_inputs
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import Array
+from ldm_export.runtime.backends import Array, Graph
+from ldm_export.runtime.backends.once import OnceGraph
+from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
@@ -28,7 +31,7 @@ class OnnxRuntimeBackend:
 
     Attributes
     ----------
-    name : what is used, such as ``onnxruntime 1.32.0 cpu``
+    name : what is used, such as ``onnxruntime 1.32.0 cpu``, and ``ort-cpu`` behind it where the bundle has that target
     """
 
     def __init__(self, bundle: Bundle, requested: str, threads: int | None):
@@ -45,7 +48,9 @@ class OnnxRuntimeBackend:
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        self._options.intra_op_num_threads = threads or _allowed_threads()
+        wanted = threads or _allowed_threads()
+        self._options.intra_op_num_threads = wanted
+        self._options.use_per_session_threads = not _share_threads(onnxruntime, wanted)
         available = onnxruntime.get_available_providers()
         if CUDA in available and requested != "cpu":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
@@ -56,8 +61,21 @@ class OnnxRuntimeBackend:
             )
         self._cuda = requested != "cpu" and CUDA in available
         self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self._cuda else 'cpu'}"
+        self._target = None if self._cuda else self._fitting_target()
+        if self._target is not None:
+            self.name += f" {ORT_CPU}"
 
-    def load(self, graph: str) -> OnnxRuntimeGraph:
+    def _fitting_target(self) -> Target | None:
+        found = read_target(self._bundle, ORT_CPU, needs_of(self._library.__version__))
+        if isinstance(found, str):
+            warnings.warn(
+                f"targets/{ORT_CPU} of {self._bundle.path} is passed over, since {found}; the plain graphs run. "
+                f"For its speed run: ldm-export build {self._bundle.path} --target cpu",
+                stacklevel=5,
+            )
+        return found if isinstance(found, Target) else None
+
+    def load(self, graph: str) -> Graph:
         """Open a session on one of the bundle's graphs.
 
         Raises
@@ -68,11 +86,9 @@ class OnnxRuntimeBackend:
             If ONNX Runtime refuses the graph.
         """
         spec = self._bundle.manifest.graphs[graph]
-        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
-        try:
-            session = self._library.InferenceSession(self._bundle.file(spec.path), self._options, providers)
-        except Exception as error:  # its exceptions have no common base class
-            raise BundleError(f"ONNX Runtime refuses {spec.path}: {error}. Export the bundle anew.") from error
+        if self._target is not None:
+            return self._load_target(self._target, graph, spec)
+        session = self._session(self._bundle.file(spec.path), spec.path)
         if self._cuda and CUDA not in session.get_providers():
             self._cuda = False
             if self._requested == "cuda":
@@ -84,6 +100,42 @@ class OnnxRuntimeBackend:
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
         _check_contract(session, spec)
         return OnnxRuntimeGraph(session, spec, on_gpu=self._cuda)
+
+    def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
+        found = target.graphs[graph]
+        parts = {}
+        for name, path in {"": found.path, **found.once}.items():
+            session = self._session(target.file(path), path)
+            parts[name] = OnnxRuntimeGraph(session, _spec_of(session, path), on_gpu=False)
+        whole = parts.pop("")
+        return OnceGraph(spec, whole, parts) if parts else OnnxRuntimeGraph(whole.session, spec, on_gpu=False)
+
+    def _session(self, file: Path, path: str) -> Any:
+        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
+        try:
+            return self._library.InferenceSession(file, self._options, providers)
+        except Exception as error:  # its exceptions have no common base class
+            raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
+
+
+_shared_threads: int | None = None
+"""How many the pool has that sessions share, once there is one."""
+
+
+def _share_threads(library: Any, threads: int) -> bool:
+    """Whether sessions can share one pool of so many threads: ONNX Runtime makes one a process, and keeps its size.
+
+    Idle threads wait for more work spinning. With a pool each, those of the text encoder would slow the first steps of
+    the UNet, and those of the UNet the decoder.
+    """
+    global _shared_threads
+    if _shared_threads is None:
+        try:
+            library.set_global_thread_pool_sizes(threads, 1)
+        except Exception:  # the application, or another library, has made it, with a size of its own
+            return False
+        _shared_threads = threads
+    return threads == _shared_threads
 
 
 def _allowed_threads() -> int:
@@ -108,11 +160,24 @@ def _check_contract(session: Any, spec: GraphSpec) -> None:
             raise BundleError(f"{spec.path} has other {side} than manifest.json says: {there}. Export the bundle anew.")
 
 
+def _spec_of(session: Any, path: str) -> GraphSpec:
+    """What a session says that it takes and gives."""
+    dtypes = {kind: dtype for dtype, kind in ONNX_TYPES.items()}
+    sides = []
+    for values in (session.get_inputs(), session.get_outputs()):
+        named = (
+            (value, [size if isinstance(size, int) else f"{value.name}.{k}" for k, size in enumerate(value.shape)])
+            for value in values
+        )
+        sides.append(tuple(TensorSpec(value.name, dtypes[value.type], tuple(shape)) for value, shape in named))
+    return GraphSpec(path, *sides)
+
+
 class OnnxRuntimeGraph:
     """One session; see :class:`ldm_export.runtime.backends.Graph`."""
 
     def __init__(self, session: Any, spec: GraphSpec, *, on_gpu: bool):
-        self._session = session
+        self.session = session
         self._on_gpu = on_gpu
         self.spec = spec
 
@@ -120,13 +185,15 @@ class OnnxRuntimeGraph:
         check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
         with self._foreign_errors():
-            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+            return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+    ) -> Callable[[], None]:
         if self._on_gpu:  # there, binding an array copies it once, at the binding; what changes later is not seen
             return lambda: self._copy_out(self.run(inputs), outputs)
         check_inputs(self.spec, inputs)
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         for bind_tensor, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, array in arrays.items():
                 assert array.flags.c_contiguous
@@ -134,7 +201,7 @@ class OnnxRuntimeGraph:
 
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
             with self._foreign_errors():
-                self._session.run_with_iobinding(binding)
+                self.session.run_with_iobinding(binding)
 
         return call
 
