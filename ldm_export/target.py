@@ -6,7 +6,8 @@
      "made_from": {"unet/model.onnx": "…64 hex digits…", ...},        the bundle's own files
      "needs": {"onnxruntime": "1.32.0", "cpu": "x86_64 avx512f"},     all must be equal
      "files": {"unet.onnx": {"size_bytes": 1234, "sha256": "…"}, ...},
-     "graphs": {"unet": {"path": "unet.onnx", "once": {"timestep": "unet.timestep.onnx", ...}}, ...},
+     "graphs": {"unet": {"path": "unet.onnx", "once": {"timestep": "unet.timestep.onnx", ...},
+                         "shallow": "unet.shallow.onnx", "deep_channels": 128}, ...},
      "report": {...}}                                                  free: rules, parity, seconds
 
 A target may be deleted and rebuilt at any time; the bundle is complete without it.
@@ -41,10 +42,18 @@ class TargetGraph:
     ----------
     path : of what is run in every call
     once : by name of the input that it depends on alone, the graph of what need not be; it gives inputs of the first
+    shallow : the outermost blocks alone, which take what ``path`` gives as ``deep``; empty where there are none
+    deep_channels : of ``deep``, which else has the latents' sizes
     """
 
     path: str
     once: Mapping[str, str]
+    shallow: str = ""
+    deep_channels: int = 0
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path, *self.once.values(), *([self.shallow] if self.shallow else [])]
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,10 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
     try:
         found = json.loads((folder / TARGET).read_text(encoding="utf-8"))
         version, needs, report = found["format_version"], dict(found["needs"]), found["report"]
-        graphs = {name: TargetGraph(entry["path"], dict(entry["once"])) for name, entry in found["graphs"].items()}
+        graphs = {
+            name: TargetGraph(entry["path"], dict(entry["once"]), entry["shallow"], int(entry["deep_channels"]))
+            for name, entry in found["graphs"].items()
+        }
         sizes = {name: entry["size_bytes"] for name, entry in found["files"].items()}
         source = found["made_from"]
         for name in sizes:
@@ -135,7 +147,7 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
     for name, wanted in needs.items():
         if has.get(name) != wanted:
             return f"it was made for {name} {wanted}, and this is {has.get(name)}"
-    paths = {path for graph in graphs.values() for path in (graph.path, *graph.once.values())}
+    paths = {path for graph in graphs.values() for path in graph.paths}
     for name in paths | set(sizes):
         file = folder / name
         if name not in sizes or not file.is_file() or file.stat().st_size != sizes[name]:

@@ -40,6 +40,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     "--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable."
 )
 @click.option("--count", default=1, show_default=True, help="Pictures, for models that take neither text nor class.")
+@click.option("--deepcache", default=1, metavar="N", help="The whole UNet in every N-th step only: faster, rougher.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="CPU threads; one a physical core by default."
@@ -60,6 +61,7 @@ def command(
     size: str | None,
     class_labels: tuple[int, ...],
     count: int,
+    deepcache: int,
     backend: str,
     threads: int | None,
     latents: Path | None,
@@ -84,6 +86,7 @@ def command(
             image=None if image is None else read_picture(image, picture_channels(pipeline.bundle)),
             strength=strength,
             class_labels=class_labels or None,
+            deepcache=deepcache,
             callback=lambda step: advance(step.index + 1, step.count),
             **options,
         )

@@ -28,6 +28,7 @@ from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import TOLERANCE
 from ldm_export.graph.base import Array
 from ldm_export.graph.cpu import RULES
+from ldm_export.graph.cpu.deepcache import cut_deep
 from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
@@ -76,10 +77,14 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     ShapeInferencePass()(model)
     reports = apply_rules(model, RULES)
     parts = {input_name: cut_once(model, [input_name], f"once.{input_name}") for input_name in ONCE.get(name, ())}
-    files = {"": f"{name}.onnx"} | {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
+    files = {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
     for key, file in files.items():
-        _lay_out(model if not key else parts[key], folder / file)
-    graph = TargetGraph(files.pop(""), files)
+        _lay_out(parts[key], folder / file)
+    shallow, channels = (cut_deep(model) if name == "unet" else None) or (None, 0)
+    _lay_out(model, folder / f"{name}.onnx")
+    if shallow is not None:
+        _lay_out(shallow, folder / f"{name}.shallow.onnx")
+    graph = TargetGraph(f"{name}.onnx", files, f"{name}.shallow.onnx" if shallow is not None else "", channels)
     error = _largest_error(plain, spec, graph, folder, bundle)
     allowed = max([TOLERANCE, *tolerances(bundle, name).values()])
     if not error <= allowed:

@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.errors import CancelledError
+from ldm_export.errors import CancelledError, InputError
 from ldm_export.plan import Stepper
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
@@ -212,6 +213,11 @@ class Pipeline:
         if request.prompts and self._prompts is None:
             self._prompts = PromptEncoder(self.bundle, self._backend)
         timings.load_ms = _since(started)
+        if request.deepcache > 1 and not getattr(unet, "can_skip", False):
+            raise InputError(
+                f"deepcache {request.deepcache} was asked for, and {self.backend} has no outermost blocks of this UNet "
+                f"apart. Run: ldm-export build {self.bundle.path} --target cpu; if that says so, leave deepcache out."
+            )
 
         started = time.perf_counter()
         conditions, guided = self._conditions(request, unet)
@@ -238,7 +244,10 @@ class Pipeline:
         out = np.empty_like(sample)
         timestep = np.empty((), np.float32)
         inputs = {"sample": sample, "timestep": timestep, **conditions}
-        call = unet.bind(inputs, {"out_sample": out}, fixed=tuple(conditions))
+        bind: Any = unet.bind
+        if request.deepcache > 1:
+            bind = partial(bind, every=request.deepcache)
+        call = bind(inputs, {"out_sample": out}, fixed=tuple(conditions))
         for index, row in enumerate(trajectory.rows):
             stepper.network_input(out=sample[:batch])
             if guided:

@@ -59,6 +59,8 @@ class Options(TypedDict, total=False):
     image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
     strength : in (0, 1], the share of the steps that is redone on ``image``; 0.6
     class_labels : one a picture, for class-conditional models
+    deepcache : run the whole UNet in every so many steps only, and between them its outermost blocks (DeepCache,
+        2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
     """
 
     sampler: str | None
@@ -71,6 +73,7 @@ class Options(TypedDict, total=False):
     image: Array | None
     strength: float
     class_labels: Sequence[int] | None
+    deepcache: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Request:
     guidance : the scale; 1 is off
     image : (B, C, H, W) float32 in [-1, 1] to start from, or None
     trajectory : where the latents start and the rows that they run through
+    deepcache : the whole UNet runs in every so many steps
     """
 
     prompts: tuple[str, ...]
@@ -97,6 +101,7 @@ class Request:
     guidance: float
     image: Array | None
     trajectory: Trajectory
+    deepcache: int
 
     @property
     def batch(self) -> int:
@@ -117,6 +122,7 @@ def checked_request(
     image: Array | None = None,
     strength: float = 0.6,
     class_labels: Sequence[int] | None = None,
+    deepcache: int = 1,
 ) -> Request:
     """Check what is asked for whole, before anything runs; the parameters are those of :class:`Options`.
 
@@ -125,6 +131,8 @@ def checked_request(
     InputError
         For anything that this bundle cannot draw; the message says what it can.
     """
+    if type(deepcache) is not int or deepcache < 1:
+        raise InputError(f"deepcache is {deepcache!r}; give a whole number from 1 (off) on, such as 3.")
     model = bundle.manifest.model
     unet_inputs = {tensor.name: tensor for tensor in bundle.manifest.graphs["unet"].inputs}
     if unet_inputs["sample"].shape[1] != model["latent_channels"]:
@@ -178,6 +186,7 @@ def checked_request(
         guidance=scale,
         image=sample,
         trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
+        deepcache=deepcache,
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from itertools import cycle
 
 import numpy as np
 
 from ldm_export.contract import GraphSpec, check_inputs
 from ldm_export.runtime.backends import Array, Graph
 
+DEEP = "deep"
 REMEMBERED = 1024
 """Values of one scalar input (timesteps) whose results are kept."""
 
@@ -21,40 +23,57 @@ class OnceGraph:
     ----------
     rest : takes the graph's own inputs, as far as it still needs them, and what ``parts`` give
     parts : by the one input that each depends on
+    shallow : the outermost blocks alone (DeepCache), which take what ``rest`` gives as ``deep``
+    deep_channels : of ``deep``, (B, channels, h, w) with the sizes of the input ``sample``
     """
 
-    def __init__(self, spec: GraphSpec, rest: Graph, parts: Mapping[str, Graph]):
+    def __init__(
+        self, spec: GraphSpec, rest: Graph, parts: Mapping[str, Graph], shallow: Graph | None, deep_channels: int
+    ):
         self.spec = spec
-        self._rest, self._parts = rest, parts
-        self._takes = {tensor.name for tensor in rest.spec.inputs}
+        self._rest, self._parts, self._shallow, self._deep_channels = rest, parts, shallow, deep_channels
         self._known: dict[str, OrderedDict[bytes, dict[str, Array]]] = {name: OrderedDict() for name in parts}
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether calls can be bound of which only some are of the whole."""
+        return self._shallow is not None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.spec, inputs)
-        given = {name: array for name, array in inputs.items() if name in self._takes}
+        given = dict(inputs)
         for name in self._parts:
             given |= self._results(name, inputs[name])
-        return self._rest.run(given)
+        results = self._rest.run(_taken(given, self._rest))
+        return {tensor.name: results[tensor.name] for tensor in self.spec.outputs}
 
     def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
+        """As any graph's; the first and then every ``every``-th call are of the whole graph, those between of
+        ``shallow``."""
         check_inputs(self.spec, inputs)
-        given = {name: array for name, array in inputs.items() if name in self._takes}
         held = {
             name: {key: value.copy() for key, value in self._results(name, inputs[name]).items()}
             for name in self._parts
         }
-        call = self._rest.bind(
-            {**given, **{key: value for part in held.values() for key, value in part.items()}}, outputs
-        )
+        given = {**inputs, **{key: value for part in held.values() for key, value in part.items()}}
+        if every == 1 or self._shallow is None:
+            calls = [self._rest.bind(_taken(given, self._rest), outputs)]
+        else:
+            batch, _, *sizes = inputs["sample"].shape
+            deep = {DEEP: np.empty((batch, self._deep_channels, *sizes), np.float32)}
+            whole = self._rest.bind(_taken(given, self._rest), {**outputs, **deep})
+            outermost = self._shallow.bind(_taken({**given, **deep}, self._shallow), outputs)
+            calls = [whole, *[outermost] * (every - 1)]
         changing = [name for name in self._parts if name not in fixed]
+        turns = cycle(calls)
 
         def bound() -> None:
             for name in changing:
                 for key, value in self._results(name, inputs[name]).items():
                     np.copyto(held[name][key], value)
-            call()
+            next(turns)()
 
         return bound
 
@@ -68,3 +87,7 @@ class OnceGraph:
             if len(known) > REMEMBERED:
                 known.popitem(last=False)
         return known[key]
+
+
+def _taken(given: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
+    return {tensor.name: given[tensor.name] for tensor in graph.spec.inputs}

@@ -103,12 +103,14 @@ class OnnxRuntimeBackend:
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
-        parts = {}
-        for name, path in {"": found.path, **found.once}.items():
-            session = self._session(target.file(path), path)
-            parts[name] = OnnxRuntimeGraph(session, _spec_of(session, path), on_gpu=False)
-        whole = parts.pop("")
-        return OnceGraph(spec, whole, parts) if parts else OnnxRuntimeGraph(whole.session, spec, on_gpu=False)
+        opened = {path: self._session(target.file(path), path) for path in found.paths}
+        if list(opened) == [found.path]:
+            return OnnxRuntimeGraph(opened[found.path], spec, on_gpu=False)
+        graphs = {
+            path: OnnxRuntimeGraph(session, _spec_of(session, path), on_gpu=False) for path, session in opened.items()
+        }
+        parts = {name: graphs[path] for name, path in found.once.items()}
+        return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
     def _session(self, file: Path, path: str) -> Any:
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]

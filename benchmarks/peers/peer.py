@@ -1,0 +1,224 @@
+"""One peer in a process of its own, told on its standard input what to do; it answers one JSON document a line.
+
+peer.py PEER KIND FOLDER        KIND "unet" (one call of the UNet) or "picture" (prompt to picture)
+
+    open            {"imported_s", "load_s"}: since the process began, and from there to the first call
+    run K           {"ms"}: the K-th call; of "picture", K is the seed
+    save K FILE     writes the K-th call's result, float32, as .npy
+    memory          {"peak_bytes", "held_bytes"}: resident, highest so far and now
+    (end of input)  leaves
+
+The weights and the inputs of a call are those in FOLDER: checkpoint/, bundle/, optimum/ and inputs.npz.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TIMESTEPS = tuple(range(951, 0, -50))
+STEPS, GUIDANCE = 20, 4.0
+PROMPTS = ("red apple", "black cat", "rocket", "pizza", "octopus", "snowman", "frog face", "crescent moon")
+
+Call = Callable[[int], Any]
+"""The K-th call; gives what it made."""
+
+
+def unet_inputs(folder: Path, k: int) -> dict[str, Any]:
+    with np.load(folder / "inputs.npz", allow_pickle=False) as inputs:
+        return {**inputs, "timestep": np.array(TIMESTEPS[k % len(TIMESTEPS)], np.float32)}
+
+
+# --- PyTorch --------------------------------------------------------------------------------------------------------
+
+
+def torch_unet(folder: Path, how: str) -> Call:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.set_grad_enabled(False)
+    unet = UNet2DConditionModel.from_pretrained(folder / "checkpoint" / "unet").eval()
+    first = {name: torch.from_numpy(array) for name, array in unet_inputs(folder, 0).items()}
+    order = ("sample", "timestep", "encoder_hidden_states")
+    network: Any = unet
+    if how == "torch.compile":
+        network = torch.compile(unet)
+    if how == "torch.jit.trace":
+
+        class Positional(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.unet = unet
+
+            def forward(self, sample: Any, timestep: Any, states: Any) -> Any:
+                return self.unet(sample, timestep, states, return_dict=False)[0]
+
+        traced = torch.jit.freeze(torch.jit.trace(Positional().eval(), tuple(first[name] for name in order)))
+        return lambda k: traced(*(_torch(unet_inputs(folder, k))[name] for name in order)).numpy()
+    return lambda k: network(**_torch(unet_inputs(folder, k)), return_dict=False)[0].numpy()
+
+
+def _torch(inputs: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def diffusers_picture(folder: Path, how: str) -> Call:
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "checkpoint")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if how == "torch.compile":
+        pipeline.unet = torch.compile(pipeline.unet)
+    return _diffusers(pipeline)
+
+
+def optimum_picture(folder: Path, how: str) -> Call:
+    from diffusers import DDIMScheduler
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+    pipeline = ORTStableDiffusionPipeline.from_pretrained(folder / "optimum")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return _diffusers(pipeline)
+
+
+def _diffusers(pipeline: Any) -> Call:
+    import torch
+
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(k: int) -> Any:
+        return pipeline(
+            [PROMPTS[k % len(PROMPTS)]],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator("cpu").manual_seed(k)],
+            output_type="np",
+        ).images.astype(np.float32)
+
+    return draw
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------------
+
+
+def onnxruntime_unet(folder: Path, how: str) -> Call:
+    """ONNX Runtime as it comes, on the plain graph or on optimum-onnx's."""
+    import onnxruntime
+
+    owner = "optimum" if how == "optimum-onnx" else "bundle"
+    session = onnxruntime.InferenceSession(folder / owner / "unet" / "model.onnx", providers=["CPUExecutionProvider"])
+    kinds = {value.name: value.type for value in session.get_inputs()}
+
+    def call(k: int) -> Any:
+        inputs = unet_inputs(folder, k)
+        if kinds["timestep"] == "tensor(int64)":
+            inputs["timestep"] = inputs["timestep"].astype(np.int64)
+        return session.run(None, inputs)[0]
+
+    return call
+
+
+def openvino_unet(folder: Path, how: str) -> Call:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(folder / "bundle" / "unet" / "model.onnx")
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    request = core.compile_model(model, "CPU", hints).create_infer_request()
+    return lambda k: next(iter(request.infer(unet_inputs(folder, k)).values()))
+
+
+def our_unet(folder: Path, how: str) -> Call:
+    """As the sampling loop calls it: the prompt stays, and timesteps come again from picture to picture."""
+    from ldm_export.runtime import Pipeline
+
+    pipeline = Pipeline.open(folder / "bundle", backend="cpu")
+    inputs = {name: array.copy() for name, array in unet_inputs(folder, 0).items()}
+    out = np.empty_like(inputs["sample"])
+    run = pipeline._graph("unet").bind(inputs, {"out_sample": out}, fixed=("encoder_hidden_states",))
+
+    def call(k: int) -> Any:
+        inputs["timestep"][...] = TIMESTEPS[k % len(TIMESTEPS)]
+        run()
+        return out
+
+    return call
+
+
+def our_picture(folder: Path, how: str) -> Call:
+    from ldm_export.runtime import Pipeline
+
+    pipeline = Pipeline.open(folder / "bundle", backend="cpu")
+    return lambda k: (
+        pipeline.generate(
+            [PROMPTS[k % len(PROMPTS)]], sampler="ddim", steps=STEPS, guidance=GUIDANCE, seed=k
+        ).images.astype(np.float32)
+        / np.float32(255)
+    )
+
+
+PEERS: dict[str, dict[str, Callable[[Path, str], Call]]] = {
+    "unet": {
+        "diffusers eager": torch_unet,
+        "torch.jit.trace": torch_unet,
+        "torch.compile": torch_unet,
+        "optimum-onnx": onnxruntime_unet,
+        "ONNX Runtime plain": onnxruntime_unet,
+        "OpenVINO": openvino_unet,
+        "ldm_export": our_unet,
+    },
+    "picture": {
+        "diffusers eager": diffusers_picture,
+        "torch.compile": diffusers_picture,
+        "optimum-onnx": optimum_picture,
+        "ldm_export": our_picture,
+    },
+}
+
+
+def memory() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines if line and line[0] in ("VmHWM:", "VmRSS:")}
+    return {"peak_bytes": kilobytes["VmHWM"] * 1024, "held_bytes": kilobytes["VmRSS"] * 1024}
+
+
+def since_process_start() -> float:
+    ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def main(peer: str, kind: str, folder: Path) -> None:
+    call: Call | None = None
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries talk
+    for line in sys.stdin:
+        command, *rest = line.split(maxsplit=2)
+        answer: dict[str, Any] = {}
+        if command == "open":
+            begun = since_process_start()
+            call = PEERS[kind][peer](folder, peer)
+            answer = {"imported_s": begun, "load_s": since_process_start() - begun}
+        elif command == "run":
+            assert call is not None
+            started = time.perf_counter()
+            call(int(rest[0]))
+            answer = {"ms": (time.perf_counter() - started) * 1000, "since_start_s": since_process_start()}
+        elif command == "save":
+            assert call is not None
+            np.save(rest[1].strip(), np.asarray(call(int(rest[0])), np.float32), allow_pickle=False)
+        elif command == "memory":
+            answer = memory()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

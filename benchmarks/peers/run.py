@@ -1,0 +1,218 @@
+"""Peers on the same model, each in a process of its own and, where its pins clash, its own environment.
+
+run.py WORKLOAD KIND [RESULT.json] [--folder F] [--rounds N] [--one-at-a-time] [--optimum PYTHON] [--peers A,B]
+
+Every round asks all peers in turn for one call. With --one-at-a-time, for models of which only one fits into memory,
+every round starts, opens, calls (twice, the second counts) and ends each. A peer that is not installed is left out,
+and said so. What was measured is written after every round. The last line of the output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.peer import PEERS
+from benchmarks.waterfall import cpu
+
+SETTLE_S = 0.1
+OURS = "ldm_export"
+REFERENCE = "diffusers eager"
+
+
+class Peer:
+    """A child process; see ``peer.py`` for what it is told."""
+
+    def __init__(self, name: str, kind: str, folder: Path, python: str):
+        self.name = name
+        script = [python, str(Path(__file__).with_name("peer.py")), name, kind, str(folder)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, command: str) -> dict[str, Any]:
+        """Raises RuntimeError with the peer's last words if it has ended."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(command + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            words = self.process.communicate()[1].strip().splitlines()
+            raise RuntimeError(words[-1] if words else f"exit code {self.process.returncode}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Table:
+    """What was measured, by peer."""
+
+    def __init__(self, header: dict[str, Any], result: Path | None):
+        self.header, self.result = header, result
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def add(self, peer: str, **figures: float) -> None:
+        row = self.rows.setdefault(peer, {})
+        for name, value in figures.items():
+            row.setdefault(name, []).append(value)
+
+    def leave_out(self, peer: str, why: str) -> None:
+        print(f"{peer} is left out: {why}", file=sys.stderr)
+        self.rows[peer] = {"left_out": why}
+
+    def document(self) -> dict[str, Any]:
+        measured = {name: row for name, row in self.rows.items() if row.get("ms")}
+        rows = {name: dict(row) for name, row in self.rows.items()}
+        for name, row in measured.items():
+            rows[name]["median_ms"] = statistics.median(row["ms"])
+            rows[name]["min_ms"] = min(row["ms"])
+            if OURS in measured:
+                pairs = zip(row["ms"], measured[OURS]["ms"], strict=False)
+                rows[name]["ours_is_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
+        return {**self.header, "rows": rows}
+
+    def save(self) -> None:
+        if self.result is not None:
+            self.result.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
+
+    def print(self) -> None:
+        heads = (
+            "peer",
+            "median ms",
+            "min ms",
+            "ours is faster",
+            "largest error",
+            "load s",
+            "first result s",
+            "peak MB",
+        )
+        print("| " + " | ".join(heads) + " |")
+        print("|---" + "|---:" * (len(heads) - 1) + "|")
+        for name, row in self.document()["rows"].items():
+            if "left_out" in row:
+                print(f"| {name} | left out: {row['left_out']} |" + " |" * (len(heads) - 2))
+                continue
+            cells = [
+                f"{row['median_ms']:.1f}",
+                f"{row['min_ms']:.1f}",
+                f"{row['ours_is_faster']:.2f}x" if "ours_is_faster" in row else "",
+                f"{row['error'][-1]:.1e}" if "error" in row else "",
+                f"{statistics.median(row['load_s']):.2f}",
+                f"{statistics.median(row['first_s']):.2f}",
+                f"{max(row['peak_bytes']) / 1e6:.0f}",
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def opened(peer: Peer, table: Table) -> bool:
+    """Open a peer and let it make its first call; False if it cannot."""
+    try:
+        answer = peer.ask("open")
+        first = peer.ask("run 0")
+    except RuntimeError as reason:
+        table.leave_out(peer.name, str(reason))
+        return False
+    table.add(peer.name, load_s=answer["load_s"], imported_s=answer["imported_s"], first_s=first["since_start_s"])
+    return True
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    folder = options.folder or Path("build/peers") / options.workload
+    versions = {name: _version(name) for name in ("torch", "diffusers", "onnxruntime", "openvino")}
+    header = {"workload": options.workload, "kind": options.kind, "machine": cpu(), "versions": versions}
+    table = Table({**header, "one_at_a_time": options.one_at_a_time}, options.result)
+    names = options.peers.split(",") if options.peers else list(PEERS[options.kind])
+    with tempfile.TemporaryDirectory() as temporary:
+        saved = {name: Path(temporary) / f"{number}.npy" for number, name in enumerate(names)}
+
+        def start(name: str) -> Peer:
+            python = options.optimum if name == "optimum-onnx" and options.kind == "picture" else sys.executable
+            return Peer(name, options.kind, folder, python)
+
+        def finish(peer: Peer) -> None:
+            memory = peer.ask("memory")
+            table.add(peer.name, peak_bytes=memory["peak_bytes"], held_bytes=memory["held_bytes"])
+
+        if options.one_at_a_time:
+            for _ in range(options.rounds):
+                for name in names:
+                    if "left_out" in table.rows.get(name, {}):
+                        continue
+                    peer = start(name)
+                    if opened(peer, table):
+                        table.add(name, ms=peer.ask("run 1")["ms"])
+                        finish(peer)
+                        if not saved[name].exists():
+                            peer.ask(f"save 2 {saved[name]}")
+                    peer.end()
+                table.save()
+        else:
+            peers = [peer for peer in map(start, names) if opened(peer, table)]
+            for peer in peers:
+                peer.ask("run 1")
+            for number in range(2, options.rounds + 2):
+                for peer in peers:
+                    time.sleep(SETTLE_S)
+                    peer.ask(f"run {number}")  # wakes its threads
+                    table.add(peer.name, ms=peer.ask(f"run {number}")["ms"])
+                table.save()
+            for peer in peers:
+                finish(peer)
+                peer.ask(f"save 2 {saved[peer.name]}")
+                peer.end()
+        _compare(table, saved)
+    table.save()
+    table.print()
+    return table.document()
+
+
+def _compare(table: Table, saved: dict[str, Path]) -> None:
+    """The largest difference of each result from the reference's, as a share of its largest value."""
+    results = {name: np.load(file, allow_pickle=False) for name, file in saved.items() if file.exists()}
+    reference = results.get(REFERENCE)
+    for name, result in results.items() if reference is not None else ():
+        assert reference is not None
+        table.add(name, error=float(np.abs(result - reference).max() / np.abs(reference).max()))
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workload")
+    parser.add_argument("kind", choices=list(PEERS))
+    parser.add_argument("result", nargs="?", type=Path)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--one-at-a-time", action="store_true")
+    parser.add_argument("--optimum", default=sys.executable)
+    parser.add_argument("--peers")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error(f"--rounds {given.rounds} measures nothing; give 1 or more")
+    print(json.dumps(main(given)))
