@@ -111,10 +111,10 @@ class CheckpointPainter:
 
 
 class BundlePainter:
-    """A bundle, without PyTorch."""
+    """A bundle, without PyTorch; ``options`` are further ones of how the pipeline draws."""
 
-    def __init__(self, bundle: Bundle):
-        self._pipeline = Pipeline(bundle, "cpu")
+    def __init__(self, bundle: Bundle, **options: Any):
+        self._pipeline, self._options = Pipeline(bundle, "cpu"), options
         model, graphs = bundle.manifest.model, bundle.manifest.graphs
         self.name = f"bundle {bundle.path.resolve().name}"
         self.size = _side((model["height"], model["width"]))
@@ -126,7 +126,7 @@ class BundlePainter:
         )
 
     def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
-        given: dict[str, Any] = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds)}
+        given = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
         if self.condition == "text":
             given |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
         elif self.condition == "label":
