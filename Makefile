@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check emoji-data train-emoji64 distill-emoji64 waterfall fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow check emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -45,6 +45,27 @@ waterfall: emoji-data
 	$(BIN)/python -m benchmarks.waterfall build/cpu-fast.work benchmarks/results/cpu_fast.json
 	$(BIN)/ldm-export export emoji64 --recipe cpu-small $(JUDGED) -o build/cpu-small.bundle --work build/cpu-small.work --force
 	$(BIN)/python -m benchmarks.waterfall build/cpu-small.work benchmarks/results/cpu_small.json
+
+OPTIMUM := build/optimum
+PEERS   := build/peers
+
+$(OPTIMUM)/.ready: benchmarks/peers/optimum.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --requirement $< --constraint $<
+	touch $@
+
+# the same weights as a checkpoint, as our bundle and as optimum-onnx exports them
+$(PEERS)/%/.ready: $(READY) $(OPTIMUM)/.ready
+	$(BIN)/python -m benchmarks.peers.workloads $* $(PEERS)/$*
+	$(OPTIMUM)/bin/python benchmarks/peers/workloads.py optimum $(PEERS)/$*
+	touch $@
+
+# peers in turn, each in a process of its own; on two cores some forty minutes, and 24 GB for Stable Diffusion's size
+bench: $(PEERS)/emoji64/.ready $(PEERS)/52m/.ready $(PEERS)/sd15/.ready emoji-data
+	$(BIN)/python -m benchmarks.peers.run emoji64 picture benchmarks/results/peers_emoji64.json --optimum $(OPTIMUM)/bin/python
+	$(BIN)/python -m benchmarks.peers.run 52m unet benchmarks/results/peers_52m.json
+	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --one-at-a-time --rounds 3
+	$(BIN)/python -m benchmarks.deepcache $(PEERS)/emoji64/bundle build/emoji/train build/emoji/test benchmarks/results/deepcache.json
 
 fashion-mnist-data: $(READY)
 	$(BIN)/python -m ldm_reference.fashion_mnist build/fashion
