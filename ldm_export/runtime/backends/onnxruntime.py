@@ -47,6 +47,7 @@ class OnnxRuntimeBackend:
         self._requested = requested
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
+        self._options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
         wanted = threads or _allowed_threads()
         self._options.intra_op_num_threads = wanted
