@@ -186,7 +186,7 @@ def test_doctor(run: Run) -> None:
     ("installed", "problem"),
     [
         ({"onnxruntime", "onnxruntime-gpu"}, "are both installed"),
-        (set(), "No ONNX Runtime is installed"),
+        (set(), "Neither ONNX Runtime nor OpenVINO is installed"),
         ({"onnxruntime-gpu"}, "without a CUDA provider"),
     ],
 )

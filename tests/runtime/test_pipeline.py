@@ -301,7 +301,7 @@ def test_cuda_that_is_not_there_is_refused_by_name(tiny_bundle: Path, monkeypatc
 
 
 def test_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
-    with pytest.raises(InputError, match="There is no backend 'directml'; there are auto, cpu, cuda"):
+    with pytest.raises(InputError, match="There is no backend 'directml'; there are auto, cpu, openvino, cuda"):
         Pipeline.open(tiny_bundle, backend="directml")
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import Array
+from ldm_export.runtime.backends import Array, Signature, allowed_threads, check_contract, foreign_errors
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
 class OnnxRuntimeBackend:
@@ -29,6 +27,7 @@ class OnnxRuntimeBackend:
     Attributes
     ----------
     name : what is used, such as ``onnxruntime 1.32.0 cpu``
+    on_gpu : whether that is CUDA
     """
 
     def __init__(self, bundle: Bundle, requested: str, threads: int | None):
@@ -45,7 +44,7 @@ class OnnxRuntimeBackend:
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        self._options.intra_op_num_threads = threads or _allowed_threads()
+        self._options.intra_op_num_threads = threads or allowed_threads()
         available = onnxruntime.get_available_providers()
         if CUDA in available and requested != "cpu":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
@@ -54,8 +53,8 @@ class OnnxRuntimeBackend:
                 f"cuda was asked for; the installed ONNX Runtime {onnxruntime.__version__} has only "
                 f"{', '.join(available)}. Install 'ldm_export[gpu]' in an environment without onnxruntime."
             )
-        self._cuda = requested != "cpu" and CUDA in available
-        self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self._cuda else 'cpu'}"
+        self.on_gpu = requested != "cpu" and CUDA in available
+        self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self.on_gpu else 'cpu'}"
 
     def load(self, graph: str) -> OnnxRuntimeGraph:
         """Open a session on one of the bundle's graphs.
@@ -68,13 +67,13 @@ class OnnxRuntimeBackend:
             If ONNX Runtime refuses the graph.
         """
         spec = self._bundle.manifest.graphs[graph]
-        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
+        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.on_gpu else [CPU]
         try:
             session = self._library.InferenceSession(self._bundle.file(spec.path), self._options, providers)
         except Exception as error:  # its exceptions have no common base class
             raise BundleError(f"ONNX Runtime refuses {spec.path}: {error}. Export the bundle anew.") from error
-        if self._cuda and CUDA not in session.get_providers():
-            self._cuda = False
+        if self.on_gpu and CUDA not in session.get_providers():
+            self.on_gpu = False
             if self._requested == "cuda":
                 raise BackendError(
                     "cuda was asked for; ONNX Runtime has a CUDA provider that does not start here (driver, CUDA or "
@@ -82,30 +81,13 @@ class OnnxRuntimeBackend:
                 )
             self.name = self.name.replace("cuda", "cpu")
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
-        _check_contract(session, spec)
-        return OnnxRuntimeGraph(session, spec, on_gpu=self._cuda)
+        check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
+        return OnnxRuntimeGraph(session, spec, on_gpu=self.on_gpu)
 
 
-def _allowed_threads() -> int:
-    """The CPUs that this process is confined to (taskset, containers); 0, ONNX Runtime's own choice, if it is not."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    return allowed if allowed < (os.cpu_count() or 1) else 0
-
-
-def _check_contract(session: Any, spec: GraphSpec) -> None:
-    """Raise BundleError unless the session has the inputs and outputs that the manifest gives its graph."""
-    for side, declared, found in (
-        ("inputs", spec.inputs, session.get_inputs()),
-        ("outputs", spec.outputs, session.get_outputs()),
-    ):
-        there = {value.name: (value.type, value.shape) for value in found}
-        fits = there.keys() == {tensor.name for tensor in declared}
-        for tensor in declared if fits else ():
-            kind, shape = there[tensor.name]
-            sizes = [given if isinstance(size, str) else size for size, given in zip(tensor.shape, shape, strict=False)]
-            fits = fits and kind == ONNX_TYPES.get(tensor.dtype) and sizes == shape and len(shape) == len(tensor.shape)
-        if not fits:
-            raise BundleError(f"{spec.path} has other {side} than manifest.json says: {there}. Export the bundle anew.")
+def _signature(values: Any) -> Signature:
+    """The inputs or outputs of a session."""
+    return {value.name: (NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
 
 
 class OnnxRuntimeGraph:
@@ -119,7 +101,7 @@ class OnnxRuntimeGraph:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
-        with self._foreign_errors():
+        with foreign_errors("ONNX Runtime", self.spec.name):
             return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
@@ -133,7 +115,7 @@ class OnnxRuntimeGraph:
                 bind_tensor(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
-            with self._foreign_errors():
+            with foreign_errors("ONNX Runtime", self.spec.name):
                 self._session.run_with_iobinding(binding)
 
         return call
@@ -142,11 +124,3 @@ class OnnxRuntimeGraph:
     def _copy_out(results: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         for name, array in outputs.items():
             array[...] = results[name]
-
-    @contextmanager
-    def _foreign_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # its exceptions have no common base class
-            reason = " ".join(str(error).split())
-            raise BackendError(f"ONNX Runtime could not run {self.spec.name}: {reason}. Try a smaller size.") from error
