@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from ldm_export.bench.parity import psnr_db
@@ -87,6 +88,17 @@ def test_every_graph_gives_what_onnxruntime_gives(bundle_of: Callable[[str], Pat
         assert result.shape == expected[name].shape
         assert result.dtype == expected[name].dtype
         np.testing.assert_allclose(result, expected[name], rtol=0, atol=TOLERANCE * np.abs(expected[name]).max())
+
+
+def test_weights_in_a_file_of_their_own(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    file = bundle.file("unet/model.onnx")
+    ours = OpenVinoBackend(bundle, None)
+    inputs = arrays(bundle.manifest.graphs["unet"].inputs)
+    expected = ours.load("unet").run(inputs)["out_sample"]
+    onnx.save_model(onnx.load(file), file, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    assert (file.parent / "model.onnx.data").stat().st_size > file.stat().st_size
+    np.testing.assert_array_equal(ours.load("unet").run(inputs)["out_sample"], expected)
 
 
 def test_a_wrong_number_is_seen(backend: OpenVinoBackend, tiny_bundle: Path) -> None:

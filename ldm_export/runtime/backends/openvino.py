@@ -126,7 +126,7 @@ class OpenVinoGraph:
 
 
 def _import_openvino() -> Any:
-    """Import the library without the module that reports every import to its makers, of which it knows the lack."""
+    """Import the library, but not the module by which it reports every import to its makers; it does without."""
     telemetry = "openvino_telemetry"
     hidden = telemetry not in sys.modules
     if hidden:
