@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=5)
     arguments = parser.parse_args()
 
-    pipeline = Pipeline.open(arguments.bundle)
+    pipeline = Pipeline.open(arguments.bundle, backend="cpu")
     model = pipeline.bundle.manifest.model
     count, classes = arguments.count, model["num_class_embeds"]
     channels = int(pipeline.bundle.manifest.graphs["vae_encoder"].inputs[0].shape[1])

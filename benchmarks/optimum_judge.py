@@ -28,7 +28,7 @@ def compare(bundle: str, theirs: str) -> None:
     from ldm_export.bench.parity import psnr_db
     from ldm_export.runtime import Pipeline
 
-    ours = Pipeline.open(bundle).generate(PROMPTS, steps=20, guidance=4.0, seed=0).images
+    ours = Pipeline.open(bundle, backend="cpu").generate(PROMPTS, steps=20, guidance=4.0, seed=0).images
     values = [min(psnr_db(a, b), 999.0) for a, b in zip(ours, np.load(theirs, allow_pickle=False), strict=True)]
     print(f"PSNR against optimum-onnx, dB: worst {min(values):.1f} of {len(values)}")
     print(json.dumps({"psnr_db": values}))

@@ -16,6 +16,7 @@ from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export import chain
+from ldm_export.runtime.backends import auto
 from tests.bundle_fixture import KINDS, GraphCache
 
 TOKENS = 16
@@ -28,6 +29,15 @@ def perturb(module: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_measures_nothing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The backend ``auto`` is ONNX Runtime, however fast OpenVINO is on this machine; nothing is kept in the home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "openvino_version", lambda: None)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

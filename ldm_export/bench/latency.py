@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.backends.auto import SETTLE_S
 from ldm_export.runtime.pipeline import Timings
-
-SETTLE_S = 0.1
-"""Between the sides: threads of one library that still wait, spinning, for more work would slow the other."""
 
 
 @dataclass(frozen=True)

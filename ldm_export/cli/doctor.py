@@ -15,6 +15,7 @@ PACKAGES = {
     "tokenizers": "prompts",
     "onnxruntime": "drawing on CPUs (extra cpu)",
     "onnxruntime-gpu": "drawing on NVIDIA GPUs (extra gpu)",
+    "openvino": "drawing on CPUs (extra openvino)",
     "torch": "export and training (extras export, train)",
     "onnx": "export (extra export)",
     "onnxscript": "export (extra export)",
@@ -47,8 +48,11 @@ def diagnose() -> dict[str, Any]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; only one may be. "
             "Run: pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want."
         )
-    if not (packages["onnxruntime"] or packages["onnxruntime-gpu"]):
-        problems.append("No ONNX Runtime is installed, so nothing can be drawn. Run: pip install 'ldm_export[cpu]'")
+    if not (packages["onnxruntime"] or packages["onnxruntime-gpu"] or packages["openvino"]):
+        problems.append(
+            "Neither ONNX Runtime nor OpenVINO is installed, so nothing can be drawn. "
+            "Run: pip install 'ldm_export[cpu]'"
+        )
     providers = _providers()
     if packages["onnxruntime-gpu"] and "CUDAExecutionProvider" not in providers:
         problems.append("onnxruntime-gpu is installed without a CUDA provider. Reinstall 'ldm_export[gpu]'.")

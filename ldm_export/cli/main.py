@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -59,7 +62,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Print an error of ours, or that a package is missing, as one sentence and leave with the exit code."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _notes_printed():
             warnings.showwarning = _print_warning  # type: ignore[assignment]  # it needs two of the six arguments
             try:
                 return super().invoke(ctx)
@@ -86,6 +89,25 @@ def main() -> None:
 def _print_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     if issubclass(category, UserWarning):
         errors.print(f"warning: {message}", style="yellow", markup=False)
+
+
+class _Printer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), markup=False)
+
+
+@contextmanager
+def _notes_printed() -> Iterator[None]:
+    """Print what the library logs: what it found out on its own and goes by."""
+    logger, printer = logging.getLogger("ldm_export"), _Printer(logging.INFO)
+    level = logger.level
+    logger.addHandler(printer)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(printer)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 class Timings:
     """Wall-clock milliseconds of one generation, by stage.
 
-    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and not part of the total.
+    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and what a backend needs to prepare
+    the UNet for a size that is new to it; it is not part of the total.
     ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
     """
 
@@ -125,7 +126,9 @@ class Pipeline:
         Parameters
         ----------
         path : the bundle's folder
-        backend : ``auto`` (CUDA where ONNX Runtime has it, else the CPU), ``cpu`` or ``cuda``
+        backend : ``cpu`` (ONNX Runtime), ``openvino``, ``cuda`` or ``auto``: CUDA where ONNX Runtime has it; on a CPU
+            with both libraries the one that is faster for this bundle, which is measured the first time, in a second
+            or two network calls each, and remembered (:mod:`ldm_export.runtime.backends.auto`)
         verify : also check every file's hash
         threads : CPU threads for one operator; by default one a physical core
 
@@ -243,11 +246,15 @@ class Pipeline:
         sample = np.empty((batch * (1 + guided), *shape), np.float32)
         out = np.empty_like(sample)
         timestep = np.empty((), np.float32)
+        timings.loop_ms += _since(started)
+        started = time.perf_counter()
         inputs = {"sample": sample, "timestep": timestep, **conditions}
         bind: Any = unet.bind
         if request.deepcache > 1:
             bind = partial(bind, every=request.deepcache)
         call = bind(inputs, {"out_sample": out}, fixed=tuple(conditions))
+        timings.text_ms += _since(started)  # what of the UNet depends on the prompt alone may be computed here
+        started = time.perf_counter()
         for index, row in enumerate(trajectory.rows):
             stepper.network_input(out=sample[:batch])
             if guided:

@@ -270,9 +270,12 @@ def test_the_unet_reads_and_writes_where_it_did(pipeline: Pipeline, monkeypatch:
     bound: list[dict[str, Any]] = []
     bind = OnnxRuntimeGraph.bind
 
-    def watched(self: OnnxRuntimeGraph, inputs: dict[str, Any], outputs: dict[str, Any]) -> Callable[[], None]:
+    def watched(
+        self: OnnxRuntimeGraph, inputs: dict[str, Any], outputs: dict[str, Any], fixed: Sequence[str]
+    ) -> Callable[[], None]:
         bound.append({**inputs, **outputs})
-        return bind(self, inputs, outputs)
+        assert set(fixed) == {"encoder_hidden_states"}
+        return bind(self, inputs, outputs, fixed)
 
     monkeypatch.setattr(OnnxRuntimeGraph, "bind", watched)
     seen: list[np.ndarray[Any, Any]] = []
@@ -301,7 +304,7 @@ def test_cuda_that_is_not_there_is_refused_by_name(tiny_bundle: Path, monkeypatc
 
 
 def test_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
-    with pytest.raises(InputError, match="There is no backend 'directml'; there are auto, cpu, cuda"):
+    with pytest.raises(InputError, match="There is no backend 'directml'; there are auto, cpu, openvino, cuda"):
         Pipeline.open(tiny_bundle, backend="directml")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import InputError
+from ldm_export.errors import BackendError, BundleError, InputError
 
 Array = npt.NDArray[Any]
 
@@ -42,7 +44,7 @@ class Backend(Protocol):
 
 
 def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
-    """Open a backend by the name that users give: ``auto``, ``cpu`` or ``cuda``.
+    """Open a backend by the name that users give, one of :data:`BACKENDS`.
 
     Raises
     ------
@@ -53,9 +55,54 @@ def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
     """
     if name not in BACKENDS:
         raise InputError(f"There is no backend {name!r}; there are {', '.join(BACKENDS)}. Use one of those.")
+    from ldm_export.runtime.backends.auto import open_fastest
     from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from ldm_export.runtime.backends.openvino import OpenVinoBackend
 
-    return OnnxRuntimeBackend(bundle, name, threads)
+    if name == "auto":
+        return open_fastest(bundle, threads)
+    return OpenVinoBackend(bundle, threads) if name == "openvino" else OnnxRuntimeBackend(bundle, name, threads)
 
 
-BACKENDS = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "cpu", "openvino", "cuda")
+"""ONNX Runtime on the CPU or, where its CUDA provider works, on an NVIDIA GPU; OpenVINO on the CPU; the fastest."""
+
+
+def allowed_threads() -> int:
+    """The CPUs that this process is confined to (taskset, containers); 0, the library's own choice, if it is not."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return allowed if allowed < (os.cpu_count() or 1) else 0
+
+
+Signature = Mapping[str, tuple[str, Sequence[object]]]
+"""A loaded graph's inputs or outputs: name to dtype, in numpy's words where it has one, and shape."""
+
+
+def check_contract(spec: GraphSpec, inputs: Signature, outputs: Signature) -> None:
+    """Raise BundleError unless a loaded graph has the inputs and outputs that the manifest gives it."""
+    for side, declared, there in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
+        fits = there.keys() == {tensor.name for tensor in declared}
+        for tensor in declared if fits else ():
+            dtype, shape = there[tensor.name]
+            fits = fits and dtype == tensor.dtype and len(shape) == len(tensor.shape)
+            fits = fits and all(
+                isinstance(size, str) or given == size for size, given in zip(tensor.shape, shape, strict=True)
+            )
+        if not fits:
+            raise BundleError(
+                f"{spec.path} has other {side} than manifest.json says: {dict(there)}. Export the bundle anew."
+            )
+
+
+@contextmanager
+def foreign_errors(library: str, graph: str) -> Iterator[None]:
+    """Turn whatever a library raises while it runs a graph into one sentence."""
+    try:
+        yield
+    except Exception as error:  # these libraries' exceptions have no common base class
+        raise BackendError(f"{library} could not run {graph}: {one_line(error)}. Try a smaller size.") from error
+
+
+def one_line(error: Exception) -> str:
+    """An exception's text without line breaks, and without OpenVINO's own source lines."""
+    return " ".join(" ".join(line for line in str(error).splitlines() if not line.startswith("Exception from")).split())

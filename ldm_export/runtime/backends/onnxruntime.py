@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import Array, Graph
+from ldm_export.runtime.backends import Array, Graph, Signature, allowed_threads, check_contract, foreign_errors
 from ldm_export.runtime.backends.once import OnceGraph
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
 class OnnxRuntimeBackend:
@@ -32,6 +30,7 @@ class OnnxRuntimeBackend:
     Attributes
     ----------
     name : what is used, such as ``onnxruntime 1.32.0 cpu``, and ``ort-cpu`` behind it where the bundle has that target
+    on_gpu : whether that is CUDA
     """
 
     def __init__(self, bundle: Bundle, requested: str, threads: int | None):
@@ -49,9 +48,9 @@ class OnnxRuntimeBackend:
         self._options.log_severity_level = 3
         self._options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        wanted = threads or _allowed_threads()
-        self._options.intra_op_num_threads = wanted
-        self._options.use_per_session_threads = not _share_threads(onnxruntime, wanted)
+        # every session has threads of its own, which else wait spinning for more work while another session's run
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._options.intra_op_num_threads = threads or allowed_threads()
         available = onnxruntime.get_available_providers()
         if CUDA in available and requested != "cpu":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
@@ -60,9 +59,9 @@ class OnnxRuntimeBackend:
                 f"cuda was asked for; the installed ONNX Runtime {onnxruntime.__version__} has only "
                 f"{', '.join(available)}. Install 'ldm_export[gpu]' in an environment without onnxruntime."
             )
-        self._cuda = requested != "cpu" and CUDA in available
-        self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self._cuda else 'cpu'}"
-        self._target = None if self._cuda else self._fitting_target()
+        self.on_gpu = requested != "cpu" and CUDA in available
+        self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self.on_gpu else 'cpu'}"
+        self._target = None if self.on_gpu else self._fitting_target()
         if self._target is not None:
             self.name += f" {ORT_CPU}"
 
@@ -90,8 +89,8 @@ class OnnxRuntimeBackend:
         if self._target is not None:
             return self._load_target(self._target, graph, spec)
         session = self._session(self._bundle.file(spec.path), spec.path)
-        if self._cuda and CUDA not in session.get_providers():
-            self._cuda = False
+        if self.on_gpu and CUDA not in session.get_providers():
+            self.on_gpu = False
             if self._requested == "cuda":
                 raise BackendError(
                     "cuda was asked for; ONNX Runtime has a CUDA provider that does not start here (driver, CUDA or "
@@ -99,8 +98,8 @@ class OnnxRuntimeBackend:
                 )
             self.name = self.name.replace("cuda", "cpu")
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
-        _check_contract(session, spec)
-        return OnnxRuntimeGraph(session, spec, on_gpu=self._cuda)
+        check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
+        return OnnxRuntimeGraph(session, spec, on_gpu=self.on_gpu)
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
@@ -114,65 +113,27 @@ class OnnxRuntimeBackend:
         return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
     def _session(self, file: Path, path: str) -> Any:
-        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
+        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.on_gpu else [CPU]
         try:
             return self._library.InferenceSession(file, self._options, providers)
         except Exception as error:  # its exceptions have no common base class
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
 
 
-_shared_threads: int | None = None
-"""How many the pool has that sessions share, once there is one."""
-
-
-def _share_threads(library: Any, threads: int) -> bool:
-    """Whether sessions can share one pool of so many threads: ONNX Runtime makes one a process, and keeps its size.
-
-    Idle threads wait for more work spinning. With a pool each, those of the text encoder would slow the first steps of
-    the UNet, and those of the UNet the decoder.
-    """
-    global _shared_threads
-    if _shared_threads is None:
-        try:
-            library.set_global_thread_pool_sizes(threads, 1)
-        except Exception:  # the application, or another library, has made it, with a size of its own
-            return False
-        _shared_threads = threads
-    return threads == _shared_threads
-
-
-def _allowed_threads() -> int:
-    """The CPUs that this process is confined to (taskset, containers); 0, ONNX Runtime's own choice, if it is not."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    return allowed if allowed < (os.cpu_count() or 1) else 0
-
-
-def _check_contract(session: Any, spec: GraphSpec) -> None:
-    """Raise BundleError unless the session has the inputs and outputs that the manifest gives its graph."""
-    for side, declared, found in (
-        ("inputs", spec.inputs, session.get_inputs()),
-        ("outputs", spec.outputs, session.get_outputs()),
-    ):
-        there = {value.name: (value.type, value.shape) for value in found}
-        fits = there.keys() == {tensor.name for tensor in declared}
-        for tensor in declared if fits else ():
-            kind, shape = there[tensor.name]
-            sizes = [given if isinstance(size, str) else size for size, given in zip(tensor.shape, shape, strict=False)]
-            fits = fits and kind == ONNX_TYPES.get(tensor.dtype) and sizes == shape and len(shape) == len(tensor.shape)
-        if not fits:
-            raise BundleError(f"{spec.path} has other {side} than manifest.json says: {there}. Export the bundle anew.")
+def _signature(values: Any) -> Signature:
+    """The inputs or outputs of a session."""
+    return {value.name: (NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
 
 
 def _spec_of(session: Any, path: str) -> GraphSpec:
     """What a session says that it takes and gives."""
-    dtypes = {kind: dtype for dtype, kind in ONNX_TYPES.items()}
     sides = []
     for values in (session.get_inputs(), session.get_outputs()):
         named = (
             (value, [size if isinstance(size, int) else f"{value.name}.{k}" for k, size in enumerate(value.shape)])
             for value in values
         )
-        sides.append(tuple(TensorSpec(value.name, dtypes[value.type], tuple(shape)) for value, shape in named))
+        sides.append(tuple(TensorSpec(value.name, NUMPY_TYPES[value.type], tuple(shape)) for value, shape in named))
     return GraphSpec(path, *sides)
 
 
@@ -187,7 +148,7 @@ class OnnxRuntimeGraph:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
-        with self._foreign_errors():
+        with foreign_errors("ONNX Runtime", self.spec.name):
             return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
 
     def bind(
@@ -203,7 +164,7 @@ class OnnxRuntimeGraph:
                 bind_tensor(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
-            with self._foreign_errors():
+            with foreign_errors("ONNX Runtime", self.spec.name):
                 self.session.run_with_iobinding(binding)
 
         return call
@@ -212,11 +173,3 @@ class OnnxRuntimeGraph:
     def _copy_out(results: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         for name, array in outputs.items():
             array[...] = results[name]
-
-    @contextmanager
-    def _foreign_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # its exceptions have no common base class
-            reason = " ".join(str(error).split())
-            raise BackendError(f"ONNX Runtime could not run {self.spec.name}: {reason}. Try a smaller size.") from error

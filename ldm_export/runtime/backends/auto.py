@@ -1,0 +1,192 @@
+"""``auto``: CUDA where ONNX Runtime has it; on a CPU with ONNX Runtime and OpenVINO, the one that proves faster.
+
+Which one is depends on the network and the processor, so it is measured, once for a bundle and a machine: both call
+the UNet as for one picture, in turn, and the shortest call counts, since other load only ever adds. After a call each
+to warm up, rounds go on for ``BUDGET_S``, at least one: a small model takes about a second, a large one two calls each.
+Opening it in both comes on top.
+
+The times are remembered in ``$XDG_CACHE_HOME/ldm_export`` (``~/.cache/ldm_export``), a file for each combination of
+UNet, processor, versions and threads. It may be deleted at any time; where it cannot be read or written, pictures are
+drawn all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from ldm_export.bundle import Bundle
+from ldm_export.contract import TensorSpec
+from ldm_export.errors import BackendError, LdmExportError
+from ldm_export.runtime.backends import Array, Backend, allowed_threads
+from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ldm_export.runtime.backends.openvino import OpenVinoBackend
+
+SETTLE_S = 0.1
+"""Between sides that are timed in turn: threads of one that still wait, spinning, for work would slow the other."""
+BUDGET_S = 1.0
+TURN_S = 0.05
+"""How long one side is called before it is the other's turn, at least once."""
+LARGE_BYTES = 1 << 30
+"""UNets from this size are opened and timed one after the other, so that never two of them are in memory."""
+SIDES = ("onnxruntime", "openvino")
+CLIP_TOKENS = 77
+
+_log = logging.getLogger(__name__)
+
+
+def open_fastest(bundle: Bundle, threads: int | None) -> Backend:
+    """Open the backend ``auto``; what is measured is told to the logger ``ldm_export`` (level INFO).
+
+    Raises
+    ------
+    BackendError
+        If neither library is installed.
+    """
+    found = openvino_version()
+    try:
+        cpu = OnnxRuntimeBackend(bundle, "auto", threads)
+    except BackendError:
+        if found is None:
+            raise
+        return OpenVinoBackend(bundle, threads)
+    if cpu.on_gpu or found is None:
+        return cpu
+    file = _cache_file(bundle, [cpu.name, found, threads or allowed_threads() or os.cpu_count()])
+    times = remembered(file)
+    if times is not None and times["onnxruntime"] <= times["openvino"]:
+        return cpu
+    try:
+        openvino = OpenVinoBackend(bundle, threads)
+        if times is None:
+            times = measure(bundle, cpu, openvino)
+            _remember(file, times)
+    except LdmExportError:  # what OpenVINO cannot do, ONNX Runtime may; and what neither can, it says itself
+        return cpu
+    return cpu if times["onnxruntime"] <= times["openvino"] else openvino
+
+
+def openvino_version() -> str | None:
+    """The installed OpenVINO, found without importing it, which takes a second."""
+    try:
+        return version("openvino")
+    except PackageNotFoundError:
+        return None
+
+
+def measure(bundle: Bundle, cpu: Backend, openvino: Backend) -> dict[str, float]:
+    """The shortest UNet call of each of :data:`SIDES`, in milliseconds."""
+    size_bytes = sum(entry.size_bytes for path, entry in bundle.manifest.files.items() if path.startswith("unet/"))
+    sides = list(zip(SIDES, (cpu, openvino), strict=True))
+    times: dict[str, float] = {}
+    for group in [sides] if size_bytes < LARGE_BYTES else [[side] for side in sides]:
+        times |= time_calls({name: _unet_call(bundle, backend) for name, backend in group})
+    return times
+
+
+def time_calls(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """The shortest of each side's calls, in milliseconds, timed in turn as the module's docstring says."""
+    shortest = dict.fromkeys(calls, float("inf"))
+    started = time.perf_counter()
+    for call in calls.values():
+        call()
+    while True:
+        for name, call in calls.items():
+            time.sleep(SETTLE_S)
+            ends = time.perf_counter() + TURN_S
+            while True:
+                called = time.perf_counter()
+                call()
+                now = time.perf_counter()
+                shortest[name] = min(shortest[name], (now - called) * 1000.0)
+                if now >= ends:
+                    break
+        if time.perf_counter() - started >= BUDGET_S:
+            return shortest
+
+
+def _unet_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
+    """A call of the UNet with noise, for one picture of the model's own size, in two rows where guidance needs them."""
+    model, unet = bundle.manifest.model, backend.load("unet")
+    names = {tensor.name for tensor in unet.spec.inputs}
+    text = bundle.manifest.graphs.get("text_encoder")
+    sizes = {
+        "batch": 1 + ("encoder_hidden_states" in names and "timestep_cond" not in names),
+        "height": model["height"] // model["pixels_per_latent"],
+        "width": model["width"] // model["pixels_per_latent"],
+        "tokens": text.inputs[0].shape[-1] if text else CLIP_TOKENS,
+    }
+    generator = np.random.default_rng(0)
+
+    def array(tensor: TensorSpec) -> Array:
+        shape = [sizes.get(size, 1) if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.dtype.startswith("int"):  # class labels
+            return np.zeros(shape, tensor.dtype)
+        return np.asarray(generator.standard_normal(shape), tensor.dtype)
+
+    inputs, outputs = (
+        {tensor.name: array(tensor) for tensor in side} for side in (unet.spec.inputs, unet.spec.outputs)
+    )
+    return unet.bind(inputs, outputs, fixed=inputs.keys() - {"sample", "timestep"})
+
+
+def _cache_file(bundle: Bundle, runs_on: list[object]) -> Path | None:
+    """Where the times are remembered; None where there is no home."""
+    unet = bundle.manifest.files[bundle.manifest.graphs["unet"].path].sha256
+    digest = hashlib.sha256(json.dumps([unet, _processor(), *runs_on]).encode()).hexdigest()
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "ldm_export" / f"unet-{digest[:32]}.json"
+
+
+def _processor() -> str:
+    """The processor's name and, where the system tells them, the instructions that it has."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def remembered(file: Path | None) -> dict[str, float] | None:
+    """The times in a file, or None if there are none, or none that make sense."""
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        times = {name: found[name] for name in SIDES}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return times if all(type(value) is float and 0 < value < float("inf") for value in times.values()) else None
+
+
+def _remember(file: Path | None, times: Mapping[str, float]) -> None:
+    """Write the times, whole or not at all, and tell them."""
+    until = "from now on"
+    try:
+        if file is None:
+            raise OSError("there is no home folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            partial.write_text(json.dumps(times), encoding="utf-8")
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        until = f"this time, which cannot be remembered ({error})"
+    told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
+    _log.info("measured: %s a UNet call; %s is used %s", told, min(times, key=lambda name: times[name]), until)
