@@ -14,7 +14,12 @@ from ldm_export.errors import BackendError, BundleError
 from ldm_export.runtime.backends import Array
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-ONNX_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)"}
+ONNX_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "uint8": "tensor(uint8)",
+}
 
 
 class OnnxRuntimeBackend:
