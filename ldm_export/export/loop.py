@@ -12,7 +12,8 @@ repack them.
 Weights of 1 KiB and more are in ``loops/weights.onnx_data``, which all loops of a bundle share: which they are and
 where depends on the graphs, not on the plan. They are a copy. References into the graphs' own files, such as
 ``../unet/model.onnx`` with an offset, would need none, but onnx.checker and ONNX Runtime 1.32 refuse a location outside
-the model's folder. A file beside the model opens in ONNX Runtime with no option; onnxruntime-web is given it by name.
+the model's folder. A file beside the model opens in ONNX Runtime with no option. onnxruntime-web 1.30 has no files, and
+the ones that it is given it does not find for nested graphs; ``examples/web`` puts the weights into the model's bytes.
 """
 
 from __future__ import annotations
