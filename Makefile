@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-browser web-runtime check emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -21,6 +21,21 @@ test: check
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# draws in headless Chromium, Debian's package chromium for instance, and holds the picture against Python's
+test-browser: $(READY) web-runtime
+	$(BIN)/python -m pytest -m browser
+
+ORT_WEB := onnxruntime-web@1.30.0
+WEB     := examples/web/ort
+
+web-runtime: $(WEB)/ort.wasm.min.mjs
+
+$(WEB)/ort.wasm.min.mjs:
+	mkdir -p $(WEB) build
+	cd build && npm pack --silent $(ORT_WEB)
+	tar -xzf build/$(subst @,-,$(ORT_WEB)).tgz --touch --strip-components=2 -C $(WEB) package/dist/ort.wasm.min.mjs \
+		package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -74,7 +74,14 @@ class Bundle:
             raise BundleError(f"Bundle {self.path} has no {relative}; it has {', '.join(sorted(self.manifest.files))}.")
         return self.path / relative
 
-    def add_file(self, relative: str, data: bytes) -> "Bundle":
+    def add_file(
+        self,
+        relative: str,
+        data: bytes | Path,
+        *,
+        graph: GraphSpec | None = None,
+        parity: Sequence[Mapping[str, Any]] = (),
+    ) -> "Bundle":
         """Add a file, or replace one, and return the bundle as it then is.
 
         Each write is atomic, and a file is never listed before it is whole: a kill in between leaves a bundle that
@@ -84,8 +91,12 @@ class Bundle:
         ----------
         relative : str
             Where in the bundle, with ``/`` between the parts; not under ``targets/``.
-        data : bytes
-            The file's content.
+        data : bytes or path
+            The file's content, or the file that has it.
+        graph : GraphSpec, optional
+            What the file takes and gives, if it is a graph.
+        parity : sequence of mappings
+            The graph's records; they replace those that the bundle has of it.
 
         Raises
         ------
@@ -96,21 +107,29 @@ class Bundle:
         """
         check_relative(relative)
         manifest = _opened(self.path, verify=False).manifest
-        entry = FileEntry(len(data), hashlib.sha256(data).hexdigest())
         others = {name: old for name, old in manifest.files.items() if name != relative}
+        graphs = {name: old for name, old in manifest.graphs.items() if old.path != relative}
+        dropped = manifest.graphs.keys() - graphs.keys()
+        records = [record for record in manifest.parity if record.get("graph") not in dropped]
         target = self.path / relative
+        size_bytes = 0
         try:
+            size_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
+            sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else _sha256(data)
+            entry = FileEntry(size_bytes, sha256)
             if manifest.files.get(relative, entry) != entry:
-                graphs = {name: graph for name, graph in manifest.graphs.items() if graph.path != relative}
-                _write(self.path / MANIFEST, replace(manifest, files=others, graphs=graphs).to_json().encode())
+                without = replace(manifest, files=others, graphs=graphs, parity=records)
+                _write(self.path / MANIFEST, without.to_json().encode())
             target.parent.mkdir(parents=True, exist_ok=True)
             _write(target, data)
             manifest = replace(manifest, files=others | {relative: entry})
+            if graph is not None:
+                manifest = replace(manifest, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
             if relative.lower().endswith(".onnx"):
                 _check_external_data(self.path, relative, manifest)
             _write(self.path / MANIFEST, manifest.to_json().encode())
         except OSError as exc:
-            raise _export_error(exc, self.path, len(data)) from exc
+            raise _export_error(exc, self.path, size_bytes) from exc
         except BundleError:
             target.unlink()
             raise
@@ -297,12 +316,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+def _write(path: Path, data: bytes | Path) -> None:
+    """Write a file whole or not at all, from its content or from another file."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file, _CHUNK_BYTES)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -36,8 +36,8 @@ class GraphSpec:
 
     @property
     def name(self) -> str:
-        """The folder that the graph is in, such as ``unet``."""
-        return self.path.partition("/")[0]
+        """The folder that the graph is in, such as ``unet``; of a loop its file, such as ``loops/ddim-20``."""
+        return self.path.removesuffix("/model.onnx").removesuffix(".onnx")
 
 
 def _graph(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> GraphSpec:
@@ -97,6 +97,30 @@ def vae_encoder_spec(config: Mapping[str, Any]) -> GraphSpec:
     sample = TensorSpec("sample", "float32", ("batch", config["in_channels"], "image_height", "image_width"))
     parameters = TensorSpec("latent_parameters", "float32", ("batch", 2 * config["latent_channels"], "height", "width"))
     return _graph("vae_encoder", [sample], [parameters])
+
+
+def loop_spec(name: str, graphs: Mapping[str, GraphSpec], *, guided: bool, draws: int) -> GraphSpec:
+    """A whole sampling loop as one graph, from the graphs that it is made of.
+
+    ``noise`` is what the latents start from and ``step_noise[k]`` what the k-th row that adds noise adds, both N(0, I);
+    ``draws`` is how many such rows the plan has. A ``guided`` loop calls the UNet with and without the prompt.
+    """
+    unet = {tensor.name: tensor for tensor in (*graphs["unet"].inputs, *graphs["unet"].outputs)}
+    shape = ("batch", *unet["out_sample"].shape[1:])
+    inputs = []
+    if "encoder_hidden_states" in unet:
+        ids = graphs["text_encoder"].inputs[0]
+        inputs += [ids, *([TensorSpec("negative_input_ids", ids.dtype, ids.shape)] if guided else [])]
+    if "class_labels" in unet:
+        inputs.append(unet["class_labels"])
+    inputs.append(TensorSpec("noise", "float32", shape))
+    if draws:
+        inputs.append(TensorSpec("step_noise", "float32", (draws, *shape)))
+    if guided or "timestep_cond" in unet:
+        inputs.append(TensorSpec("guidance_scale", "float32", ()))
+    channels = graphs["vae_decoder"].outputs[0].shape[1]
+    images = TensorSpec("images", "uint8", ("batch", "image_height", "image_width", channels))
+    return GraphSpec(f"loops/{name}.onnx", tuple(inputs), (images, TensorSpec("latents", "float32", shape)))
 
 
 def check_inputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -25,6 +25,7 @@ from ldm_export.errors import BundleError, ExportError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TARGETS = "targets"
+LOOPS = "loops"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def manifest_from_json(text: str) -> Manifest:
     for key in ("passes", "parity"):
         for number, entry in enumerate(_field(found, key, list, "")):
             _check_type(entry, dict, f"{key}[{number}]")
+            _check_type(entry.get("made_of", {}), dict, f"{key}[{number}].made_of")
     return Manifest(
         files=files,
         graphs=graphs,
@@ -105,6 +107,22 @@ def manifest_from_json(text: str) -> Manifest:
         ldm_export_version=_field(found, "ldm_export_version", str, ""),
         format_version=version,
     )
+
+
+def stale_loops(manifest: Manifest) -> dict[str, list[str]]:
+    """Name the loops that were made of a plan or of graphs which the bundle no longer has so, each with those files."""
+    now = {path: entry.sha256 for path, entry in manifest.files.items()}
+    changed = {
+        str(record.get("graph")): sorted(path for path, sha256 in made_of.items() if now.get(path) != sha256)
+        for record in manifest.parity
+        if (made_of := record.get("made_of"))
+    }
+    return {name: paths for name, paths in changed.items() if paths}
+
+
+def is_loop(relative: str) -> bool:
+    """Return whether a path in a bundle is of a loop graph, or of the weights that they share."""
+    return relative.split("/")[0] == LOOPS
 
 
 def is_target(relative: str) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ldm_export.bundle import Bundle, sha256_of
 from ldm_export.errors import BundleError
-from ldm_export.manifest import TARGETS, FileEntry, check_relative
+from ldm_export.manifest import TARGETS, FileEntry, check_relative, is_loop
 from ldm_export.onnx_wire import external_data_from_onnx
 
 TARGET = "target.json"
@@ -77,7 +77,7 @@ def made_from(bundle: Bundle) -> dict[str, str]:
     """The hashes of all files that a bundle's graphs consist of."""
     graphs = {graph.path for graph in bundle.manifest.graphs.values()}
     data = {path for path in bundle.manifest.files if path.endswith(".onnx_data")}
-    return {path: bundle.manifest.files[path].sha256 for path in sorted(graphs | data)}
+    return {path: bundle.manifest.files[path].sha256 for path in sorted(graphs | data) if not is_loop(path)}
 
 
 def cpu_level() -> str:

@@ -333,6 +333,27 @@ class TestAddFile:
         assert added.file("plans/plms-50.json").read_bytes() == b"[]\n"
         assert added.manifest.graphs == opened.manifest.graphs
 
+    def test_a_file_from_a_file(self, bundle, tmp_path):
+        (tmp_path / "source").write_bytes(b"weights")
+        added = Bundle.open(bundle).add_file("loops/weights", tmp_path / "source")
+        assert added.file("loops/weights").read_bytes() == b"weights"
+        Bundle.open(bundle, verify=True)
+        with pytest.raises(ExportError, match="cannot be written"):
+            added.add_file("loops/other", tmp_path / "absent")
+        assert Bundle.open(bundle, verify=True) == added
+
+    def test_a_graph_with_its_records(self, bundle):
+        opened = Bundle.open(bundle)
+        spec = GraphSpec("loops/a-1.onnx", (), ())
+        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+        for error in (1.0, 2.0):  # the second replaces the first
+            node = helper.make_node("Constant", [], ["y"], value_float=error)
+            model = helper.make_model(helper.make_graph([node], "g", [], [output]))
+            record = {"graph": spec.name, "max_error": error}
+            added = Bundle.open(bundle).add_file(spec.path, model.SerializeToString(), graph=spec, parity=[record])
+            assert added.manifest.graphs == {**opened.manifest.graphs, "loops/a-1": spec}
+            assert list(added.manifest.parity) == [*opened.manifest.parity, record]
+
     def test_two_openers_both_add(self, bundle):
         first, second = Bundle.open(bundle), Bundle.open(bundle)
         first.add_file("plans/a.json", b"a")

@@ -7,7 +7,7 @@ import click
 
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.cli.build import print_target
-from ldm_export.cli.options import console, folder, json_option, print_json, stages, steps_bar
+from ldm_export.cli.options import console, folder, json_option, parity_line, print_json, stages, steps_bar
 from ldm_export.cli.passes import print_passes
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
@@ -29,6 +29,13 @@ TARGETS = ("cpu", "none")
 @click.option("--held-out", type=folder, default=None, help="Pictures that distances are to; those of --data else.")
 @click.option("--from-scratch", is_flag=True, help="Train even what a shipped checkpoint has the result of.")
 @click.option("--target", type=click.Choice(TARGETS), default="cpu", help="What to build beside; cpu by default.")
+@click.option(
+    "--loop",
+    "loops",
+    multiple=True,
+    metavar="SAMPLER-STEPS",
+    help="Also make the whole sampling loop of a plan, such as ddim-20, one ONNX graph; repeatable.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @json_option
 def command(
@@ -41,15 +48,21 @@ def command(
     held_out: Path | None,
     from_scratch: bool,
     target: str,
+    loops: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
 
     Every graph is held against PyTorch before the bundle is sealed; exit code 1 if one differs. With --recipe the model
-    is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much.
+    is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much. A loop is held
+    against the runtime before it is added to the bundle; exit code 1 if one differs.
     """
     model = LatentDiffusion.open(checkpoint)
+    if loops:
+        from ldm_export.bench.loop import add_loop, check_loops
+
+        check_loops(model, loops)
     records: list[dict[str, Any]] = []
     if recipe is None:
         with stages("export") as progress:
@@ -77,6 +90,10 @@ def command(
                 force=force,
                 progress=lambda what, done, of: advance(done, of, what),
             )
+    if loops:
+        with stages("loops") as progress:
+            for name in loops:
+                bundle = add_loop(bundle, name, progress)
     made = None
     if target == "cpu":
         with stages("build") as progress:
@@ -87,10 +104,7 @@ def command(
     if records:
         print_passes(records)
     for record in bundle.manifest.parity:
-        console.print(
-            f"{record['graph']:15} {record['output']:20} differs from PyTorch by {record['max_error']:.1e} "
-            f"(allowed {record['tolerance']:.0e})"
-        )
+        console.print(parity_line(record))
     _print_size(bundle)
     if made is not None:
         print_target(made)

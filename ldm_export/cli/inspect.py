@@ -32,7 +32,11 @@ def command(bundle: Path, as_json: bool) -> None:
         console.print(f"  {key}: {value}", markup=False)
     graphs = Table("graph", "inputs", "outputs", "MB")
     for name, graph in manifest.graphs.items():
-        size_bytes = sum(entry.size_bytes for path, entry in manifest.files.items() if path.startswith(f"{name}/"))
+        size_bytes = sum(
+            entry.size_bytes
+            for path, entry in manifest.files.items()
+            if path.startswith(f"{name}/") or path == graph.path
+        )
         graphs.add_row(name, _tensors(graph.inputs), _tensors(graph.outputs), f"{size_bytes / 1e6:.1f}")
     console.print(graphs)
     parity = Table("graph", "output", "max error", "allowed")

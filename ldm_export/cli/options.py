@@ -32,6 +32,15 @@ def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, sort_keys=True))
 
 
+def parity_line(record: Mapping[str, Any]) -> str:
+    """A record of the manifest's ``parity`` as a line."""
+    reference = "the runtime" if record.get("reference") == "runtime" else "PyTorch"
+    return (
+        f"{record['graph']:15} {record['output']:20} differs from {reference} by {record['max_error']:.1e} "
+        f"(allowed {record['tolerance']:.0e})"
+    )
+
+
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str], None]]:
     """A spinner that shows what is being done; gives the function to call with each new stage."""

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from ldm_export.bundle import Bundle
-from ldm_export.cli.options import bundle_argument, console, json_option, print_json
-from ldm_export.errors import BundleError
-from ldm_export.plan import SAMPLERS, compile_plan
+from ldm_export.cli.options import bundle_argument, console, json_option, parity_line, print_json, stages
+from ldm_export.export.plans import add_plan
+from ldm_export.plan import SAMPLERS
 
 
 @click.command()
@@ -16,17 +15,27 @@ from ldm_export.plan import SAMPLERS, compile_plan
 @click.option("--sampler", required=True, help=f"One of {', '.join(SAMPLERS)}.")
 @click.option("--steps", type=int, required=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="DDIM's share of DDPM's noise, in [0, 1].")
+@click.option("--loop", is_flag=True, help="Also add the whole sampling loop as one ONNX graph.")
 @json_option
-def command(bundle: Path, sampler: str, steps: int, eta: float, as_json: bool) -> None:
-    """Compile a sampler into a plan and add it to BUNDLE; an installed C++ application can then use it too."""
-    opened = Bundle.open(bundle)
-    try:
-        scheduler = json.loads(opened.file("scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{bundle}: scheduler_config.json is not JSON ({error}). Export the bundle anew.") from error
-    plan = compile_plan(scheduler, sampler, steps, eta=eta)
-    opened.add_file(f"plans/{plan.file_name}", plan.to_json().encode())
+def command(bundle: Path, sampler: str, steps: int, eta: float, loop: bool, as_json: bool) -> None:
+    """Compile a sampler into a plan and add it to BUNDLE; an installed C++ application can then use it too.
+
+    With --loop, loops/SAMPLER-STEPS.onnx goes from token ids and noise to pictures by this plan, in any language that
+    has ONNX Runtime. It is held against the runtime before it is added; exit code 1 if it differs.
+    """
+    opened, plan = add_plan(Bundle.open(bundle), sampler, steps, eta=eta)
+    document = {"plan": f"plans/{plan.file_name}", "rows": len(plan.rows)}
+    records = []
+    if loop:
+        from ldm_export.bench.loop import add_loop, records_of
+
+        name = plan.file_name.removesuffix(".json")
+        with stages("loop") as progress:
+            records = records_of(add_loop(opened, name, progress), [name])
+        document |= {"loop": f"loops/{name}.onnx", "parity": records}
     if as_json:
-        print_json({"plan": f"plans/{plan.file_name}", "rows": len(plan.rows)})
-    else:
-        console.print(f"plans/{plan.file_name}: {len(plan.rows)} network calls")
+        print_json(document)
+        return
+    console.print(f"{document['plan']}: {len(plan.rows)} network calls")
+    for record in records:
+        console.print(parity_line(record))

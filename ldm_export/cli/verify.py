@@ -6,6 +6,8 @@ import click
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
+from ldm_export.errors import BundleError
+from ldm_export.manifest import stale_loops
 from ldm_export.runtime.backends import open_backend
 
 
@@ -22,6 +24,11 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
     with stages("verify") as progress:
         progress("hashes")
         opened = Bundle.open(bundle, verify=True)
+        for name, changed in stale_loops(opened.manifest).items():
+            raise BundleError(
+                f"Bundle {bundle}: {name} was made of another {changed[0]} than the bundle has. Make it again "
+                "with: ldm-export plan --loop"
+            )
         backend = open_backend(opened, "cpu", None)
         for name in opened.manifest.graphs:
             progress(f"{name}: contract")

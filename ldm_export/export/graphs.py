@@ -16,7 +16,7 @@ from ldm_export.errors import ExportError, InputError
 from ldm_export.export.chain import Progress, parity_runs, tolerances
 from ldm_export.export.parity import check_parity, compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
-from ldm_export.manifest import MANIFEST, is_target
+from ldm_export.manifest import MANIFEST, is_loop, is_target
 
 CALIBRATION = "calibration"
 """In a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
@@ -32,6 +32,8 @@ def change_graphs(
     progress: Progress = lambda stage: None,
 ) -> tuple[Bundle, dict[str, Any]]:
     """Apply a pass to the graphs that it names; gives the new bundle, and the pass's report on each graph.
+
+    Loops, which were made of the graphs as they were, are left behind.
 
     Parameters
     ----------
@@ -51,9 +53,11 @@ def change_graphs(
             f"{step.name} is for {', '.join(step.graphs)}; this bundle has {', '.join(bundle.manifest.graphs)}."
         )
     reports: dict[str, Any] = {}
-    parity = [record for record in bundle.manifest.parity if record["graph"] not in names]
+    graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)}
+    kept = graphs.keys() - set(names)
+    parity = [record for record in bundle.manifest.parity if record["graph"] in kept]
     with create_bundle(output, force=True) as writer:
-        copy_files(bundle, writer.path)
+        copy_files(bundle, writer.path, loops=False)
         for name in names:
             graph = bundle.manifest.graphs[name]
             file = writer.path / graph.path
@@ -79,7 +83,7 @@ def change_graphs(
         manifest = bundle.manifest
         sealed = writer.seal(
             model=manifest.model,
-            graphs=manifest.graphs,
+            graphs=graphs,
             source={**manifest.source, CALIBRATION: list(told)},
             passes=manifest.passes,
             parity=parity,
@@ -102,9 +106,11 @@ def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, A
         )
 
 
-def copy_files(bundle: Bundle, folder: Path) -> None:
-    """Everything that is listed; neither the manifest nor targets."""
+def copy_files(bundle: Bundle, folder: Path, *, loops: bool = True) -> None:
+    """Everything that is listed, with or without the loops; neither the manifest nor targets."""
     for relative in bundle.manifest.files:
+        if is_loop(relative) and not loops:
+            continue
         assert relative != MANIFEST
         assert not is_target(relative)
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from ldm_export.graph.cpu.deepcache import cut_deep
 from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
+from ldm_export.manifest import is_loop
 from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
@@ -59,6 +60,8 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
         graphs: dict[str, TargetGraph] = {}
         report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
         for name, spec in bundle.manifest.graphs.items():
+            if is_loop(spec.path):
+                continue
             progress(f"{ORT_CPU}: {name}")
             graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
         needs = needs_of(onnxruntime.__version__)

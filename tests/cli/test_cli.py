@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from ldm_export import __version__
+from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import doctor, main
 from ldm_export.cli.main import COMMANDS
@@ -174,6 +175,32 @@ def test_plan(run: Run, bundle: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
+def test_plan_with_a_loop(run: Run, bundle: Path) -> None:
+    done = run("plan", bundle, "--sampler", "dpmpp-2m", "--steps", 5, "--loop", "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (document["plan"], document["rows"]) == ("plans/dpmpp-2m-5.json", 5)
+    assert document["loop"] == "loops/dpmpp-2m-5.onnx"
+    assert [record["output"] for record in document["parity"]] == ["images", "latents"]
+    assert all(record["passed"] for record in document["parity"])
+    done = run("verify", bundle)
+    assert "5 graphs open" in done.stdout, done.output
+    done = run("plan", bundle, "--sampler", "dpmpp-2m", "--steps", 5, "--loop")
+    assert re.search(
+        r"^loops/dpmpp-2m-5 +latents +differs from the runtime by \S+ \(allowed 1e-04\)$", done.stdout, re.M
+    )
+    assert "dpmpp-2m-5" in run("inspect", bundle).stdout
+
+
+def test_export_with_loops(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    options = ["--loop", "ddim-10", "--loop", "euler-ancestral-7"]  # of which no bundle has the second plan by itself
+    done = run("export", tiny_checkpoint, "-o", tmp_path / "new", *options)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^loops/ddim-10 +latents +differs from the runtime by ", done.stdout, re.MULTILINE)
+    files = Bundle.open(tmp_path / "new", verify=True).manifest.files
+    assert {"loops/ddim-10.onnx", "loops/euler-ancestral-7.onnx", "plans/euler-ancestral-7.json"} <= files.keys()
+
+
 def test_doctor(run: Run) -> None:
     done = run("doctor", "--json")
     document = json.loads(done.stdout)
@@ -283,6 +310,37 @@ def test_an_output_that_cannot_be_written(run: Run, tiny_bundle: Path, tmp_path:
 def test_a_plan_that_cannot_be_compiled(run: Run, bundle: Path, sampler: str, steps: int) -> None:
     allowed = ", ".join(SAMPLERS) if sampler == "magic" else "1 to 1000"
     assert_refused(run("plan", bundle, "--sampler", sampler, "--steps", steps), allowed)
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        ("magic-10", "sampler 'magic' is not known; known are ddpm, ddim"),
+        ("ddim", "--loop ddim is not the name of a plan; it is SAMPLER-STEPS, such as ddim-20"),
+        ("ddim-1001", "must be 1 to 1000"),
+    ],
+)
+def test_a_loop_of_no_plan(run: Run, tiny_checkpoint: Path, tmp_path: Path, loop: str, message: str) -> None:
+    done = run("export", tiny_checkpoint, "-o", tmp_path / "new", "--loop", "ddim-10", "--loop", loop)
+    assert_refused(done, message)
+    assert list(tmp_path.iterdir()) == []  # refused before anything was exported
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "inpainting"])
+def test_a_model_without_loops(run: Run, kinds: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str) -> None:
+    checkpoint, bundle = kinds(kind)
+    done = run("export", checkpoint, "-o", tmp_path / "new", "--loop", "ddim-10")
+    assert_refused(done, "A loop was asked for of a .*Leave the loop out")
+    assert not (tmp_path / "new").exists()
+    copied = shutil.copytree(bundle, tmp_path / "bundle")
+    assert_refused(run("plan", copied, "--sampler", "ddim", "--steps", 10, "--loop"), "A loop was asked for of a ")
+
+
+def test_verify_knows_a_loop_of_another_plan(run: Run, bundle: Path) -> None:
+    assert run("plan", bundle, "--sampler", "ddim", "--steps", 10, "--loop").exit_code == 0
+    opened = Bundle.open(bundle)
+    opened.add_file("plans/ddim-10.json", opened.file("plans/plms-10.json").read_bytes())
+    assert_refused(run("verify", bundle), r"loops/ddim-10 was made of another plans/ddim-10\.json than the bundle has")
 
 
 def test_verify_names_the_file_that_was_altered(run: Run, bundle: Path) -> None:

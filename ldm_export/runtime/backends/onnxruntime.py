@@ -15,7 +15,12 @@ from ldm_export.runtime.backends.once import OnceGraph
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+}
 
 
 class OnnxRuntimeBackend:
@@ -86,7 +91,7 @@ class OnnxRuntimeBackend:
             If ONNX Runtime refuses the graph.
         """
         spec = self._bundle.manifest.graphs[graph]
-        if self._target is not None:
+        if self._target is not None and graph in self._target.graphs:
             return self._load_target(self._target, graph, spec)
         session = self._session(self._bundle.file(spec.path), spec.path)
         if self.on_gpu and CUDA not in session.get_providers():
