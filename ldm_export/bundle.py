@@ -115,7 +115,7 @@ class Bundle:
         size_bytes = 0
         try:
             size_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
-            sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else _sha256(data)
+            sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_of(data)
             entry = FileEntry(size_bytes, sha256)
             if manifest.files.get(relative, entry) != entry:
                 without = replace(manifest, files=others, graphs=graphs, parity=records)
