@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.peer import PEERS
+from benchmarks.peers.peer import PEERS, unet_inputs
 from benchmarks.waterfall import cpu
 
 SETTLE_S = 0.1
@@ -84,6 +84,9 @@ class Table:
         for name, row in measured.items():
             rows[name]["median_ms"] = statistics.median(row["ms"])
             rows[name]["min_ms"] = min(row["ms"])
+            if "flops" in self.header:
+                reached = self.header["flops"] / rows[name]["median_ms"] / 1e6
+                rows[name]["share_of_sgemm"] = reached / self.header["sgemm_gflops"]
             if OURS in measured:
                 pairs = zip(row["ms"], measured[OURS]["ms"], strict=False)
                 rows[name]["ours_is_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
@@ -99,7 +102,8 @@ class Table:
             "median ms",
             "min ms",
             "ours is faster",
-            "largest error",
+            "of sgemm",
+            "error",
             "load s",
             "first result s",
             "peak MB",
@@ -114,6 +118,7 @@ class Table:
                 f"{row['median_ms']:.1f}",
                 f"{row['min_ms']:.1f}",
                 f"{row['ours_is_faster']:.2f}x" if "ours_is_faster" in row else "",
+                f"{row['share_of_sgemm']:.0%}" if "share_of_sgemm" in row else "",
                 f"{row['error'][-1]:.1e}" if "error" in row else "",
                 f"{statistics.median(row['load_s']):.2f}",
                 f"{statistics.median(row['first_s']):.2f}",
@@ -138,6 +143,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.folder or Path("build/peers") / options.workload
     versions = {name: _version(name) for name in ("torch", "diffusers", "onnxruntime", "openvino")}
     header = {"workload": options.workload, "kind": options.kind, "machine": cpu(), "versions": versions}
+    if options.kind == "unet":
+        header |= {"flops": flops_of_call(folder), "sgemm_gflops": sgemm_gflops()}
     table = Table({**header, "one_at_a_time": options.one_at_a_time}, options.result)
     names = options.peers.split(",") if options.peers else list(PEERS[options.kind])
     with tempfile.TemporaryDirectory() as temporary:
@@ -182,6 +189,33 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     table.save()
     table.print()
     return table.document()
+
+
+def flops_of_call(folder: Path) -> int:
+    """Of the UNet on inputs.npz, a multiplication and an addition counted as two."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ldm_export.checkpoint import LatentDiffusion
+
+    unet = LatentDiffusion.open(folder / "checkpoint").load("unet")
+    inputs = {name: torch.from_numpy(array) for name, array in unet_inputs(folder, 0).items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet(**inputs)
+    return int(counter.get_total_flops())
+
+
+def sgemm_gflops(size: int = 2048, rounds: int = 12) -> float:
+    """What this machine reaches in a product of two square matrices, with PyTorch: the best of some rounds."""
+    import torch
+
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e9
 
 
 def _compare(table: Table, saved: dict[str, Path]) -> None:
