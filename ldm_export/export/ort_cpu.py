@@ -112,6 +112,7 @@ def _lay_out(model: ir.Model | None, file: Path) -> None:
             "session.optimized_model_external_initializers_file_name": f"{file.name}_data",
             "session.optimized_model_external_initializers_min_size_in_bytes": str(SMALLEST_OUTSIDE_BYTES),
             "session.save_external_prepacked_constant_initializers": "1",
+            "session.qdq_matmulnbits_accuracy_level": "1",
         }.items():
             options.add_session_config_entry(key, value)
         onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])

@@ -53,6 +53,7 @@ class OnnxRuntimeBackend:
         self._options.log_severity_level = 3
         self._options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, not int8
         # every session has threads of its own, which else wait spinning for more work while another session's run
         self._options.add_session_config_entry("session.force_spinning_stop", "1")
         self._options.intra_op_num_threads = threads or allowed_threads()
