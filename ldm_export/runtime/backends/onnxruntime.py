@@ -48,9 +48,9 @@ class OnnxRuntimeBackend:
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
         self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        wanted = threads or _allowed_threads()
-        self._options.intra_op_num_threads = wanted
-        self._options.use_per_session_threads = not _share_threads(onnxruntime, wanted)
+        self._options.intra_op_num_threads = threads or _allowed_threads()
+        # Idle threads wait for more work spinning: those of one graph would slow the next graph's first steps.
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
         available = onnxruntime.get_available_providers()
         if CUDA in available and requested != "cpu":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
@@ -112,30 +112,14 @@ class OnnxRuntimeBackend:
 
     def _session(self, file: Path, path: str) -> Any:
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self._cuda else [CPU]
+        fallback = {"enable_fallback": int(self._cuda)}  # it prints, and tries the same again
         try:
-            return self._library.InferenceSession(file, self._options, providers)
+            return self._library.InferenceSession(file, self._options, providers, **fallback)
         except Exception as error:  # its exceptions have no common base class
+            if self._options.use_per_session_threads and "global thread pool" in str(error):
+                self._options.use_per_session_threads = False  # the application has one pool for all sessions
+                return self._session(file, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
-
-
-_shared_threads: int | None = None
-"""How many the pool has that sessions share, once there is one."""
-
-
-def _share_threads(library: Any, threads: int) -> bool:
-    """Whether sessions can share one pool of so many threads: ONNX Runtime makes one a process, and keeps its size.
-
-    Idle threads wait for more work spinning. With a pool each, those of the text encoder would slow the first steps of
-    the UNet, and those of the UNet the decoder.
-    """
-    global _shared_threads
-    if _shared_threads is None:
-        try:
-            library.set_global_thread_pool_sizes(threads, 1)
-        except Exception:  # the application, or another library, has made it, with a size of its own
-            return False
-        _shared_threads = threads
-    return threads == _shared_threads
 
 
 def _allowed_threads() -> int:
