@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, length, made_by, number, only_reader, replace, transposed
+from ldm_export.graph.cpu.matching import (
+    CONTRIB,
+    Writer,
+    constant,
+    length,
+    made_by,
+    number,
+    only_reader,
+    replace,
+    transposed,
+)
 from ldm_export.graph.cpu.rule import RefusedError
 
 

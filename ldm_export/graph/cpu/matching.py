@@ -109,4 +109,7 @@ class Writer:
 
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Let everything that read ``old``, the graph's outputs included, read ``new``."""
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.before", old.name
+        new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
