@@ -452,8 +452,8 @@ NONE = dict.fromkeys(("attention", "pointwise", "gated", "timestep"), 0)
         ("text", "unet", {"attention": 8, "pointwise": 8, "gated": 4, "timestep": 1}),
         ("text", "vae_decoder", NONE | {"attention": 1}),
         ("text", "text_encoder", NONE),
-        ("class-conditional", "unet", NONE | {"attention": 1, "timestep": 1}),
-        ("unconditional", "unet", NONE | {"attention": 1, "timestep": 1}),
+        ("class-conditional", "unet", NONE | {"timestep": 1}),
+        ("unconditional", "unet", NONE | {"timestep": 1}),
     ],
 )
 def test_an_exported_graph(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,9 +270,12 @@ def test_the_unet_reads_and_writes_where_it_did(pipeline: Pipeline, monkeypatch:
     bound: list[dict[str, Any]] = []
     bind = OnnxRuntimeGraph.bind
 
-    def watched(self: OnnxRuntimeGraph, inputs: dict[str, Any], outputs: dict[str, Any]) -> Callable[[], None]:
+    def watched(
+        self: OnnxRuntimeGraph, inputs: dict[str, Any], outputs: dict[str, Any], fixed: Collection[str] = ()
+    ) -> Callable[[], None]:
+        assert set(fixed) == {"encoder_hidden_states"}
         bound.append({**inputs, **outputs})
-        return bind(self, inputs, outputs)
+        return bind(self, inputs, outputs, fixed)
 
     monkeypatch.setattr(OnnxRuntimeGraph, "bind", watched)
     seen: list[np.ndarray[Any, Any]] = []
