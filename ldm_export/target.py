@@ -136,6 +136,7 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
         }
         sizes = {name: entry["size_bytes"] for name, entry in found["files"].items()}
         source = found["made_from"]
+        paths = {path for graph in graphs.values() for path in graph.paths}
         for name in sizes:
             check_relative(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BundleError) as error:
@@ -147,13 +148,18 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
     for name, wanted in needs.items():
         if has.get(name) != wanted:
             return f"it was made for {name} {wanted}, and this is {has.get(name)}"
-    paths = {path for graph in graphs.values() for path in graph.paths}
-    for name in paths | set(sizes):
+    own = [name for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)]
+    if graphs.keys() != set(own):
+        return f"it has the graphs {', '.join(graphs)}, and the bundle {', '.join(own)}"
+    for name in sorted(paths | set(sizes)):
         file = folder / name
         if name not in sizes or not file.is_file() or file.stat().st_size != sizes[name]:
             return f"its {name} is missing or of another size"
-    for name in paths:
-        strays = {data.location for data in external_data_from_onnx(folder / name)} - set(sizes)
+    for name in sorted(paths):
+        try:
+            strays = {data.location for data in external_data_from_onnx(folder / name)} - set(sizes)
+        except BundleError as error:
+            return f"its {name} cannot be read ({error})"
         if strays:
             return f"its {name} reads weights from {sorted(strays)[0]!r}, which it does not list"
     return Target(folder, graphs, needs, report)

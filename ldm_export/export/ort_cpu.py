@@ -127,10 +127,11 @@ def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Pat
     expected = _opened(plain).run(names, call)
     results = run_parts(graph, call, lambda path: _opened(folder / path), names)
     scales = [max(float(np.abs(array).max()), 1e-30) for array in expected]
-    return max(
+    errors = [
         float(np.abs(array - other).max()) / scale
         for array, other, scale in zip(expected, results, scales, strict=True)
-    )
+    ]
+    return float(np.max(errors))  # NaN if one is
 
 
 def run_parts(

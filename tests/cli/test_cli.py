@@ -98,6 +98,41 @@ def test_export(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Pa
     document = json.loads(again.stdout)
     assert document["bundle"] == str(tmp_path / "new")
     assert {record["graph"] for record in document["parity"]} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert Pipeline.open(tmp_path / "new").backend.endswith(" cpu ort-cpu")
+    plain = run("export", tiny_checkpoint, "-o", tmp_path / "new", "--force", "--target", "none")
+    assert plain.exit_code == 0, plain.output
+    assert not (tmp_path / "new" / "targets").exists()
+
+
+def test_build(run: Run, bundle: Path) -> None:
+    done = run("build", bundle, "--target", "cpu")
+    assert done.exit_code == 0, done.output
+    says = r"^unet +attention 8, pointwise 8, gated 4, timestep 1, \d+ values once a timestep, \d+ values once a "
+    assert re.search(says + r"encoder_hidden_states; differs from the plain graph by \S+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^vae_encoder .*; differs from the plain graph by", done.stdout, re.MULTILINE)
+    assert re.search(r"targets/ort-cpu: \d+\.\d MB for onnxruntime \S+ and cpu ", done.stdout)
+    assert Pipeline.open(bundle, verify=True).backend.endswith(" cpu ort-cpu")
+    document = json.loads(run("build", bundle, "--target", "cpu", "--json").stdout)
+    assert document["target"] == str(bundle / "targets" / "ort-cpu")
+    assert set(document["graphs"]) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert all(0 <= graph["error"] <= graph["allowed"] == 1e-4 for graph in document["graphs"].values())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["--target", "toaster"], "'toaster' is not"), ([], "--target")])
+def test_a_build_for_no_such_machine(run: Run, bundle: Path, arguments: list[str], message: str) -> None:
+    done = run("build", bundle, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (bundle / "targets").exists()
+
+
+def test_a_target_that_does_not_fit_is_named(run: Run, bundle: Path, tmp_path: Path) -> None:
+    assert run("build", bundle, "--target", "cpu").exit_code == 0
+    (bundle / "targets" / "ort-cpu" / "unet.onnx").unlink()
+    done = run("generate", bundle, "red", "-o", tmp_path / "p.png", "--steps", "10")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^warning: targets/ort-cpu of .* is passed over, since its unet.onnx is missing", done.stderr)
+    assert done.stderr.count("warning: ") == 1
 
 
 def test_generate(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:

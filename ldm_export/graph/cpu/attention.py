@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, number, only_reader, replace, transposed
+from ldm_export.graph.cpu.matching import (
+    CONTRIB,
+    Writer,
+    constant,
+    length,
+    made_by,
+    number,
+    only_reader,
+    replace,
+    transposed,
+)
 from ldm_export.graph.cpu.rule import RefusedError
 
 
@@ -27,6 +37,9 @@ class FuseAttention:
         scores, values = made_by(softmax.inputs[0], "MatMul"), only_reader(softmax.outputs[0], "MatMul")
         if scores is None or values is None or values.inputs[0] is not softmax.outputs[0]:
             return False
+        axis = softmax.attributes.get("axis")
+        if axis is not None and axis.as_int() not in (-1, 3):
+            return False
         (q, scale_q), (k, scale_k) = scaled(scores.inputs[0]), scaled(scores.inputs[1])
         tokens_q, heads = split_heads(q)
         tokens_k, heads_k = split_heads(keys(k))
@@ -34,7 +47,7 @@ class FuseAttention:
         merged = merged_heads(values.outputs[0])
         if tokens_q is None or tokens_k is None or tokens_v is None or merged is None:
             raise RefusedError("its heads are not cut out of and put back into (B, L, C)")
-        if heads is None or not heads == heads_k == heads_v:
+        if heads is None or heads < 1 or not heads == heads_k == heads_v:
             raise RefusedError(f"its heads are not constant: {heads}, {heads_k}, {heads_v}")
         if tokens_q.dtype not in (None, ir.DataType.FLOAT):
             raise RefusedError(f"its values are {tokens_q.dtype}, and the kernel is for FLOAT")
@@ -86,4 +99,5 @@ def merged_heads(value: ir.Value) -> ir.Node | None:
     transpose = only_reader(value, "Transpose")
     if transpose is None or transposed(transpose.outputs[0], 0, 2, 1, 3) is not value:
         return None
-    return only_reader(transpose.outputs[0], "Reshape")
+    reshape = only_reader(transpose.outputs[0], "Reshape")
+    return reshape if reshape is not None and length(reshape.inputs[1]) == 3 else None

@@ -22,7 +22,8 @@ class SplitGated:
     op_type = "Split"
 
     def rewrite(self, split: ir.Node) -> bool:
-        if len(split.outputs) != 2:
+        axis = split.attributes.get("axis")
+        if len(split.outputs) != 2 or axis is None or axis.as_int() not in (-1, 2):
             return False
         gelu = only_reader(split.outputs[1], "Gelu")
         gate = None if gelu is None else only_reader(gelu.outputs[0], "Mul")
@@ -39,6 +40,9 @@ class SplitGated:
             raise RefusedError("what is split is no product with a constant plus a bias")
         if weight.dtype != np.float32:
             raise RefusedError(f"its weights are {weight.dtype}, and the kernel is for float32")
+        sizes = constant(split.inputs[1]) if len(split.inputs) > 1 else None
+        if bias.shape != weight.shape[1:] or (sizes is not None and sizes[0] != sizes[1]):
+            raise RefusedError("its halves are not equal, or its bias is not one number a channel")
         writer = Writer(gate)
         (w_value, w_gate), (b_value, b_gate) = np.split(weight, 2, axis=1), np.split(bias, 2)
         (value,) = writer.node("MatMul", [product.inputs[0], writer.constant(w_value)])

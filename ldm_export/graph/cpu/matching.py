@@ -38,6 +38,12 @@ def number(value: ir.Value | None) -> float | None:
     return float(found.reshape(())) if found is not None and found.size == 1 else None
 
 
+def length(shape: ir.Value | None) -> int | None:
+    """The rank that a Reshape to this shape gives: a constant, or a Concat of sides."""
+    found, sides = constant(shape), made_by(shape, "Concat")
+    return found.size if found is not None else len(sides.inputs) if sides is not None else None
+
+
 def ints(node: ir.Node, name: str) -> tuple[int, ...]:
     attribute = node.attributes.get(name)
     return () if attribute is None else tuple(attribute.as_ints())
@@ -103,4 +109,7 @@ class Writer:
 
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Let everything that read ``old``, the graph's outputs included, read ``new``."""
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.before", old.name
+        new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -16,7 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model | None:
-    """Take out of ``model``, in place, what depends on the inputs ``names`` and on no other.
+    """Take out of ``model``, in place, what depends on the inputs ``names`` and on no other; its outputs stay in it.
 
     Returns
     -------
@@ -29,13 +29,16 @@ def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model |
         of_node = frozenset().union(*(needs.get(value, frozenset()) for value in node.inputs if value is not None))
         for value in node.outputs:
             needs[value] = of_node
-    early = {value for value, of_value in needs.items() if of_value and of_value <= set(names)}
+    early = {
+        value
+        for value, of_value in needs.items()
+        if of_value and of_value <= set(names) and not value.is_graph_output()
+    }
     border = [
         value
         for node in graph
         for value in node.outputs
-        if value in early
-        and (value.is_graph_output() or any(reader.outputs[0] not in early for reader in value.consumers()))
+        if value in early and any(reader.outputs[0] not in early for reader in value.consumers())
     ]
     if not border:
         return None

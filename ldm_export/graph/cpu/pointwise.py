@@ -30,7 +30,10 @@ class PointwiseToProduct:
         group = conv.attributes.get("group")
         if any(ints(conv, "pads")) or (group is not None and group.as_int() != 1):
             return False
-        bias = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+        given = conv.inputs[2] if len(conv.inputs) > 2 else None
+        bias = constant(given)
+        if given is not None and bias is None:
+            return False
         return on_the_way_in(conv, weight[:, :, 0, 0], bias) or on_the_way_out(conv, weight[:, :, 0, 0], bias)
 
 

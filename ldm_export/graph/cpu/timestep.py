@@ -24,6 +24,8 @@ class OneTimestep:
         timestep = expand.inputs[0]
         if timestep is None or not timestep.is_graph_input() or timestep.name != "timestep":
             return False
+        if expand.outputs[0].is_graph_output():
+            return False
         writer = Writer(expand)
         (row,) = writer.node("Reshape", [timestep, writer.constant(np.array([1], np.int64))])
         replace(expand.outputs[0], row)

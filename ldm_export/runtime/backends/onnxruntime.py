@@ -120,9 +120,13 @@ class OnnxRuntimeBackend:
 
     def _session(self, file: Path, path: str) -> Any:
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.on_gpu else [CPU]
+        fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
-            return self._library.InferenceSession(file, self._options, providers)
+            return self._library.InferenceSession(file, self._options, providers, **fallback)
         except Exception as error:  # its exceptions have no common base class
+            if self._options.use_per_session_threads and "global thread pool" in str(error):
+                self._options.use_per_session_threads = False  # the application has one pool for all sessions
+                return self._session(file, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
 
 
