@@ -9,6 +9,8 @@ from ldm_export.cli.options import bundle_argument, console, json_option, print_
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.target import Target
 
+OFTEN = {"encoder_hidden_states": "prompt"}
+
 
 @click.command()
 @bundle_argument
@@ -31,7 +33,7 @@ def command(bundle: Path, target: str, as_json: bool) -> None:
 def print_target(target: Target) -> None:
     for name, graph in target.report["graphs"].items():
         rules = [f"{rule['name']} {rule['applied']}" for rule in graph["rules"] if rule["applied"]]
-        cut = [f"{count} values once a {key}" for key, count in graph["once"].items()]
+        cut = [f"{count} values once a {OFTEN.get(key, key)}" for key, count in graph["once"].items()]
         says = ", ".join([*rules, *cut]) or "no rule fits"
         console.print(f"{name:15} {says}; differs from the plain graph by {graph['error']:.1e}")
         for rule in graph["rules"]:

@@ -28,7 +28,12 @@ class OnceGraph:
     """
 
     def __init__(
-        self, spec: GraphSpec, rest: Graph, parts: Mapping[str, Graph], shallow: Graph | None, deep_channels: int
+        self,
+        spec: GraphSpec,
+        rest: Graph,
+        parts: Mapping[str, Graph],
+        shallow: Graph | None = None,
+        deep_channels: int = 0,
     ):
         self.spec = spec
         self._rest, self._parts, self._shallow, self._deep_channels = rest, parts, shallow, deep_channels
