@@ -26,6 +26,7 @@ from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
 
 from benchmarks.waterfall import cpu
+from ldm_export.bench.calibration import calibration_calls, calibration_conditions
 from ldm_export.bench.latency import SETTLE_S
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
@@ -34,7 +35,6 @@ from ldm_export.export.onnx import export_graph, graph_module, random_inputs
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.running import outputs_of, session, worst_error
-from ldm_export.recipe.pictures import calibration_calls, calibration_conditions
 from ldm_export.recipe.settings import read_recipe
 
 ROUNDS = 40

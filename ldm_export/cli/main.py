@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
     "generate": "Draw pictures from a bundle.",
     "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
+    "bench": "Measure bundles, and PyTorch beside them: latency, likeness, memory, quality; an HTML report.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",
