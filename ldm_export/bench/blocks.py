@@ -32,10 +32,13 @@ def ratio(ratio: float, words: tuple[str, str], detail: str) -> str:
     return figure(value, "×", f"<em>{words[not better]}</em><br>{escape(detail)}", kind)
 
 
-def likeness(psnr_db: float) -> str:
+def likeness(psnr_db: float, alike: bool) -> str:
+    """What a PSNR means, of a side that is drawn step by step ``alike`` or of a student."""
     if psnr_db >= SAME_PICTURE_DB:
         return "no eye can tell"
-    return "small differences" if psnr_db >= LIKE_PICTURE_DB else "its own pictures"
+    if psnr_db >= LIKE_PICTURE_DB:
+        return "small differences"
+    return "visible differences" if alike else "in other steps, so its own pictures"
 
 
 def chip(record: Values) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 16, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 28, 42
 LETTER = 6.4
 """About the width of a letter of a label."""
 LINE = 14
@@ -59,7 +59,7 @@ class Axis:
             return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         every = max(1, len(decades) // 7)
-        steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+        steps = (1, 2, 5) if self.high / self.low < 200 else (1,)
         values = [m * 10.0**k for k in decades[::every] for m in steps]
         return [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
 
@@ -144,7 +144,7 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
 
 
 def _tick(value: float, axis: Axis) -> str:
-    if axis.log and not 1e-3 < value < 1e5:
+    if axis.log and axis.low < 1e-3 and value != 1:
         return "10" + str(round(math.log10(value))).translate(SUPERSCRIPTS)
     return f"{value:g}"
 

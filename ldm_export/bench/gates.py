@@ -11,7 +11,7 @@ judged of: latents of sides that are drawn with other steps have no drift, and g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldm_export.errors import InputError
@@ -21,11 +21,18 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Kind:
-    """What can be asked for: ``value`` reads it from the results of a side, None where it cannot be judged."""
+    """What can be asked for.
+
+    Attributes
+    ----------
+    at_least : whether the limit is the least that is allowed, and not the most
+    says : a sentence with places for ``side``, ``baseline`` and ``value``
+    value : reads it from the results of a side; None where it cannot be judged
+    """
 
     at_least: bool
     unit: str
-    words: str
+    says: str
     value: Callable[[Results, str], float | None]
 
 
@@ -45,16 +52,22 @@ def _parity(results: Results, side: str) -> float | None:
     return max(shares, default=None)
 
 
+def _faster(results: Results, side: str) -> float | None:
+    value: float | None = results["latency"][side]["faster"]
+    return value
+
+
+def _smaller(results: Results, side: str) -> float | None:
+    value: float | None = results["bytes"][side]["smaller"]
+    return value
+
+
 KINDS = {
-    "psnr": Kind(True, " dB", "its worst picture's PSNR", _psnr),
-    "faster": Kind(
-        True, "x", "its speed against the baseline", lambda results, side: results["latency"][side]["faster"]
-    ),
-    "smaller": Kind(
-        True, "x", "the baseline's bytes over its own", lambda results, side: results["bytes"][side]["smaller"]
-    ),
-    "drift": Kind(False, "", "the worst drift of its latents", _drift),
-    "parity": Kind(False, " of the tolerance", "its worst graph's error", _parity),
+    "psnr": Kind(True, " dB", "the worst picture of {side} is {value} from that of {baseline}", _psnr),
+    "faster": Kind(True, "x", "{side} is {value} as fast as {baseline}", _faster),
+    "smaller": Kind(True, "x", "{baseline} is {value} as large as {side}", _smaller),
+    "drift": Kind(False, "", "the latents of {side} drift from those of {baseline} by up to {value}", _drift),
+    "parity": Kind(False, "x", "the worst graph of {side} is off by {value} what it may be", _parity),
 }
 
 
@@ -100,9 +113,8 @@ def judge(gates: Sequence[Gate], results: Results, baseline: str | None) -> list
             if value is None:
                 continue
             passed = value >= gate.limit if kind.at_least else value <= gate.limit  # false for NaN
-            bound = "at least" if kind.at_least else "at most"
-            says = f"{side}: {kind.words} is {value:.3g}{kind.unit}; {bound} {gate.limit:g}{kind.unit} is asked for"
-            judged.append(
-                {"key": gate.key, "limit": gate.limit, "side": side, "value": value, "passed": passed, "says": says}
-            )
+            shown, limit = (f"{number:.3g}{kind.unit}" for number in (value, gate.limit))
+            bound = f"at {'least' if kind.at_least else 'most'} {limit} is asked for"
+            says = f"{kind.says.format(side=side, baseline=baseline, value=shown)}; {bound}"
+            judged.append({**asdict(gate), "side": side, "value": value, "passed": passed, "says": says})
     return judged

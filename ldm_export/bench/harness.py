@@ -247,7 +247,7 @@ class Bench:
         return new
 
     def _new_document(self, command: str) -> Document:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self.options).items()}
+        options = json.loads(json.dumps(asdict(self.options), default=str))  # as it is read again
         row = {"machine": machine(), "versions": versions(), "options": options, "conditions": self.conditions}
         hashes = {side.name: self._hash(side) for side in self.sides}
         text = json.dumps([FORMAT, row, hashes], sort_keys=True)

@@ -87,7 +87,9 @@ class Side:
         drawn = {"sampler": sampler, "steps": steps, "guidance": guidance, "guided": self.guided, **size}
         passes = [] if self.bundle is None else [dict(record) for record in self.bundle.manifest.passes]
         kind = "checkpoint" if self.bundle is None else "bundle"
-        return {"kind": kind, "target": self.target, "backend": self.backend, "passes": passes, **drawn}
+        threads = torch.get_num_threads() if self.bundle is None else None
+        ran = {"backend": self.backend, "threads": threads}
+        return {"kind": kind, "target": self.target, "passes": passes, **ran, **drawn}
 
 
 def open_sides(
@@ -156,7 +158,7 @@ def _checkpoint_side(checkpoint: LatentDiffusion, bundles: Sequence[Side], steps
     files = [file for component in checkpoint.components for file in checkpoint.weight_files(component)]
     size = sum(file.stat().st_size for file in {*files})
     name = f"PyTorch {checkpoint.name}"
-    backend = f"torch {torch.__version__.partition('+')[0]} cpu, {torch.get_num_threads()} threads"
+    backend = f"torch {torch.__version__.partition('+')[0]} cpu"
     return Side(name, str(checkpoint.path), painter, settings, guided, backend, size)
 
 

@@ -4,11 +4,11 @@ STYLE = """
 :root{color-scheme:light dark;--bg:#f7f7f4;--card:#fff;--ink:#16181d;--soft:#626975;--line:#e5e5df;--fill:#efefea;
 --good:#14784a;--good-bg:#e4f3ea;--bad:#b42318;--bad-bg:#fcebe9;--warn:#8a5a00;--warn-bg:#fbf1dc;
 --c0:#8b919c;--c1:#0b7a70;--c2:#c4561b;--c3:#5a4fc0;--c4:#b3306f;--c5:#3b7dc4;
---s1:#c9a227;--s2:#0b7a70;--s3:#8b919c;--s4:#6d7fd1}
+--s1:#d9a520;--s2:#3f5f8a;--s3:#a9aeb8;--s4:#8fb4dc}
 @media (prefers-color-scheme:dark){:root{--bg:#111317;--card:#191c21;--ink:#eceef1;--soft:#9aa2ae;--line:#2b2f36;
 --fill:#22262c;--good:#5ed39a;--good-bg:#15301f;--bad:#ff8a7d;--bad-bg:#3a1a18;--warn:#f0c060;--warn-bg:#352a12;
 --c0:#8d95a1;--c1:#35b8a8;--c2:#f08a4b;--c3:#9a90f5;--c4:#ee73ab;--c5:#6fb0f0;
---s1:#d9b84a;--s2:#35b8a8;--s3:#7d8490;--s4:#96a5f0}}
+--s1:#e0ba55;--s2:#5f86ba;--s3:#6b727e;--s4:#a9cbee}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15.5px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
@@ -20,8 +20,12 @@ p{margin:.2rem 0 .9rem;max-width:46rem}
 .eyebrow{font-size:.76rem;letter-spacing:.09em;text-transform:uppercase;color:var(--soft);font-weight:600}
 .soft,.lead{color:var(--soft)}.lead{font-size:1.02rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:1.15rem 1.25rem;min-width:0}
-.checks{list-style:none;margin:1.2rem 0 0;padding:0;display:grid;gap:.4rem}
-.checks li{padding:.5rem .85rem;border-radius:9px;background:var(--good-bg);color:var(--good);overflow-wrap:anywhere}
+.checks{margin:1rem 0 0;font-size:.9rem}
+ul.checks{list-style:none;padding:0;display:grid;gap:.35rem .6rem;font-size:.86rem;line-height:1.4;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr))}
+.checks li{padding:.38rem .75rem;border-radius:8px;background:var(--good-bg);color:var(--good);overflow-wrap:anywhere}
+details.checks summary{cursor:pointer;color:var(--good);font-weight:560}
+details.checks ul{margin-top:.5rem}
 .checks li.bad{background:var(--bad-bg);color:var(--bad)}
 .panels{display:grid;gap:1rem;margin-top:1.4rem}
 .panel header{display:flex;flex-wrap:wrap;gap:.15rem .8rem;align-items:baseline;margin-bottom:.8rem}
@@ -64,7 +68,7 @@ td.n small{color:var(--soft);font-size:.86em}
 .chip{display:inline-block;padding:.05rem .5rem;border-radius:99px;font-size:.8rem;font-weight:560;
 background:var(--fill);color:var(--soft)}
 .chip.good{background:var(--good-bg);color:var(--good)}.chip.bad{background:var(--bad-bg);color:var(--bad)}
-svg{display:block;width:100%;height:auto;overflow:visible;
+svg{display:block;width:100%;max-width:36rem;height:auto;overflow:visible;
 font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 svg text{fill:var(--soft)}svg .label{fill:var(--ink)}svg .name{font-size:11.5px}
 svg .grid{stroke:var(--line)}svg .axis{stroke:var(--c0)}svg .curve{fill:none;stroke-width:2}

@@ -18,7 +18,7 @@ def decibels(psnr_db: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def megabytes(value: float | None) -> str:

@@ -25,7 +25,9 @@ from ldm_export.export.graphs import copy_files
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
 
-OPTIONS = Options(prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backend="cpu")
+OPTIONS = Options(
+    prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backend="cpu"
+)
 PARTS = {"bytes", "latency", "pictures", "parity of tiny", "parity of disturbed", "process"}
 
 
@@ -140,7 +142,7 @@ def test_one_bundle_alone_has_nothing_to_compare_with(tiny_bundle: Path, tmp_pat
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No new processes and no pauses."""
     found = {"cold_start_ms": 1.0, "cold_starts_ms": [1.0], "peak_rss_bytes": None}
-    monkeypatch.setattr(harness, "processes_in_turn", lambda sides, rounds, progress: {name: found for name in sides})
+    monkeypatch.setattr(harness, "processes_in_turn", lambda sides, rounds, progress: dict.fromkeys(sides, found))
     monkeypatch.setattr(latency.time, "sleep", lambda seconds: None)
 
 
@@ -162,7 +164,9 @@ def counted(bench: Bench, monkeypatch: pytest.MonkeyPatch, stop: str | None = No
     return made
 
 
-def test_an_interrupted_bench_goes_on(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+def test_an_interrupted_bench_goes_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
     path = tmp_path / "report.json"
     with monkeypatch.context() as patch:
         made = counted(bench, patch, stop="pictures")
@@ -241,7 +245,7 @@ def test_gates_that_cannot_be_judged(tiny_bundle: Path, disturbed_bundle: Path, 
     with pytest.raises(InputError, match="Name a checkpoint with --against"):
         alone.check_gates([Gate("parity", 1.0)])
     other = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), Options(sampler="euler", steps=10))
-    with pytest.raises(InputError, match="drift=1 compares step by step; tiny with .*euler.* take other steps"):
+    with pytest.raises(InputError, match=r"drift=1 compares step by step; tiny with .*euler.* take other steps"):
         other.check_gates([Gate("drift", 1.0)])
 
 
