@@ -84,7 +84,11 @@ def command(
         try:
             document = bench.run(json_file, _command_line(ctx), resume=resume, progress=progress)
         except KeyboardInterrupt:
-            status.print(f"{json_file} keeps what was measured; the same command goes on from there.", markup=False)
+            status.print(
+                f"{json_file} keeps what was measured; the same command goes on from there.",
+                markup=False,
+                soft_wrap=True,
+            )
             raise
     wanted = gates if against is None or any(gate.key == KEPT.key for gate in gates) else [*gates, KEPT]
     document["gates"] = judge(wanted, results_by_side(document), document["baseline"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ldm_export.bench.summary import HEADS, parity_lines, summary_rows
@@ -16,7 +17,7 @@ def print_bench(document: dict[str, Any]) -> None:
     for head in HEADS:
         table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
     for row in summary_rows(document):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
     for line in parity_lines(document):
         console.print(line, markup=False)
