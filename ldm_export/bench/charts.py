@@ -145,7 +145,9 @@ def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:
 
 def _tick(value: float, axis: Axis) -> str:
     if axis.log and axis.low < 1e-3 and value != 1:
-        return "10" + str(round(math.log10(value))).translate(SUPERSCRIPTS)
+        power = math.floor(math.log10(value) + 1e-9)
+        times = round(value / 10.0**power)
+        return f"{'' if times == 1 else f'{times}·'}10{str(power).translate(SUPERSCRIPTS)}"
     return f"{value:g}"
 
 

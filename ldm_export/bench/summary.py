@@ -1,13 +1,13 @@
-"""A bench as tables of text, for the console."""
+"""A bench as rows of text, for the console."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ldm_export.bench.harness import results_by_side
-from ldm_export.bench.words import decibels, times, verdict
+from ldm_export.bench.words import decibels, milliseconds, times, verdict
 
-HEADS = ("", "steps", "ms", "p90", "UNet\nms", "faster", "MB", "RSS\nMB", "cold\ns", "PSNR\nworst", "drift\nworst")
+HEADS = ("", "steps", "ms", "UNet\nms", "faster", "MB", "RSS\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
 
 
 def summary_rows(document: dict[str, Any]) -> list[list[str]]:
@@ -21,14 +21,13 @@ def summary_rows(document: dict[str, Any]) -> list[list[str]]:
             [
                 side,
                 str(drawn["steps"]),
-                f"{spent['total']['median_ms']:.1f}",
-                f"{spent['total']['p90_ms']:.1f}",
-                f"{spent['unet_call']['median_ms']:.2f}",
+                milliseconds(spent["total"]["median_ms"]),
+                milliseconds(spent["unet_call"]["median_ms"]),
                 "" if faster is None else times(faster),
                 f"{results['bytes'][side]['bytes'] / 1e6:.1f}",
                 "" if peak is None else f"{peak / 1e6:.0f}",
                 f"{process['cold_start_ms'] / 1e3:.2f}",
-                decibels(min(pictures["psnr_db"])) if "psnr_db" in pictures else "",
+                decibels(min(pictures["psnr_db"])).removesuffix(" dB") if "psnr_db" in pictures else "",
                 f"{max(drift['worst']):.1e}" if drift else "",
             ]
         )

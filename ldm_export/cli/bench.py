@@ -130,5 +130,5 @@ def _command_line(ctx: click.Context) -> str:
         value = ctx.params[param.name]
         for each in value if isinstance(value, tuple) else (value,):
             flag = isinstance(each, bool)
-            words += ([] if isinstance(param, click.Argument) else [param.opts[-1]]) + ([] if flag else [str(each)])
+            words += ([] if isinstance(param, click.Argument) else [param.opts[0]]) + ([] if flag else [str(each)])
     return shlex.join(words)

@@ -15,7 +15,7 @@ from ldm_export.cli.options import console
 def print_bench(document: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for head in HEADS:
-        table.add_column(head, justify="right" if head else "left", no_wrap=bool(head))
+        table.add_column(head, justify="right" if head else "left", no_wrap=bool(head), min_width=None if head else 12)
     for row in summary_rows(document):
         table.add_row(*map(escape, row))
     console.print(table)

@@ -47,7 +47,7 @@ def test_the_page_and_the_document(run: Run, tiny_bundle: Path, tiny_checkpoint:
     table, last = done.stdout.rstrip("\n").rsplit("\n", 1)
     document, kept = json.loads(last), read_document(output.with_suffix(".json"))
     assert "ok    tiny: unet out_sample" in table
-    assert "PyTorch" in table  # the rest of a long name is on the next line
+    assert "PyTorch tiny" in table
     assert "png" not in document["results"]["pictures"]["tiny"]
     assert [gate["key"] for gate in document["gates"]] == ["psnr", "drift", "parity"]
     assert kept is not None
