@@ -211,7 +211,7 @@ def test_points_and_labels_stay_inside(points: list[tuple[float, float]]) -> Non
     assert svg.count("<circle") == len(points)
     assert "&lt;0&gt;" in svg
     numbers = [float(value) for value in re.findall(r'c?[xy][12]?="([\d.-]+)"', svg)]
-    assert all(0 <= value <= 460 for value in numbers)
+    assert all(0 <= value <= 400 for value in numbers)
 
 
 def test_curves_hold_zero_and_one_step() -> None:
