@@ -78,14 +78,14 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
     gap = (max(ys) - min(ys)) * 0.2 or abs(max(ys)) * 0.05 or 1.0
     y = Axis(min(ys) - gap, max(ys) + gap, HEIGHT - BOTTOM, TOP)
     taken = [(x(point.x) - 6, y(point.y) - 6, x(point.x) + 6, y(point.y) + 6) for point in points]
-    marks = []
-    for point in points:
+    marks, labels = [], []
+    for point in sorted(points, key=lambda point: -point.y):  # from the top, where labels move away from
         at = x(point.x), y(point.y)
         kind = f'class="hollow" stroke="var(--c{point.colour})"' if point.hollow else f'fill="var(--c{point.colour})"'
         title = f"{point.label}: {point.x:.4g}, {point.y:.4g}"
+        labels.append(_label(point.label, at, taken))
         marks.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="5" {kind}><title>{escape(title)}</title></circle>')
-        marks.append(_label(point.label, at, taken))
-    return _chart([*_axes(x, y, x_label, y_label), *marks], f"{y_label} against {x_label}")
+    return _chart([*_axes(x, y, x_label, y_label), *labels, *marks], f"{y_label} against {x_label}")
 
 
 def curves(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
@@ -110,7 +110,8 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str) -> str:
 
 
 def _label(text: str, at: tuple[float, float], taken: list[tuple[float, float, float, float]]) -> str:
-    """Beside a point, where nothing is yet; ``taken`` are boxes (left, top, right, bottom) and gets this one."""
+    """Beside a point, where nothing is yet, with a line to it if that is not at once beside it; ``taken`` are boxes
+    (left, top, right, bottom) and gets this one."""
     width = LETTER * len(text)
     places = [(side, down * LINE) for down in (0, -1, 1, -2, 2, -3, 3) for side in (1, -1)]
     for side, down in places:
@@ -121,7 +122,12 @@ def _label(text: str, at: tuple[float, float], taken: list[tuple[float, float, f
         if inside and free:
             break
     taken.append(box)
-    return f'<text x="{box[0]:.1f}" y="{box[3] - 3:.1f}" class="label">{escape(text)}</text>'
+    line = ""
+    if down:
+        end = box[0] - 2 if side > 0 else box[2] + 2
+        middle = (box[1] + box[3]) / 2
+        line = f'<line x1="{at[0]:.1f}" y1="{at[1]:.1f}" x2="{end:.1f}" y2="{middle:.1f}" class="lead"/>'
+    return f'{line}<text x="{box[0]:.1f}" y="{box[3] - 3:.1f}" class="label">{escape(text)}</text>'
 
 
 def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> list[str]:

@@ -68,7 +68,7 @@ class Report:
         options, machine = self.document["options"], self.document["machine"]
         text = (
             f"{options['repeats']} rounds of all sides in turn after {options['warm_up']} of warm-up, batches of "
-            f"{options['batch']}, on {machine['cpu']}, {machine['cpus']} CPUs."
+            f"{options['batch']}, on {machine['cpu']}, {machine['cpus']} CPUs.{self._threads()}"
         )
         return (
             f'<div class="eyebrow">ldm-export bench</div><h1>{escape(self._title())}</h1>'
@@ -218,10 +218,9 @@ class Report:
         ]
         batch = self.document["options"]["batch"]
         what = "one picture" if batch == 1 else f"{batch} pictures"
-        threads = escape(self._threads())
         return (
             f"<h2>Latency</h2><p class='soft'>Of {what}; medians. The ratio is the median over the rounds, each "
-            f"against the same round.{threads}</p>"
+            f"against the same round.</p>"
             f"<div class='card'><div class='bars' style='margin-top:0'>{''.join(bars)}</div>"
             f'<div class="legend">{legend}</div>{table(heads, rows)}</div>'
         )

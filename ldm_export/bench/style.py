@@ -71,7 +71,8 @@ background:var(--fill);color:var(--soft)}
 svg{display:block;width:100%;max-width:36rem;height:auto;overflow:visible;
 font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 svg text{fill:var(--soft)}svg .label{fill:var(--ink)}svg .name{font-size:11.5px}
-svg .grid{stroke:var(--line)}svg .axis{stroke:var(--c0)}svg .curve{fill:none;stroke-width:2}
+svg .lead{stroke:var(--soft);stroke-width:.8}svg .grid{stroke:var(--line)}
+svg .axis{stroke:var(--c0)}svg .curve{fill:none;stroke-width:2}
 svg .hollow{fill:var(--card);stroke-width:2}
 pre{background:var(--fill);border-radius:9px;padding:.8rem 1rem;overflow-x:auto;font-size:.85rem;margin:.6rem 0 0}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.25rem 1.1rem;font-size:.9rem;margin:.8rem 0 0}
