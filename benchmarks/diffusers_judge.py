@@ -12,12 +12,13 @@ import diffusers
 import numpy as np
 import torch
 
-from ldm_export.bench.demo import GUIDANCE, PROMPTS, STEPS
 from ldm_export.bench.parity import psnr_db
+from ldm_export.bench.sides import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.runtime import Pipeline
 
 PICTURES, REPEATS = 8, 5
+STEPS, GUIDANCE = 20, 4.0
 SCHEDULERS = {
     "ddim": (diffusers.DDIMScheduler, {}),
     "plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),

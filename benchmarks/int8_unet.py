@@ -25,8 +25,8 @@ import torch
 from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
 
-from benchmarks.waterfall import cpu
-from ldm_export.bench.latency import SETTLE_S
+from ldm_export.bench.calibration import calibration_calls, calibration_conditions
+from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import unet_spec
@@ -34,8 +34,8 @@ from ldm_export.export.onnx import export_graph, graph_module, random_inputs
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.running import outputs_of, session, worst_error
-from ldm_export.recipe.pictures import calibration_calls, calibration_conditions
 from ldm_export.recipe.settings import read_recipe
+from ldm_export.runtime.backends.auto import SETTLE_S
 
 ROUNDS = 40
 SD_SHAPE = {

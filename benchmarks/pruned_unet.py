@@ -23,8 +23,7 @@ from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
 
 from benchmarks.int8_unet import SD_SHAPE
-from benchmarks.waterfall import cpu
-from ldm_export.bench.latency import SETTLE_S
+from ldm_export.bench.machine import cpu
 from ldm_export.contract import unet_spec
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs
 from ldm_export.graph.running import session
@@ -32,6 +31,7 @@ from ldm_export.passes.channels import Channels, nearest_share
 from ldm_export.passes.imitation import flops, parameters
 from ldm_export.passes.importance import magnitude
 from ldm_export.passes.prune_channels import narrowed
+from ldm_export.runtime.backends.auto import SETTLE_S
 
 ROUNDS, RATIO = 12, 0.3
 SIZES = {"batch": 2, "height": 32, "width": 32, "tokens": 77}

@@ -2,36 +2,38 @@
 
 waterfall.py WORK [RESULT.json]        WORK as `ldm-export export CHECKPOINT --recipe ... --work WORK` left it
 
-Quality is what the recipe measured on each stage's bundle; times are measured here, one picture at a time, each side
-drawn as its own defaults say, every round all sides. The last line of the output is one JSON document.
+The last row is what was kept last, with its target ort-cpu. Quality is what the recipe measured on each stage's bundle;
+times are measured here, one picture at a time, each side drawn as its own defaults say, every round all sides. The last
+line of the output is one JSON document.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import statistics
+import shutil
 import sys
-import time
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 
-from ldm_export.bench.latency import SETTLE_S
+from ldm_export.bench.latency import Draw, draw_with, runs_in_turn, times_as_fast
+from ldm_export.bench.latency import stages as stages_of
+from ldm_export.bench.machine import cpu
+from ldm_export.bench.painters import CheckpointPainter, Settings
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.recipe.run import STAGE
-from ldm_export.runtime import Pipeline, Tokenizer
-from ldm_export.torch_reference import TorchReference
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.pipeline import Timings
+from ldm_export.target import ORT_CPU
 
 ROUNDS = 11
 PROMPTS = ("red apple", "black cat", "rocket", "pizza", "octopus", "snowman", "frog face", "crescent moon")
-
-Draw = Callable[[str, int], dict[str, float]]
-"""Draws one picture; gives milliseconds: total, of one UNet call, of decoding."""
 
 
 def main(work: Path, checkpoint: str) -> dict[str, Any]:
@@ -41,17 +43,17 @@ def main(work: Path, checkpoint: str) -> dict[str, Any]:
     plain = bundles["teacher"]
     drawing = plain.manifest.model
     sides: dict[str, Draw] = {"PyTorch eager": draw_with_torch(checkpoint, plain)}
-    sides |= {name: draw_with(Pipeline(bundle, "cpu")) for name, bundle in bundles.items()}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for number in range(ROUNDS + 1):  # the first is warm-up
-        for name, draw in sides.items():
-            time.sleep(SETTLE_S)
-            measured = draw(f"{PROMPTS[number % len(PROMPTS)]} {number}", number)
-            if number:
-                times[name].append(measured)
+    sides |= {name: draw_with(Pipeline(bundle, "cpu"), list(PROMPTS)) for name, bundle in bundles.items()}
+    last = [record for record in built if record["kept"]][-1]
+    with tempfile.TemporaryDirectory() as folder:
+        final = Bundle.open(shutil.copytree(last["folder"] / "bundle", Path(folder) / "bundle"))
+        build_ort_cpu(final)
+        sides[ORT_CPU] = draw_with(Pipeline(final, "cpu"), list(PROMPTS))
+        times = runs_in_turn(sides, ROUNDS)
     rows = [row("PyTorch eager", None, times["PyTorch eager"], times, records[0])]
     for record in records:
         rows.append(row(record["name"], record, times.get(record["name"]), times, records[0]))
+    rows.append(row(ORT_CPU, None, times[ORT_CPU], times, records[0]))
     print_table(rows)
     return {
         "checkpoint": checkpoint,
@@ -73,42 +75,18 @@ def stages(work: Path) -> list[Path]:
     return [newest[number] for number in sorted(newest)]
 
 
-def draw_with(pipeline: Pipeline) -> Draw:
-    def draw(prompt: str, seed: int) -> dict[str, float]:
-        timings = pipeline.generate(prompt, seed=seed).timings
-        return {
-            "total": timings.total_ms,
-            "unet": statistics.median(timings.unet_ms),
-            "decode": timings.decode_ms,
-            "calls": len(timings.unet_ms),
-        }
-
-    return draw
-
-
 def draw_with_torch(checkpoint: str, plain: Bundle) -> Draw:
-    reference, tokenizer = TorchReference(LatentDiffusion.open(checkpoint)), Tokenizer(plain.path / "tokenizer")
-    model = plain.manifest.model
-    steps, guidance, size = model["default_steps"], model["default_guidance"], (model["height"], model["width"])
-
-    def draw(prompt: str, seed: int) -> dict[str, float]:
-        ids, empty = tokenizer([prompt]), tokenizer([""])
-        _, spent = reference.draw(ids, empty, [seed], steps=steps, guidance=guidance, size=size)
-        return {
-            "total": sum(spent.values()),
-            "unet": spent["unet"] / steps,
-            "decode": spent["decode"],
-            "calls": steps,
-        }
-
-    return draw
+    """As the plain bundle is drawn by default."""
+    painter, model = CheckpointPainter(LatentDiffusion.open(checkpoint)), plain.manifest.model
+    settings = Settings(steps=model["default_steps"], guidance=model["default_guidance"])
+    return lambda seed: painter.sample([f"{PROMPTS[seed % len(PROMPTS)]} {seed}"], [seed], settings).timings
 
 
 def row(
     name: str,
     record: dict[str, Any] | None,
-    spent: list[dict[str, float]] | None,
-    times: dict[str, list[dict[str, float]]],
+    spent: list[Timings] | None,
+    times: dict[str, list[Timings]],
     teacher: dict[str, Any],
 ) -> dict[str, Any]:
     """One line of the table: ratios are medians over the rounds, each against the same round."""
@@ -121,11 +99,14 @@ def row(
         if score:
             found["frechet_ratio"] = score["frechet_distance"] / teacher["score"]["frechet_distance"]
     if spent:
-        found |= {f"{key}_ms": statistics.median(run[key] for run in spent) for key in ("total", "unet", "decode")}
-        found["steps"] = spent[0]["calls"]
+        medians = stages_of(spent)
+        found |= {
+            f"{key}_ms": medians[stage]["median_ms"]
+            for key, stage in (("total", "total"), ("unet", "unet_call"), ("decode", "decode"))
+        }
+        found["steps"] = len(spent[0].unet_ms)
         for side, against in (("eager", "PyTorch eager"), ("plain", "teacher")):
-            pairs = zip(times[against], spent, strict=True)
-            found[f"faster_than_{side}"] = statistics.median(theirs["total"] / ours["total"] for theirs, ours in pairs)
+            found[f"faster_than_{side}"] = times_as_fast(times[against], spent)
     return found
 
 
@@ -148,14 +129,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             f"{entry['retrieval_at_5']:.3f}" if entry.get("retrieval_at_5") is not None else "",
         ]
         print("| " + " | ".join(cells) + " |")
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    widest = next((name for name in ("avx512_vnni", "avx512f", "avx2") if name in flags), "no AVX2")
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model} ({widest})"
 
 
 if __name__ == "__main__":

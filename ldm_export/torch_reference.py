@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from ldm_reference.generate import class_to_image, pixels_from_sample, text_to_image
+from ldm_reference import generate
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
 
@@ -20,11 +22,28 @@ Ids = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of the reference.
+
+    Attributes
+    ----------
+    images : uint8 (B, H, W, C)
+    trajectory : float32 (steps, B, C, h, w), the latents after each step
+    unet_ms : one entry a call of the UNet
+    timings_ms : milliseconds by stage (text, unet, loop, decode)
+    """
+
+    images: Pixels
+    trajectory: npt.NDArray[np.float32]
+    unet_ms: list[float]
+    timings_ms: dict[str, float]
+
+
 class TorchReference:
     """A checkpoint in plain PyTorch: the pictures that a bundle's are held against. The sampler is DDIM.
 
-    ``draw`` takes token ids (B, L) of prompts and negative prompts and gives uint8 (B, H, W, 3) with milliseconds by
-    stage (text, unet, loop, decode). Models that read no text are opened with ``text=False``.
+    Pictures are uint8 (B, H, W, C), latents (B, C, h, w). Models that read no text are opened with ``text=False``.
     """
 
     def __init__(self, checkpoint: LatentDiffusion, *, text: bool = True):
@@ -50,6 +69,16 @@ class TorchReference:
         self._vae, self._unet = vae, unet
         self._text_encoder = checkpoint.load("text_encoder") if text else None
 
+    def draw_as(self, given: Mapping[str, Any]) -> Drawn:
+        """The arguments of :meth:`draw` or :meth:`draw_without_text`, arrays as lists, as JSON holds them."""
+        draw = self.draw if "input_ids" in given else self.draw_without_text
+        arrays = {
+            key: np.asarray(given[key], np.int64)
+            for key in ("input_ids", "negative_ids", "labels")
+            if given.get(key) is not None
+        }
+        return draw(**{**given, **arrays})
+
     def draw(
         self,
         input_ids: Ids,
@@ -59,9 +88,10 @@ class TorchReference:
         steps: int,
         guidance: float,
         size: tuple[int, int],
-    ) -> tuple[Pixels, dict[str, float]]:
+    ) -> Drawn:
+        """Pictures of token ids (B, L) of prompts and negative prompts; ``size`` is height and width in pixels."""
         assert isinstance(self._text_encoder, CLIPTextModel)
-        drawn = text_to_image(
+        drawn = generate.text_to_image(
             self._vae,
             self._unet,
             self._text_encoder,
@@ -71,22 +101,32 @@ class TorchReference:
             seeds,
             steps=steps,
             guidance=guidance,
-            latent_size=(size[0] // self._vae.config.factor, size[1] // self._vae.config.factor),
+            latent_size=self._latent_size(size),
         )
-        return drawn.images.numpy(), drawn.timings_ms
+        return _as_arrays(drawn)
 
-    def draw_without_text(self, labels: Ids | None, seeds: Sequence[int], *, steps: int, side: int) -> Pixels:
-        """Square pictures uint8 (B, H, W, C) of classes (B,), or of nothing."""
-        classes, latent_side = None if labels is None else torch.from_numpy(labels), side // self._vae.config.factor
-        size, networks = (latent_side, latent_side), (self._vae, self._unet)
-        drawn: Pixels = class_to_image(
-            *networks, self._scheduler, classes, seeds, steps=steps, latent_size=size
-        ).numpy()
-        return drawn
+    def draw_without_text(
+        self, labels: Ids | None, seeds: Sequence[int], *, steps: int, size: tuple[int, int]
+    ) -> Drawn:
+        """Pictures of classes (B,), or of nothing."""
+        classes = None if labels is None else torch.from_numpy(labels)
+        networks = (self._vae, self._unet)
+        drawn = generate.class_to_image(
+            *networks, self._scheduler, classes, seeds, steps=steps, latent_size=self._latent_size(size)
+        )
+        return _as_arrays(drawn)
+
+    def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] // self._vae.config.factor, size[1] // self._vae.config.factor
 
     @torch.no_grad()
     def reconstruct(self, images: Pixels) -> Pixels:
         """Pictures uint8 (B, H, W, C), through the autoencoder and back, by the mean of its latents."""
         sample = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        redrawn: Pixels = pixels_from_sample(self._vae.decode(self._vae.encode(sample).chunk(2, dim=1)[0])).numpy()
+        mean = self._vae.encode(sample).chunk(2, dim=1)[0]
+        redrawn: Pixels = generate.pixels_from_sample(self._vae.decode(mean)).numpy()
         return redrawn
+
+
+def _as_arrays(drawn: generate.Drawn) -> Drawn:
+    return Drawn(drawn.images.numpy(), torch.stack(drawn.trajectory).numpy(), drawn.unet_ms, drawn.timings_ms)

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.peer import PEERS, unet_inputs
-from benchmarks.waterfall import cpu
+from ldm_export.bench.machine import cpu
+from ldm_export.runtime.backends.auto import SETTLE_S
 
-SETTLE_S = 0.1
 OURS = "ldm_export"
 REFERENCE = "diffusers eager"
 

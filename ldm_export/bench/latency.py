@@ -43,14 +43,45 @@ def draw_with(pipeline: Pipeline, prompts: list[str] | None) -> Draw:
 
 def time_in_turn(sides: Mapping[str, Draw], rounds: int) -> dict[str, Latency]:
     """Time every side once a round, after a round that is not counted."""
+    return {name: _medians(runs) for name, runs in runs_in_turn(sides, rounds).items()}
+
+
+def runs_in_turn(
+    sides: Mapping[str, Draw], rounds: int, warm_up: int = 1, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, list[Timings]]:
+    """Every side once a round, after ``warm_up`` rounds that are not counted; ``progress`` is told of each."""
     timed: dict[str, list[Timings]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
+        progress(number)
         for name, draw in sides.items():
             time.sleep(SETTLE_S)
             timings = draw(number)
-            if number:
+            if number >= warm_up:
                 timed[name].append(timings)
-    return {name: _medians(runs) for name, runs in timed.items()}
+    return timed
+
+
+def stages(runs: list[Timings]) -> dict[str, dict[str, float]]:
+    """Of each stage its median and 90th percentile over the runs, in ms; ``unet_call`` is over single calls."""
+    values = {
+        "text": [run.text_ms for run in runs],
+        "unet_call": [call for run in runs for call in run.unet_ms],
+        "unet": [sum(run.unet_ms) for run in runs],
+        "loop": [run.loop_ms for run in runs],
+        "decode": [run.decode_ms for run in runs],
+        "total": [run.total_ms for run in runs],
+    }
+    return {name: {"median_ms": statistics.median(ms), "p90_ms": _p90(ms)} for name, ms in values.items()}
+
+
+def times_as_fast(theirs: list[Timings], ours: list[Timings]) -> float:
+    """How many times ours is as fast: the median of the ratios of each round, so that a slow minute cancels out."""
+    return statistics.median(a.total_ms / b.total_ms for a, b in zip(theirs, ours, strict=True))
+
+
+def _p90(values: list[float]) -> float:
+    """By linear interpolation, as numpy's."""
+    return values[0] if len(values) == 1 else statistics.quantiles(values, n=10, method="inclusive")[-1]
 
 
 def _medians(runs: list[Timings]) -> Latency:

@@ -7,11 +7,10 @@ prompt: does a picture look like those of its own prompt (retrieval, alignment),
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +27,11 @@ from ldm_export.bench.metrics import (
     recalled,
     ssim,
 )
+from ldm_export.bench.painters import Painter, Settings, checkpoint_tokenizer
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
-from ldm_export.export.chain import copy_tokenizer
 from ldm_export.judge import AlignmentJudge, Pictures, features_of, open_pictures
-from ldm_export.runtime import Pipeline, Tokenizer
-from ldm_export.torch_reference import TorchReference
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -45,108 +42,6 @@ FEWEST = 10
 """Pictures, drawn or held out, that anything can be said of."""
 MOST = 2000
 """Held-out pictures that are used: distances take a matrix of all their pairs, for the interval a hundred times."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are drawn: ``prompts`` of them, ``batch`` at a time; picture k has seed ``seed + k``."""
-
-    prompts: int = 200
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 4.0
-    seed: int = 0
-    batch: int = 8
-
-
-class Painter(Protocol):
-    """What both sides can do. ``condition`` is what a picture is asked for by: "text", "label" or None."""
-
-    name: str
-    size: int
-    channels: int
-    condition: str | None
-
-    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
-        """Pictures uint8 (B, H, W, C)."""
-
-    def reconstruct(self, images: Array) -> Array:
-        """Pictures uint8 (B, H, W, C) through the autoencoder and back."""
-
-
-class CheckpointPainter:
-    """A checkpoint in PyTorch, with DDIM."""
-
-    def __init__(self, checkpoint: LatentDiffusion):
-        reads_text = "text_encoder" in checkpoint.components
-        self._folded = checkpoint.drawing.folded
-        self._reference = TorchReference(checkpoint, text=reads_text)
-        configs = checkpoint.configs
-        self._classes = configs["unet"]["num_class_embeds"]
-        self.condition = "text" if reads_text else "label" if self._classes else None
-        self.channels = int(configs["vae"]["in_channels"])
-        self.name = f"checkpoint {checkpoint.name}"
-        size = configs["unet"]["sample_size"]
-        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        self.size = _side((size, size) if isinstance(size, int) else size) * factor
-        self._tokenizer = checkpoint_tokenizer(checkpoint) if reads_text else None
-
-    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
-        if settings.sampler != "ddim":
-            raise InputError(
-                f"A checkpoint is drawn with ddim, not {settings.sampler!r}; export it and use the bundle."
-            )
-        if self._tokenizer is None:
-            labels = np.array(conditions, np.int64) if self.condition else None
-            if labels is not None and labels.max() >= self._classes:
-                raise InputError(f"class label {labels.max()} is none; this model has 0 to {self._classes - 1}.")
-            return self._reference.draw_without_text(labels, seeds, steps=settings.steps, side=self.size)
-        ids, negative_ids = self._tokenizer(list(map(str, conditions))), self._tokenizer([""] * len(conditions))
-        size = (self.size, self.size)
-        steps, guidance = settings.steps, 1.0 if self._folded else settings.guidance
-        return self._reference.draw(ids, negative_ids, seeds, steps=steps, guidance=guidance, size=size)[0]
-
-    def reconstruct(self, images: Array) -> Array:
-        return self._reference.reconstruct(images)
-
-
-class BundlePainter:
-    """A bundle, without PyTorch; ``options`` are further ones of how the pipeline draws."""
-
-    def __init__(self, bundle: Bundle, **options: Any):
-        self._pipeline, self._options = Pipeline(bundle, "cpu"), options
-        model, graphs = bundle.manifest.model, bundle.manifest.graphs
-        self.name = f"bundle {bundle.path.resolve().name}"
-        self.size = _side((model["height"], model["width"]))
-        self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
-        inputs = {tensor.name for tensor in graphs["unet"].inputs}
-        self.condition = next(
-            (kind for kind, name in (("text", "encoder_hidden_states"), ("label", "class_labels")) if name in inputs),
-            None,
-        )
-
-    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
-        given = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
-        if self.condition == "text":
-            given |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
-        elif self.condition == "label":
-            given["class_labels"] = [int(label) for label in conditions]
-        return self._pipeline.generate(**given).images
-
-    def reconstruct(self, images: Array) -> Array:
-        return self._pipeline.reconstruct(images)
-
-
-def _side(size: tuple[int, int]) -> int:
-    if size[0] != size[1]:
-        raise InputError(f"The model draws {size[0]} x {size[1]}; only square pictures are evaluated.")
-    return size[0]
-
-
-def checkpoint_tokenizer(checkpoint: LatentDiffusion) -> Tokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        copy_tokenizer(checkpoint.tokenizer_folder("text_encoder"), Path(folder) / "tokenizer")
-        return Tokenizer(Path(folder) / "tokenizer")
 
 
 @dataclass
@@ -188,13 +83,6 @@ class QualityReport:
             "notes": self.notes,
             "prompts_drawn": self.prompts,
         }
-
-
-def open_painter(target: str) -> Painter:
-    """A bundle's folder, a checkpoint's folder, or a shipped checkpoint's name."""
-    if (Path(target) / "manifest.json").is_file():
-        return BundlePainter(Bundle.open(target))
-    return CheckpointPainter(LatentDiffusion.open(target))
 
 
 def open_judge(target: str, judge: str | None) -> AlignmentJudge | None:

@@ -1,124 +1,396 @@
-"""The demo as one self-contained HTML page: no script, no network, readable on a phone."""
+"""A bench's document as one self-contained HTML page: no script, no network, light and dark, readable on a phone."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
 
-from PIL import Image
+from ldm_export.bench.blocks import chip, figure, interval, likeness, ratio, table
+from ldm_export.bench.charts import Curve, Point, curves, scatter
+from ldm_export.bench.harness import results_by_side
+from ldm_export.bench.style import STYLE
+from ldm_export.bench.waterfall import pareto_points, waterfall
+from ldm_export.bench.words import decibels, megabytes, milliseconds, times
 
-from ldm_export.bench.demo import BATCH, GUIDANCE, PROMPTS, SAME_PICTURE_DB, STAGES, STEPS, Demo
+COLOURS = 5
+STAGES = {"text": "text", "unet": "UNet, all calls", "loop": "sampling loop outside", "decode": "decoding"}
+IDENTICAL_DB = 100.0
+"""Where equal pictures are drawn."""
+QUALITY = {
+    "frechet_distance": ("Fréchet", 1),
+    "retrieval_at_1": ("R@1", 3),
+    "retrieval_at_5": ("R@5", 3),
+    "alignment": ("alignment", 3),
+    "reconstruction_psnr_db": ("reconstruction dB", 1),
+}
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1c1e21;background:#fff;max-width:60rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.1rem;margin:1.6rem 0 .4rem}
-.verdict{padding:.7rem 1rem;border-radius:.4rem;background:#e7f5ec;border-left:.3rem solid #1f8a4c}
-.verdict.bad{background:#fdecea;border-color:#c0392b}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:.6rem}
-figure{margin:0;border:1px solid #e2e5e9;border-radius:.4rem;padding:.4rem}
-figure div{display:flex}figure img{flex:1;min-width:0;image-rendering:auto}
-figcaption{font-size:.8rem;line-height:1.3;margin-top:.3rem}figcaption span{color:#666}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.25rem .7rem;border-bottom:1px solid #e2e5e9;text-align:left}
-td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
-code{background:#f3f4f6;padding:.1rem .3rem;border-radius:.2rem}
-"""
-
-
-def _picture(pixels: object, alt: str) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")  # type: ignore[arg-type]
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+Values = Mapping[str, Any]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if i >= text_columns else ''}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
+class Report:
+    """The sections of a page; each is empty where its measurement was not made."""
+
+    def __init__(self, document: Values):
+        self.document = document
+        self.results = results_by_side(dict(document))
+        self.sides: Values = document["sides"]
+        self.baseline: str | None = document["baseline"]
+        others = [name for name in self.sides if name != self.baseline]
+        self.others = others
+        self.colours = {name: 1 + k % COLOURS for k, name in enumerate(others)} | {self.baseline or "": 0}
+
+    def page(self) -> str:
+        body = (
+            self._head(),
+            self._panels(),
+            self._pictures(),
+            self._latency(),
+            self._passes(),
+            self._likeness(),
+            self._quality(),
+            self._needs(),
+            self._machine(),
+        )
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<title>{escape(self._title())}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+            f"<body><main>{''.join(body)}</main></body></html>\n"
         )
 
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{line(head, "th")}</tr>{body}</table></div>'
+    def _title(self) -> str:
+        names = ", ".join(self.others)
+        return f"{names} against {self.baseline}" if self.baseline else names
 
+    def _head(self) -> str:
+        options, machine = self.document["options"], self.document["machine"]
+        text = (
+            f"{options['repeats']} rounds of all sides in turn after {options['warm_up']} of warm-up, batches of "
+            f"{options['batch']}, on {machine['cpu']}, {machine['cpus']} CPUs.{self._threads()}"
+        )
+        return (
+            f'<div class="eyebrow">ldm-export bench</div><h1>{escape(self._title())}</h1>'
+            f'<p class="lead">{escape(text)}</p>{self._checks()}'
+        )
 
-def decibels(psnr_db: float) -> str:
-    return "identical" if math.isinf(psnr_db) else f"{psnr_db:.1f} dB"
-
-
-def time_heads(demo: Demo) -> list[str]:
-    """What stands above :func:`time_rows`."""
-    heads = ["stage", f"PyTorch eager, {STEPS} steps", f"bundle, {STEPS} steps", "ratio"]
-    return heads if demo.student is None else [*heads, f"student, {demo.student.steps} steps", "ratio"]
-
-
-def time_rows(demo: Demo) -> list[list[str]]:
-    """Milliseconds for one batch by stage: stage, PyTorch, bundle, ratio; of the student also, with its ratio."""
-    totals = {side: {**stages, "all": sum(stages.values())} for side, stages in demo.milliseconds.items()}
-    eager, others = totals["PyTorch"], [totals[side] for side in ("bundle", "student") if side in totals]
-    rows = []
-    for stage in (*STAGES, "all"):
-        cells = [(f"{side[stage]:.1f}", f"{eager[stage] / side[stage]:.2f}x") for side in others]
-        rows.append([stage, f"{eager[stage]:.1f}", *(cell for pair in cells for cell in pair)])
-    return rows
-
-
-def parity_rows(demo: Demo) -> list[list[str]]:
-    """Graph, output, error, tolerance, verdict."""
-    return [
-        [
-            record["graph"],
-            record["output"],
-            f"{record['max_error']:.1e}",
-            f"{record['tolerance']:.0e}",
-            "ok" if record["passed"] else "FAIL",
+    def _checks(self) -> str:
+        """What fell short, and behind a click what did not."""
+        gates = self.document.get("gates", [])
+        short, well = ([gate["says"] for gate in gates if gate["passed"] is passed] for passed in (False, True))
+        lists = [
+            f'<ul class="checks">{"".join(f"<li{kind}>{mark} {escape(says)}</li>" for says in told)}</ul>'
+            if told
+            else ""
+            for told, kind, mark in ((short, " class=bad", "✗"), (well, "", "✓"))
         ]
-        for record in demo.parity
-    ]
+        if well:
+            count = f"{len(well)} of {len(gates)}" if short else "All" if len(well) > 1 else "The"
+            words = "checks" if len(gates) > 1 else "check"
+            lists[1] = f'<details class="checks"><summary>✓ {count} {words} passed</summary>{lists[1]}</details>'
+        return "".join(lists)
 
+    # --- headline ---------------------------------------------------------------------------------------------------
 
-def html_report(demo: Demo) -> str:
-    """The page."""
-    student = demo.student
-    taught = [""] * len(PROMPTS)
-    if student is not None:
-        taught = [_picture(image, f"{text}, student") for text, image in zip(PROMPTS, student.images, strict=True)]
-    figures = "".join(
-        f"<figure><div>{_picture(theirs, f'{prompt}, PyTorch')}{_picture(ours, f'{prompt}, bundle')}{third}</div>"
-        f"<figcaption>{html.escape(prompt)}<br><span>seed {seed} &middot; {decibels(value)}</span></figcaption>"
-        "</figure>"
-        for seed, (prompt, theirs, ours, third, value) in enumerate(
-            zip(PROMPTS, demo.torch_images, demo.bundle_images, taught, demo.psnr, strict=True)
+    def _panels(self) -> str:
+        panels = []
+        for side in self.others:
+            panels.append(
+                f'<section class="card panel"><header><h3>{self._dot(side)}{escape(side)}</h3>'
+                f"<span>{escape(self._drawing(side))}</span></header>"
+                f'<div class="figures">{"".join(self._figures(side))}</div></section>'
+            )
+        return f'<div class="panels">{"".join(panels)}</div>'
+
+    def _drawing(self, side: str) -> str:
+        drawn, calls = self.sides[side], self.results["latency"][side]["calls"]
+        calls_of = "two pictures (with and without the prompt)" if drawn["guided"] else "one picture"
+        return f"{drawn['sampler']}, {drawn['steps']} steps: {calls} UNet calls of {calls_of}"
+
+    def _figures(self, side: str) -> Iterable[str]:
+        base, results = self.baseline, self.results
+        spent = results["latency"][side]["stages"]["total"]["median_ms"]
+        needs = results["process"][side]
+        peak, start, size = needs["peak_rss_bytes"], needs["cold_start_ms"], results["bytes"][side]["bytes"]
+        if base is None:
+            yield figure(milliseconds(spent), "ms", "a picture")
+            yield figure(megabytes(size), "MB", "on disk")
+            if peak is not None:
+                yield figure(megabytes(peak), "MB", "peak memory")
+            yield figure(f"{start / 1e3:.2f}", "s", "from process start to first picture")
+            return
+        their_needs = results["process"][base]
+        their_spent = results["latency"][base]["stages"]["total"]["median_ms"]
+        their_size, their_peak = results["bytes"][base]["bytes"], their_needs["peak_rss_bytes"]
+        yield ratio(
+            results["latency"][side]["faster"],
+            ("faster", "slower"),
+            f"{milliseconds(spent)} ms, was {milliseconds(their_spent)} ms",
         )
-    )
-    verdict = (
-        f"The bundle draws what PyTorch draws: {decibels(min(demo.psnr))} at worst, of {len(PROMPTS)} pictures."
-        if demo.passed
-        else f"The bundle does not draw what PyTorch draws: {min(demo.psnr):.1f} dB at worst, "
-        f"{SAME_PICTURE_DB:.0f} needed."
-    )
-    told = (
-        ""
-        if student is None
-        else f" The student, {student.name}, draws in {student.steps} calls what its teacher draws in {2 * STEPS}."
-    )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>ldm_export demo</title><style>{STYLE}</style></head><body>
-<h1>One model, with and without PyTorch</h1>
-<p class="verdict{"" if demo.passed else " bad"}">{verdict}</p>
-<h2>Pictures: PyTorch, bundle{"" if student is None else ", student"}</h2>
-<p>DDIM, {STEPS} steps, guidance {GUIDANCE:g}; the same prompt and seed on every side.{told}</p>
-<div class="pairs">{figures}</div>
-<h2>Each graph against its network</h2>
-<p>Largest difference, as a share of the output's largest value, on sizes that the export did not see.</p>
-{_table(("graph", "output", "max error", "allowed", ""), parity_rows(demo), 2)}
-<h2>Milliseconds for {BATCH} pictures, by stage</h2>
-<p>Median of {len(PROMPTS) // BATCH} batches, the sides in turn; {html.escape(demo.backend)}.</p>
-{_table(time_heads(demo), time_rows(demo), 1)}
-<p>Made by <code>ldm-export demo</code>; the bundle is in <code>bundle/</code>.</p>
-</body></html>
-"""
+        yield ratio(
+            results["bytes"][side]["smaller"],
+            ("smaller", "larger"),
+            f"{megabytes(size)} MB on disk, was {megabytes(their_size)} MB",
+        )
+        psnr, alike = min(results["pictures"][side]["psnr_db"]), bool(results["pictures"][side]["drift"])
+        value, unit = ("same", "") if decibels(psnr) == "identical" else (f"{psnr:.1f}", "dB")
+        yield figure(value, unit, f"<em>worst PSNR</em>: {likeness(psnr, alike)}")
+        if peak and their_peak:
+            yield ratio(
+                their_peak / peak,
+                ("less memory", "more memory"),
+                f"{megabytes(peak)} MB at most, was {megabytes(their_peak)} MB",
+            )
+        their_start = their_needs["cold_start_ms"]
+        yield ratio(
+            their_start / start,
+            ("sooner ready", "later ready"),
+            f"first picture in {start / 1e3:.2f} s, was {their_start / 1e3:.2f} s",
+        )
+
+    # --- pictures ---------------------------------------------------------------------------------------------------
+
+    def _pictures(self) -> str:
+        count = len(self.document["conditions"])
+        columns = f"grid-template-columns:repeat({len(self.sides)},minmax(0,1fr))"
+        figures = []
+        for k, told in enumerate(self.document["conditions"]):
+            strip = "".join(self._picture(side, k, str(told)) for side in self.sides)
+            seed = self.document["options"]["seed"] + k
+            caption = f"{escape(str(told)) or 'unconditional'} <span class='soft'>· seed {seed}</span>"
+            figures.append(
+                f'<figure class="card"><div class="strip" style="{columns}">{strip}</div>'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+        least = f"repeat(auto-fill,minmax(min(100%,{max(15, 6 * len(self.sides))}rem),1fr))"
+        against = f" PSNR is against {escape(self.baseline)}." if self.baseline else ""
+        return (
+            f"<h2>The same prompts and seeds</h2><p class='soft'>{count} pictures a side.{against}</p>"
+            f'<div class="pictures" style="grid-template-columns:{least}">{"".join(figures)}</div>'
+        )
+
+    def _picture(self, side: str, k: int, told: str) -> str:
+        found = self.results["pictures"][side]
+        psnr = f"<i>{decibels(found['psnr_db'][k])}</i>" if "psnr_db" in found else ""
+        alt = escape(f"{told}, {side}")
+        return (
+            f'<div><img alt="{alt}" src="data:image/png;base64,{found["png"][k]}">'
+            f'<i title="{escape(side)}">{self._dot(side)}{escape(side)}</i>{psnr}</div>'
+        )
+
+    # --- latency ----------------------------------------------------------------------------------------------------
+
+    def _latency(self) -> str:
+        latency = self.results["latency"]
+        slowest = max(sum(side["stages"][stage]["median_ms"] for stage in STAGES) for side in latency.values())
+        bars = []
+        for side, found in latency.items():
+            spent = {stage: found["stages"][stage]["median_ms"] for stage in STAGES}
+            track = "".join(
+                f'<i style="width:{100 * value / slowest:.2f}%;background:var(--s{number})" '
+                f'title="{STAGES[stage]}: {milliseconds(value)} ms"></i>'
+                for number, (stage, value) in enumerate(spent.items(), start=1)
+            )
+            total = f"{milliseconds(found['stages']['total']['median_ms'])} ms"
+            bars.append(
+                f'<div><div class="bar-head"><span>{self._dot(side)}{escape(side)}</span><b>{total}</b></div>'
+                f'<div class="track">{track}</div></div>'
+            )
+        legend = "".join(
+            f'<span><span class="dot" style="background:var(--s{number})"></span>{words}</span>'
+            for number, words in enumerate(STAGES.values(), start=1)
+        )
+        heads = [
+            ("", ""), ("calls", ""), ("text", "ms"), ("one UNet call", "ms"), ("loop outside", "ms"), ("decode", "ms"),
+            ("total", "ms"), ("p90", "ms"), ("against baseline", "times as fast"),
+        ]  # fmt: skip
+        rows = [
+            [
+                self._dot(side) + escape(side),
+                str(found["calls"]),
+                *(milliseconds(found["stages"][s]["median_ms"]) for s in ("text", "unet_call", "loop", "decode")),
+                f"<b>{milliseconds(found['stages']['total']['median_ms'])}</b>",
+                milliseconds(found["stages"]["total"]["p90_ms"]),
+                "" if found["faster"] is None else times(found["faster"]),
+            ]
+            for side, found in latency.items()
+        ]
+        batch = self.document["options"]["batch"]
+        what = "one picture" if batch == 1 else f"{batch} pictures"
+        return (
+            f"<h2>Latency</h2><p class='soft'>Of {what}; medians. The ratio is the median over the rounds, each "
+            f"against the same round.</p>"
+            f"<div class='card'><div class='bars' style='margin-top:0'>{''.join(bars)}</div>"
+            f'<div class="legend">{legend}</div>{table(heads, rows)}</div>'
+        )
+
+    def _threads(self) -> str:
+        """What makes a comparison unfair: PyTorch may be told to use fewer CPUs than there are, and bundles are not."""
+        cpus, threads = self.document["machine"]["cpus"], self.sides.get(self.baseline or "", {}).get("threads")
+        if threads is None or threads >= cpus:
+            return ""
+        return f" PyTorch was told to use {threads} of {cpus} CPUs; unset OMP_NUM_THREADS for a fair comparison."
+
+    # --- passes -----------------------------------------------------------------------------------------------------
+
+    def _passes(self) -> str:
+        cards = []
+        for side in self.others:
+            drawn = waterfall(self.sides[side]["passes"], self.colours[side])
+            if drawn:
+                cards.append(
+                    f"<div class='card'><h3>{self._dot(side)}{escape(side)}</h3>"
+                    "<p class='soft'>Milliseconds for one picture after each pass, as its recipe measured them.</p>"
+                    f"{drawn}</div>"
+                )
+        points = [
+            point for side in self.others for point in pareto_points(self.sides[side]["passes"], self.colours[side])
+        ]
+        if len(points) > 1:
+            chart = scatter(points, "ms for one picture", "Fréchet distance, lower is better")
+            cards.append(
+                "<div class='card'><h3>Quality against latency</h3><p class='soft'>Every stage of the recipes, as they "
+                f"measured them; lower left is better. Hollow: undone.</p>{chart}</div>"
+            )
+        return f"<h2>What the passes did</h2><div class='two'>{''.join(cards)}</div>" if cards else ""
+
+    # --- likeness ---------------------------------------------------------------------------------------------------
+
+    def _likeness(self) -> str:
+        cards = [self._drift_card(), self._psnr_card(), self._parity_card()]
+        found = "".join(card for card in cards if card)
+        return f"<h2>How like {escape(self.baseline or '')}</h2><div class='two'>{found}</div>" if found else ""
+
+    def _drift_card(self) -> str:
+        drifts = {side: self.results["pictures"][side].get("drift") for side in self.others}
+        lines = [
+            Curve(side, found["median"], found["worst"], self.colours[side]) for side, found in drifts.items() if found
+        ]
+        if self.baseline is None or not lines:
+            return ""
+        without = [side for side in self.others if not drifts[side]]
+        note = f" {', '.join(without)}: drawn in other steps, so not compared." if without else ""
+        chart = curves(lines, "step", "relative error")
+        return (
+            "<div class='card'><h3>Drift of the latents</h3><p class='soft'>Relative error after each step: the median "
+            f"of the pictures, and the band up to the worst.{escape(note)}</p>{chart}</div>"
+        )
+
+    def _psnr_card(self) -> str:
+        latency, pictures = self.results["latency"], self.results["pictures"]
+        if self.baseline is None or len(self.others) < 2:
+            return ""
+        points = [
+            Point(
+                latency[side]["stages"]["total"]["median_ms"],
+                min(statistics.median(pictures[side]["psnr_db"]), IDENTICAL_DB),
+                side,
+                self.colours[side],
+            )
+            for side in self.others
+        ]
+        chart = scatter(points, "ms for one picture", "median PSNR, dB, higher is better")
+        return (
+            "<div class='card'><h3>Likeness against latency</h3><p class='soft'>Measured here; upper left is better. A "
+            f"student that draws as well, but its own picture, has a low PSNR.</p>{chart}</div>"
+        )
+
+    def _parity_card(self) -> str:
+        rows = [
+            [
+                self._dot(side) + escape(side),
+                escape(record["graph"]),
+                escape(record["output"]),
+                f"{record['max_error']:.1e}",
+                f"{record['tolerance']:.0e}",
+                chip(record),
+            ]
+            for side, records in self.results.get("parity", {}).items()
+            for record in records
+        ]
+        if not rows:
+            return ""
+        heads = [("", ""), ("graph", ""), ("output", ""), ("error", "of the largest"), ("allowed", ""), ("", "")]
+        other = any(not r["same_weights"] for records in self.results["parity"].values() for r in records)
+        note = " Other: the weights are another network's, a student's for instance; not judged." if other else ""
+        return (
+            "<div class='card whole'><h3>Each graph against its network</h3><p class='soft'>Largest difference, as a "
+            f"share of the output's largest value.{note}</p>{table(heads, rows, text=(0, 1, 2, 5))}</div>"
+        )
+
+    # --- the rest ---------------------------------------------------------------------------------------------------
+
+    def _quality(self) -> str:
+        quality = self.results.get("quality")
+        if not quality:
+            return ""
+        names = [name for name in QUALITY if any(name in figures for figures in quality.values())]
+        rows = []
+        for side, figures in quality.items():
+            cells = [self._dot(side) + escape(side)]
+            for name in names:
+                digits, found = QUALITY[name][1], figures.get(name)
+                cells.append("" if found is None else interval(found, digits))
+            rows.append(cells)
+        points = [
+            Point(
+                self.results["latency"][side]["stages"]["total"]["median_ms"],
+                figures["frechet_distance"]["value"],
+                side,
+                self.colours[side],
+            )
+            for side, figures in quality.items()
+        ]
+        chart = scatter(points, "ms for one picture", "Fréchet distance, lower is better") if len(points) > 1 else ""
+        heads = [("", ""), *((QUALITY[name][0], "95 % interval") for name in names)]
+        count = self.document["options"]["pictures"]
+        return (
+            f"<h2>Quality of the pictures</h2><p class='soft'>{count} drawn of each side. Distances are in features of "
+            f"EfficientNet-Lite0 and not comparable with an Inception FID.</p><div class='two'>"
+            f"<div class='card whole'>{table(heads, rows)}</div>"
+            + (f"<div class='card'><h3>Quality against latency</h3>{chart}</div>" if chart else "")
+            + "</div>"
+        )
+
+    def _needs(self) -> str:
+        rows = []
+        for side, found in self.results["process"].items():
+            starts = found["cold_starts_ms"]
+            rows.append(
+                [
+                    self._dot(side) + escape(side),
+                    megabytes(self.results["bytes"][side]["bytes"]),
+                    megabytes(found["peak_rss_bytes"]),
+                    f"{found['cold_start_ms'] / 1e3:.2f}",
+                    f"{min(starts) / 1e3:.2f}–{max(starts) / 1e3:.2f}",
+                ]
+            )
+        heads = [("", ""), ("on disk", "MB"), ("peak memory", "MB"), ("cold start", "s"), ("range", "s")]
+        return (
+            "<h2>Size, memory, cold start</h2><p class='soft'>Each side in new processes, in turn: from the start of "
+            f"the process to its first picture; memory after two.</p><div class='card'>{table(heads, rows)}</div>"
+        )
+
+    def _machine(self) -> str:
+        machine = self.document["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in self.document["versions"].items())
+        backends = "; ".join(f"{name}: {side['backend']}" for name, side in self.sides.items())
+        facts = {
+            "Machine": f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}",
+            "Versions": versions,
+            "Ran by": backends,
+        }
+        listed = "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
+        return (
+            f"<h2>Made on</h2><dl>{listed}</dl><h2>Made by</h2>"
+            f"<pre tabindex='0'>{escape(self.document['command'])}</pre>"
+        )
+
+    def _dot(self, side: str) -> str:
+        return f'<span class="dot" style="background:var(--c{self.colours[side]})"></span>'
+
+
+def page(document: Values) -> str:
+    """The page of a document that :meth:`ldm_export.bench.harness.Bench.run` made."""
+    return Report(document).page()

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.table import Table
 
-from ldm_export.bench.demo import BATCH, run_demo
-from ldm_export.bench.report import html_report, parity_rows, time_heads, time_rows
+from ldm_export.bench.demo import run_demo
+from ldm_export.bench.likeness import pictures_of
+from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.cli.options import console, folder, json_option, print_json, stages
+from ldm_export.cli.figures import print_bench, without_pictures
+from ldm_export.cli.options import console, folder, json_option, print_json, stages, status
 from ldm_export.cli.pictures import save_grid
 from ldm_export.errors import InputError
 
@@ -31,27 +32,22 @@ def command(ctx: click.Context, output: Path, checkpoint: str, as_json: bool) ->
     except OSError as error:
         raise InputError(f"{output} cannot be made ({error.strerror}). Name another folder.") from error
     with stages("demo") as progress:
-        demo = run_demo(LatentDiffusion.open(checkpoint), output, progress)
-    save_grid(demo.torch_images, output / "pytorch.png")
-    save_grid(demo.bundle_images, output / "bundle.png")
-    gap = np.full_like(demo.torch_images[:, :, :8], 255)
-    taught = [] if demo.student is None else [demo.student.images]
-    sides = [demo.torch_images, demo.bundle_images, *taught, gap]
-    save_grid(np.concatenate(sides, axis=2), output / "side_by_side.png")
-    (output / "report.html").write_text(html_report(demo), encoding="utf-8")
-    (output / "demo.json").write_text(json.dumps(demo.to_dict(), indent=2) + "\n", encoding="utf-8")
+        document = run_demo(LatentDiffusion.open(checkpoint), output, progress)
+    found = document["results"]["pictures"]
+    drawn = {side: pictures_of(found[side]["png"]) for side in found}
+    reference, bundle, *taught = drawn.values()
+    save_grid(reference, output / "pytorch.png")
+    save_grid(bundle, output / "bundle.png")
+    gap = np.full_like(reference[:, :, :8], 255)
+    save_grid(np.concatenate([reference, bundle, *taught, gap], axis=2), output / "side_by_side.png")
+    (output / "report.html").write_text(page(document), encoding="utf-8")
+    (output / "demo.json").write_text(json.dumps(without_pictures(document), indent=2) + "\n", encoding="utf-8")
     if as_json:
-        print_json(demo.to_dict())
+        print_json(without_pictures(document))
     else:
-        parity = Table("graph", "output", "max error", "allowed", "")
-        for row in parity_rows(demo):
-            parity.add_row(*row)
-        console.print(parity)
-        times = Table(*time_heads(demo), title=f"ms for {BATCH} pictures")
-        for row in time_rows(demo):
-            times.add_row(*row)
-        console.print(times)
-        console.print(f"pictures against PyTorch: PSNR {min(demo.psnr):.1f} dB at worst of {len(demo.psnr)}")
+        print_bench(document)
         console.print(f"look at {output / 'side_by_side.png'} and {output / 'report.html'}", markup=False)
-    if not demo.passed:
+    fallen = [gate["says"] for gate in document["gates"] if not gate["passed"]]
+    if fallen:
+        status.print(f"error: {'; '.join(fallen)}.", style="red", markup=False, soft_wrap=True)
         ctx.exit(1)

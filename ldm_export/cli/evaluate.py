@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
@@ -9,8 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ldm_export.bench.metrics import Figure
-from ldm_export.bench.quality import FEATURES, QualityReport, Settings, evaluate, open_judge, open_painter
-from ldm_export.cli.options import console, folder, json_option, print_json, steps_bar
+from ldm_export.bench.painters import Settings, open_painter
+from ldm_export.bench.quality import FEATURES, QualityReport, evaluate, open_judge
+from ldm_export.cli.options import check_output, console, folder, json_option, print_json, steps_bar
 from ldm_export.cli.pictures import check_writable, save_grid
 from ldm_export.errors import InputError
 
@@ -67,7 +67,7 @@ def command(
     if pictures is not None:
         check_writable(pictures)
     if output is not None:
-        _check_output(output)
+        check_output(output)
     settings = Settings(prompts, sampler, steps, guidance, seed, batch)
     painter = open_painter(target)
     with steps_bar("evaluate") as advance:
@@ -87,16 +87,6 @@ def command(
         console.print(_table(report))
         for note in report.notes:
             console.print(note, markup=False)
-
-
-def _check_output(path: Path) -> None:
-    """Raise InputError unless a file can be written to ``path``; makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written: it is a folder, or in one that cannot be. Name another file.")
 
 
 def _table(report: QualityReport) -> Table:

@@ -23,6 +23,7 @@ COMMANDS = {
     "build": "Make what a bundle runs faster with on one kind of machine.",
     "generate": "Draw pictures from a bundle.",
     "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
+    "bench": "Measure bundles, and PyTorch beside them: latency, likeness, memory, quality; an HTML report.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",

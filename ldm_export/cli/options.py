@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ldm_export.errors import InputError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -39,6 +42,16 @@ def parity_line(record: Mapping[str, Any]) -> str:
         f"{record['graph']:15} {record['output']:20} differs from {reference} by {record['max_error']:.1e} "
         f"(allowed {record['tolerance']:.0e})"
     )
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError unless a file can be written to ``path``; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: it is a folder, or in one that cannot be. Name another file.")
 
 
 @contextmanager

@@ -35,17 +35,10 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
             backend.load(name)
         records = []
         if against is not None:
+            from ldm_export.bench.parity import compare_with_checkpoint
             from ldm_export.checkpoint import LatentDiffusion
-            from ldm_export.export.chain import compare_bundle
-            from ldm_export.export.graphs import CALIBRATION
 
-            calls = None
-            if CALIBRATION in opened.manifest.source:
-                from ldm_export.recipe.pictures import calibration_calls
-
-                progress("calibration pictures")
-                calls = calibration_calls(opened, opened.manifest.source[CALIBRATION])
-            compared = compare_bundle(opened, LatentDiffusion.open(against), progress, calls)
+            compared = compare_with_checkpoint(opened, LatentDiffusion.open(against), progress)
             records = [record.to_dict() for record in compared]
     passed = all(record["passed"] for record in records)
     if as_json:

@@ -107,13 +107,9 @@ def compare_bundle(
     InputError
         If the checkpoint is of another shape than the bundle.
     """
+    check_same_graphs(bundle, checkpoint)
     parity = []
     for graph in graph_specs(checkpoint):
-        if bundle.manifest.graphs.get(graph.name) != graph:
-            raise InputError(
-                f"{graph.name} of {checkpoint.path} has other inputs or outputs than the bundle {bundle.path}. "
-                "Compare a bundle with the checkpoint that it was exported from."
-            )
         progress(f"{graph.name}: running in PyTorch")
         allowed = tolerances(bundle, graph.name)
         changed = max(allowed.values(), default=TOLERANCE) > TOLERANCE
@@ -124,6 +120,16 @@ def compare_bundle(
             for record in compare_graph(bundle.file(graph.path), graph, runs)
         ]
     return parity
+
+
+def check_same_graphs(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
+    """Raise InputError unless the checkpoint's networks take and give what the bundle's graphs do."""
+    for graph in graph_specs(checkpoint):
+        if bundle.manifest.graphs.get(graph.name) != graph:
+            raise InputError(
+                f"{graph.name} of {checkpoint.path} has other inputs or outputs than the bundle {bundle.path}. "
+                "Compare a bundle with the checkpoint that it was exported from."
+            )
 
 
 def tolerances(bundle: Bundle, graph: str) -> dict[str, float]:

@@ -22,7 +22,9 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
-from ldm_export.bench.quality import Progress, checkpoint_tokenizer
+from ldm_export.bench.calibration import calibration_calls, calibration_conditions
+from ldm_export.bench.painters import checkpoint_tokenizer
+from ldm_export.bench.quality import Progress
 from ldm_export.bundle import Bundle, check_target
 from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
@@ -33,7 +35,7 @@ from ldm_export.passes.base import Setting
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditions, encode_pictures
-from ldm_export.recipe.pictures import calibration_calls, calibration_conditions, draw_gallery
+from ldm_export.recipe.pictures import draw_gallery
 from ldm_export.recipe.score import Judge, Score, verdict
 from ldm_export.recipe.settings import GRAPH_PASSES, Recipe
 

@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from ldm_export.bench.latency import Latency, draw_with, time_in_turn
 from ldm_export.bench.metrics import psnr
-from ldm_export.bench.quality import BundlePainter, Progress, Settings, evaluate
+from ldm_export.bench.painters import BundlePainter, Settings
+from ldm_export.bench.quality import Progress, evaluate
+from ldm_export.bench.sides import bundle_bytes
 from ldm_export.bundle import Bundle
 from ldm_export.errors import InputError
 from ldm_export.judge import AlignmentJudge
@@ -117,10 +119,6 @@ class Judge:
         )
         faster = None if beside is None else latencies["beside"].total_ms / latencies["this"].total_ms
         return score, faster, report.images
-
-
-def bundle_bytes(bundle: Bundle) -> int:
-    return sum(entry.size_bytes for entry in bundle.manifest.files.values())
 
 
 def verdict(

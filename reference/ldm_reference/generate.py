@@ -22,11 +22,24 @@ from ldm_reference.unet import UNet2DConditionModel
 
 
 class Drawn(NamedTuple):
-    """Pictures uint8 (B, H, W, 3), final latents (B, C, h, w) and milliseconds by stage (text, unet, loop, decode)."""
+    """What was drawn, and how long it took.
+
+    Attributes
+    ----------
+    images : uint8 (B, H, W, C)
+    trajectory : latents (B, C, h, w) after each step; the last are what was decoded
+    unet_ms : one entry a call of the UNet
+    timings_ms : milliseconds by stage (text, unet, loop, decode)
+    """
 
     images: Tensor
-    latents: Tensor
+    trajectory: list[Tensor]
+    unet_ms: list[float]
     timings_ms: dict[str, float]
+
+    @property
+    def latents(self) -> Tensor:
+        return self.trajectory[-1]
 
 
 @torch.no_grad()
@@ -53,35 +66,18 @@ def text_to_image(
     guidance : scale; without guidance where it is 1 or less
     latent_size : height and width of the latents
     """
-    device = unet.conv_in.weight.device
     started = time.perf_counter()
     ids = torch.cat([negative_ids, input_ids]) if guidance > 1 else input_ids
-    context = text_encoder(ids.to(device)).last_hidden_state
-    text_ms = (time.perf_counter() - started) * 1000
+    context = text_encoder(ids.to(unet.conv_in.weight.device)).last_hidden_state
+    text_ms = _since(started)
 
-    unet_ms = 0.0
-
-    def denoise(x: Tensor, timestep: int) -> Tensor:
-        nonlocal unet_ms
-        called = time.perf_counter()
-        t = torch.tensor([timestep], device=device)
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
         if guidance > 1:
             negative, positive = unet(torch.cat([x, x]), t, context).chunk(2)
-            out = negative + guidance * (positive - negative)
-        else:
-            out = unet(x, t, context)
-        unet_ms += (time.perf_counter() - called) * 1000
-        return out
+            return negative + guidance * (positive - negative)
+        return unet(x, t, context)
 
-    started = time.perf_counter()
-    latents = _latents(unet, vae.config.latent_channels, scheduler, denoise, seeds, steps, latent_size)
-    loop_ms = (time.perf_counter() - started) * 1000 - unet_ms
-
-    started = time.perf_counter()
-    sample = vae.decode(latents / vae.config.scaling_factor)
-    images = pixels_from_sample(sample)
-    decode_ms = (time.perf_counter() - started) * 1000
-    return Drawn(images, latents, {"text": text_ms, "unet": unet_ms, "loop": loop_ms, "decode": decode_ms})
+    return _drawn(vae, unet, scheduler, denoise, seeds, steps, latent_size, text_ms)
 
 
 @torch.no_grad()
@@ -94,39 +90,59 @@ def class_to_image(
     *,
     steps: int,
     latent_size: tuple[int, int],
-) -> Tensor:
-    """Draw one picture a seed with a model that reads no text: uint8 (B, H, W, C). ``labels`` are classes (B,)."""
-    device = unet.conv_in.weight.device
-    classes = {} if labels is None else {"class_labels": labels.to(device)}
+) -> Drawn:
+    """Draw one picture a seed with a model that reads no text. ``labels`` are classes (B,)."""
+    classes = {} if labels is None else {"class_labels": labels.to(unet.conv_in.weight.device)}
 
-    def denoise(x: Tensor, timestep: int) -> Tensor:
-        return unet(x, torch.tensor([timestep], device=device), **classes)
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return unet(x, t, **classes)
 
-    latents = _latents(unet, vae.config.latent_channels, scheduler, denoise, seeds, steps, latent_size)
-    return pixels_from_sample(vae.decode(latents / vae.config.scaling_factor))
+    return _drawn(vae, unet, scheduler, denoise, seeds, steps, latent_size)
 
 
-def _latents(
+def _drawn(
+    vae: Autoencoder,
     unet: UNet2DConditionModel,
-    channels: int,
     scheduler: Mapping[str, Any],
-    denoise: Callable[[Tensor, int], Tensor],
+    denoise: Callable[[Tensor, Tensor], Tensor],
     seeds: Sequence[int],
     steps: int,
     size: tuple[int, int],
-) -> Tensor:
-    """DDIM from the noise of the seeds: (B, C, h, w)."""
-    shape = (1, channels, *size)
+    text_ms: float = 0.0,
+) -> Drawn:
+    """DDIM from the noise of the seeds, decoded; ``denoise`` takes latents and a timestep of shape (1,)."""
+    device = unet.conv_in.weight.device
+    shape = (1, vae.config.latent_channels, *size)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
     alphas_cumprod = alphas_cumprod_from_config(scheduler)
-    return ddim(
-        denoise,
-        noise.to(unet.conv_in.weight.device),
+    met: list[Tensor] = []
+    unet_ms: list[float] = []
+
+    def called(x: Tensor, timestep: int) -> Tensor:
+        started = time.perf_counter()
+        met.append(x)
+        out = denoise(x, torch.tensor([timestep], device=device))
+        unet_ms.append(_since(started))
+        return out
+
+    started = time.perf_counter()
+    latents = ddim(
+        called,
+        noise.to(device),
         alphas_cumprod,
         timesteps_from_config(scheduler, steps),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
     )
+    loop_ms = _since(started) - sum(unet_ms)
+    started = time.perf_counter()
+    images = pixels_from_sample(vae.decode(latents / vae.config.scaling_factor))
+    stages = {"text": text_ms, "unet": sum(unet_ms), "loop": loop_ms, "decode": _since(started)}
+    return Drawn(images, [*met[1:], latents], unet_ms, stages)
+
+
+def _since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000.0
 
 
 def pixels_from_sample(sample: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ def train_denoiser(
         if tokenizer is None or text_encoder is None:
             labels = torch.arange(SAMPLES) % config.classes if config.classes else None
             seeds, steps = range(SAMPLES), SAMPLE_STEPS
-            images = class_to_image(vae, unet, config.scheduler, labels, seeds, steps=steps, latent_size=size)
+            images = class_to_image(vae, unet, config.scheduler, labels, seeds, steps=steps, latent_size=size).images
             return _rows_of_pictures(images, 1)
         captions = list(dict(reversed(data.captions)).values())[-SAMPLES:]
         ids = encode(tokenizer, ["", *captions], int((config.tokenizer or {})["model_max_length"]))

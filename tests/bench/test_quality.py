@@ -16,7 +16,8 @@ from ldm_reference.train import train
 from PIL import Image
 
 from ldm_export.bench import quality
-from ldm_export.bench.quality import Settings, choose_prompts, evaluate, open_judge, open_painter
+from ldm_export.bench.painters import Settings, open_painter
+from ldm_export.bench.quality import choose_prompts, evaluate, open_judge
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.main import main
 from ldm_export.errors import InputError

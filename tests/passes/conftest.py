@@ -13,7 +13,7 @@ import torch
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 
-from ldm_export.bench.quality import checkpoint_tokenizer
+from ldm_export.bench.painters import checkpoint_tokenizer
 from ldm_export.checkpoint import Drawing, LatentDiffusion
 from ldm_export.passes.base import Setting
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions

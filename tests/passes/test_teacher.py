@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_export.bench.quality import checkpoint_tokenizer
+from ldm_export.bench.painters import checkpoint_tokenizer
 from ldm_export.checkpoint import Drawing, LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.passes import teacher

@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_export.bundle import Bundle
-from ldm_export.contract import check_inputs
-from ldm_export.judge import open_pictures
-from ldm_export.recipe.pictures import (
+from ldm_export.bench.calibration import (
     CALIBRATION_PICTURES,
-    GALLERY_SEED,
-    REFERENCE_SEED,
     RecordingBackend,
     calibration_calls,
     calibration_conditions,
-    draw_gallery,
 )
+from ldm_export.bundle import Bundle
+from ldm_export.contract import check_inputs
+from ldm_export.judge import open_pictures
+from ldm_export.recipe.pictures import GALLERY_SEED, REFERENCE_SEED, draw_gallery
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import open_backend
 from tests.bundle_fixture import CLASSES

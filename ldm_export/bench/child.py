@@ -1,0 +1,61 @@
+"""A process of its own that draws: what a program that ships the model pays for its first picture, and in memory.
+
+    echo '{"bundle": "my.bundle", "backend": "cpu", "given": {"prompts": ["red apple"], "seed": [0]}}' |
+    python -m ldm_export.bench.child
+
+Prints ``drawn`` once the first picture is there and, after a second, the peak of its resident memory in bytes. Nothing
+is imported that this side does not need: a bundle is drawn without PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    told = json.load(sys.stdin)
+    draw = opened(told)
+    draw()
+    print("drawn", flush=True)
+    draw()
+    print(json.dumps(peak_rss_bytes()), flush=True)
+
+
+def opened(told: dict[str, Any]) -> Callable[[], object]:
+    """What draws a picture; opening it is part of what is timed."""
+    given = told["given"]
+    if "bundle" in told:
+        from ldm_export.runtime import Pipeline
+
+        pipeline = Pipeline.open(told["bundle"], backend=told["backend"])
+        return lambda: pipeline.generate(**given)
+    from ldm_export.checkpoint import LatentDiffusion
+    from ldm_export.torch_reference import TorchReference
+
+    reference = TorchReference(LatentDiffusion.open(told["checkpoint"]), text="input_ids" in given)
+    return lambda: reference.draw_as(given)
+
+
+def peak_rss_bytes() -> int | None:
+    """Of this process since it began; None where the system does not tell.
+
+    Linux' ``ru_maxrss`` is no use here: it starts at the parent's, whose memory a new process shares for a moment.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""The bench: every measurement of all sides, each written down as soon as it is made.
+
+The document is JSON: what was measured, on what, and under ``results`` what came out, by measurement and side. It is
+all that the report is made from. Its ``key`` is a hash of whatever could change a result: the bundles' hashes, the
+checkpoint's, options, versions, machine. A bench that was interrupted goes on where a document of its own key ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ldm_export.bench.gates import Gate
+from ldm_export.bench.latency import Draw, runs_in_turn, stages, times_as_fast
+from ldm_export.bench.likeness import LARGEST, compare_pictures
+from ldm_export.bench.machine import machine, versions
+from ldm_export.bench.parity import compare_with_checkpoint
+from ldm_export.bench.process import processes_in_turn
+from ldm_export.bench.quality import choose_prompts, evaluate, open_judge
+from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weights
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.errors import InputError
+from ldm_export.judge import open_pictures
+from ldm_export.runtime.pipeline import Timings
+
+FORMAT = 1
+PROCESSES = 3
+"""New processes a side for cold start and memory, or the number of repeats if that is smaller."""
+
+Document = dict[str, Any]
+Progress = Callable[[str], None]
+"""Called with what begins now."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes
+    ----------
+    prompts : what is drawn; for models that read text, a few of the shipped model's by default
+    sampler, steps : of the bundles that have such a plan; each bundle's own by default
+    seed : of the first picture; the next has one more
+    batch : pictures drawn at a time where latency is measured
+    warm_up, repeats : rounds of all sides that are not counted, and that are
+    backend : what runs the bundles
+    data, held_out : folders of pictures that quality is judged by; without them it is not
+    pictures : how many are drawn for that
+    """
+
+    prompts: tuple[str, ...] = ()
+    sampler: str | None = None
+    steps: int | None = None
+    seed: int = 0
+    batch: int = 1
+    warm_up: int = 2
+    repeats: int = 9
+    backend: str = "auto"
+    data: Path | None = None
+    held_out: Path | None = None
+    pictures: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("repeats", 1), ("warm_up", 0), ("batch", 1), ("pictures", 1), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(
+                    f"{name} is {value}; at least {least} is needed. Use {Options.__dataclass_fields__[name].default}."
+                )
+        if self.held_out is not None and self.data is None:
+            raise InputError("held_out pictures were given without data. Give both, or neither.")
+
+
+class Bench:
+    """Sides that are open, and what is measured of them.
+
+    Raises
+    ------
+    LdmExportError
+        At once, before anything is measured, for whatever cannot be used.
+    """
+
+    def __init__(self, bundles: Sequence[Path], checkpoint: LatentDiffusion | None, options: Options):
+        self.options = options
+        self._checkpoint = checkpoint
+        self.sides = open_sides(
+            bundles, checkpoint, sampler=options.sampler, steps=options.steps, backend=options.backend
+        )
+        self.conditions = conditions_for(self.sides[0], options.prompts)
+        self.baseline = self.sides[0].name if len(self.sides) > 1 else None
+        if options.data is not None:
+            self._check_data(options.data)
+
+    @property
+    def comparable(self) -> list[str]:
+        """The sides that are drawn as the baseline is, step by step."""
+        return [side.name for side in self.sides[1:] if side.drawing == self.sides[0].drawing]
+
+    def check_gates(self, gates: Sequence[Gate]) -> None:
+        """Raise InputError if a gate can be judged of no side."""
+        for gate in gates:
+            if self.baseline is None:
+                raise InputError(
+                    f"--fail-under {gate} compares, and there is one bundle alone. "
+                    "Name a checkpoint with --against, or a second bundle."
+                )
+            if gate.key == "parity" and self._checkpoint is None:
+                raise InputError(f"--fail-under {gate} is about PyTorch's networks. Name a checkpoint with --against.")
+            if gate.key == "drift" and not self.comparable:
+                ours, theirs = (f"{side.name} with {side.drawing}" for side in (self.sides[1], self.sides[0]))
+                raise InputError(
+                    f"--fail-under {gate} compares step by step; {ours} and {theirs} (sampler, steps, guidance) take "
+                    "other steps. Use psnr instead, or give them the same --steps."
+                )
+
+    def run(self, path: Path, command: str, *, resume: bool, progress: Progress) -> Document:
+        """Measure what ``path`` does not hold yet, writing it there bit by bit.
+
+        A document of the same bench that was interrupted is always gone on with; a complete one, with ``resume``.
+
+        Raises
+        ------
+        InputError
+            If ``resume`` is asked for and the document there is of another bench.
+        """
+        document = self._begin(path, command, resume=resume)
+        for name, measure in self._measurements().items():
+            if name not in document["results"]:
+                document["results"][name] = measure(progress)
+                write_document(document, path)
+        document["complete"] = True
+        write_document(document, path)
+        return document
+
+    def _measurements(self) -> dict[str, Callable[[Progress], Any]]:
+        measurements: dict[str, Callable[[Progress], Any]] = {
+            "bytes": self._bytes,
+            "latency": self._latency,
+            "pictures": self._pictures,
+        }
+        for side in self.sides if self._checkpoint is not None else ():
+            if side.bundle is not None:
+                measurements[f"parity of {side.name}"] = partial(self._parity, side)
+        measurements["process"] = self._process
+        for side in self.sides if self.options.data is not None else ():
+            measurements[f"quality of {side.name}"] = partial(self._quality, side)
+        return measurements
+
+    def _bytes(self, progress: Progress) -> dict[str, Any]:
+        first = self.sides[0]
+        return {
+            side.name: {"bytes": side.bytes, "smaller": None if side is first else first.bytes / side.bytes}
+            for side in self.sides
+        }
+
+    def _latency(self, progress: Progress) -> dict[str, Any]:
+        options, rounds = self.options, self.options.warm_up + self.options.repeats
+        draws = {side.name: self._timed(side) for side in self.sides}
+        runs = runs_in_turn(
+            draws, options.repeats, options.warm_up, lambda done: progress(f"latency, round {done + 1} of {rounds}")
+        )
+        first = self.sides[0].name
+        return {
+            name: {
+                "calls": len(runs[name][0].unet_ms),
+                "faster": None if name == first else times_as_fast(runs[first], runs[name]),
+                "stages": stages(runs[name]),
+                "totals_ms": [run.total_ms for run in runs[name]],
+            }
+            for name in draws
+        }
+
+    def _timed(self, side: Side) -> Draw:
+        batch = self.options.batch
+
+        def draw(number: int) -> Timings:
+            numbers = range(number * batch, (number + 1) * batch)
+            told = [self.conditions[k % len(self.conditions)] for k in numbers]
+            if side.painter.condition == "text":  # new each time: a pipeline remembers what it has encoded
+                told = [f"{text} {k}" for text, k in zip(told, numbers, strict=True)]
+            return side.sample(told, [self.options.seed + k for k in numbers]).timings
+
+        return draw
+
+    def _pictures(self, progress: Progress) -> dict[str, Any]:
+        def drawn_by(side: Side) -> Any:
+            return lambda k: side.sample([self.conditions[k]], [self.options.seed + k])
+
+        sides = {side.name: drawn_by(side) for side in self.sides}
+        return compare_pictures(sides, len(self.conditions), self.baseline, self.comparable, progress)
+
+    def _parity(self, side: Side, progress: Progress) -> list[dict[str, Any]]:
+        assert self._checkpoint is not None
+        assert side.bundle is not None
+        same = same_weights(side.bundle, self._checkpoint)
+        records = compare_with_checkpoint(side.bundle, self._checkpoint, lambda what: progress(f"{side.name}, {what}"))
+        found = []
+        for record in records:
+            error = record.max_error if math.isfinite(record.max_error) else LARGEST
+            found.append({**record.to_dict(), "max_error": error, "same_weights": same[record.graph]})
+        return found
+
+    def _process(self, progress: Progress) -> dict[str, Any]:
+        children = {side.name: side.child(self.conditions[0], self.options.seed) for side in self.sides}
+        return processes_in_turn(children, min(self.options.repeats, PROCESSES), progress)
+
+    def _quality(self, side: Side, progress: Progress) -> dict[str, Any]:
+        assert self.options.data is not None
+        settings = replace(side.settings, prompts=self.options.pictures, seed=self.options.seed)
+        judge = open_judge(side.target, None)
+        report = evaluate(
+            side.painter,
+            self.options.data,
+            self.options.held_out,
+            settings,
+            judge,
+            lambda what, done, of: progress(f"quality of {side.name}, {what} {done} of {of}"),
+        )
+        return {name: figure._asdict() for name, figure in report.figures.items()}
+
+    def _check_data(self, data: Path) -> None:
+        """Refuse folders that cannot be judged by before minutes have passed."""
+        painter = self.sides[0].painter
+        settings = replace(self.sides[0].settings, prompts=self.options.pictures)
+        pictures = open_pictures(data, painter.size, painter.channels, painter.condition)
+        choose_prompts(pictures, settings, painter.condition)
+        if self.options.held_out is not None:
+            open_pictures(self.options.held_out, painter.size, painter.channels, painter.condition)
+
+    def _begin(self, path: Path, command: str, *, resume: bool) -> Document:
+        new = self._new_document(command)
+        old = read_document(path)
+        if old is not None and old.get("key") == new["key"] and (resume or not old.get("complete")):
+            return {**new, "results": old["results"]}
+        if resume and old is not None:
+            raise InputError(
+                f"{path} holds a bench of other bundles, options, versions or another machine. "
+                "Leave --resume out to measure anew, or name another report."
+            )
+        return new
+
+    def _new_document(self, command: str) -> Document:
+        options = json.loads(json.dumps(asdict(self.options), default=str))  # as it is read again
+        row = {"machine": machine(), "versions": versions(), "options": options, "conditions": self.conditions}
+        hashes = {side.name: self._hash(side) for side in self.sides}
+        text = json.dumps([FORMAT, row, hashes], sort_keys=True)
+        return {
+            "format": FORMAT,
+            "key": hashlib.sha256(text.encode()).hexdigest(),
+            "complete": False,
+            "command": command,
+            **row,
+            "baseline": self.baseline,
+            "sides": {side.name: side.facts() for side in self.sides},
+            "results": {},
+        }
+
+    def _hash(self, side: Side) -> Any:
+        if side.bundle is not None:
+            return hashlib.sha256(side.bundle.manifest.to_json().encode()).hexdigest()
+        assert self._checkpoint is not None
+        return [self._checkpoint.sha256(component) for component in self._checkpoint.components]
+
+
+def read_document(path: Path) -> Document | None:
+    """What a bench wrote, or None where there is nothing of that kind."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_bench = (
+        isinstance(document, dict) and document.get("format") == FORMAT and isinstance(document.get("results"), dict)
+    )
+    return document if is_bench else None
+
+
+def write_document(document: Document, path: Path) -> None:
+    """Write a document whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}). Make room, and run the same again.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def results_by_side(document: Document) -> Document:
+    """Results as measurement -> side -> value, also of those that are made a side at a time."""
+    found: Document = {}
+    for name, value in document["results"].items():
+        measurement, of, side = name.partition(" of ")
+        if of:
+            found.setdefault(measurement, {})[side] = value
+        else:
+            found[name] = value
+    return found

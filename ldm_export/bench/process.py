@@ -1,0 +1,77 @@
+"""Cold start and memory, each side in processes of its own, in turn: see :mod:`ldm_export.bench.child`."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ldm_export.errors import BackendError
+from ldm_export.runtime.backends.auto import SETTLE_S
+
+CHILD = (sys.executable, "-m", "ldm_export.bench.child")
+
+
+def processes_in_turn(
+    sides: Mapping[str, Mapping[str, Any]], rounds: int, progress: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """What each side needs in a new process, every round all sides.
+
+    Parameters
+    ----------
+    sides : name -> what the process is told
+
+    Returns
+    -------
+    name -> ``cold_start_ms``, from the start of the process to its first picture, median, and all of them in
+    ``cold_starts_ms``; ``peak_rss_bytes``, the largest, after two pictures, None where the system does not tell
+
+    Raises
+    ------
+    BackendError
+        If a process ends without a picture.
+    """
+    found: dict[str, list[tuple[float, int | None]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name, told in sides.items():
+            progress(f"cold start {number + 1} of {rounds}, {name}")
+            time.sleep(SETTLE_S)
+            found[name].append(_one(name, told))
+    measured = {}
+    for name, runs in found.items():
+        starts, peaks = [start for start, _ in runs], [peak for _, peak in runs if peak is not None]
+        measured[name] = {
+            "cold_start_ms": statistics.median(starts),
+            "cold_starts_ms": starts,
+            "peak_rss_bytes": max(peaks, default=None),
+        }
+    return measured
+
+
+def _one(name: str, told: Mapping[str, Any]) -> tuple[float, int | None]:
+    """Milliseconds to the first picture, and the peak of memory in bytes."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = time.perf_counter()
+    with subprocess.Popen(CHILD, env=env, text=True, **pipes) as process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(told))
+            process.stdin.close()
+            first = process.stdout.readline()
+            spent_ms = (time.perf_counter() - started) * 1000.0
+            process.stdin = None  # closed; communicate would flush it
+            rest, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or first.strip() != "drawn":
+        reason = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit code {process.returncode}"]
+        raise BackendError(f"A process of its own could not draw with {name} ({reason[0]}). Try `ldm-export generate`.")
+    return spent_ms, json.loads(rest)

@@ -1,0 +1,211 @@
+"""The sides of a bench: a checkpoint in PyTorch, if one is given, and bundles; each drawn as it is meant to be."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_export.bench.painters import BundlePainter, CheckpointPainter, Sample, Settings
+from ldm_export.bundle import Bundle
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.errors import InputError
+from ldm_export.export.chain import check_same_graphs
+from ldm_export.runtime.request import DEFAULT_GUIDANCE, check_drawable, read_plan
+
+PROMPTS = (
+    "grinning face with smiling eyes",
+    "red apple",
+    "black cat",
+    "heavy black heart",
+    "pizza",
+    "sunflower",
+    "automobile",
+    "rocket",
+    "snowman",
+    "strawberry",
+    "octopus",
+    "soccer ball",
+    "crescent moon",
+    "birthday cake",
+    "frog face",
+    "smiling face with sunglasses",
+)
+"""What is drawn unless something else is asked for; the pictures that the shipped model knows."""
+DEFAULT_PICTURES = 8
+COMPONENTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
+"""Whose weights a graph has, where that is not a component of its own name."""
+
+
+@dataclass
+class Side:
+    """What is measured.
+
+    Attributes
+    ----------
+    name : the checkpoint's, with "PyTorch", or the bundle folder's; as long as it must be to tell all sides apart
+    target : the folder, or the name of a shipped checkpoint
+    settings : sampler, steps, guidance
+    guided : whether the UNet is called with and without the prompt, so on two pictures for one
+    backend : what runs it
+    bytes : the bundle's files, or the checkpoint's weights as they lie on disk
+    """
+
+    name: str
+    target: str
+    painter: BundlePainter | CheckpointPainter
+    settings: Settings
+    guided: bool
+    backend: str
+    bytes: int
+    bundle: Bundle | None = None
+
+    @property
+    def drawing(self) -> tuple[str, int, float]:
+        """Sides with the same draw step by step alike."""
+        return self.settings.sampler, self.settings.steps, self.settings.guidance if self.guided else 1.0
+
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int]) -> Sample:
+        return self.painter.sample(conditions, seeds, self.settings)
+
+    def child(self, condition: str | int, seed: int) -> dict[str, Any]:
+        """What a process of its own is told, to draw one picture."""
+        given = self.painter.given([condition], [seed], self.settings)
+        if isinstance(self.painter, BundlePainter):
+            return {"bundle": self.target, "backend": self.painter.requested_backend, "given": given}
+        return {"checkpoint": self.target, "given": given}
+
+    def facts(self) -> dict[str, Any]:
+        """What a row of results says of how it came about."""
+        sampler, steps, guidance = self.settings.sampler, self.settings.steps, self.settings.guidance
+        size = {"height": self.painter.pixels[0], "width": self.painter.pixels[1]}
+        drawn = {"sampler": sampler, "steps": steps, "guidance": guidance, "guided": self.guided, **size}
+        passes = [] if self.bundle is None else [dict(record) for record in self.bundle.manifest.passes]
+        kind = "checkpoint" if self.bundle is None else "bundle"
+        threads = torch.get_num_threads() if self.bundle is None else None
+        ran = {"backend": self.backend, "threads": threads}
+        return {"kind": kind, "target": self.target, "passes": passes, **ran, **drawn}
+
+
+def open_sides(
+    bundles: Sequence[Path], checkpoint: LatentDiffusion | None, *, sampler: str | None, steps: int | None, backend: str
+) -> list[Side]:
+    """The checkpoint, if there is one, and the bundles, hashes checked, in their order.
+
+    ``sampler`` and ``steps`` hold for the bundles that have such a plan, and one must; a student that was taught to
+    draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as the bundle that
+    was exported from it, if that uses DDIM.
+
+    Raises
+    ------
+    BundleError, CheckpointError, BackendError, InputError
+        If a side cannot be opened, or they do not all draw the same kind of pictures.
+    """
+    opened = [Bundle.open(path, verify=True) for path in bundles]
+    for bundle in opened:
+        check_drawable(bundle)
+        if checkpoint is not None:
+            check_same_graphs(bundle, checkpoint)
+    names = _names([os.path.abspath(path) for path in bundles])
+    plans = [_plan(bundle, sampler, steps) for bundle in opened]
+    if (sampler or steps) and not any(found for *_, found in plans):
+        model = opened[0].manifest.model
+        read_plan(opened[0], sampler or model["default_sampler"], steps or model["default_steps"])  # says what there is
+    sides = []
+    for name, bundle, (its_sampler, its_steps, _) in zip(names, opened, plans, strict=True):
+        painter = BundlePainter(bundle, backend)
+        model = bundle.manifest.model
+        guidance = float(model.get("default_guidance", DEFAULT_GUIDANCE))
+        guided = painter.condition == "text" and guidance > 1 and not model.get("guidance_folded")
+        settings = Settings(sampler=its_sampler, steps=its_steps, guidance=guidance)
+        sides.append(
+            Side(name, str(bundle.path), painter, settings, guided, painter.backend, bundle_bytes(bundle), bundle)
+        )
+    if checkpoint is not None:
+        sides.insert(0, _checkpoint_side(checkpoint, sides, steps))
+    for side in sides[1:]:
+        _check_alike(side, sides[0])
+    return sides
+
+
+def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, int, bool]:
+    """What the bundle is drawn with, and whether that is what was asked for."""
+    model = bundle.manifest.model
+    wanted = sampler or model["default_sampler"], steps or model["default_steps"]
+    if f"plans/{wanted[0]}-{wanted[1]}.json" in bundle.manifest.files:
+        return *wanted, True
+    return model["default_sampler"], model["default_steps"], False
+
+
+def _checkpoint_side(checkpoint: LatentDiffusion, bundles: Sequence[Side], steps: int | None) -> Side:
+    drawing = checkpoint.drawing
+    like = next(
+        (
+            side.settings
+            for side in bundles
+            if side.settings.sampler == "ddim" and side.bundle and same_weights(side.bundle, checkpoint)["unet"]
+        ),
+        Settings(steps=drawing.steps, guidance=drawing.guidance),
+    )
+    settings = Settings(steps=steps or like.steps, guidance=like.guidance)
+    painter = CheckpointPainter(checkpoint)
+    guided = painter.condition == "text" and settings.guidance > 1 and not drawing.folded
+    files = [file for component in checkpoint.components for file in checkpoint.weight_files(component)]
+    size = sum(file.stat().st_size for file in {*files})
+    name = f"PyTorch {checkpoint.name}"
+    backend = f"torch {torch.__version__.partition('+')[0]} cpu"
+    return Side(name, str(checkpoint.path), painter, settings, guided, backend, size)
+
+
+def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:
+    """Of each graph, whether its network was exported from this checkpoint, by the hashes that the manifest keeps."""
+    exported: Any = bundle.manifest.source.get("sha256", {})
+    return {
+        graph: exported.get(component := COMPONENTS.get(graph, graph)) == checkpoint.sha256(component)
+        for graph in bundle.manifest.graphs
+    }
+
+
+def bundle_bytes(bundle: Bundle) -> int:
+    return sum(entry.size_bytes for entry in bundle.manifest.files.values())
+
+
+def conditions_for(side: Side, prompts: Sequence[str]) -> list[str | int]:
+    """What is drawn: the prompts, or of models that read none every class, or nothing, a few times.
+
+    Raises
+    ------
+    InputError
+        If there are prompts for a model that reads none.
+    """
+    if side.painter.condition == "text":
+        return list(prompts or PROMPTS[:DEFAULT_PICTURES])
+    if prompts:
+        raise InputError(f"{len(prompts)} prompts were given; {side.name} reads no text. Leave them out.")
+    if side.painter.condition is None:
+        return [""] * DEFAULT_PICTURES
+    return list(range(min(side.painter.classes or 1, DEFAULT_PICTURES)))
+
+
+def _check_alike(side: Side, first: Side) -> None:
+    facts = [(x.painter.condition, x.painter.channels, x.painter.pixels) for x in (side, first)]
+    if facts[0] != facts[1]:
+        told = [
+            f"{x.name} (told {kind or 'nothing'}, {c} channels, {h}x{w})"
+            for x, (kind, c, (h, w)) in zip((side, first), facts, strict=True)
+        ]
+        raise InputError(f"{told[0]} and {told[1]} draw different pictures. Compare models of one kind and size.")
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The end of each path, without ``.bundle``, of as many parts as it takes to tell all apart."""
+    for count in range(1, max(path.count(os.sep) for path in paths) + 1):
+        names = [os.sep.join(path.split(os.sep)[-count:]).removesuffix(".bundle") for path in paths]
+        if max(Counter(names).values()) == 1:
+            return names
+    raise InputError(f"{Counter(paths).most_common(1)[0][0]} was given twice. Name each bundle once.")

@@ -1,0 +1,44 @@
+"""A bench as rows of text, for the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm_export.bench.harness import results_by_side
+from ldm_export.bench.words import decibels, milliseconds, times, verdict
+
+HEADS = ("", "steps", "ms", "UNet\nms", "faster", "MB", "RSS\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
+
+
+def summary_rows(document: dict[str, Any]) -> list[list[str]]:
+    """One row a side, beneath :data:`HEADS`."""
+    results, rows = results_by_side(document), []
+    for side, drawn in document["sides"].items():
+        spent, pictures = results["latency"][side]["stages"], results["pictures"][side]
+        process, faster = results["process"][side], results["latency"][side]["faster"]
+        peak, drift = process["peak_rss_bytes"], pictures.get("drift")
+        rows.append(
+            [
+                side,
+                str(drawn["steps"]),
+                milliseconds(spent["total"]["median_ms"]),
+                milliseconds(spent["unet_call"]["median_ms"]),
+                "" if faster is None else times(faster),
+                f"{results['bytes'][side]['bytes'] / 1e6:.1f}",
+                "" if peak is None else f"{peak / 1e6:.0f}",
+                f"{process['cold_start_ms'] / 1e3:.2f}",
+                decibels(min(pictures["psnr_db"])).removesuffix(" dB") if "psnr_db" in pictures else "",
+                f"{max(drift['worst']):.1e}" if drift else "",
+            ]
+        )
+    return rows
+
+
+def parity_lines(document: dict[str, Any]) -> list[str]:
+    """One line an output of a graph that was held against PyTorch."""
+    return [
+        f"{verdict(record):5} {side}: {record['graph']} {record['output']} {record['max_error']:.1e} "
+        f"(allowed {record['tolerance']:.0e})"
+        for side, records in results_by_side(document).get("parity", {}).items()
+        for record in records
+    ]

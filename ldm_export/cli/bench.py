@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ldm_export.bench.gates import Gate, gate_from_text, judge
+from ldm_export.bench.harness import Bench, Options, results_by_side
+from ldm_export.bench.report import page
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.cli.figures import print_bench, without_pictures
+from ldm_export.cli.options import check_output, console, folder, stages, status
+from ldm_export.errors import InputError
+from ldm_export.runtime.backends import BACKENDS
+
+KEPT = Gate("parity", 1.0)
+"""What is asked for of everyone that names a checkpoint: no graph is off by more than its tolerance."""
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, type=folder, metavar="BUNDLE...")
+@click.option("--against", metavar="CHECKPOINT", default=None, help="Compare with this PyTorch model, and draw it too.")
+@click.option("-o", "--output", type=folder, required=True, metavar="REPORT.html", help="REPORT.json goes beside it.")
+@click.option("--prompts", type=folder, default=None, metavar="FILE", help="What to draw, one a line.")
+@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What to draw; repeatable.")
+@click.option("--sampler", default=None, help="Of the bundles that have such a plan; each bundle's own by default.")
+@click.option("--steps", type=int, default=None, help="Likewise; students keep the few that they were taught.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Picture k has seed + k.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time, for latency.")
+@click.option("--repeats", type=int, default=9, show_default=True, help="Rounds of all sides in turn.")
+@click.option("--warm-up", type=int, default=2, show_default=True, help="Rounds before those, not counted.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Of the bundles.")
+@click.option("--data", type=folder, default=None, metavar="FOLDER", help="Judge quality by these training pictures.")
+@click.option("--held-out", type=folder, default=None, metavar="FOLDER", help="And by these, which training never saw.")
+@click.option("--pictures", type=int, default=200, show_default=True, help="Pictures to draw for --data.")
+@click.option(
+    "--fail-under",
+    "asked",
+    multiple=True,
+    metavar="KEY=NUMBER",
+    help="Exit with 1 unless every bundle reaches it. At least: psnr=40 (dB, the worst picture), faster=1.5, "
+    "smaller=2. At most: drift=1e-3, parity=1 (times a graph's tolerance). All against the checkpoint or else the "
+    "first bundle. Repeatable.",
+)
+@click.option("--resume", is_flag=True, help="Measure nothing that REPORT.json holds, even if it is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print the document, without pictures, as the last line.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    bundles: tuple[Path, ...],
+    against: str | None,
+    output: Path,
+    prompts: Path | None,
+    texts: tuple[str, ...],
+    asked: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure each BUNDLE, and PyTorch beside them, in turn; REPORT.html shows it, REPORT.json holds it.
+
+    Latency by stage, how far latents and pictures are from the checkpoint's (or the first bundle's), each graph against
+    its network, cold start and memory in processes of their own, bytes, and with --data quality. What is interrupted
+    goes on where it was when the same is run again. Exit code 1 if a graph is off by more than its tolerance, or what
+    --fail-under asks for is not reached.
+    """
+    gates = [gate_from_text(text) for text in asked]
+    json_file = output.with_suffix(".json")
+    if json_file == output:
+        raise InputError(f"{output} is where the figures go; the report is a page. Name a .html.")
+    for file in (output, json_file):
+        check_output(file)
+    checkpoint = None if against is None else LatentDiffusion.open(against)
+    told = Options(prompts=_prompts(prompts, texts), **options)
+    with stages("bench") as progress:
+        progress("opening")
+        bench = Bench(bundles, checkpoint, told)
+        bench.check_gates(gates)
+        try:
+            document = bench.run(json_file, _command_line(ctx), resume=resume, progress=progress)
+        except KeyboardInterrupt:
+            status.print(
+                f"{json_file} keeps what was measured; the same command goes on from there.",
+                markup=False,
+                soft_wrap=True,
+            )
+            raise
+    wanted = gates if against is None or any(gate.key == KEPT.key for gate in gates) else [*gates, KEPT]
+    document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
+    try:
+        output.write_text(page(document), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}). Run it again with --resume.") from error
+    print_bench(document)
+    console.print(f"look at {output}; the figures are in {json_file}", markup=False)
+    if as_json:
+        click.echo(json.dumps(without_pictures(document), ensure_ascii=False))
+    fallen = [gate["says"] for gate in document["gates"] if not gate["passed"]]
+    if fallen:
+        status.print(f"error: {'; '.join(fallen)}.", style="red", markup=False, soft_wrap=True)
+        ctx.exit(1)
+
+
+def _prompts(file: Path | None, texts: tuple[str, ...]) -> tuple[str, ...]:
+    if file is None:
+        return texts
+    if texts:
+        raise InputError("--prompts and --prompt were both given. Give one of them.")
+    try:
+        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as text ({error}). Give a file with one prompt a line.") from error
+    if not lines:
+        raise InputError(f"{file} has no prompts. Give a file with one a line.")
+    return lines
+
+
+def _command_line(ctx: click.Context) -> str:
+    """What was typed, from what it was understood as."""
+    words = ["ldm-export", "bench"]
+    for param in ctx.command.params:
+        assert param.name is not None
+        if ctx.get_parameter_source(param.name) is not ParameterSource.COMMANDLINE or param.name == "resume":
+            continue
+        value = ctx.params[param.name]
+        for each in value if isinstance(value, tuple) else (value,):
+            flag = isinstance(each, bool)
+            words += ([] if isinstance(param, click.Argument) else [param.opts[0]]) + ([] if flag else [str(each)])
+    return shlex.join(words)

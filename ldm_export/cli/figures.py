@@ -1,0 +1,33 @@
+"""What a bench found, on the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ldm_export.bench.summary import HEADS, parity_lines, summary_rows
+from ldm_export.cli.options import console
+
+
+def print_bench(document: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for head in HEADS:
+        table.add_column(head, justify="right" if head else "left", no_wrap=bool(head), min_width=None if head else 12)
+    for row in summary_rows(document):
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for line in parity_lines(document):
+        console.print(line, markup=False)
+
+
+def without_pictures(document: dict[str, Any]) -> dict[str, Any]:
+    """The document without what is not for reading."""
+    results = document["results"]
+    pictures = {
+        side: {key: value for key, value in found.items() if key != "png"}
+        for side, found in results["pictures"].items()
+    }
+    return {**document, "results": {**results, "pictures": pictures}}
