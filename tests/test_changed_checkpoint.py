@@ -169,9 +169,9 @@ def test_a_folded_model_is_called_once_a_step(folded: tuple[LatentDiffusion, Bun
     shapes = []
     bind = pipeline._graph("unet").bind
 
-    def watched(inputs: Any, outputs: Any) -> Any:
+    def watched(inputs: Any, outputs: Any, fixed: Any) -> Any:
         shapes.append(inputs["sample"].shape)
-        return bind(inputs, outputs)
+        return bind(inputs, outputs, fixed)
 
     pipeline._graph("unet").bind = watched  # type: ignore[method-assign]
     for options in ({}, {"guidance": 3.0, "negative_prompt": ""}, {"negative_prompt": ["", ""]}):

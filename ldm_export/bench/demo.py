@@ -13,6 +13,7 @@ from ldm_export.bench.gates import Gate, judge
 from ldm_export.bench.harness import Bench, Document, Options, results_by_side
 from ldm_export.bench.sides import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
+from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 
@@ -29,6 +30,11 @@ def run_demo(
 ) -> Document:
     """Export ``checkpoint`` to ``folder/bundle``, and its student to ``folder/fast.bundle`` if one is shipped; measure
     them and PyTorch, bit by bit in ``folder/demo.json``. The document says in ``gates`` what the bundle reached."""
+    if not checkpoint.reads_text:
+        raise InputError(
+            f"The demo draws prompts, and {checkpoint.name} reads no text. Use `ldm-export export`, its bundle, and "
+            "`ldm-export verify --against`."
+        )
     models = {BUNDLE: checkpoint}
     if (name := STUDENT.format(checkpoint.name)) in shipped_checkpoints():
         models[FAST] = LatentDiffusion.open(name)
