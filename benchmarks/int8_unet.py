@@ -25,6 +25,7 @@ import torch
 from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
 
+from benchmarks.peers.workloads import SMALL_UNET
 from ldm_export.bench.calibration import calibration_calls, calibration_conditions
 from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
@@ -38,13 +39,6 @@ from ldm_export.recipe.settings import read_recipe
 from ldm_export.runtime.backends.auto import SETTLE_S
 
 ROUNDS = 40
-SD_SHAPE = {
-    "sample_size": 32,
-    "block_out_channels": [128, 256, 256, 256],
-    "cross_attention_dim": 256,
-    "attention_head_dim": 8,
-    "layers_per_block": 2,
-}
 
 Calls = Sequence[Mapping[str, np.ndarray]]
 
@@ -57,7 +51,7 @@ def emoji64(bundle: Path) -> tuple[onnx.ModelProto, UNet2DConditionModel, Calls]
 
 def random_52m() -> tuple[onnx.ModelProto, UNet2DConditionModel, Calls]:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(SD_SHAPE).requires_grad_(False).eval()
+    unet = UNet2DConditionModel.from_config(SMALL_UNET).requires_grad_(False).eval()
     graph = unet_spec(config_to_dict(unet))
     sizes = {"batch": 2, "height": 32, "width": 32, "tokens": 77}
     example = random_inputs(graph, sizes, 8, 1)

@@ -22,7 +22,7 @@ import torch
 from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
 
-from benchmarks.int8_unet import SD_SHAPE
+from benchmarks.peers.workloads import SMALL_UNET
 from ldm_export.bench.machine import cpu
 from ldm_export.contract import unet_spec
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs
@@ -39,7 +39,7 @@ SIZES = {"batch": 2, "height": 32, "width": 32, "tokens": 77}
 
 def main() -> dict[str, Any]:
     torch.manual_seed(0)
-    whole = UNet2DConditionModel.from_config(SD_SHAPE).requires_grad_(False).eval()
+    whole = UNet2DConditionModel.from_config(SMALL_UNET).requires_grad_(False).eval()
     channels, share = Channels(whole), nearest_share(whole.config, 1 - RATIO)
     networks = {
         "whole": whole,
