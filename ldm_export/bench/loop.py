@@ -120,6 +120,7 @@ def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[dict[str, Any]]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
     try:
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         images, latents = session.run([tensor.name for tensor in loop.spec.outputs], inputs)
