@@ -74,12 +74,15 @@ class OnnxRuntimeBackend:
     def _fitting_target(self) -> Target | None:
         found = read_target(self._bundle, ORT_CPU, needs_of(self._library.__version__))
         if isinstance(found, str):
-            warnings.warn(
-                f"targets/{ORT_CPU} of {self._bundle.path} is passed over, since {found}; the plain graphs run. "
-                f"For its speed run: ldm-export build {self._bundle.path} --target cpu",
-                stacklevel=5,
-            )
+            self._say_passed_over(found)
         return found if isinstance(found, Target) else None
+
+    def _say_passed_over(self, why: str) -> None:
+        warnings.warn(
+            f"targets/{ORT_CPU} of {self._bundle.path} is passed over, since {why}; the plain graphs run. "
+            f"For its speed run: ldm-export build {self._bundle.path} --target cpu",
+            stacklevel=6,
+        )
 
     def load(self, graph: str) -> Graph:
         """Open a session on one of the bundle's graphs.
@@ -93,7 +96,12 @@ class OnnxRuntimeBackend:
         """
         spec = self._bundle.manifest.graphs[graph]
         if self._target is not None and graph in self._target.graphs:
-            return self._load_target(self._target, graph, spec)
+            try:
+                return self._load_target(self._target, graph, spec)
+            except BundleError:
+                self._target = None
+                self.name = self.name.removesuffix(f" {ORT_CPU}")
+                self._say_passed_over(f"ONNX Runtime refuses its {graph}")
         session = self._session(self._bundle.file(spec.path), spec.path)
         if self.on_gpu and CUDA not in session.get_providers():
             self.on_gpu = False
