@@ -79,7 +79,7 @@ $(PEERS)/%/.ready: $(READY) $(OPTIMUM)/.ready
 bench: $(PEERS)/emoji64/.ready $(PEERS)/52m/.ready $(PEERS)/sd15/.ready emoji-data
 	$(BIN)/python -m benchmarks.peers.run emoji64 picture benchmarks/results/peers_emoji64.json --optimum $(OPTIMUM)/bin/python
 	$(BIN)/python -m benchmarks.peers.run 52m unet benchmarks/results/peers_52m.json
-	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --one-at-a-time --rounds 3
+	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --one-at-a-time --rounds 2 --peers "diffusers eager,optimum-onnx,ONNX Runtime plain,OpenVINO,ldm_export"
 	$(BIN)/python -m benchmarks.deepcache $(PEERS)/emoji64/bundle build/emoji/train build/emoji/test benchmarks/results/deepcache.json
 
 fashion-mnist-data: $(READY)

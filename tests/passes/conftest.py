@@ -19,6 +19,7 @@ from ldm_export.passes.base import Setting
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions
 from tests.bundle_fixture import TEXT_UNET, perturb
 from tests.conftest import CAPTIONS
+from tests.passes.unets import Errors, write_model
 
 GUIDANCE = 4.0
 
@@ -79,3 +80,19 @@ def setting(data: TeacherData, tmp_path: Path) -> Callable[..., Setting]:
         return dataclasses.replace(plain, **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def layered(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
+    """A model of two layers a stage."""
+    return write_model(tmp_path_factory.mktemp("layered") / "layered", tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def teacher(layered: LatentDiffusion) -> UNet2DConditionModel:
+    return layered.load("unet")  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def errors(layered: LatentDiffusion, data: TeacherData) -> Errors:
+    return Errors(layered, data)

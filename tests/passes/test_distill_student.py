@@ -19,7 +19,6 @@ from ldm_export.passes.channels import Channels
 from ldm_export.passes.distill_student import DistillStudent, with_fewer_blocks
 from ldm_export.passes.imitation import Smaller
 from ldm_export.passes.importance import magnitude
-from ldm_export.passes.teacher import TeacherData
 from tests.passes.unets import (
     KINDS,
     TOLERANCE,
@@ -32,7 +31,6 @@ from tests.passes.unets import (
     off_by,
     output_of,
     random_unet,
-    write_model,
 )
 
 MakeSetting = Callable[..., Setting]
@@ -40,21 +38,6 @@ SHORT = {"updates": 25, "batch_size": 12, "learning_rate": 3e-3, "ema_decay": 0.
 GONE = ("down_blocks.0.{}.1", "down_blocks.1.{}.1", "up_blocks.0.{}.1", "up_blocks.1.{}.1")
 MOVED = {"up_blocks.0.{}.2": "up_blocks.0.{}.1", "up_blocks.1.{}.2": "up_blocks.1.{}.1"}
 """What BK-SDM removes of two layers a stage, three on the way up, and where what is left lies then."""
-
-
-@pytest.fixture(scope="module")
-def layered(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
-    return write_model(tmp_path_factory.mktemp("layered") / "layered", tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def teacher(layered: LatentDiffusion) -> UNet2DConditionModel:
-    return layered.load("unet")  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="module")
-def errors(layered: LatentDiffusion, data: TeacherData) -> Errors:
-    return Errors(layered, data)
 
 
 def remaining(weights: dict[str, Any], *, middle_block: bool) -> dict[str, Any]:

@@ -32,21 +32,6 @@ PLACE = "attentions.{}.transformer_blocks.0.attn2"
 
 
 @pytest.fixture(scope="module")
-def layered(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
-    return write_model(tmp_path_factory.mktemp("layered") / "layered", tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def teacher(layered: LatentDiffusion) -> UNet2DConditionModel:
-    return layered.load("unet")  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="module")
-def errors(layered: LatentDiffusion, data: TeacherData) -> Errors:
-    return Errors(layered, data)
-
-
-@pytest.fixture(scope="module")
 def bare(layered: LatentDiffusion, data: TeacherData, tmp_path_factory: pytest.TempPathFactory) -> Change:
     """Half of the channels cut, nothing learned."""
     folder = tmp_path_factory.mktemp("bare")

@@ -61,15 +61,6 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
     return found[0] if alone and (found[0].op_type, found[0].domain) == (op_type, "") else None
 
 
-def added_constant(value: ir.Value) -> tuple[Array, ir.Value] | None:
-    """The constant that is added to a value and the sum, where nothing else reads the value: a bias."""
-    add = only_reader(value, "Add")
-    if add is None:
-        return None
-    bias = constant(add.inputs[1] if add.inputs[0] is value else add.inputs[0])
-    return None if bias is None else (bias, add.outputs[0])
-
-
 class Writer:
     """Puts nodes into a graph, in front of one that is there, with names that begin with that node's output's."""
 
