@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import ShapeInferencePass
@@ -116,6 +117,28 @@ def _lay_out(model: ir.Model | None, file: Path) -> None:
         }.items():
             options.add_session_config_entry(key, value)
         onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
+    optimized = onnx.load(file, load_external_data=False)
+    if _name_branches_apart(optimized):
+        file.write_bytes(optimized.SerializeToString())
+
+
+def _name_branches_apart(model: onnx.ModelProto) -> bool:
+    """Give the values inside an If names that no other graph has: ONNX Runtime counts what it adds in each anew."""
+    branches = [
+        (f"{node.output[0]}.{attribute.name}", attribute.g)
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.HasField("g")
+    ]
+    for prefix, graph in branches:
+        names = {name for node in graph.node for name in node.output} | {value.name for value in graph.initializer}
+        own = {name: f"{prefix}.{name}" for name in names if name}
+        for node in graph.node:
+            node.input[:] = [own.get(name, name) for name in node.input]
+            node.output[:] = [own.get(name, name) for name in node.output]
+        for value in (*graph.initializer, *graph.output, *graph.value_info):
+            value.name = own.get(value.name, value.name)
+    return bool(branches)
 
 
 def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bundle: Bundle) -> float:
