@@ -7,7 +7,6 @@ from the file. They hold for one release of ONNX Runtime and one kind of process
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
 from ldm_export.manifest import is_loop
+from ldm_export.partial import move_into_place, partial_folder
 from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
@@ -53,11 +53,8 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
         If a rewritten graph differs from the plain one by more than the plain one may from PyTorch.
     """
     target = folder_of(bundle, ORT_CPU)
-    target.parent.mkdir(exist_ok=True)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=f".{ORT_CPU}.", dir=target.parent) as temporary:
-        folder = Path(temporary) / ORT_CPU
-        folder.mkdir()
+    with partial_folder(target) as folder:
         graphs: dict[str, TargetGraph] = {}
         report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
         for name, spec in bundle.manifest.graphs.items():
@@ -67,8 +64,7 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
             graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
         needs = needs_of(onnxruntime.__version__)
         write_target(folder, bundle, ORT_CPU, graphs, needs, {**report, "seconds": time.perf_counter() - started})
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
+        move_into_place(folder, target)
     made = read_target(bundle, ORT_CPU, needs)
     assert isinstance(made, Target), made
     return made
@@ -103,7 +99,7 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
 def _lay_out(model: ir.Model | None, file: Path) -> None:
     """Write a graph as ONNX Runtime would hold it in memory: optimized for this machine, its weights packed, beside."""
     assert model is not None
-    with tempfile.TemporaryDirectory(dir=file.parent.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
         given = Path(temporary) / "model.onnx"
         ir.save(model, given, external_data="model.onnx_data")
         options = onnxruntime.SessionOptions()
