@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 
 class RefusedError(Exception):
@@ -50,7 +50,7 @@ class RuleReport:
 
 
 def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> list[RuleReport]:
-    """Rewrite a graph in place, rule after rule."""
+    """Rewrite a graph whose shapes were inferred, in place, rule after rule; those of what is new are inferred too."""
     reports = []
     for rule in rules:
         applied, refused = 0, []
@@ -63,4 +63,6 @@ def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> list[RuleReport]:
                 refused.append(f"{node.outputs[0].name}: {reason}")
         RemoveUnusedNodesPass()(model)
         reports.append(RuleReport(rule.name, applied, tuple(refused)))
+    if any(report.applied for report in reports):
+        ShapeInferencePass()(model)
     return reports
