@@ -207,6 +207,20 @@ def test_a_graph_that_differs_too_much_is_not_kept(bundle: Path, monkeypatch: py
     assert contents(bundle) == before
 
 
+def test_a_graph_that_does_not_run_is_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(bundle)
+
+    def refuse(*_: object) -> None:
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(ort_cpu, "run_parts", refuse)
+    with pytest.raises(
+        ExportError, match=r"^ort-cpu: the rewritten \w+ does not run \(shapes differ\)\. Nothing was kept\.$"
+    ):
+        build_ort_cpu(Bundle.open(bundle))
+    assert contents(bundle) == before
+
+
 @pytest.mark.parametrize("factor", [1.001, np.nan])
 def test_another_number_in_any_output_is_seen(built: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """A deliberately wrong result must fail."""
@@ -348,7 +362,10 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda bundle: (shutil.rmtree(said(bundle).parent), said(bundle).parent.write_text("")),
         "its target.json cannot be read (",
     ),
-    "another format": (updated(format_version=2), "it has format_version 2, and this ldm_export reads 1"),
+    "another format": (
+        updated(format_version=2),
+        "its target.json cannot be read (it has format_version 2; this ldm_export reads 1)",
+    ),
     "a graph too few": (
         lambda bundle: changed(bundle, lambda document: document["graphs"].pop("vae_decoder")),
         "it has the graphs text_encoder, unet, vae_encoder, and",

@@ -501,6 +501,29 @@ def test_nothing_is_cut_where_nothing_depends_on_it_alone(names: list[str]) -> N
     assert ir.to_proto(model) == before
 
 
+def test_what_a_branch_reads_from_outside_is_seen() -> None:
+    """y = x if t > 0 else -x: the If itself reads t alone."""
+    branches = [
+        helper.make_graph(
+            [node(op, ["x"], name)], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        )
+        for op, name in (("Identity", "same"), ("Neg", "other"))
+    ]
+    nodes = [
+        node("Greater", ["t", "zero"], "positive"),
+        node("If", ["positive"], "chosen", then_branch=branches[0], else_branch=branches[1]),
+        node("Identity", ["chosen"], "y"),
+    ]
+    plain = graph_of(nodes, {"x": ["B", 3], "t": []}, {"y": ["B", 3]}, {"zero": np.array(0, np.float32)})
+    model = inferred(plain)
+    part = cut_once(model, ["t"], "once")
+    assert part is not None
+    assert [each.op_type for each in part.graph] == ["Greater"]
+    for timestep in (-1.0, 1.0):
+        call = {"x": random(1, 2, 3), "t": np.array(timestep, np.float32)}
+        np.testing.assert_array_equal(run_all(model, call | run_all(part, call))["y"], timestep * call["x"])
+
+
 def test_a_cut_of_two_inputs_together() -> None:
     model = inferred(network())
     part = cut_once(model, ["t", "c"], "once")
