@@ -71,10 +71,14 @@ def rows_of(expand: ir.Node) -> list[ir.Value]:
         raise RefusedError("its number of rows has no name")
     rows: dict[ir.Value, None] = {first: None}
     assert expand.graph is not None
+    fixed: set[ir.Value] = set()  # such as weights that are integers in the file
     for node in expand.graph:
-        if not any(value in rows for value in node.inputs):
+        unlike = [one for one in node.inputs if one is not None and one.const_value is None and one not in fixed]
+        if not unlike:
+            fixed.update(node.outputs)
+        others = [one for one in unlike if one not in rows]
+        if len(others) == len(unlike):
             continue
-        others = [one for one in node.inputs if one is not None and one not in rows and one.const_value is None]
         allowed = BROADCAST if others else ROW_BY_ROW
         of_batch = [*others, *node.outputs]  # where there are others, broadcasting must give what it gave
         ranks = {len(sides(value) or ()) for value in of_batch}
