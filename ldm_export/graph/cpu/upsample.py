@@ -52,7 +52,6 @@ class FoldUpsample:
         (as_before,) = one.node("Conv", [big, one.constant(weight), one.constant(bias)], conv.attributes)
         branches = {"then_branch": four.graph(folded(four, x, weight, bias)), "else_branch": one.graph(as_before)}
         (made,) = writer.node("If", [_doubles(writer, x, sizes)], branches)
-        made.shape, made.type = conv.outputs[0].shape, conv.outputs[0].type
         replace(conv.outputs[0], made)
         return True
 

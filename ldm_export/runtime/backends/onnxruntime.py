@@ -11,7 +11,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
 from ldm_export.runtime.backends import Array, Graph, Signature, allowed_threads, check_contract, foreign_errors
-from ldm_export.runtime.backends.once import OnceGraph
+from ldm_export.runtime.backends.once import OnceGraph, check_parts
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -101,7 +101,7 @@ class OnnxRuntimeBackend:
             except BundleError:
                 self._target = None
                 self.name = self.name.removesuffix(f" {ORT_CPU}")
-                self._say_passed_over(f"ONNX Runtime refuses its {graph}")
+                self._say_passed_over(f"ONNX Runtime refuses its {graph}, or it is another graph")
         session = self._session(self._bundle.file(spec.path), spec.path)
         if self.on_gpu and CUDA not in session.get_providers():
             self.on_gpu = False
@@ -119,10 +119,13 @@ class OnnxRuntimeBackend:
         found = target.graphs[graph]
         opened = {path: self._session(target.file(path), path) for path in found.paths}
         if list(opened) == [found.path]:
-            return OnnxRuntimeGraph(opened[found.path], spec, on_gpu=False)
+            session = opened[found.path]
+            check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
+            return OnnxRuntimeGraph(session, spec, on_gpu=False)
         graphs = {
             path: OnnxRuntimeGraph(session, _spec_of(session, path), on_gpu=False) for path, session in opened.items()
         }
+        check_parts(spec, found, {path: one.spec for path, one in graphs.items()})
         parts = {name: graphs[path] for name, path in found.once.items()}
         return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
@@ -151,7 +154,11 @@ def _spec_of(session: Any, path: str) -> GraphSpec:
             (value, [size if isinstance(size, int) else f"{value.name}.{k}" for k, size in enumerate(value.shape)])
             for value in values
         )
-        sides.append(tuple(TensorSpec(value.name, NUMPY_TYPES[value.type], tuple(shape)) for value, shape in named))
+        sides.append(
+            tuple(
+                TensorSpec(value.name, NUMPY_TYPES.get(value.type, value.type), tuple(shape)) for value, shape in named
+            )
+        )
     return GraphSpec(path, *sides)
 
 
