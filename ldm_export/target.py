@@ -22,10 +22,10 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ldm_export.bundle import Bundle, sha256_of
 from ldm_export.errors import BundleError
@@ -79,6 +79,45 @@ class Target:
 
     def file(self, relative: str) -> Path:
         return self.folder / relative
+
+    @property
+    def paths(self) -> set[str]:
+        return {path for graph in self.graphs.values() for path in graph.paths}
+
+    def fault(self) -> str:
+        for name in sorted(self.paths):
+            try:
+                unlisted = {data.location for data in external_data_from_onnx(self.file(name))} - self.files.keys()
+            except BundleError as error:
+                return f"its {name} cannot be read ({error})"
+            if unlisted:
+                return f"its {name} reads weights from {min(unlisted)!r}, which it does not list"
+        return ""
+
+
+class AnyTarget(Protocol):
+    """What targets of every kind have in common.
+
+    Attributes
+    ----------
+    paths : of the files that are opened; they must be listed
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def files(self) -> Mapping[str, FileEntry]: ...
+
+    @property
+    def paths(self) -> set[str]: ...
+
+    def fault(self) -> str:
+        """Say what is wrong with it, its files being as listed; empty if nothing is."""
+        ...
+
+
+Found = TypeVar("Found", bound=AnyTarget)
 
 
 def folder_of(bundle: Bundle, kind: str) -> Path:
@@ -134,23 +173,24 @@ def write_target(
     folder: Path, bundle: Bundle, kind: str, graphs: Mapping[str, TargetGraph], needs: Mapping[str, str], report: Any
 ) -> None:
     """Write ``target.json`` for what lies in ``folder``."""
-    files = {
-        str(file.relative_to(folder)): FileEntry(file.stat().st_size, sha256_of(file))
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
     document = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
         "made_from": made_from(bundle),
         "needs": dict(needs),
-        "files": {name: asdict(entry) for name, entry in files.items()},
         "graphs": {name: asdict(graph) for name, graph in graphs.items()},
         "report": report,
     }
-    (folder / TARGET).write_text(
-        json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_document(folder, kind, document)
+
+
+def write_document(folder: Path, kind: str, document: Mapping[str, Any]) -> None:
+    """Write ``target.json``: what it says of its kind, and the format and files that every target lists."""
+    files = {
+        str(file.relative_to(folder)): asdict(FileEntry(file.stat().st_size, sha256_of(file)))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    whole = {"format_version": FORMAT_VERSION, "kind": kind, "files": files, **document}
+    (folder / TARGET).write_text(json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def kinds_of(bundle: Bundle) -> list[str]:
@@ -184,6 +224,16 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
 
 def sound_target(bundle: Bundle, kind: str) -> Target | str | None:
     """The bundle's target of a kind, for whatever machine; what is wrong with its files, in words; or None."""
+    return sound(bundle, kind, _target_of)
+
+
+def sound(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Found | str | None:
+    """A target of a bundle as ``parse`` reads its ``target.json``; what is wrong with it, in words; or None.
+
+    Parameters
+    ----------
+    parse : takes the document and the folder; raises ValueError, with what is wrong
+    """
     folder = folder_of(bundle, kind)
     if not os.path.lexists(folder):
         return None
@@ -192,8 +242,13 @@ def sound_target(bundle: Bundle, kind: str) -> Target | str | None:
             return "its folder is a link"
         if fault := _unlike_files(folder):
             return fault
-        target = _target_of(parsed((folder / TARGET).read_text(encoding="utf-8")), folder)
-        return _wrong_with_files(target, bundle.verified) or target
+        document = parsed((folder / TARGET).read_text(encoding="utf-8"))
+        if (version := field(document, "format_version", int)) != FORMAT_VERSION:
+            raise MalformedError(f"it has format_version {version}; this ldm_export reads {FORMAT_VERSION}")
+        if (named := field(document, "kind", str)) != kind:
+            raise MalformedError(f"it is of the kind {named!r}")
+        target = parse(document, folder)
+        return _unlike_listed(target) or target.fault() or (_altered(target) if bundle.verified else "") or target
     except FileNotFoundError as error:
         return f"its {Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
@@ -208,32 +263,28 @@ def _target_of(found: Any, folder: Path) -> Target:
     MalformedError
         If a field is missing or of a wrong type.
     """
-    if (version := field(found, "format_version", int)) != FORMAT_VERSION:
-        raise MalformedError(f"it has format_version {version}; this ldm_export reads {FORMAT_VERSION}")
-    if (kind := field(found, "kind", str)) != folder.name:
-        raise MalformedError(f"it is of the kind {kind!r}")
     graphs = {}
     for name in field(found, "graphs", dict):
         where = f"graphs[{name!r}]"
         entry = field(found["graphs"], name, dict, "graphs")
         graphs[name] = TargetGraph(
             field(entry, "path", str, where),
-            _texts(entry, "once", where),
+            texts(entry, "once", where),
             field(entry, "shallow", str, where),
             field(entry, "deep_channels", int, where),
         )
     return Target(
         folder,
         graphs,
-        _texts(found, "needs"),
+        texts(found, "needs"),
         field(found, "report", dict),
-        _texts(found, "made_from"),
+        texts(found, "made_from"),
         files_of(found),
     )
 
 
-def _texts(holder: object, key: str, where: str = "") -> dict[str, str]:
-    """A field that is text by name."""
+def texts(holder: object, key: str, where: str = "") -> dict[str, str]:
+    """A field that has texts by name."""
     found = field(holder, key, dict, where)
     return {name: field(found, name, str, key) for name in found}
 
@@ -246,28 +297,24 @@ def _unlike_files(folder: Path) -> str:
     return ""
 
 
-def _wrong_with_files(target: Target, verify: bool) -> str:
-    """Say which file is not as listed, or is read and not listed; empty if none is."""
-    paths = {path for graph in target.graphs.values() for path in graph.paths}
-    for name in sorted(paths | target.files.keys()):
-        if name not in target.files or not target.file(name).is_file():
+def _unlike_listed(target: AnyTarget) -> str:
+    """Say which file is not as listed, or is opened and not listed; empty if none is."""
+    for name in sorted(target.paths | target.files.keys()):
+        if name not in target.files or not (target.folder / name).is_file():
             return f"its {name} is missing"
-        if (size := target.file(name).stat().st_size) != target.files[name].size_bytes:
+        if (size := (target.folder / name).stat().st_size) != target.files[name].size_bytes:
             return f"its {name} has {size} bytes, and {target.files[name].size_bytes} are listed"
     present = {path.relative_to(target.folder).as_posix() for path in target.folder.rglob("*") if path.is_file()}
     if strays := sorted(present - target.files.keys() - {TARGET}):
         return f"its {strays[0]} is not listed"
-    for name in sorted(paths):
-        try:
-            unlisted = {data.location for data in external_data_from_onnx(target.file(name))} - target.files.keys()
-        except BundleError as error:
-            return f"its {name} cannot be read ({error})"
-        if unlisted:
-            return f"its {name} reads weights from {min(unlisted)!r}, which it does not list"
-    for name in sorted(target.files) if verify else ():
-        if sha256_of(target.file(name)) != target.files[name].sha256:
-            return f"its {name} has been altered"
     return ""
+
+
+def _altered(target: AnyTarget) -> str:
+    """Say which file has another hash than is listed; empty if none has."""
+    names = (name for name, entry in sorted(target.files.items()) if sha256_of(target.folder / name) != entry.sha256)
+    name = next(names, None)
+    return f"its {name} has been altered" if name else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.onnx import random_inputs
-from ldm_export.export.parity import TOLERANCE
+from ldm_export.export.parity import TOLERANCE, largest_error
 from ldm_export.graph.base import Array
 from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.deepcache import cut_deep
@@ -157,11 +157,7 @@ def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Pat
     del before  # one of the two is in memory at a time
     after = {path: _opened(folder / path) for path in (graph.path, *graph.once.values())}
     results = [array for call in calls for array in run_parts(graph, call, after.__getitem__, names)]
-    errors = [
-        float(np.abs(array - other).max()) / max(float(np.abs(array).max()), 1e-30)
-        for array, other in zip(expected, results, strict=True)
-    ]
-    return float(np.max(errors))  # NaN if one is
+    return largest_error(expected, results)
 
 
 def run_parts(
