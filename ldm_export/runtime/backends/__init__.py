@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BackendError, BundleError, InputError
+from ldm_export.runtime.sampling import HostSampling, Run, Sampling
 
 Array = npt.NDArray[Any]
 
@@ -35,12 +36,24 @@ class Graph(Protocol):
         ...
 
 
-class Backend(Protocol):
+class Backend:
     """Where graphs run. ``name`` says what is really used, never only what was asked for."""
 
     name: str
 
-    def load(self, graph: str) -> Graph: ...
+    def load(self, graph: str) -> Graph:
+        """Load one of the bundle's graphs, by its name in the manifest."""
+        raise NotImplementedError
+
+    def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise InputError if a loaded graph cannot take inputs of these shapes; most graphs take any."""
+
+    def sampling(self, unet: Graph, run: Run) -> Sampling:
+        """A loop over a loaded UNet."""
+        return HostSampling(unet, run)
+
+    def close(self) -> None:
+        """Give back what is held outside of Python; nothing can be loaded or run afterwards."""
 
 
 def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:

@@ -10,7 +10,15 @@ from typing import Any
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import Array, Graph, Signature, allowed_threads, check_contract, foreign_errors
+from ldm_export.runtime.backends import (
+    Array,
+    Backend,
+    Graph,
+    Signature,
+    allowed_threads,
+    check_contract,
+    foreign_errors,
+)
 from ldm_export.runtime.backends.once import OnceGraph
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
@@ -23,7 +31,7 @@ NUMPY_TYPES = {
 }
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Loads graphs into ONNX Runtime sessions.
 
     Parameters
