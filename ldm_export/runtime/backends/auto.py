@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,6 +31,7 @@ from ldm_export.errors import BackendError, LdmExportError
 from ldm_export.runtime.backends import Array, Backend, allowed_threads
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
+from ldm_export.runtime.backends.remembered import cache_folder, write_whole
 
 SETTLE_S = 0.1
 """Between sides that are timed in turn: threads of one that still wait, spinning, for work would slow the other."""
@@ -145,12 +145,8 @@ def _cache_file(bundle: Bundle, runs_on: list[object]) -> Path | None:
     """Where the times are remembered; None where there is no home."""
     unet = bundle.manifest.files[bundle.manifest.graphs["unet"].path].sha256
     digest = hashlib.sha256(json.dumps([unet, _processor(), *runs_on]).encode()).hexdigest()
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder / "ldm_export" / f"unet-{digest[:32]}.json"
+    folder = cache_folder()
+    return None if folder is None else folder / f"unet-{digest[:32]}.json"
 
 
 def _processor() -> str:
@@ -179,13 +175,7 @@ def _remember(file: Path | None, times: Mapping[str, float]) -> None:
     try:
         if file is None:
             raise OSError("there is no home folder")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            partial.write_text(json.dumps(times), encoding="utf-8")
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(file, json.dumps(times).encode())
     except OSError as error:
         until = f"this time, which cannot be remembered ({error})"
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
