@@ -30,6 +30,8 @@ from ldm_export.onnx_wire import external_data_from_onnx
 TARGET = "target.json"
 FORMAT_VERSION = 1
 ORT_CPU = "ort-cpu"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a document of an unexpected form may raise."""
 LEVELS = ("avx512f", "avx2", "avx", "neon", "asimd")
 """Vector instructions that decide how weights are laid out, the widest first."""
 
@@ -100,21 +102,47 @@ def write_target(
     folder: Path, bundle: Bundle, kind: str, graphs: Mapping[str, TargetGraph], needs: Mapping[str, str], report: Any
 ) -> None:
     """Write ``target.json`` for what lies in ``folder``."""
-    files = {
-        str(file.relative_to(folder)): FileEntry(file.stat().st_size, sha256_of(file))
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
     document = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
         "made_from": made_from(bundle),
         "needs": dict(needs),
-        "files": {name: asdict(entry) for name, entry in files.items()},
         "graphs": {name: asdict(graph) for name, graph in graphs.items()},
         "report": report,
     }
-    (folder / TARGET).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_document(folder, kind, document)
+
+
+def write_document(folder: Path, kind: str, document: Mapping[str, Any]) -> None:
+    """Write ``target.json``: what it says of its kind, and the format and files that every target lists."""
+    files = {
+        str(file.relative_to(folder)): asdict(FileEntry(file.stat().st_size, sha256_of(file)))
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != TARGET
+    }
+    whole = {"format_version": FORMAT_VERSION, "kind": kind, "files": files, **document}
+    (folder / TARGET).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_document(folder: Path) -> dict[str, Any] | str | None:
+    """What the ``target.json`` of a folder says, if its format and files are right; why not; or None if there is none.
+
+    Of the files, paths and sizes are checked, not hashes.
+    """
+    if not (folder / TARGET).is_file():
+        return None
+    try:
+        found = json.loads((folder / TARGET).read_text(encoding="utf-8"))
+        version, sizes = found["format_version"], {name: entry["size_bytes"] for name, entry in found["files"].items()}
+        for name in sizes:
+            check_relative(name)
+    except (*MALFORMED, OSError, BundleError) as error:
+        return f"its {TARGET} cannot be read ({error})"
+    if version != FORMAT_VERSION:
+        return f"it has format_version {version}, and this ldm_export reads {FORMAT_VERSION}"
+    for name, size in sorted(sizes.items()):
+        file = folder / name
+        if file.is_symlink() or not file.is_file() or file.stat().st_size != size:
+            return f"its {name} is missing or of another size"
+    return dict(found)
 
 
 def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | str | None:
@@ -125,24 +153,18 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
     has : what there is of what a target may need, such as the version of its library
     """
     folder = folder_of(bundle, kind)
-    if not (folder / TARGET).is_file():
-        return None
+    found = read_document(folder)
+    if found is None or isinstance(found, str):
+        return found
     try:
-        found = json.loads((folder / TARGET).read_text(encoding="utf-8"))
-        version, needs, report = found["format_version"], dict(found["needs"]), found["report"]
+        needs, report, source, files = dict(found["needs"]), found["report"], found["made_from"], set(found["files"])
         graphs = {
             name: TargetGraph(entry["path"], dict(entry["once"]), entry["shallow"], int(entry["deep_channels"]))
             for name, entry in found["graphs"].items()
         }
-        sizes = {name: entry["size_bytes"] for name, entry in found["files"].items()}
-        source = found["made_from"]
         paths = {path for graph in graphs.values() for path in graph.paths}
-        for name in sizes:
-            check_relative(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BundleError) as error:
+    except MALFORMED as error:
         return f"its {TARGET} cannot be read ({error})"
-    if version != FORMAT_VERSION:
-        return f"it has format_version {version}, and this ldm_export reads {FORMAT_VERSION}"
     if source != made_from(bundle):
         return "it was made from other graphs"
     for name, wanted in needs.items():
@@ -151,13 +173,11 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
     own = [name for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)]
     if graphs.keys() != set(own):
         return f"it has the graphs {', '.join(graphs)}, and the bundle {', '.join(own)}"
-    for name in sorted(paths | set(sizes)):
-        file = folder / name
-        if name not in sizes or not file.is_file() or file.stat().st_size != sizes[name]:
-            return f"its {name} is missing or of another size"
     for name in sorted(paths):
+        if name not in files:
+            return f"its {name} is not among its files"
         try:
-            strays = {data.location for data in external_data_from_onnx(folder / name)} - set(sizes)
+            strays = {data.location for data in external_data_from_onnx(folder / name)} - files
         except BundleError as error:
             return f"its {name} cannot be read ({error})"
         if strays:

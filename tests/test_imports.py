@@ -26,18 +26,20 @@ MAY_IMPORT = {
     "bundle": BUNDLE,
     "compvis_names": set(),
     "target": BUNDLE,
+    "engines": BUNDLE | {"target"},
     "single_file": BASE | {"compvis_names"},
     "options": BASE,
     "checkpoint": BASE | {"single_file"},
     "torch_reference": BASE | {"checkpoint"},
     "judge": BASE | {"checkpoint"},
-    "runtime": BUNDLE | {"target"},
+    "runtime": BUNDLE | {"target", "engines"},
     "passes": BUNDLE | {"checkpoint", "options"},
     "graph": BUNDLE | {"options"},
-    "export": BUNDLE | {"target", "checkpoint", "passes", "graph"},
+    "export": BUNDLE | {"target", "engines", "checkpoint", "passes", "graph"},
     "bench": BUNDLE | {"checkpoint", "torch_reference", "judge", "runtime", "export", "passes", "graph"},
     "recipe": BUNDLE | {"checkpoint", "options", "judge", "runtime", "export", "passes", "graph", "bench"},
-    "cli": BUNDLE | {"target", "checkpoint", "judge", "runtime", "export", "passes", "graph", "bench", "recipe"},
+    "cli": BUNDLE
+    | {"target", "engines", "checkpoint", "judge", "runtime", "export", "passes", "graph", "bench", "recipe"},
 }
 """What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
 
