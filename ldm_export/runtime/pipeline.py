@@ -116,6 +116,7 @@ class Pipeline:
         self.requested_backend = backend if isinstance(backend, str) else backend.name
         self._graphs: dict[str, Graph] = {}
         self._prompts: PromptEncoder | None = None
+        self._closed = False
 
     @classmethod
     def open(
@@ -126,9 +127,11 @@ class Pipeline:
         Parameters
         ----------
         path : the bundle's folder
-        backend : ``cpu`` (ONNX Runtime), ``openvino``, ``cuda`` or ``auto``: CUDA where ONNX Runtime has it; on a CPU
-            with both libraries the one that is faster for this bundle, which is measured the first time, in a second
-            or two network calls each, and remembered (:mod:`ldm_export.runtime.backends.auto`)
+        backend : ``cpu`` (ONNX Runtime), ``openvino``, ``tensorrt-rtx`` and ``tensorrt`` (engines that were built),
+            ``cuda``, ``ort-tensorrt``, ``ort-tensorrt-rtx`` (ONNX Runtime on a GPU), or ``auto``: engines that fit this
+            GPU, else CUDA where ONNX Runtime has it; on a CPU with both libraries the one that is faster for this
+            bundle, which is measured the first time, in a second or two network calls each, and remembered
+            (:mod:`ldm_export.runtime.backends.auto`)
         verify : also check every file's hash
         threads : CPU threads for one operator; by default one a physical core
 
@@ -184,6 +187,7 @@ class Pipeline:
 
         A pipeline is a context manager that does so at its end.
         """
+        self._closed = True
         self._graphs.clear()
         self._prompts = None
         self._backend.close()
@@ -218,6 +222,8 @@ class Pipeline:
         return self._decode(mean * np.float32(self.bundle.manifest.model["scaling_factor"]))
 
     def _graph(self, name: str) -> Graph:
+        if self._closed:
+            raise InputError("This pipeline was closed. Open the bundle again.")
         if name not in self._graphs:
             self._graphs[name] = self._backend.load(name)
         return self._graphs[name]

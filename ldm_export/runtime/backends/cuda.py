@@ -192,7 +192,7 @@ class Buffer(_Owned):
         self.shape, self.dtype, self._stream = shape, np.dtype(dtype), stream
         self.size_bytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         super().__init__(call("cudaMalloc", max(self.size_bytes, 1)), "cudaFree")  # which waits for what uses it
-        call("cudaMemsetAsync", self.address, 0, self.size_bytes, stream.handle)
+        self.clear()
 
     @property
     def address(self) -> int:
@@ -210,6 +210,16 @@ class Buffer(_Owned):
         assert array.flags.c_contiguous
         self._copy(array.ctypes.data, self.address, "cudaMemcpyDeviceToHost")
         self._stream.wait()
+
+    def downloaded(self) -> Array:
+        """What is here, in a new array."""
+        array = np.empty(self.shape, self.dtype)
+        self.download(array)
+        return array
+
+    def clear(self) -> None:
+        """Fill with zeros."""
+        call("cudaMemsetAsync", self.address, 0, self.size_bytes, self._stream.handle)
 
     def copy(self, source: int) -> None:
         """Copy from an address on the device."""
