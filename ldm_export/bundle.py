@@ -1,51 +1,52 @@
 """The bundle on disk: a folder of files and ``manifest.json``, which lists them all with their sizes and hashes.
 
 Every file but ``manifest.json`` and those under ``targets/`` is listed. What is under ``targets/`` is made from the
-rest for one kind of machine and may be deleted and rebuilt at any time.
+rest for one kind of machine and may be deleted and rebuilt at any time: opening a bundle does not look there, and
+``ldm_export.target`` checks what is used.
 
 Opening a bundle trusts nothing in it: paths may not leave the folder, nothing may be a link, and an ``.onnx`` file may
-only read its weights from listed files. Making one is all or nothing: the files grow in a hidden sibling folder,
-``.NAME.partial-<pid>-<random>``, which is renamed into place when it is complete and refused by name until then.
+only read its weights from listed files. Making one is all or nothing: the files grow in a hidden sibling folder, which
+is renamed into place when it is complete and refused by name until then (``ldm_export.partial``).
 """
 
 import errno
 import hashlib
 import os
 import posixpath
-import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BundleError, ExportError
+from ldm_export.fields import FileEntry
 from ldm_export.manifest import (
     MANIFEST,
-    FileEntry,
+    TARGETS,
     Manifest,
     check_relative,
     is_target,
     manifest_from_json,
 )
 from ldm_export.onnx_wire import external_data_from_onnx
+from ldm_export.partial import is_partial, move_into_place, partial_folder, sibling, sync
 
 __all__ = ["Bundle", "BundleWriter", "FileEntry", "Manifest", "create_bundle"]
 
-_PARTIAL = re.compile(r"\..+\.partial-\d+-[0-9a-f]+")
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its checked manifest."""
+    """An opened bundle: its folder, its checked manifest, and whether hashes were and are to be checked."""
 
     path: Path
     manifest: Manifest
+    verified: bool = field(default=False, compare=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = False) -> "Bundle":
@@ -56,7 +57,8 @@ class Bundle:
         path : path
             The bundle's folder.
         verify : bool
-            Also hash every listed file, and refuse files that are not listed. Reads the whole bundle.
+            Also hash every listed file, and refuse files that are not listed. Reads the whole bundle. Of targets,
+            those with altered files are passed over when they would be used.
 
         Raises
         ------
@@ -64,7 +66,7 @@ class Bundle:
             If anything is missing, altered, malformed or reaches outside the folder. The message names the file.
         """
         folder = Path(path)
-        if _PARTIAL.fullmatch(folder.resolve().name):
+        if is_partial(folder.resolve().name):
             raise BundleError(f"{folder} is what an interrupted export left behind. Delete it and export again.")
         return _opened(folder, verify)
 
@@ -168,10 +170,10 @@ class BundleWriter:
             _write(self.path / MANIFEST, manifest.to_json().encode())
             _opened(self.path, verify=False)
             for relative in _walk(self.path):
-                _sync(self.path / relative)
-                _sync((self.path / relative).parent)
+                sync(self.path / relative)
+                sync((self.path / relative).parent)
             check_target(self._target, self._force)
-            _move_into_place(self.path, self._target)
+            move_into_place(self.path, self._target)
         except OSError as exc:
             raise _export_error(exc, self._target, self._needed_bytes) from exc
         return _opened(self._target, verify=False)
@@ -207,22 +209,21 @@ def create_bundle(
     target = Path(os.path.abspath(path))
     check_target(target, force)
     made = [parent for parent in target.parents if not parent.exists()]
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        try:
-            partial.mkdir(parents=True)
-            if needed_bytes is not None and shutil.disk_usage(partial).free < needed_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as exc:
-            raise _export_error(exc, target, needed_bytes) from exc
-        try:
-            yield BundleWriter(partial, target, force, needed_bytes)
-        except Exception as exc:
-            if _is_full_disk(exc):
+        with ExitStack() as stack:
+            try:
+                partial = stack.enter_context(partial_folder(target))
+                if needed_bytes is not None and shutil.disk_usage(partial).free < needed_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as exc:
                 raise _export_error(exc, target, needed_bytes) from exc
-            raise
+            try:
+                yield BundleWriter(partial, target, force, needed_bytes)
+            except Exception as exc:
+                if _is_full_disk(exc):
+                    raise _export_error(exc, target, needed_bytes) from exc
+                raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for parent in made:  # innermost first; fails, as it should, where the bundle or something else is
             with suppress(OSError):
                 parent.rmdir()
@@ -230,7 +231,7 @@ def create_bundle(
 
 def _opened(folder: Path, verify: bool) -> Bundle:
     """Check a folder, whatever its name, and return it as a bundle."""
-    present = _walk(folder)
+    present = _walk(folder, leave_out=TARGETS)
     if MANIFEST not in present:
         raise _bad(folder, f"{MANIFEST} is missing, so it is no bundle", "Give the folder that export wrote.")
     try:
@@ -249,13 +250,13 @@ def _opened(folder: Path, verify: bool) -> Bundle:
         _check_external_data(folder, relative, manifest)
     if verify:
         _check_hashes(folder, manifest)
-        strays = sorted(name for name in present.keys() - manifest.files.keys() - {MANIFEST} if not is_target(name))
+        strays = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
         if strays:
             raise _bad(folder, f"{strays[0]!r} is not listed in {MANIFEST}", "Delete it, or export the bundle anew.")
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, verify)
 
 
-def _walk(folder: Path) -> dict[str, int]:
+def _walk(folder: Path, leave_out: str = "") -> dict[str, int]:
     """Return the size in bytes of every file by its path with ``/``; refuse links, devices and pipes."""
     found = {}
     waiting = [""]
@@ -269,6 +270,8 @@ def _walk(folder: Path) -> dict[str, int]:
         except OSError as exc:
             raise _bad(folder, f"the folder cannot be read ({exc})", "Check the path.") from exc
         for relative, status in statuses:
+            if relative == leave_out:
+                continue
             if stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", None):
                 raise _bad(folder, f"{relative!r} is a link; a bundle has none", "Put the file itself there.")
             if stat.S_ISDIR(status.st_mode):
@@ -318,7 +321,7 @@ def sha256_of(path: Path) -> str:
 
 def _write(path: Path, data: bytes | Path) -> None:
     """Write a file whole or not at all, from its content or from another file."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    partial = sibling(path, "partial")
     try:
         with partial.open("wb") as file:
             if isinstance(data, bytes):
@@ -333,17 +336,7 @@ def _write(path: Path, data: bytes | Path) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut; Windows has no such call for these."""
-    if os.name != "nt":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync(path.parent)
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -360,21 +353,6 @@ def check_target(target: Path, force: bool) -> None:
 def _says_bundle(manifest: Path) -> bool:
     """Return whether a ``manifest.json`` is a bundle's, however damaged, and not, say, a web page's."""
     return manifest.is_file() and b'"format_version"' in manifest.read_bytes()
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename the new folder to the target; where that fails, what was there is back."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        if target.exists():
-            os.rename(target, old)
-        os.rename(partial, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_full_disk(exc: Exception) -> bool:

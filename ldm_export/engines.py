@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
-from ldm_export.manifest import TARGETS
-from ldm_export.target import MALFORMED, TARGET, folder_of, read_document, write_document
+from ldm_export.fields import FileEntry, MalformedError, check_type, field, files_of
+from ldm_export.target import kinds_of, sound, texts, write_document
 
 FLAVOURS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 """Libraries that engines are for, by the name that they are imported by, and what kinds are called after."""
@@ -83,6 +84,7 @@ class EngineTarget:
     sparse : whether 2:4 sparse kernels may have been chosen
     engines : by the name of their graph, such as ``unet`` or ``loops/ddim-20``; not always all graphs of the bundle
     report : free
+    files : every file, by its path in the folder
     """
 
     folder: Path
@@ -96,9 +98,26 @@ class EngineTarget:
     sparse: bool
     engines: Mapping[str, Engine]
     report: Mapping[str, Any]
+    files: Mapping[str, FileEntry] = dataclass_field(default_factory=dict)
+
+    @property
+    def paths(self) -> set[str]:
+        return {engine.path for engine in self.engines.values()}
 
     def file(self, relative: str) -> Path:
         return self.folder / relative
+
+    def fault(self) -> str:
+        for name, engine in self.engines.items():
+            if engine.source not in engine.made_from:
+                return f"its {name} does not say what it was made from"
+            free = {tensor.name: tensor.shape for tensor in engine.inputs if -1 in tensor.shape}
+            if engine.profile.keys() != free.keys():
+                return f"its {name} has a profile for {sorted(engine.profile)}, and free sizes in {sorted(free)}"
+            for tensor, shape in free.items():
+                if not fits(shape, sizes := engine.profile[tensor]):
+                    return f"its {name} takes {tensor} of {shape}, and has a profile of {sizes} for it"
+        return ""
 
 
 def engine_kind(flavour: str, compute_capabilities: tuple[str, ...], precision: str) -> str:
@@ -110,107 +129,45 @@ def engine_kind(flavour: str, compute_capabilities: tuple[str, ...], precision: 
 def engine_targets(bundle: Bundle) -> list[str]:
     """The kinds of all engine targets of a bundle, whether they fit or not, by name."""
     starts = tuple(f"{name}-sm" for name in FLAVOURS.values())
-    kinds = [path.parent.name for path in (bundle.path / TARGETS).glob(f"*/{TARGET}")]
-    return sorted(kind for kind in kinds if kind.startswith(starts))
+    return [kind for kind in kinds_of(bundle) if kind.startswith(starts)]
 
 
 def write_engine_target(target: EngineTarget) -> None:
-    """Write ``target.json`` for the engines that lie in the target's folder."""
+    """Write ``target.json`` for the engines that lie in the target's folder; its files are listed as they are there."""
     document = asdict(target)
-    del document["folder"]
-    write_document(target.folder, document.pop("kind"), document)
+    for name in ("folder", "kind", "files"):
+        del document[name]
+    write_document(target.folder, target.kind, document)
 
 
 def read_engine_target(
     bundle: Bundle, kind: str, *, version: str | None = None, compute_capability: str | None = None
 ) -> EngineTarget | str | None:
-    """The bundle's engines of a kind; why they do not fit, in words; or None where there are none.
+    """The bundle's engines of a kind; why they are not sound or do not fit, in words; or None where there are none.
 
     Parameters
     ----------
     version : of the flavour's library here, such as ``1.7.1.116``; None checks none
     compute_capability : of the device here, such as ``8.9``; None checks none
     """
-    folder = folder_of(bundle, kind)
-    found = read_document(folder)
-    if found is None or isinstance(found, str):
+    found = sound(bundle, kind, _target_of)
+    if not isinstance(found, EngineTarget):
         return found
-    try:
-        target, files = _target(folder, kind, found), found["files"]
-        fault = next((fault for name in target.engines if (fault := _fault(target.engines[name], name, files))), None)
-    except MALFORMED as error:
-        return f"its {TARGET} cannot be read ({error})"
-    if fault:
-        return fault
-    if version not in (None, target.version):
-        return f"it was made with {target.flavour} {target.version}, and this is {version}"
-    if compute_capability not in (None, *target.compute_capabilities):
-        able = " and ".join(target.compute_capabilities)
+    if version not in (None, found.version):
+        return f"it was made with {found.flavour} {found.version}, and this is {version}"
+    if compute_capability not in (None, *found.compute_capabilities):
+        able = " and ".join(found.compute_capabilities)
         return f"it was made for compute capability {able}, and this device has {compute_capability}"
+    for name, engine in found.engines.items():
+        if not is_current(engine, bundle):
+            return f"its {name} was made from other graphs"
+    return found
+
+
+def is_current(engine: Engine, bundle: Bundle) -> bool:
+    """Whether a bundle's files are still those that an engine was made from."""
     now = {path: entry.sha256 for path, entry in bundle.manifest.files.items()}
-    for name, engine in target.engines.items():
-        if any(now.get(path) != sha256 for path, sha256 in engine.made_from.items()):
-            return f"its {name} was made from another graph"
-    return target
-
-
-def _target(folder: Path, kind: str, found: Mapping[str, Any]) -> EngineTarget:
-    flavour, capabilities = found["flavour"], tuple(map(str, found["compute_capabilities"]))
-    if engine_kind(flavour, capabilities, found["precision"]) != kind or found["kind"] != kind:
-        raise ValueError(f"what it says that it is for does not go by the name {kind}")
-    return EngineTarget(
-        folder=folder,
-        kind=kind,
-        flavour=flavour,
-        version=str(found["version"]),
-        compute_capabilities=capabilities,
-        precision=found["precision"],
-        refittable=bool(found["refittable"]),
-        stripped=bool(found["stripped"]),
-        sparse=bool(found["sparse"]),
-        engines={name: _engine(entry) for name, entry in found["engines"].items()},
-        report=found["report"],
-    )
-
-
-def _engine(entry: Mapping[str, Any]) -> Engine:
-    return Engine(
-        path=str(entry["path"]),
-        source=str(entry["source"]),
-        made_from=dict(entry["made_from"]),
-        inputs=tuple(_tensor(tensor) for tensor in entry["inputs"]),
-        outputs=tuple(_tensor(tensor) for tensor in entry["outputs"]),
-        profile={
-            name: ShapeRange(*(_shape(shapes[key]) for key in ("min", "opt", "max")))
-            for name, shapes in entry["profile"].items()
-        },
-        seconds=float(entry["seconds"]),
-    )
-
-
-def _tensor(entry: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(str(entry["name"]), str(entry["dtype"]), _shape(entry["shape"]))
-
-
-def _shape(sizes: list[Any]) -> tuple[int, ...]:
-    if any(type(size) is not int for size in sizes):
-        raise ValueError(f"the shape {sizes} has a size that is no whole number")
-    return tuple(sizes)
-
-
-def _fault(engine: Engine, name: str, files: Mapping[str, Any]) -> str | None:
-    """What is wrong with an engine's entry, in words."""
-    if engine.path not in files:
-        return f"its {name} is to be in {engine.path!r}, which it does not list"
-    if engine.source not in engine.made_from:
-        return f"its {name} does not say what it was made from"
-    dynamic = {tensor.name: tensor.shape for tensor in engine.inputs if -1 in tensor.shape}
-    if engine.profile.keys() != dynamic.keys():
-        return f"its {name} has a profile for {sorted(engine.profile)}, and free sizes in {sorted(dynamic)}"
-    for tensor, shape in dynamic.items():
-        if not fits(shape, engine.profile[tensor]):
-            return f"the profile of its {name} for {tensor!r} is {engine.profile[tensor]}, which no {shape} can be"
-    return None
+    return all(now.get(path) == sha256 for path, sha256 in engine.made_from.items())
 
 
 def fits(shape: tuple[int | str, ...], sizes: ShapeRange) -> bool:
@@ -221,3 +178,64 @@ def fits(shape: tuple[int | str, ...], sizes: ShapeRange) -> bool:
         1 <= low <= best <= high and (size == -1 or low == high == size)
         for size, low, best, high in zip(shape, sizes.min, sizes.opt, sizes.max, strict=True)
     )
+
+
+def _target_of(found: Any, folder: Path) -> EngineTarget:
+    """Parse ``target.json``.
+
+    Raises
+    ------
+    MalformedError
+        If a field is missing or of a wrong type.
+    """
+    flavour, precision = field(found, "flavour", str), field(found, "precision", str)
+    capabilities = field(found, "compute_capabilities", list)
+    for capability in capabilities:
+        check_type(capability, str, "compute_capabilities")
+    if flavour not in FLAVOURS or engine_kind(flavour, tuple(capabilities), precision) != folder.name:
+        raise MalformedError(f"it is for {flavour}, {', '.join(capabilities)} in {precision}")
+    return EngineTarget(
+        folder=folder,
+        kind=folder.name,
+        flavour=flavour,
+        version=field(found, "version", str),
+        compute_capabilities=tuple(capabilities),
+        precision=precision,
+        refittable=field(found, "refittable", bool),
+        stripped=field(found, "stripped", bool),
+        sparse=field(found, "sparse", bool),
+        engines={name: _engine(entry, f"engines[{name!r}]") for name, entry in field(found, "engines", dict).items()},
+        report=field(found, "report", dict),
+        files=files_of(found),
+    )
+
+
+def _engine(entry: Any, where: str) -> Engine:
+    profile = field(entry, "profile", dict, where)
+    return Engine(
+        path=field(entry, "path", str, where),
+        source=field(entry, "source", str, where),
+        made_from=texts(entry, "made_from", where),
+        inputs=_tensors(entry, "inputs", where),
+        outputs=_tensors(entry, "outputs", where),
+        profile={
+            name: ShapeRange(*(_shape(sizes, key, f"{where}.profile[{name!r}]") for key in ("min", "opt", "max")))
+            for name, sizes in profile.items()
+        },
+        seconds=field(entry, "seconds", float, where),
+    )
+
+
+def _tensors(entry: Any, side: str, where: str) -> tuple[TensorSpec, ...]:
+    at = f"{where}.{side}"
+    return tuple(
+        TensorSpec(field(tensor, "name", str, at), field(tensor, "dtype", str, at), _shape(tensor, "shape", at))
+        for tensor in field(entry, side, list, where)
+    )
+
+
+def _shape(holder: Any, key: str, where: str) -> tuple[int, ...]:
+    sizes = field(holder, key, list, where)
+    for size in sizes:
+        check_type(size, int, f"{where}.{key}")
+    return tuple(sizes)

@@ -13,7 +13,6 @@ No other keys are allowed. Every file but ``manifest.json`` and those under ``ta
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,19 +20,12 @@ from typing import Any
 from ldm_export import __version__
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import BundleError, ExportError
+from ldm_export.fields import FileEntry, MalformedError, check_path, check_type, field, files_of, parsed
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TARGETS = "targets"
 LOOPS = "loops"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A listed file: its size in bytes and its SHA-256 as 64 lower-case hex digits."""
-
-    size_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -66,45 +58,48 @@ def manifest_from_json(text: str) -> Manifest:
         If the text is not JSON, is of another format version, or a field is missing, unknown or of a wrong type.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_object_without_repeats)
-    except (ValueError, RecursionError) as exc:
-        raise BundleError(f"{MANIFEST} is not JSON: {exc}. Export the bundle anew.") from exc
-    _check_type(found, dict, "the whole")
-    version = _field(found, "format_version", int, "")
+        found = parsed(text)
+    except MalformedError as exc:
+        raise BundleError(f"{MANIFEST} is {exc}. Export the bundle anew.") from exc
+    try:
+        return _manifest_of(found)
+    except MalformedError as exc:
+        raise _bad(str(exc)) from exc
+
+
+def _manifest_of(found: Any) -> Manifest:
+    check_type(found, dict, "the whole")
+    version = field(found, "format_version", int)
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{MANIFEST} has format_version {version}; this ldm_export reads {FORMAT_VERSION}. "
             "Export the bundle anew, or install the ldm_export that made it."
         )
-    unknown = sorted(found.keys() - {field.name for field in fields(Manifest)})
+    unknown = sorted(found.keys() - {known.name for known in fields(Manifest)})
     if unknown:
-        raise _bad(f"the whole has the unknown key {unknown[0]!r}")
-    files = {}
-    for path, entry in _field(found, "files", dict, "").items():
-        check_relative(path)
-        where = f"files[{path!r}]"
-        files[path] = FileEntry(_field(entry, "size_bytes", int, where), _field(entry, "sha256", str, where))
-        if files[path].size_bytes < 0 or not re.fullmatch(r"[0-9a-f]{64}", files[path].sha256):
-            raise _bad(f"{where} is {entry}; a size from 0 and 64 hex digits are needed")
+        raise MalformedError(f"the whole has the unknown key {unknown[0]!r}")
+    files = files_of(found)
+    for path in files:
+        _check_listed(path)
     graphs = {}
-    for name, entry in _field(found, "graphs", dict, "").items():
+    for name, entry in field(found, "graphs", dict).items():
         where = f"graphs[{name!r}]"
-        path = _field(entry, "path", str, where)
+        path = field(entry, "path", str, where)
         if path not in files:
-            raise _bad(f"{where} has the path {path!r}, which is not among the files")
+            raise MalformedError(f"{where} has the path {path!r}, which is not among the files")
         graphs[name] = GraphSpec(path, *(_specs(entry, side, where) for side in ("inputs", "outputs")))
     for key in ("passes", "parity"):
-        for number, entry in enumerate(_field(found, key, list, "")):
-            _check_type(entry, dict, f"{key}[{number}]")
-            _check_type(entry.get("made_of", {}), dict, f"{key}[{number}].made_of")
+        for number, entry in enumerate(field(found, key, list)):
+            check_type(entry, dict, f"{key}[{number}]")
+            check_type(entry.get("made_of", {}), dict, f"{key}[{number}].made_of")
     return Manifest(
         files=files,
         graphs=graphs,
-        model=_field(found, "model", dict, ""),
-        source=_field(found, "source", dict, ""),
+        model=field(found, "model", dict),
+        source=field(found, "source", dict),
         passes=tuple(found["passes"]),
         parity=tuple(found["parity"]),
-        ldm_export_version=_field(found, "ldm_export_version", str, ""),
+        ldm_export_version=field(found, "ldm_export_version", str),
         format_version=version,
     )
 
@@ -132,46 +127,27 @@ def is_target(relative: str) -> bool:
 
 def check_relative(relative: str) -> None:
     """Raise `BundleError` unless a path may be listed: relative, ``/`` between parts, inside the folder, no target."""
-    parts = relative.split("/")
-    if any(part in ("", ".", "..") or part != part.strip(" ") or part.endswith(".") for part in parts):
-        raise _bad(f"the path {relative!r} is not a plain one inside the folder")
-    if re.search(r'[\x00-\x1f\\:*?"<>|\ud800-\udfff]', relative):
-        raise _bad(f"the path {relative!r} has a character that is not the same on every system")
+    try:
+        check_path(relative)
+        _check_listed(relative)
+    except MalformedError as exc:
+        raise _bad(str(exc)) from exc
+
+
+def _check_listed(relative: str) -> None:
     if relative == MANIFEST or is_target(relative):
-        raise _bad(f"the path {relative!r} is listed, but {MANIFEST} and what is under {TARGETS}/ never are")
+        raise MalformedError(f"the path {relative!r} is listed, but {MANIFEST} and what is under {TARGETS}/ never are")
 
 
 def _specs(entry: Mapping[str, Any], side: str, where: str) -> tuple[TensorSpec, ...]:
     specs = []
-    for number, spec in enumerate(_field(entry, side, list, where)):
+    for number, spec in enumerate(field(entry, side, list, where)):
         at = f"{where}.{side}[{number}]"
-        shape = _field(spec, "shape", list, at)
+        shape = field(spec, "shape", list, at)
         if not all(isinstance(size, str) or (type(size) is int and size >= 0) for size in shape):
-            raise _bad(f"{at} has the shape {shape}; sizes are whole numbers from 0, or names")
-        specs.append(TensorSpec(_field(spec, "name", str, at), _field(spec, "dtype", str, at), tuple(shape)))
+            raise MalformedError(f"{at} has the shape {shape}; sizes are whole numbers from 0, or names")
+        specs.append(TensorSpec(field(spec, "name", str, at), field(spec, "dtype", str, at), tuple(shape)))
     return tuple(specs)
-
-
-def _field(holder: object, key: str, kind: type, where: str) -> Any:
-    """Return ``holder[key]``, checked."""
-    _check_type(holder, dict, where or "the whole")
-    assert isinstance(holder, dict)
-    if key not in holder:
-        raise _bad(f"{where or 'the whole'} lacks {key!r}")
-    _check_type(holder[key], kind, f"{where}.{key}" if where else key)
-    return holder[key]
-
-
-def _check_type(value: object, kind: type, where: str) -> None:
-    if type(value) is not kind:  # not isinstance: true is no whole number
-        raise _bad(f"{where} is of type {type(value).__name__}; {kind.__name__} is needed")
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key occurs twice among {[key for key, _ in pairs]}")
-    return found
 
 
 def _bad(what: str) -> BundleError:

@@ -2,38 +2,46 @@
 
 ``target.json`` says what it was made from and for what, so that a target that does not fit is passed over, never run:
 
-    {"format_version": 1, "kind": "ort-cpu",
+    {"format_version": 2, "kind": "ort-cpu",
      "made_from": {"unet/model.onnx": "…64 hex digits…", ...},        the bundle's own files
-     "needs": {"onnxruntime": "1.32.0", "cpu": "x86_64 avx512f"},     all must be equal
+     "needs": {"onnxruntime": "1.32.0", "cpu": "x86_64 GenuineIntel 6 85 avx avx2 …"},   all must be equal
      "files": {"unet.onnx": {"size_bytes": 1234, "sha256": "…"}, ...},
      "graphs": {"unet": {"path": "unet.onnx", "once": {"timestep": "unet.timestep.onnx", ...},
-                         "shallow": "unet.shallow.onnx", "deep_channels": 128}, ...},
+                         "shallow": "unet.shallow.onnx", "deep_channels": 128, "packed": true}, ...},
      "report": {...}}                                                  free: rules, parity, seconds
 
-A target may be deleted and rebuilt at any time; the bundle is complete without it.
+A target may be deleted and rebuilt at any time; the bundle is complete without it. So nothing that is wrong with one is
+wrong with the bundle: it is passed over, for a reason in words that goes on from "since". Of a bundle that was opened
+with ``verify=True``, a target's hashes are checked too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ldm_export.bundle import Bundle, sha256_of
 from ldm_export.errors import BundleError
-from ldm_export.manifest import TARGETS, FileEntry, check_relative, is_loop
+from ldm_export.fields import FileEntry, MalformedError, field, files_of, parsed
+from ldm_export.manifest import TARGETS, is_loop
 from ldm_export.onnx_wire import external_data_from_onnx
 
 TARGET = "target.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ORT_CPU = "ort-cpu"
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
-"""What reading a document of an unexpected form may raise."""
-LEVELS = ("avx512f", "avx2", "avx", "neon", "asimd")
-"""Vector instructions that decide how weights are laid out, the widest first."""
+MODEL = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+VECTORS = {
+    "flags": re.compile(r"(amx|avx|fma|sse4).*"),
+    "Features": re.compile(r"(asimd|neon|sme|sve).*|bf16|fphp|i8mm"),
+}
+"""Which vector instructions there are, by the field of Linux's ``/proc/cpuinfo`` that names them: x86, ARM."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,14 @@ class TargetGraph:
     once : by name of the input that it depends on alone, the graph of what need not be; it gives inputs of the first
     shallow : the outermost blocks alone, which take what ``path`` gives as ``deep``; empty where there are none
     deep_channels : of ``deep``, which else has the latents' sizes
+    packed : the weights of its products lie as ONNX Runtime packs them; else a session must not pack them
     """
 
     path: str
     once: Mapping[str, str]
     shallow: str = ""
     deep_channels: int = 0
+    packed: bool = True
 
     @property
     def paths(self) -> list[str]:
@@ -60,15 +70,56 @@ class TargetGraph:
 
 @dataclass(frozen=True)
 class Target:
-    """A target whose ``target.json`` was read and fits its bundle."""
+    """A target whose ``target.json`` was read and whose files are as it says; ``source`` is what it was made from."""
 
     folder: Path
     graphs: Mapping[str, TargetGraph]
     needs: Mapping[str, str]
     report: Mapping[str, Any]
+    source: Mapping[str, str]
+    files: Mapping[str, FileEntry]
 
     def file(self, relative: str) -> Path:
         return self.folder / relative
+
+    @property
+    def paths(self) -> set[str]:
+        return {path for graph in self.graphs.values() for path in graph.paths}
+
+    def fault(self) -> str:
+        for name in sorted(self.paths):
+            try:
+                unlisted = {data.location for data in external_data_from_onnx(self.file(name))} - self.files.keys()
+            except BundleError as error:
+                return f"its {name} cannot be read ({error})"
+            if unlisted:
+                return f"its {name} reads weights from {min(unlisted)!r}, which it does not list"
+        return ""
+
+
+class AnyTarget(Protocol):
+    """What targets of every kind have in common.
+
+    Attributes
+    ----------
+    paths : of the files that are opened; they must be listed
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def files(self) -> Mapping[str, FileEntry]: ...
+
+    @property
+    def paths(self) -> set[str]: ...
+
+    def fault(self) -> str:
+        """Say what is wrong with it, its files being as listed; empty if nothing is."""
+        ...
+
+
+Found = TypeVar("Found", bound=AnyTarget)
 
 
 def folder_of(bundle: Bundle, kind: str) -> Path:
@@ -83,14 +134,36 @@ def made_from(bundle: Bundle) -> dict[str, str]:
 
 
 def cpu_level() -> str:
-    """The kind of processor as far as the layout of weights depends on it."""
-    flags: set[str] = set()
+    """The kind of processor, by all that the layout of packed weights may depend on.
+
+    ONNX Runtime's MLAS (``onnxruntime/core/mlas/lib/platform.cpp``) chooses its kernels, and with them the layouts, by
+    many instructions, not by one level: of blocked convolutions by AVX-512F; of 8-bit products and convolutions by
+    AVX2, AVX-VNNI, AVX-VNNI-INT8, AVX-512 BW, DQ, VL and VNNI, and AMX; of 4-bit weights by most of these; on ARM by
+    dot products, I8MM, BF16, SVE and SME. All vector instructions that the system names are in, also those that only a
+    later release may look at. The model is in, since MLAS asks the processor itself and an old Linux does not name all
+    that it has; the instructions are, since a virtual machine may hide some of a model's. Where the system tells
+    neither, only the very machine is taken to be like itself.
+    """
+    told = ""
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = (line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines())
-        flags = {flag for name, _, value in lines if name.strip() in ("flags", "Features") for flag in value.split()}
-    widest = next((level for level in LEVELS if level in flags), platform.processor())
-    return f"{platform.machine()} {widest}".strip()
+        told = _told(info.read_text(encoding="utf-8", errors="replace"))
+    if not told:
+        told = f"{platform.processor()} {hashlib.sha256(platform.node().encode()).hexdigest()[:16]}"
+    return " ".join(f"{platform.machine()} {told}".split())
+
+
+def _told(cpuinfo: str) -> str:
+    """Models and vector instructions of all cores, in order; empty if there are no instructions."""
+    models: dict[str, None] = {}
+    vectors: set[str] = set()
+    for line in cpuinfo.splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name in MODEL:
+            models.setdefault(value)
+        elif name in VECTORS:
+            vectors.update(flag for flag in value.split() if VECTORS[name].fullmatch(flag))
+    return " ".join([*models, *sorted(vectors)]) if vectors else ""
 
 
 def needs_of(version: str) -> dict[str, str]:
@@ -116,70 +189,136 @@ def write_document(folder: Path, kind: str, document: Mapping[str, Any]) -> None
     files = {
         str(file.relative_to(folder)): asdict(FileEntry(file.stat().st_size, sha256_of(file)))
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != TARGET
+        if file.is_file()
     }
     whole = {"format_version": FORMAT_VERSION, "kind": kind, "files": files, **document}
-    (folder / TARGET).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / TARGET).write_text(json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_document(folder: Path) -> dict[str, Any] | str | None:
-    """What the ``target.json`` of a folder says, if its format and files are right; why not; or None if there is none.
-
-    Of the files, paths and sizes are checked, not hashes.
-    """
-    if not (folder / TARGET).is_file():
-        return None
-    try:
-        found = json.loads((folder / TARGET).read_text(encoding="utf-8"))
-        version, sizes = found["format_version"], {name: entry["size_bytes"] for name, entry in found["files"].items()}
-        for name in sizes:
-            check_relative(name)
-    except (*MALFORMED, OSError, BundleError) as error:
-        return f"its {TARGET} cannot be read ({error})"
-    if version != FORMAT_VERSION:
-        return f"it has format_version {version}, and this ldm_export reads {FORMAT_VERSION}"
-    for name, size in sorted(sizes.items()):
-        file = folder / name
-        if file.is_symlink() or not file.is_file() or file.stat().st_size != size:
-            return f"its {name} is missing or of another size"
-    return dict(found)
+def kinds_of(bundle: Bundle) -> list[str]:
+    """The kinds of targets that a bundle has; hidden folders are of builds that have not ended."""
+    folder = bundle.path / TARGETS
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
 def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | str | None:
-    """The bundle's target of a kind; why it does not fit, in words; or None where there is none.
+    """The bundle's target of a kind; why it is not sound or does not fit, in words; or None where there is none.
 
     Parameters
     ----------
-    has : what there is of what a target may need, such as the version of its library
+    has : what there is of what the target needs, such as the version of its library, by name
+    """
+    found = sound_target(bundle, kind)
+    if not isinstance(found, Target):
+        return found
+    if found.source != made_from(bundle):
+        return "it was made from other graphs"
+    if found.needs.keys() != has.keys():
+        return f"it says what it needs of {_listed(found.needs)}, and must of {_listed(has)}"
+    for name, wanted in found.needs.items():
+        if has[name] != wanted:
+            return f"it was made for {name} {wanted}, and this is {has[name]}"
+    own = [name for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)]
+    if found.graphs.keys() != set(own):
+        return f"it has the graphs {_listed(found.graphs)}, and the bundle {_listed(own)}"
+    return found
+
+
+def sound_target(bundle: Bundle, kind: str) -> Target | str | None:
+    """The bundle's target of a kind, for whatever machine; what is wrong with its files, in words; or None."""
+    return sound(bundle, kind, _target_of)
+
+
+def sound(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Found | str | None:
+    """A target of a bundle as ``parse`` reads its ``target.json``; what is wrong with it, in words; or None.
+
+    Parameters
+    ----------
+    parse : takes the document and the folder; raises ValueError, with what is wrong
     """
     folder = folder_of(bundle, kind)
-    found = read_document(folder)
-    if found is None or isinstance(found, str):
-        return found
+    if not os.path.lexists(folder):
+        return None
     try:
-        needs, report, source, files = dict(found["needs"]), found["report"], found["made_from"], set(found["files"])
-        graphs = {
-            name: TargetGraph(entry["path"], dict(entry["once"]), entry["shallow"], int(entry["deep_channels"]))
-            for name, entry in found["graphs"].items()
-        }
-        paths = {path for graph in graphs.values() for path in graph.paths}
-    except MALFORMED as error:
+        if folder.is_symlink() or folder.parent.is_symlink():
+            return "its folder is a link"
+        if fault := _unlike_files(folder):
+            return fault
+        document = parsed((folder / TARGET).read_text(encoding="utf-8"))
+        if (version := field(document, "format_version", int)) != FORMAT_VERSION:
+            raise MalformedError(f"it has format_version {version}; this ldm_export reads {FORMAT_VERSION}")
+        if (named := field(document, "kind", str)) != kind:
+            raise MalformedError(f"it is of the kind {named!r}")
+        target = parse(document, folder)
+        return _unlike_listed(target) or target.fault() or (_altered(target) if bundle.verified else "") or target
+    except FileNotFoundError as error:
+        return f"its {Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
         return f"its {TARGET} cannot be read ({error})"
-    if source != made_from(bundle):
-        return "it was made from other graphs"
-    for name, wanted in needs.items():
-        if has.get(name) != wanted:
-            return f"it was made for {name} {wanted}, and this is {has.get(name)}"
-    own = [name for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)]
-    if graphs.keys() != set(own):
-        return f"it has the graphs {', '.join(graphs)}, and the bundle {', '.join(own)}"
-    for name in sorted(paths):
-        if name not in files:
-            return f"its {name} is not among its files"
-        try:
-            strays = {data.location for data in external_data_from_onnx(folder / name)} - files
-        except BundleError as error:
-            return f"its {name} cannot be read ({error})"
-        if strays:
-            return f"its {name} reads weights from {sorted(strays)[0]!r}, which it does not list"
-    return Target(folder, graphs, needs, report)
+
+
+def _target_of(found: Any, folder: Path) -> Target:
+    """Parse and check ``target.json``.
+
+    Raises
+    ------
+    MalformedError
+        If a field is missing or of a wrong type.
+    """
+    graphs = {}
+    for name in field(found, "graphs", dict):
+        where = f"graphs[{name!r}]"
+        entry = field(found["graphs"], name, dict, "graphs")
+        graphs[name] = TargetGraph(
+            field(entry, "path", str, where),
+            texts(entry, "once", where),
+            field(entry, "shallow", str, where),
+            field(entry, "deep_channels", int, where),
+            field(entry, "packed", bool, where),
+        )
+    return Target(
+        folder,
+        graphs,
+        texts(found, "needs"),
+        field(found, "report", dict),
+        texts(found, "made_from"),
+        files_of(found),
+    )
+
+
+def texts(holder: object, key: str, where: str = "") -> dict[str, str]:
+    """A field that has texts by name."""
+    found = field(holder, key, dict, where)
+    return {name: field(found, name, str, key) for name in found}
+
+
+def _unlike_files(folder: Path) -> str:
+    """Say which file of a folder is a link, a pipe or a device; empty if none is."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            return f"its {path.relative_to(folder).as_posix()} is a link or a device"
+    return ""
+
+
+def _unlike_listed(target: AnyTarget) -> str:
+    """Say which file is not as listed, or is opened and not listed; empty if none is."""
+    for name in sorted(target.paths | target.files.keys()):
+        if name not in target.files or not (target.folder / name).is_file():
+            return f"its {name} is missing"
+        if (size := (target.folder / name).stat().st_size) != target.files[name].size_bytes:
+            return f"its {name} has {size} bytes, and {target.files[name].size_bytes} are listed"
+    present = {path.relative_to(target.folder).as_posix() for path in target.folder.rglob("*") if path.is_file()}
+    if strays := sorted(present - target.files.keys() - {TARGET}):
+        return f"its {strays[0]} is not listed"
+    return ""
+
+
+def _altered(target: AnyTarget) -> str:
+    """Say which file has another hash than is listed; empty if none has."""
+    names = (name for name, entry in sorted(target.files.items()) if sha256_of(target.folder / name) != entry.sha256)
+    name = next(names, None)
+    return f"its {name} has been altered" if name else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"

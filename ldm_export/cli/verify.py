@@ -9,6 +9,7 @@ from ldm_export.cli.options import bundle_argument, console, json_option, print_
 from ldm_export.errors import BundleError
 from ldm_export.manifest import stale_loops
 from ldm_export.runtime.backends import open_backend
+from ldm_export.target import kinds_of, sound_target
 
 
 @click.command()
@@ -19,7 +20,7 @@ from ldm_export.runtime.backends import open_backend
 def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
     """Check BUNDLE: every file's hash, every graph's inputs and outputs, and with --against its numbers.
 
-    Exit code 1 if the numbers differ, 2 if the bundle is damaged.
+    Exit code 1 if the numbers differ or what is under targets/ is damaged, 2 if the bundle is damaged.
     """
     with stages("verify") as progress:
         progress("hashes")
@@ -29,6 +30,9 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
                 f"Bundle {bundle}: {name} was made of another {changed[0]} than the bundle has. Make it again "
                 "with: ldm-export plan --loop"
             )
+        progress("targets")
+        targets = {kind: sound_target(opened, kind) for kind in kinds_of(opened)}
+        faults = {kind: found for kind, found in targets.items() if isinstance(found, str)}
         backend = open_backend(opened, "cpu", None)
         for name in opened.manifest.graphs:
             progress(f"{name}: contract")
@@ -40,13 +44,23 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
 
             compared = compare_with_checkpoint(opened, LatentDiffusion.open(against), progress)
             records = [record.to_dict() for record in compared]
-    passed = all(record["passed"] for record in records)
+    passed = not faults and all(record["passed"] for record in records)
     if as_json:
-        print_json({"bundle": str(bundle), "files": len(opened.manifest.files), "parity": records, "passed": passed})
+        print_json(
+            {
+                "bundle": str(bundle),
+                "files": len(opened.manifest.files),
+                "targets": {kind: faults.get(kind) for kind in targets},
+                "parity": records,
+                "passed": passed,
+            }
+        )
     else:
         console.print(
             f"{len(opened.manifest.files)} files have their hashes, {len(opened.manifest.graphs)} graphs open"
         )
+        for kind, fault in faults.items():
+            console.print(f"FAIL targets/{kind}: {fault}. Delete that folder, or run ldm-export build again.")
         for record in records:
             mark = "ok  " if record["passed"] else "FAIL"
             console.print(

@@ -3,11 +3,13 @@
 ONNX Runtime optimizes a graph, and packs its weights for its kernels, each time that it opens one, into copies of its
 own. Here both are done once: what is written is the optimized graph and the packed weights, which a session then maps
 from the file. They hold for one release of ONNX Runtime and one kind of processor, which the target says.
+
+Only, a session that finds packed weights packs the given ones all the same, to compare. So the products of large graphs
+stay unpacked: they have so many rows that packing on the fly costs them nothing, and nothing is read before it is used.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import ShapeInferencePass
@@ -33,11 +36,14 @@ from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
 from ldm_export.manifest import is_loop
+from ldm_export.partial import move_into_place, partial_folder
 from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
 """Of a graph, the inputs that stay the same from call to call, or come back."""
 SMALLEST_OUTSIDE_BYTES = 1024
+UNPACKED_BYTES = 100_000_000
+"""From this size on a graph's weights in fp32 stay unpacked: opening a session costs more than packing gains."""
 SIZES = {"batch": 2, "height": 8, "width": 16, "tokens": 7}
 
 Progress = Callable[[str], None]
@@ -52,11 +58,8 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
         If a rewritten graph differs from the plain one by more than the plain one may from PyTorch.
     """
     target = folder_of(bundle, ORT_CPU)
-    target.parent.mkdir(exist_ok=True)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=f".{ORT_CPU}.", dir=target.parent) as temporary:
-        folder = Path(temporary) / ORT_CPU
-        folder.mkdir()
+    with partial_folder(target) as folder:
         graphs: dict[str, TargetGraph] = {}
         report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
         for name, spec in bundle.manifest.graphs.items():
@@ -66,8 +69,7 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
             graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
         needs = needs_of(onnxruntime.__version__)
         write_target(folder, bundle, ORT_CPU, graphs, needs, {**report, "seconds": time.perf_counter() - started})
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
+        move_into_place(folder, target)
     made = read_target(bundle, ORT_CPU, needs)
     assert isinstance(made, Target), made
     return made
@@ -81,13 +83,12 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     reports = apply_rules(model, RULES)
     parts = {input_name: cut_once(model, [input_name], f"once.{input_name}") for input_name in ONCE.get(name, ())}
     files = {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
-    for key, file in files.items():
-        _lay_out(parts[key], folder / file)
     shallow, channels = (cut_deep(model) if name == "unet" else None) or (None, 0)
-    _lay_out(model, folder / f"{name}.onnx")
-    if shallow is not None:
-        _lay_out(shallow, folder / f"{name}.shallow.onnx")
-    graph = TargetGraph(f"{name}.onnx", files, f"{name}.shallow.onnx" if shallow is not None else "", channels)
+    outermost = "" if shallow is None else f"{name}.shallow.onnx"
+    graph = TargetGraph(f"{name}.onnx", files, outermost, channels, packed=_gains_by_packing(model))
+    for file, each in {graph.path: model, outermost: shallow, **{files[key]: parts[key] for key in files}}.items():
+        if each is not None:
+            _lay_out(each, folder / file, packed=graph.packed)
     error = _largest_error(plain, spec, graph, folder, bundle)
     allowed = max([TOLERANCE, *tolerances(bundle, name).values()])
     if not error <= allowed:
@@ -99,10 +100,17 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     return graph, {"rules": [asdict(rule) for rule in reports], "once": once, "error": error, "allowed": allowed}
 
 
-def _lay_out(model: ir.Model | None, file: Path) -> None:
+def _gains_by_packing(model: ir.Model) -> bool:
+    """Whether a graph is small, or has weights in integers, whose kernels need them packed."""
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    large = [weight for weight in weights if weight.nbytes > SMALLEST_OUTSIDE_BYTES]
+    in_fp32 = all(weight.dtype == ir.DataType.FLOAT for weight in large)
+    return not in_fp32 or sum(weight.nbytes for weight in large) < UNPACKED_BYTES
+
+
+def _lay_out(model: ir.Model, file: Path, *, packed: bool) -> None:
     """Write a graph as ONNX Runtime would hold it in memory: optimized for this machine, its weights packed, beside."""
-    assert model is not None
-    with tempfile.TemporaryDirectory(dir=file.parent.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
         given = Path(temporary) / "model.onnx"
         ir.save(model, given, external_data="model.onnx_data")
         options = onnxruntime.SessionOptions()
@@ -111,11 +119,34 @@ def _lay_out(model: ir.Model | None, file: Path) -> None:
         for key, value in {
             "session.optimized_model_external_initializers_file_name": f"{file.name}_data",
             "session.optimized_model_external_initializers_min_size_in_bytes": str(SMALLEST_OUTSIDE_BYTES),
-            "session.save_external_prepacked_constant_initializers": "1",
+            "session.save_external_prepacked_constant_initializers": str(int(packed)),
+            "session.disable_prepacking": str(int(not packed)),
             "session.qdq_matmulnbits_accuracy_level": "1",
         }.items():
             options.add_session_config_entry(key, value)
         onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
+    optimized = onnx.load(file, load_external_data=False)
+    if _name_branches_apart(optimized):
+        file.write_bytes(optimized.SerializeToString())
+
+
+def _name_branches_apart(model: onnx.ModelProto) -> bool:
+    """Give the values inside an If names that no other graph has: ONNX Runtime counts what it adds in each anew."""
+    branches = [
+        (f"{node.output[0]}.{attribute.name}", attribute.g)
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.HasField("g")
+    ]
+    for prefix, graph in branches:
+        names = {name for node in graph.node for name in node.output} | {value.name for value in graph.initializer}
+        own = {name: f"{prefix}.{name}" for name in names if name}
+        for node in graph.node:
+            node.input[:] = [own.get(name, name) for name in node.input]
+            node.output[:] = [own.get(name, name) for name in node.output]
+        for value in (*graph.initializer, *graph.output, *graph.value_info):
+            value.name = own.get(value.name, value.name)
+    return bool(branches)
 
 
 def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bundle: Bundle) -> float:
@@ -125,7 +156,7 @@ def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Pat
     call = {tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)}
     names = [tensor.name for tensor in spec.outputs]
     expected = _opened(plain).run(names, call)
-    results = run_parts(graph, call, lambda path: _opened(folder / path), names)
+    results = run_parts(graph, call, lambda path: _opened(folder / path, packed=graph.packed), names)
     scales = [max(float(np.abs(array).max()), 1e-30) for array in expected]
     errors = [
         float(np.abs(array - other).max()) / scale
@@ -148,7 +179,8 @@ def run_parts(
     return list(session.run(names, {value.name: given[value.name] for value in session.get_inputs()}))
 
 
-def _opened(path: Path) -> onnxruntime.InferenceSession:
+def _opened(path: Path, *, packed: bool = True) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])

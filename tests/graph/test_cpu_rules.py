@@ -443,14 +443,14 @@ def test_an_output_that_depends_on_one_input_alone_stays_an_output(also: str) ->
 
 # --- real exports ---------------------------------------------------------------------------------------------------
 
-NONE = dict.fromkeys(("attention", "pointwise", "gated", "timestep"), 0)
+NONE = dict.fromkeys(("attention", "pointwise", "gated", "timestep", "upsample"), 0)
 
 
 @pytest.mark.parametrize(
     ("kind", "graph", "applied"),
     [
-        ("text", "unet", {"attention": 8, "pointwise": 8, "gated": 4, "timestep": 1}),
-        ("text", "vae_decoder", NONE | {"attention": 1}),
+        ("text", "unet", {"attention": 8, "pointwise": 8, "gated": 4, "timestep": 1, "upsample": 1}),
+        ("text", "vae_decoder", NONE | {"attention": 1, "upsample": 1}),
         ("text", "text_encoder", NONE),
         ("class-conditional", "unet", NONE | {"timestep": 1}),
         ("unconditional", "unet", NONE | {"timestep": 1}),

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ldm_export.graph.cpu.matching import remove_unused
 
 DEEP = "deep"
 FIRST_CONVOLUTION = re.compile(r"(?:^|\.)up_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight$")
@@ -46,7 +47,7 @@ def cut_deep(model: ir.Model) -> tuple[ir.Model, int] | None:
     given = ir.Value(name=DEEP, shape=inner.shape, type=inner.type)
     ir.convenience.replace_all_uses_with(inner, given)
     graph.inputs.append(given)
-    RemoveUnusedNodesPass()(shallow)
+    remove_unused(shallow)
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
     return shallow, channels

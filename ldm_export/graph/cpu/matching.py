@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ldm_export.graph.base import Array
 
@@ -65,7 +66,7 @@ class Writer:
     """Puts nodes into a graph, in front of one that is there, with names that begin with that node's output's."""
 
     def __init__(self, at: ir.Node):
-        assert at.graph is not None
+        assert isinstance(at.graph, ir.Graph)
         self._graph, self._at = at.graph, at
         self._prefix, self._count = str(at.outputs[0].name), 0
 
@@ -73,7 +74,6 @@ class Writer:
         """An initializer."""
         value = ir.Value(name=self._name("constant"), const_value=ir.tensor(np.ascontiguousarray(array)))
         value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-        assert isinstance(self._graph, ir.Graph)
         self._graph.register_initializer(value)
         return value
 
@@ -90,12 +90,31 @@ class Writer:
         made = ir.node(op_type, list(inputs), dict(attributes or {}), domain=domain, num_outputs=outputs)
         for number, value in enumerate(made.outputs):
             value.name = self._name(f"{op_type}_{number}")
-        self._graph.insert_before(self._at, made)
+        self._put(made)
         return made.outputs
+
+    def _put(self, node: ir.Node) -> None:
+        self._graph.insert_before(self._at, node)
 
     def _name(self, what: str) -> str:
         self._count += 1
         return f"{self._prefix}.{what}_{self._count}"
+
+
+class Branch(Writer):
+    """Puts nodes into a new graph, a branch of an If that will stand in front of a node that is there."""
+
+    def __init__(self, at: ir.Node, name: str):
+        self._graph = ir.Graph((), (), nodes=(), name=name)
+        self._prefix, self._count = f"{at.outputs[0].name}.{name}", 0
+
+    def graph(self, output: ir.Value) -> ir.Graph:
+        """The whole branch, which gives ``output``."""
+        self._graph.outputs.append(output)
+        return self._graph
+
+    def _put(self, node: ir.Node) -> None:
+        self._graph.append(node)
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
@@ -104,3 +123,20 @@ def replace(old: ir.Value, new: ir.Value) -> None:
         old.name, new.name = f"{old.name}.before", old.name
         new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Take out, in place, the nodes and initializers that nothing reads."""
+    while True:
+        branching = [node for node in model.graph if any(_branches(node))]
+        RemoveUnusedNodesPass()(model)
+        gone = [node for node in branching if node.graph is None]
+        for inner in (inner for node in gone for branch in _branches(node) for inner in branch):
+            for index in range(len(inner.inputs)):  # the pass counts them as readers still
+                inner.replace_input_with(index, None)
+        if not gone:
+            return
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    return [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ldm_export.graph.cpu.matching import remove_unused
 
 
 def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model | None:
@@ -50,7 +51,7 @@ def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model |
         ir.convenience.replace_all_uses_with(value, given)
         graph.inputs.append(given)
         copied.name = name
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     for value in inputs:
         if not value.uses():
             graph.inputs.remove(value)

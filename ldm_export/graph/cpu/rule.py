@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ldm_export.graph.cpu.matching import remove_unused
 
 
 class RefusedError(Exception):
@@ -61,6 +62,6 @@ def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> list[RuleReport]:
                 applied += rule.rewrite(node)
             except RefusedError as reason:
                 refused.append(f"{node.outputs[0].name}: {reason}")
-        RemoveUnusedNodesPass()(model)
+        remove_unused(model)
         reports.append(RuleReport(rule.name, applied, tuple(refused)))
     return reports

@@ -57,14 +57,8 @@ class OnnxRuntimeBackend(Backend):
         self._library = onnxruntime
         self._bundle = bundle
         self._requested = requested
-        self._options = onnxruntime.SessionOptions()
-        self._options.log_severity_level = 3
-        self._options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
-        self._options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        self._options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, not int8
-        # every session has threads of its own, which else wait spinning for more work while another session's run
-        self._options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._options.intra_op_num_threads = threads or allowed_threads()
+        self._threads = threads or allowed_threads()
+        self._own_threads = True
         available = onnxruntime.get_available_providers()
         if CUDA in available and requested != "cpu":
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
@@ -125,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
-        opened = {path: self._session(target.file(path), path) for path in found.paths}
+        opened = {path: self._session(target.file(path), path, packed=found.packed) for path in found.paths}
         if list(opened) == [found.path]:
             return OnnxRuntimeGraph(opened[found.path], spec, on_gpu=False)
         graphs = {
@@ -134,15 +128,31 @@ class OnnxRuntimeBackend(Backend):
         parts = {name: graphs[path] for name, path in found.once.items()}
         return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
-    def _session(self, file: Path, path: str) -> Any:
+    def _options(self, packed: bool) -> Any:
+        options = self._library.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
+        options.intra_op_num_threads = self._threads
+        options.use_per_session_threads = self._own_threads
+        for key, value in {
+            "session.set_denormal_as_zero": "1",
+            "session.qdq_matmulnbits_accuracy_level": "1",  # fp32, not int8
+            # every session has threads of its own, which else wait spinning for more work while another session's run
+            "session.force_spinning_stop": "1",
+            "session.disable_prepacking": str(int(not packed)),
+        }.items():
+            options.add_session_config_entry(key, value)
+        return options
+
+    def _session(self, file: Path, path: str, *, packed: bool = True) -> Any:
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.on_gpu else [CPU]
         fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
-            return self._library.InferenceSession(file, self._options, providers, **fallback)
+            return self._library.InferenceSession(file, self._options(packed), providers, **fallback)
         except Exception as error:  # its exceptions have no common base class
-            if self._options.use_per_session_threads and "global thread pool" in str(error):
-                self._options.use_per_session_threads = False  # the application has one pool for all sessions
-                return self._session(file, path)
+            if self._own_threads and "global thread pool" in str(error):
+                self._own_threads = False  # the application has one pool for all sessions
+                return self._session(file, path, packed=packed)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
 
 

@@ -1,0 +1,99 @@
+"""Folders that are there whole or not at all.
+
+One grows as a hidden sibling, ``.NAME.partial-<pid>-<random>``, and is renamed into place when it is complete; what was
+there before is ``.NAME.old-<pid>-<random>`` for as long as that takes. A process that is killed leaves such a folder
+behind. The next one that makes a folder of that name removes it, once the process whose number it has is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<what>partial|old)-(?P<pid>\d+)-[0-9a-f]+")
+
+
+def is_partial(name: str) -> bool:
+    """Return whether a folder's name is that of one that was never completed."""
+    found = _LEFT.fullmatch(name)
+    return found is not None and found["what"] == "partial"
+
+
+def sibling(path: Path, what: str) -> Path:
+    """A hidden path beside ``path`` that no other has: ``what`` is ``partial`` or ``old``."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill and to give to `move_into_place`; removed at the end if it is still there.
+
+    Parameters
+    ----------
+    target : Path
+        What it is to become. Its parents are made where missing; they are not removed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be made.
+    """
+    partial = sibling(target, "partial")
+    try:
+        partial.mkdir(parents=True)
+        _remove_abandoned(target)
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Rename a folder to the target; where that fails, what was there is back."""
+    old = sibling(target, "old")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut; Windows has no such call for these."""
+    if os.name != "nt":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left of ``target``; of old ones only what has been replaced."""
+    for path in target.parent.iterdir():
+        found = _LEFT.fullmatch(path.name)
+        if found is None or found["name"] != target.name or not _is_gone(int(found["pid"])):
+            continue
+        if found["what"] == "partial" or target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_gone(pid: int) -> bool:
+    if os.name == "nt":  # there, os.kill ends a process whatever the signal
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # it is another user's
+        pass
+    return False
