@@ -1,9 +1,9 @@
-"""``auto``: engines that fit this GPU; else CUDA where ONNX Runtime has it; else the CPU, by the faster of two libraries.
+"""``auto``: engines that fit this GPU; else CUDA where ONNX Runtime has it; else the CPU, by the faster library.
 
 Which of ONNX Runtime and OpenVINO that is depends on the network and the processor, so it is measured, once for a
-bundle and a machine: both call the UNet as for one picture, in turn, and the shortest call counts, since other load only
-ever adds. After a call each to warm up, rounds go on for ``BUDGET_S``, at least one: a small model takes about a second,
-a large one two calls each. Opening it in both comes on top.
+bundle and a machine: both call the UNet as for one picture, in turn, and the shortest call counts, since other load
+only ever adds. After a call each to warm up, rounds go on for ``BUDGET_S``, at least one: a small model takes about a
+second, a large one two calls each. Opening it in both comes on top.
 
 The times are remembered in ``$XDG_CACHE_HOME/ldm_export`` (``~/.cache/ldm_export``), a file for each combination of
 UNet, processor, versions and threads. It may be deleted at any time; where it cannot be read or written, pictures are

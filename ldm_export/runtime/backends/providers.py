@@ -23,7 +23,7 @@ class Provider:
     options : that are always set
     cache_options : that name the folder where what it compiles is kept
     half_option : that lets it compute in fp16, for bundles that are in fp16
-    behind : providers of ONNX Runtime that run what it does not take
+    behind : the provider, but for the CPU's, that runs what it does not take
     plugin : the package that brings it, where ONNX Runtime itself does not
     holds_arrays : whether ONNX Runtime can keep arrays on its device
     install : what to do where it is missing
@@ -34,7 +34,7 @@ class Provider:
     options: Mapping[str, str] = field(default_factory=dict)
     cache_options: tuple[str, ...] = ()
     half_option: str = ""
-    behind: tuple[str, ...] = (CPU,)
+    behind: Provider | None = None
     plugin: str = ""
     holds_arrays: bool = True
 
@@ -47,6 +47,11 @@ class Provider:
         if cache is not None:
             given |= dict.fromkeys(self.cache_options, str(cache / self.name))
         return given
+
+    def chain(self, bundle: Bundle, cache: Path | None) -> list[Any]:
+        """The providers of a session, with what is set of each, in the order in which they take operators."""
+        behind = [CPU] if self.behind is None else self.behind.chain(bundle, cache)
+        return [(self.name, self.options_for(bundle, cache)), *behind]
 
     def devices(self, library: Any) -> list[Any]:
         """Where a plugin can run, once ONNX Runtime knows it.
@@ -75,7 +80,7 @@ PROVIDERS = {
         options={"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"},
         cache_options=("trt_engine_cache_path", "trt_timing_cache_path"),
         half_option="trt_fp16_enable",
-        behind=(CUDA.name, CPU),
+        behind=CUDA,
         install="Install 'ldm_export[gpu]' in an environment without onnxruntime.",
     ),
     "ort-tensorrt-rtx": Provider(
@@ -86,4 +91,4 @@ PROVIDERS = {
         install="Run: pip install onnxruntime-ep-nv-tensorrt-rtx",
     ),
 }
-"""CUDA graphs are left off in all: a session is run with arrays of several shapes, at addresses that change."""
+"""CUDA graphs are left off in all: they need sessions whose shapes never change, and ours are of any."""
