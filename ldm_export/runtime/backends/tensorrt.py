@@ -38,8 +38,15 @@ def build_command(bundle: Bundle, flavour: str, compute_capability: str) -> str:
     return f"ldm-export build {bundle.path} --target {FLAVOURS[flavour]}{models}"
 
 
-def misfits(bundle: Bundle, flavour: str, version: str, compute_capability: str) -> dict[str, EngineTarget | str]:
-    """The bundle's engine targets of a flavour by kind: those that fit, and of the others why they do not."""
+def engine_fits(
+    bundle: Bundle, flavour: str, version: str | None, compute_capability: str | None
+) -> dict[str, EngineTarget | str]:
+    """The bundle's engine targets of a flavour by kind: those that fit, and of the others why they do not.
+
+    Parameters
+    ----------
+    version, compute_capability : of the library and the device here; None checks none
+    """
     found: dict[str, EngineTarget | str] = {}
     for kind in engine_targets(bundle):
         if not kind.startswith(f"{FLAVOURS[flavour]}-"):
@@ -64,7 +71,7 @@ def fitting_target(bundle: Bundle, flavour: str, version: str, compute_capabilit
     BackendError
         If none fit; it says why of each, and what to type.
     """
-    found = misfits(bundle, flavour, version, compute_capability)
+    found = engine_fits(bundle, flavour, version, compute_capability)
     fitting = [target for target in found.values() if isinstance(target, EngineTarget)]
     if fitting:
         return min(fitting, key=lambda target: PRECISIONS.index(target.precision))
