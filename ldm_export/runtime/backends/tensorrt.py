@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -164,11 +163,9 @@ class TensorRtBackend(Backend):
         return self._engines[name]
 
     def _cache_file(self, entry: EngineEntry) -> Path | None:
-        """Where to keep what TensorRT-RTX compiles of an engine for this GPU: beside it, or in the user's cache."""
-        if os.access(self._target.folder, os.W_OK):
-            return self._target.file(f"{entry.path}.sm{self._gpu.compute_capability.replace('.', '')}.cache")
+        """Where to keep what TensorRT-RTX compiles of an engine for this GPU; a bundle stays as it is."""
         folder = cache_folder()
-        made_of = json.dumps([self._library.version, self._target.kind, self._gpu.name, entry.made_from])
+        made_of = json.dumps([self._library.version, self._target.kind, self._gpu.name, entry.path, entry.made_from])
         return folder and folder / f"engine-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.cache"
 
 
