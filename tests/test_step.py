@@ -14,25 +14,13 @@ from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec, TensorSpec, s
 from ldm_export.export.step import step_model
 from ldm_export.plan import MAX_HISTORY, SAMPLERS, Stepper, Trajectory, compile_plan
 from ldm_export.runtime.backends.device_loop import table_of
-from tests.scheduler_configs import relative_error
+from tests.scheduler_configs import base_config, relative_error
 
 CHANNELS = 4
 SHAPE = (3, CHANNELS, 5, 7)
 SAMPLE = TensorSpec("sample", "float32", ("batch", CHANNELS, "height", "width"))
 UNET = GraphSpec("unet/model.onnx", (SAMPLE,), (TensorSpec("out_sample", "float32", SAMPLE.shape),))
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "set_alpha_to_one": False,
-}
+SCHEDULER = base_config(_class_name="DDIMScheduler", clip_sample=True, clip_sample_range=1.0)
 TOLERANCE = 1e-6
 """Of the largest value: the same sums in the same order."""
 RESULTS = ["next_latents", "next_remembered", "sample"]

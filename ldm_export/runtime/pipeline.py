@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.errors import CancelledError, InputError
+from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.request import (
@@ -277,8 +278,17 @@ class Pipeline:
         finally:
             sampling.close()
 
-    def _at_once(self, request: Request, name: str, timings: Timings) -> Step:
-        """All of a drawing by a loop graph, in one call, which is timed as one of the UNet's."""
+    def _at_once(self, request: Request, plan: str, timings: Timings) -> Step:
+        """All of a drawing by the loop graph of a plan, in one call, which is timed as one of the UNet's."""
+        name = f"loops/{plan}"
+        graphs = {*self.bundle.manifest.graphs, *self._backend.own_graphs}
+        if name not in graphs:
+            there = sorted(graph.removeprefix("loops/") for graph in graphs if is_loop(graph))
+            sampler, _, steps = plan.rpartition("-")
+            raise InputError(
+                f"The whole loop {plan} was asked for at once; this bundle has {', '.join(there) or 'no loop'}. "
+                f"Run: ldm-export plan {self.bundle.path} --sampler {sampler} --steps {steps} --loop"
+            )
         started = time.perf_counter()
         loop = self._graph(name)
         timings.load_ms = _since(started)

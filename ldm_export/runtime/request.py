@@ -11,7 +11,6 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
 from ldm_export.errors import BundleError, InputError
-from ldm_export.manifest import is_loop
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
 from ldm_export.runtime.noise import Generator
@@ -94,7 +93,7 @@ class Request:
     image : (B, C, H, W) float32 in [-1, 1] to start from, or None
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole UNet runs in every so many steps
-    loop : the name of the loop graph that draws all in one call, or None
+    loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
     """
 
     prompts: tuple[str, ...]
@@ -183,7 +182,11 @@ def checked_request(
     scale = guidance_for(guidance, negative_prompt, model, conditioned="timestep_cond" in unet_inputs)
     sampler, steps = sampler or model["default_sampler"], model["default_steps"] if steps is None else steps
     plan = read_plan(bundle, sampler, steps)
-    loop = loop_for(bundle, sampler, steps, stepped=image is not None or deepcache > 1) if whole else None
+    if whole and (image is not None or deepcache > 1):
+        raise InputError(
+            "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
+            "all of the UNet each time. Leave one of them out."
+        )
     sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
         sides = sample.shape[2:]
@@ -207,7 +210,7 @@ def checked_request(
         image=sample,
         trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
         deepcache=deepcache,
-        loop=loop,
+        loop=f"{sampler}-{steps}" if whole else None,
     )
 
 
@@ -230,29 +233,6 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
             f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
         )
     return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
-
-
-def loop_for(bundle: Bundle, sampler: str, steps: int, *, stepped: bool) -> str:
-    """The name of the bundle's loop graph of a plan.
-
-    Raises
-    ------
-    InputError
-        If there is none, or what is asked for needs single steps.
-    """
-    if stepped:
-        raise InputError(
-            "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
-            "all of the UNet each time. Leave one of them out."
-        )
-    name = f"loops/{sampler}-{steps}"
-    if name not in bundle.manifest.graphs:
-        there = [graph.removeprefix("loops/") for graph in bundle.manifest.graphs if is_loop(graph)]
-        raise InputError(
-            f"This bundle has no loop {sampler}-{steps}; it has {', '.join(there) or 'none'}. "
-            f"Run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps} --loop"
-        )
-    return name
 
 
 def seeds_for(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:

@@ -146,6 +146,18 @@ def test_the_whole_loop_in_one_call(looped: Bundle, flavour: str) -> None:
             assert len(drawn.timings.unet_ms) == 1
 
 
+def test_a_loop_that_only_the_engines_have(looped: Bundle, flavour: str) -> None:
+    graphs = {name: graph for name, graph in looped.manifest.graphs.items() if not name.startswith("loops/")}
+    without = replace(looped, manifest=replace(looped.manifest, graphs=graphs))
+    with host_gpu(flavour):
+        drawn, expected = (
+            Pipeline(each, NAMES[flavour]).generate(**DRAWN["noisy"], whole=True) for each in (without, looped)
+        )
+        np.testing.assert_array_equal(drawn.latents, expected.latents)
+        with pytest.raises(InputError, match=r"loop ddim-10 was .* has euler-ancestral-10\. Run: .* --loop$"):
+            Pipeline(without, NAMES[flavour]).generate("a red circle", steps=10, whole=True)
+
+
 @pytest.mark.parametrize("end", ["cancelled", "let go", "failed", "finished"])
 def test_nothing_is_left_on_the_device(looped: Bundle, flavour: str, end: str) -> None:
     with host_gpu(flavour) as (gpu, _):
@@ -323,7 +335,7 @@ def test_a_loop_that_has_no_engine(bundle: Bundle, flavour: str) -> None:
     looped = add_loop(bundle, "ddim-10")
     with (
         host_gpu(flavour),
-        pytest.raises(BackendError, match=r"has no engine of loops/ddim-10\. Run: ldm-export b"),
+        pytest.raises(BackendError, match=r"has no engine of loops/ddim-10\. Run: .* --loop ddim-10$"),
     ):
         Pipeline(looped, NAMES[flavour]).generate("a red circle", steps=10, whole=True)
 

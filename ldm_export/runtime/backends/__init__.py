@@ -37,9 +37,16 @@ class Graph(Protocol):
 
 
 class Backend:
-    """Where graphs run. ``name`` says what is really used, never only what was asked for."""
+    """Where graphs run.
+
+    Attributes
+    ----------
+    name : what is really used, never only what was asked for
+    own_graphs : names of graphs that can be loaded beside the bundle's
+    """
 
     name: str
+    own_graphs: Collection[str] = ()
 
     def load(self, graph: str) -> Graph:
         """Load one of the bundle's graphs, by its name in the manifest."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, check_inputs, step_spec
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, step_spec
 from ldm_export.engines import FLAVOURS, EngineTarget, engine_targets, read_engine_target
 from ldm_export.engines import Engine as EngineEntry
 from ldm_export.errors import BackendError
-from ldm_export.manifest import is_loop
+from ldm_export.manifest import LOOPS, is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, foreign_errors
 from ldm_export.runtime.backends.cuda import Stream, gpus
 from ldm_export.runtime.backends.device_loop import DeviceLoop, DeviceSampling
@@ -108,6 +108,7 @@ class TensorRtBackend(Backend):
         self._stream = Stream()
         self._engines: dict[str, Engine] = {}
         self._idle: list[DeviceLoop] = []
+        self.own_graphs = self._target.engines.keys()
         self.name = f"{flavour} {self._library.version} {self._target.kind} {self._gpu.name}"
 
     def load(self, graph: str) -> Graph:
@@ -118,7 +119,7 @@ class TensorRtBackend(Backend):
         BackendError
             If the target has none, or it does not open.
         """
-        spec = self._bundle.manifest.graphs[graph]
+        spec = self._bundle.manifest.graphs.get(graph) or _spec_of(self._target.engines[graph], graph)
         return EngineGraph(self._engine(graph, spec), spec)
 
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -147,7 +148,8 @@ class TensorRtBackend(Backend):
         if name not in self._engines:
             if name not in self._target.engines:
                 raise BackendError(
-                    f"targets/{self._target.kind} of {self._bundle.path} has no engine of {name}. Run: {self._rebuild}"
+                    f"targets/{self._target.kind} of {self._bundle.path} has no engine of {name}. Run: "
+                    f"{self._rebuild}{f' --loop {name[len(LOOPS) + 1 :]}' if is_loop(name) else ''}"
                 )
             entry = self._target.engines[name]
             self._engines[name] = Engine(
@@ -219,3 +221,13 @@ class EngineGraph:
             self._bound = None
         self._bound = self._engine.bound(shapes)
         return self._bound
+
+
+def _spec_of(entry: EngineEntry, graph: str) -> GraphSpec:
+    """What an engine says of a loop that the bundle has no graph of; each free size is one of its own."""
+
+    def free(tensor: TensorSpec) -> TensorSpec:
+        sizes = (f"{tensor.name}.{k}" if size == -1 else size for k, size in enumerate(tensor.shape))
+        return TensorSpec(tensor.name, tensor.dtype, tuple(sizes))
+
+    return GraphSpec(f"{graph}.onnx", tuple(map(free, entry.inputs)), tuple(map(free, entry.outputs)))
