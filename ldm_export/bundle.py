@@ -131,7 +131,7 @@ class Bundle:
                 _check_external_data(self.path, relative, manifest)
             _write(self.path / MANIFEST, manifest.to_json().encode())
         except OSError as exc:
-            raise _export_error(exc, self.path, size_bytes) from exc
+            raise export_error(exc, self.path, size_bytes) from exc
         except BundleError:
             target.unlink()
             raise
@@ -175,7 +175,7 @@ class BundleWriter:
             check_target(self._target, self._force)
             move_into_place(self.path, self._target)
         except OSError as exc:
-            raise _export_error(exc, self._target, self._needed_bytes) from exc
+            raise export_error(exc, self._target, self._needed_bytes) from exc
         return _opened(self._target, verify=False)
 
     def _files(self) -> dict[str, FileEntry]:
@@ -216,12 +216,12 @@ def create_bundle(
                 if needed_bytes is not None and shutil.disk_usage(partial).free < needed_bytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as exc:
-                raise _export_error(exc, target, needed_bytes) from exc
+                raise export_error(exc, target, needed_bytes) from exc
             try:
                 yield BundleWriter(partial, target, force, needed_bytes)
             except Exception as exc:
                 if _is_full_disk(exc):
-                    raise _export_error(exc, target, needed_bytes) from exc
+                    raise export_error(exc, target, needed_bytes) from exc
                 raise
     finally:
         for parent in made:  # innermost first; fails, as it should, where the bundle or something else is
@@ -361,7 +361,8 @@ def _is_full_disk(exc: Exception) -> bool:
     return (isinstance(exc, OSError) and exc.errno in full) or os.strerror(errno.ENOSPC) in str(exc)
 
 
-def _export_error(exc: Exception, target: Path, needed_bytes: int | None) -> ExportError:
+def export_error(exc: Exception, target: Path, needed_bytes: int | None) -> ExportError:
+    """What is to be raised where ``target`` could not be written."""
     if not _is_full_disk(exc):
         return ExportError(f"{target} cannot be written: {exc}. Choose another folder.")
     needed = f", {needed_bytes / 1e9:.2f} GB are needed" if needed_bytes is not None else ""

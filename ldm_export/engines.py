@@ -13,7 +13,7 @@ unsaid. Beside the format and the files, which are those of every target (``ldm_
                           "profile": {"sample": {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [8, 4, 16, 16]}, ...},
                           "seconds": 12.3},
                  "loops/ddim-20": {"path": "loops/ddim-20.plan", ...}},
-     "report": {...}}                                           free: parity, what stayed in fp32, layers
+     "report": {"unet": {...}, ...}}                            free: parity, what stayed in fp32, layers
 
 All this is checked without deserialising an engine, which takes a GPU.
 """
@@ -51,7 +51,7 @@ class Engine:
     Attributes
     ----------
     path : of the serialised engine, in the target's folder
-    source : the graph of the bundle that it was built from
+    source : what it was built from: a graph of the bundle, or the plan of a loop
     made_from : SHA-256 of each file of the bundle that it was made from
     inputs, outputs : as the engine itself says, a free dimension being -1; names and dtypes are the graph's
     profile : what shapes each input with a free dimension may have; the engine's only optimization profile
@@ -150,7 +150,7 @@ def read_engine_target(
     version : of the flavour's library here, such as ``1.7.1.116``; None checks none
     compute_capability : of the device here, such as ``8.9``; None checks none
     """
-    found = sound(bundle, kind, _target_of)
+    found = sound_engine_target(bundle, kind)
     if not isinstance(found, EngineTarget):
         return found
     if version not in (None, found.version):
@@ -162,6 +162,11 @@ def read_engine_target(
         if not is_current(engine, bundle):
             return f"its {name} was made from other graphs"
     return found
+
+
+def sound_engine_target(bundle: Bundle, kind: str) -> EngineTarget | str | None:
+    """The bundle's engines of a kind, of whatever release and graphs; what is wrong with their files; or None."""
+    return sound(bundle, kind, _target_of)
 
 
 def is_current(engine: Engine, bundle: Bundle) -> bool:

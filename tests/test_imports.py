@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "manifest": BASE,
     "bundle": BUNDLE,
     "compvis_names": set(),
+    "processes": set(),
     "target": BUNDLE,
     "engines": BUNDLE | {"target"},
     "single_file": BASE | {"compvis_names"},
@@ -35,8 +36,8 @@ MAY_IMPORT = {
     "runtime": BUNDLE | {"target", "engines"},
     "passes": BUNDLE | {"checkpoint", "options"},
     "graph": BUNDLE | {"options"},
-    "export": BUNDLE | {"target", "engines", "checkpoint", "passes", "graph"},
-    "bench": BUNDLE | {"checkpoint", "torch_reference", "judge", "runtime", "export", "passes", "graph"},
+    "export": BUNDLE | {"target", "engines", "options", "processes", "checkpoint", "passes", "graph"},
+    "bench": BUNDLE | {"processes", "checkpoint", "torch_reference", "judge", "runtime", "export", "passes", "graph"},
     "recipe": BUNDLE | {"checkpoint", "options", "judge", "runtime", "export", "passes", "graph", "bench"},
     "cli": BUNDLE
     | {"target", "engines", "checkpoint", "judge", "runtime", "export", "passes", "graph", "bench", "recipe"},

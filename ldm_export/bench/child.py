@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from ldm_export.processes import peak_rss_bytes
 
 
 def main() -> None:
@@ -38,23 +39,6 @@ def opened(told: dict[str, Any]) -> Callable[[], object]:
 
     reference = TorchReference(LatentDiffusion.open(told["checkpoint"]), text="input_ids" in given)
     return lambda: reference.draw_as(given)
-
-
-def peak_rss_bytes() -> int | None:
-    """Of this process since it began; None where the system does not tell.
-
-    Linux' ``ru_maxrss`` is no use here: it starts at the parent's, whose memory a new process shares for a moment.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

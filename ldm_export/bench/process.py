@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ldm_export.errors import BackendError
+from ldm_export.processes import environment
 from ldm_export.runtime.backends.auto import SETTLE_S
 
 CHILD = (sys.executable, "-m", "ldm_export.bench.child")
@@ -55,10 +55,9 @@ def processes_in_turn(
 
 def _one(name: str, told: Mapping[str, Any]) -> tuple[float, int | None]:
     """Milliseconds to the first picture, and the peak of memory in bytes."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = time.perf_counter()
-    with subprocess.Popen(CHILD, env=env, text=True, **pipes) as process:
+    with subprocess.Popen(CHILD, env=environment(), text=True, **pipes) as process:
         try:
             assert process.stdin is not None
             assert process.stdout is not None

@@ -1,33 +1,108 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
-from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.errors import InputError
 from ldm_export.target import Target
 
 OFTEN = {"encoder_hidden_states": "prompt"}
+FLAVOURS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 @click.command()
 @bundle_argument
-@click.option("--target", type=click.Choice(["cpu"]), required=True, help="The kind of machine: cpu is this one.")
+@click.option("--target", type=click.Choice(["cpu", *FLAVOURS]), required=True, help="The kind of machine.")
+@click.option("--sm", help="rtx: the GPUs, such as 89 (compute capability 8.9), or 86,89,120 in one engine.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Engines: fp32; int8 has integer weights."
+)
+@click.option("--batch", help="Engines: pictures at a time, one number or min:opt:max.  [default: 1:1:4]")
+@click.option("--size", help="Engines: pixels of a side, one number or min:opt:max.  [default: the model's]")
+@click.option("--graphs", help="Engines: the graphs to build, such as unet,vae_decoder.  [default: all]")
+@click.option(
+    "--loop", "loops", multiple=True, help="Engines: also the whole loop of a plan, such as ddim-20. Repeatable."
+)
+@click.option("--refit", is_flag=True, help="Engines whose weights can be replaced. Needs a GPU.")
+@click.option("--strip", is_flag=True, help="Engines without weights, put in by refitting. Needs a GPU.")
+@click.option("--sparse", is_flag=True, help="Engines may use kernels for 2:4 sparse weights.")
+@click.option("--force", is_flag=True, help="Build engines again that are there.")
 @json_option
-def command(bundle: Path, target: str, as_json: bool) -> None:
+def command(bundle: Path, target: str, as_json: bool, **given: Any) -> None:
     """Make what a BUNDLE runs faster with on one kind of machine, under its targets/.
 
-    cpu: the graphs rewritten for ONNX Runtime's CPU, their weights packed for this kind of processor. It can be deleted
-    and built again at any time.
+    cpu: the graphs rewritten for ONNX Runtime's CPU, their weights packed for this kind of processor. rtx: TensorRT-RTX
+    engines, for which no GPU is needed here. tensorrt: engines for the data-centre GPU of this machine. Any can be
+    deleted and built again at any time.
     """
+    opened = Bundle.open(bundle)
+    if target == "cpu":
+        if used := [name for name, value in given.items() if value]:
+            raise InputError(f"--{used[0].removesuffix('s')} is for engines, not for --target cpu; leave it out.")
+        _build_cpu(opened, as_json)
+    else:
+        _build_engines(opened, FLAVOURS[target], given, as_json)
+
+
+def _build_cpu(bundle: Bundle, as_json: bool) -> None:
+    from ldm_export.export.ort_cpu import build_ort_cpu
+
     with stages("build") as progress:
-        made = build_ort_cpu(Bundle.open(bundle), progress)
+        made = build_ort_cpu(bundle, progress)
     if as_json:
         print_json({"target": str(made.folder), **made.report})
         return
     print_target(made)
+
+
+def _build_engines(bundle: Bundle, flavour: str, given: dict[str, Any], as_json: bool) -> None:
+    from ldm_export.export.tensorrt.build import DEFAULT_BATCH, Settings, build_engines
+    from ldm_export.export.tensorrt.profiles import Range
+
+    settings = Settings(
+        flavour,
+        _listed(given["sm"]),
+        given["precision"] or "fp32",
+        Range.parse("batch", given["batch"]) if given["batch"] else DEFAULT_BATCH,
+        Range.parse("size", given["size"]) if given["size"] else None,
+        refittable=given["refit"],
+        stripped=given["strip"],
+        sparse=given["sparse"],
+    )
+    with stages("build") as progress:
+        made = build_engines(
+            bundle, settings, _listed(given["graphs"]), given["loops"], force=given["force"], progress=progress
+        )
+    target = made.target
+    if as_json:
+        document = {
+            "target": str(target.folder),
+            "built": made.built,
+            "because": made.because,
+            "engines": target.report,
+        }
+        seconds = {name: engine.seconds for name, engine in target.engines.items()}
+        print_json({**document, "seconds": seconds, "version": target.version})
+        return
+    if made.because:
+        console.print(f"What was there is not used: {made.because}.", markup=False)
+    for name, engine in target.engines.items():
+        report = target.report[name]
+        took = f"built in {engine.seconds:.1f} s" if name in made.built else "unchanged"
+        error = f"; differs from the plain graph by {report['error']:.1e}" if "error" in report else ""
+        kept = f"; in fp32: {', '.join(report['kept_in_fp32'])}" if report.get("kept_in_fp32") else ""
+        size_mb = report["engine_bytes"] / 1e6
+        console.print(f"{name:15} {size_mb:8.1f} MB, {sum(report['layers'].values())} layers, {took}{error}{kept}")
+    able = " and ".join(target.compute_capabilities)
+    console.print(f"{target.folder}: {target.flavour} {target.version} for compute capability {able}")
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text else ()
 
 
 def print_target(target: Target) -> None:

@@ -147,10 +147,11 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     start = main.node("Mul", given["noise"], main.constant("init_scale", np.float32(plan.init_scale)))
     history = [main.node("ConstantOfShape", main.node("Shape", given["noise"]))] * remembered if remembered else []
     rows = main.constant("rows", np.int64(len(plan.rows)))
-    latents, *_ = main.node("Loop", rows, "", start, *history, outputs=1 + remembered, body=body.graph)
+    on = main.constant("on", np.bool_(True))  # TensorRT's parser knows the body's condition only where one is given
+    latents, *_ = main.node("Loop", rows, on, start, *history, outputs=1 + remembered, body=body.graph)
     unscaled = main.node("Div", latents, main.constant("scaling_factor", np.float32(facts["scaling_factor"])))
     sample = splice(main, "vae_decoder", {"latent_sample": unscaled})["sample"]
-    main.output(spec.outputs[0], _pixels(main, sample))
+    main.output(spec.outputs[0], _levels(main, sample), "Cast", to=TensorProto.UINT8)
     main.output(spec.outputs[1], latents)
     main.graph.name = spec.name
     read = [path for path in files if any(path.startswith(graphs[name].path) for name in parts)]  # and its _data
@@ -215,13 +216,16 @@ def _guidance_embedding(main: GraphWriter, scale: str, told: TensorSpec, noise: 
     return str(main.node("Expand", main.node("Cast", waves, to=TensorProto.FLOAT), shape))
 
 
-def _pixels(main: GraphWriter, sample: str) -> str:
-    """The decoder's output, about [-1, 1], as uint8 (B, H, W, C)."""
+def _levels(main: GraphWriter, sample: str) -> str:
+    """The decoder's output, about [-1, 1], as whole numbers from 0 to 255, (B, H, W, C), still in float32.
+
+    Nothing may follow the cast to uint8: TensorRT has that type for outputs alone.
+    """
     halved = main.node("Div", sample, main.constant("two", np.float32(2)))
     moved = main.node("Add", halved, main.constant("grey", np.float32(0.5)))
     clipped = main.node("Clip", moved, main.constant("black", np.float32(0)), main.constant("white", np.float32(1)))
     levels = main.node("Round", main.node("Mul", clipped, main.constant("levels", np.float32(255))))
-    return str(main.node("Transpose", main.node("Cast", levels, to=TensorProto.UINT8), perm=[0, 2, 3, 1]))
+    return str(main.node("Transpose", levels, perm=[0, 2, 3, 1]))
 
 
 def _model(main: GraphWriter, models: Mapping[str, ModelProto]) -> ModelProto:

@@ -28,7 +28,7 @@ from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.onnx import random_inputs
-from ldm_export.export.parity import TOLERANCE
+from ldm_export.export.parity import TOLERANCE, largest_error
 from ldm_export.graph.base import Array
 from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.deepcache import cut_deep
@@ -157,12 +157,7 @@ def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Pat
     names = [tensor.name for tensor in spec.outputs]
     expected = _opened(plain).run(names, call)
     results = run_parts(graph, call, lambda path: _opened(folder / path, packed=graph.packed), names)
-    scales = [max(float(np.abs(array).max()), 1e-30) for array in expected]
-    errors = [
-        float(np.abs(array - other).max()) / scale
-        for array, other, scale in zip(expected, results, scales, strict=True)
-    ]
-    return float(np.max(errors))  # NaN if one is
+    return largest_error(expected, results)
 
 
 def run_parts(

@@ -6,6 +6,7 @@ runs first and can be freed before the graph is loaded, so that both need not fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ from torch import Tensor
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError, ParityError
 from ldm_export.export.onnx import GraphModule, random_inputs
+from ldm_export.graph.base import Array
 
 TOLERANCE = 1e-4
 """Allowed error of an fp32 graph."""
@@ -109,6 +111,16 @@ def compare_outputs(
         worst = float("nan") if any(np.isnan(errors)) else max(errors)
         parities.append(Parity(graph.name, tensor.name, worst, TOLERANCE))
     return parities
+
+
+def largest_error(expected: Sequence[Array], results: Sequence[Array]) -> float:
+    """Of one call, as a share of each output's largest value; NaN if a result is."""
+    scales = [max(float(np.abs(array).max()), 1e-30) for array in expected]
+    errors = [
+        float(np.abs(array - other).max()) / scale
+        for array, other, scale in zip(expected, results, scales, strict=True)
+    ]
+    return float(np.max(errors))  # NaN if one is, which max() is not
 
 
 def check_parity(parities: list[Parity]) -> None:

@@ -84,9 +84,11 @@ class GraphWriter:
         self.graph.input.append(value_info(tensor))
         return tensor.name
 
-    def output(self, tensor: TensorSpec, value: str) -> None:
-        """Give a value out, under the name of ``tensor``."""
-        self.graph.node.append(helper.make_node("Identity", [value], [tensor.name], name=f"{tensor.name}/give"))
+    def output(self, tensor: TensorSpec, value: str, operator: str = "Identity", **attributes: Any) -> None:
+        """Give a value out, as ``operator`` makes it, under the name of ``tensor``."""
+        self.graph.node.append(
+            helper.make_node(operator, [value], [tensor.name], name=f"{tensor.name}/give", **attributes)
+        )
         self.graph.output.append(value_info(tensor))
 
     def constant(self, name: str, array: Any) -> str:

@@ -1,0 +1,302 @@
+"""Builds a bundle's TensorRT engines, each in a process of its own, and puts them under ``targets/``.
+
+What is there and still holds (the graph, the release, the devices, precision, shapes and switches, and the file itself,
+by its hash) is not built again. Each engine is put in place as soon as it is done: the whole folder is made anew beside
+the old one and renamed, so that an interrupted build leaves the engines before, and nothing half-written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ldm_export.bundle import Bundle, export_error
+from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.engines import (
+    FLAVOURS,
+    Engine,
+    EngineTarget,
+    ShapeRange,
+    engine_kind,
+    is_current,
+    read_engine_target,
+    sound_engine_target,
+    write_engine_target,
+)
+from ldm_export.errors import ExportError, InputError
+from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_of
+from ldm_export.export.tensorrt.process import in_a_process
+from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
+from ldm_export.export.tensorrt.sources import PRECISIONS, converted, loop_of
+from ldm_export.manifest import is_loop
+from ldm_export.options import check_one_of
+from ldm_export.partial import move_into_place, partial_folder
+from ldm_export.target import folder_of
+
+DEFAULT_BATCH = Range(1, 1, 4)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What engines are built for.
+
+    Attributes
+    ----------
+    flavour : ``tensorrt_rtx`` or ``tensorrt``
+    models : the GPUs of ``tensorrt_rtx``, such as ``89`` for compute capability 8.9; ``tensorrt`` takes the one at hand
+    precision : one of `PRECISIONS`
+    batch : pictures at a time
+    pixels : their height and width; None for the model's own size
+    refittable : weights can be replaced in the engine
+    stripped : weights are left out of the engine, to be put in by refitting
+    sparse : kernels for 2:4 sparse weights may be chosen
+    """
+
+    flavour: str
+    models: tuple[str, ...] = ()
+    precision: str = "fp32"
+    batch: Range = DEFAULT_BATCH
+    pixels: Range | None = None
+    refittable: bool = False
+    stripped: bool = False
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("flavour", self.flavour, tuple(FLAVOURS))
+        check_one_of("precision", self.precision, tuple(PRECISIONS))
+        if (self.refittable or self.stripped) and len(self.models) > 1:
+            raise InputError(
+                f"Engines that can be refitted are for one GPU; {', '.join(self.models)} were given. Build for each."
+            )
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build did.
+
+    Attributes
+    ----------
+    target : as it now is
+    built : names of the engines that were built; none if all were there
+    because : why what was there did not do, in words
+    """
+
+    target: EngineTarget
+    built: tuple[str, ...]
+    because: str
+
+
+@dataclass(frozen=True)
+class _Task:
+    """An engine that there shall be: of what graph, from which of the bundle's files, for what shapes."""
+
+    spec: GraphSpec
+    source: str
+    made_from: Mapping[str, str]
+    profile: Mapping[str, ShapeRange]
+
+
+def build_engines(
+    bundle: Bundle,
+    settings: Settings,
+    graphs: Sequence[str] = (),
+    loops: Sequence[str] = (),
+    *,
+    force: bool = False,
+    progress: Progress = lambda stage: None,
+) -> Built:
+    """Build engines of a bundle's graphs, of those that are named or of all, and of the sampling loops of some plans.
+
+    Raises
+    ------
+    InputError
+        For a device, size, graph or plan that there is not.
+    BackendError
+        If the flavour is not installed, or needs a GPU.
+    ExportError
+        If the parser refuses a graph, which is known before anything is built; a build fails or is killed; the disk is
+        full.
+    ParityError
+        If a graph in another precision differs too much from the plain one.
+    """
+    wanted = _target(bundle, settings)
+    tasks = _tasks(bundle, settings, graphs, loops)
+    target, because = _kept(wanted, bundle, tasks, set(tasks) if force else set())
+    waiting = {name: task for name, task in tasks.items() if name not in target.engines}
+    if not waiting and not because:
+        return Built(_as_it_is(bundle, target), (), "")
+    try:
+        with partial_folder(target.folder) as work:
+            progress("parsing")
+            parts = _parts(bundle, waiting)
+            _check_supported(bundle, parts, settings.flavour)
+            made, reports = converted(bundle, parts, settings.precision, work, progress)
+            for number, (name, task) in enumerate(waiting.items(), 1):
+                progress(f"{name}: building, {number} of {len(waiting)}")
+                onnx = _onnx(bundle, made, task, work)
+                target = _put(target, name, task, onnx, reports.get(name, {}))
+            if not waiting:
+                target = _replaced(target, work)
+    except OSError as error:
+        raise export_error(error, target.folder, None) from error
+    return Built(_as_it_is(bundle, target), tuple(waiting), because)
+
+
+def _target(bundle: Bundle, settings: Settings) -> EngineTarget:
+    """The target that there shall be, without engines yet."""
+    library = library_of(settings.flavour)
+    capabilities = capabilities_of(settings.flavour, library, settings.models)
+    kind = engine_kind(settings.flavour, capabilities, settings.precision)
+    return EngineTarget(
+        folder=folder_of(bundle, kind),
+        kind=kind,
+        flavour=settings.flavour,
+        version=library.__version__,
+        compute_capabilities=capabilities,
+        precision=settings.precision,
+        refittable=settings.refittable,
+        stripped=settings.stripped,
+        sparse=settings.sparse,
+        engines={},
+        report={},
+    )
+
+
+def _tasks(bundle: Bundle, settings: Settings, graphs: Sequence[str], loops: Sequence[str]) -> dict[str, _Task]:
+    manifest = bundle.manifest
+    own = {name: spec for name, spec in manifest.graphs.items() if not is_loop(spec.path)}
+    if unknown := sorted(set(graphs) - own.keys()):
+        raise InputError(f"{bundle.path} has no graph {unknown[0]!r}; it has {', '.join(own)}. Name some of these.")
+    pixels = settings.pixels or Range(*(int(manifest.model["height"]),) * 3)
+    check_pixels(pixels, manifest.model["pixels_per_latent"])
+
+    def task(spec: GraphSpec, source: str, made_from: Mapping[str, str]) -> _Task:
+        return _Task(spec, source, made_from, profile_of(spec, own, manifest.model, settings.batch, pixels))
+
+    found = {}
+    for name in graphs or own:
+        files = [path for path in manifest.files if path.startswith(own[name].path)]  # and its _data
+        found[name] = task(own[name], own[name].path, {path: manifest.files[path].sha256 for path in files})
+    for plan in loops:
+        loop = loop_of(bundle, bundle, plan)
+        found[loop.spec.name] = task(loop.spec, f"plans/{plan}.json", loop.made_of)
+    return found
+
+
+def _kept(
+    target: EngineTarget, bundle: Bundle, tasks: Mapping[str, _Task], again: set[str]
+) -> tuple[EngineTarget, str]:
+    """The target with the engines that are there and hold, and why others do not, in words."""
+    found = sound_engine_target(replace(bundle, verified=True), target.kind)
+    if not isinstance(found, EngineTarget):
+        return target, found or ""
+    if found.version != target.version:
+        return target, f"it was made with {found.flavour} {found.version}, and this is {target.version}"
+    switches = ("refittable", "stripped", "sparse")
+    if any(getattr(found, switch) != getattr(target, switch) for switch in switches):
+        return target, "it was made with other switches"
+    reasons = {}
+    for name, engine in found.engines.items():
+        if name in again:
+            reasons[name] = "is to be built again"
+        elif not is_current(engine, bundle):
+            reasons[name] = "was made from other graphs"
+        elif name in tasks and engine.profile != tasks[name].profile:
+            reasons[name] = "was made for other shapes"
+    engines = {name: engine for name, engine in found.engines.items() if name not in reasons}
+    report = {name: found.report[name] for name in engines}
+    return replace(target, engines=engines, report=report), ", ".join(f"{name} {why}" for name, why in reasons.items())
+
+
+def _parts(bundle: Bundle, waiting: Mapping[str, _Task]) -> list[str]:
+    """The graphs that engines are built from, in the bundle's order."""
+    of = {path for task in waiting.values() for path in task.made_from}
+    return [name for name, spec in bundle.manifest.graphs.items() if spec.path in of]
+
+
+def _check_supported(bundle: Bundle, names: Sequence[str], flavour: str) -> None:
+    """Raise ExportError for the first graph that the parser refuses, or whose network is not as the contract says."""
+    graphs = {name: {"onnx": str(bundle.file(bundle.manifest.graphs[name].path))} for name in names}
+    found = in_a_process({"flavour": flavour, "graphs": graphs}, "The parser")
+    for name in names:
+        _check_network(name, bundle.manifest.graphs[name], found[name], flavour)
+
+
+def _check_network(name: str, spec: GraphSpec, found: Mapping[str, Any], flavour: str) -> None:
+    if "refused" in found:
+        refused = [f"node {each['node']} ({each['operator']}): {each['reason']}" for each in found["refused"]]
+        raise ExportError(
+            f"{CALLED[flavour]} cannot read {name}: {'; '.join(refused)}. Nothing was built. Export a bundle without "
+            "the pass that made it; engines are made of graphs in fp32."
+        )
+    for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+        told = {tensor.name: (tensor.dtype, _free(tensor.shape)) for tensor in tensors}
+        network = {each["name"]: (each["dtype"], tuple(each["shape"])) for each in found[side]}
+        if told != network:
+            raise ExportError(
+                f"{CALLED[flavour]} reads {name} with the {side} {network}; the bundle says {told}. Nothing was built. "
+                "Export the bundle anew."
+            )
+
+
+def _free(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(-1 if isinstance(size, str) else size for size in shape)
+
+
+def _onnx(bundle: Bundle, made: Bundle, task: _Task, work: Path) -> Path:
+    """The file to build from; a loop is composed of the graphs as they were converted."""
+    if not is_loop(task.spec.path):
+        return made.file(task.spec.path)
+    folder = work / "loops"
+    folder.mkdir(exist_ok=True)
+    return loop_of(bundle, made, Path(task.source).stem).save(folder)
+
+
+def _put(target: EngineTarget, name: str, task: _Task, onnx: Path, report: Mapping[str, Any]) -> EngineTarget:
+    """Build an engine and put it in place beside those that the target has."""
+    with partial_folder(target.folder) as folder:
+        plan = folder / f"{name}.plan"
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        graph = {"onnx": str(onnx), "plan": str(plan), "profile": {key: asdict(r) for key, r in task.profile.items()}}
+        names = ("flavour", "compute_capabilities", "refittable", "stripped", "sparse")
+        told = {**{key: getattr(target, key) for key in names}, "graphs": {name: graph}}
+        found = in_a_process(told, f"The build of {name}")[name]
+        _check_network(name, task.spec, found, target.flavour)
+        sides = {
+            side: tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in found[side])
+            for side in ("inputs", "outputs")
+        }
+        engine = Engine(
+            f"{name}.plan", task.source, task.made_from, **sides, profile=task.profile, seconds=found["seconds"]
+        )
+        told_of = {key: found[key] for key in ("layers", "precisions", "peak_rss_bytes")}
+        told_of |= {"onnx_bytes": _bytes_of(onnx), "engine_bytes": plan.stat().st_size, **report}
+        grown = replace(target, engines={**target.engines, name: engine}, report={**target.report, name: told_of})
+        return _replaced(grown, folder)
+
+
+def _replaced(target: EngineTarget, folder: Path) -> EngineTarget:
+    """Put a folder in the place of the target's, with those of its engines that are not in it yet."""
+    for engine in target.engines.values():
+        if not (folder / engine.path).exists():
+            (folder / engine.path).parent.mkdir(parents=True, exist_ok=True)
+            os.link(target.file(engine.path), folder / engine.path)
+    write_engine_target(replace(target, folder=folder))
+    move_into_place(folder, target.folder)
+    return target
+
+
+def _as_it_is(bundle: Bundle, target: EngineTarget) -> EngineTarget:
+    made = read_engine_target(bundle, target.kind, version=target.version)
+    assert isinstance(made, EngineTarget), made
+    return made
+
+
+def _bytes_of(onnx: Path) -> int:
+    """A graph's size with its weights."""
+    return sum(file.stat().st_size for file in onnx.parent.iterdir() if file == onnx or file.suffix == ".onnx_data")

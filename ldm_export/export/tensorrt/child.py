@@ -1,0 +1,116 @@
+"""A process of its own in which TensorRT parses graphs and builds engines, since it may crash or be killed.
+
+    echo '{"flavour": "tensorrt_rtx", "graphs": {"unet": {"onnx": "unet/model.onnx"}}}' |
+    python -m ldm_export.export.tensorrt.child
+
+Prints one JSON document: of each graph what the parser refused, or the network's inputs, outputs and layers. A graph
+with a ``plan`` is built, by its ``profile`` and the document's ``compute_capabilities`` and switches, and the engine
+written there. All else that is printed, by whatever library, goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ldm_export.processes import peak_rss_bytes
+
+
+def main() -> None:
+    told = json.load(sys.stdin)
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if told["flavour"] == "tensorrt_rtx":
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+    json.dump({name: graph_of(graph, told) for name, graph in told["graphs"].items()}, results)
+    results.close()
+
+
+def graph_of(graph: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """What there is to say of one graph, and its engine, if it is to be built."""
+    from polygraphy.backend.trt import create_network, engine_bytes_from_network
+    from polygraphy.backend.trt.util import get_trt_logger
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    library = lazy_import_trt()
+    started = time.perf_counter()
+    builder, network = create_network(strongly_typed=True)
+    parser = library.OnnxParser(network, get_trt_logger())
+    if not parser.parse_from_file(graph["onnx"]):
+        return {"refused": refusals(parser)}
+    document = described(network, library)
+    if "plan" in graph:
+        config = config_of(builder, network, graph["profile"], told)
+        try:
+            engine = engine_bytes_from_network((builder, network), lambda *_: config)
+        except PolygraphyException:
+            return {**document, "failed": True}
+        try:
+            with Path(graph["plan"]).open("wb") as file:
+                file.write(engine)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            return {**document, "errno": error.errno}
+        document |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+    return document
+
+
+def config_of(builder: Any, network: Any, profile: dict[str, Any], told: dict[str, Any]) -> Any:
+    """How to build, as Polygraphy sets it up."""
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    shapes = Profile()
+    for name, sizes in profile.items():
+        shapes.add(name, *(tuple(sizes[key]) for key in ("min", "opt", "max")))
+    switches = {
+        "profiles": [shapes],
+        "refittable": told["refittable"],
+        "strip_plan": told["stripped"],
+        "sparse_weights": told["sparse"],
+    }
+    if told["flavour"] == "tensorrt":
+        return CreateConfig(**switches)(builder, network)
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+    capabilities = [tuple(map(int, capability.split("."))) for capability in told["compute_capabilities"]]
+    return CreateConfigRTX(compute_capabilities=capabilities, **switches)(builder, network)
+
+
+def refusals(parser: Any) -> list[dict[str, str]]:
+    """Each node that the parser refuses: its name, its operator and why."""
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return [
+        {
+            "node": error.node_name() or f"number {error.node()}",
+            "operator": error.node_operator(),
+            "reason": " ".join(error.desc().split()),
+        }
+        for error in errors
+    ]
+
+
+def described(network: Any, library: Any) -> dict[str, Any]:
+    """A parsed network's inputs and outputs, free sizes being -1, and how many layers of what kind and precision."""
+
+    def tensor(value: Any) -> dict[str, Any]:
+        dtype = library.nptype(value.dtype)
+        return {"name": value.name, "dtype": dtype.__name__, "shape": list(value.shape)}
+
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return {
+        "inputs": [tensor(network.get_input(index)) for index in range(network.num_inputs)],
+        "outputs": [tensor(network.get_output(index)) for index in range(network.num_outputs)],
+        "layers": dict(Counter(layer.type.name for layer in layers)),
+        "precisions": dict(Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)),
+    }
+
+
+if __name__ == "__main__":
+    main()
