@@ -73,20 +73,19 @@ class HostSampling:
         self._run = run
         self._rows = iter(run.rows)
         self._stepper = Stepper(run.rows, run.latents)
-        self._sample = np.empty(run.sample_shape, np.float32)
-        self._out = np.empty_like(self._sample)
+        sample = np.empty(run.sample_shape, np.float32)
+        self._copies = sample.reshape(-1, *run.latents.shape)  # with guidance, the latents twice
+        self._out = np.empty_like(sample)
         self._timestep = np.empty((), np.float32)
-        inputs = {"sample": self._sample, "timestep": self._timestep, **run.conditions}
+        inputs = {"sample": sample, "timestep": self._timestep, **run.conditions}
         bind: Any = unet.bind
         if run.every > 1:
             bind = partial(bind, every=run.every)
         self._call = bind(inputs, {"out_sample": self._out}, fixed=tuple(run.conditions))
 
     def step(self) -> float:
-        sample, out, batch = self._sample, self._out, len(self._run.latents)
-        self._stepper.network_input(out=sample[:batch])
-        if self._run.guidance is not None:
-            sample[batch:] = sample[:batch]
+        out, batch = self._out, len(self._run.latents)
+        self._stepper.network_input(out=self._copies)
         self._timestep[...] = next(self._rows).timestep
         called = time.perf_counter()
         self._call()
