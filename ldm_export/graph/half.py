@@ -34,6 +34,8 @@ GENERATIONS = 8
 OWN_TYPE = {"Cast", "Constant", "ConstantOfShape", "Range", "RandomNormal", "EyeLike"}
 """Operators whose result is of a type of their own."""
 HALF, EXACT = ".half", ".exact"
+SHAPE_BYTES = 1024
+"""No constant that says a shape is larger."""
 PARAMETERS_OF = {"Resize": (1, 2)}
 """Inputs that an operator takes as float32 alone."""
 
@@ -176,7 +178,12 @@ class Half:
 
 def float_values(model: onnx.ModelProto) -> set[str]:
     """Names of everything that is float32: inputs, weights and what operators give."""
+    numbers = [(weight, weight.raw_data) for weight in model.graph.initializer if len(weight.raw_data) > SHAPE_BYTES]
+    for weight, _ in numbers:
+        weight.ClearField("raw_data")  # all weights may be more than inference takes; it reads shapes alone
     inferred = onnx.shape_inference.infer_shapes(model).graph
+    for weight, data in numbers:
+        weight.raw_data = data
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     return {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT} | {
         weight.name for weight in model.graph.initializer if weight.data_type == TensorProto.FLOAT

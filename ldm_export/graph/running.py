@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from onnx import helper
 from ldm_export.errors import ExportError
 from ldm_export.graph.base import Array, Inputs
 
+LARGE_BYTES = 2_000_000_000
+"""A graph beyond this is more than one message of protobuf can hold, and goes to ONNX Runtime by a file."""
+
 
 def session(model: onnx.ModelProto, *, optimised: bool = True) -> onnxruntime.InferenceSession:
     """Raises ExportError if ONNX Runtime refuses the graph."""
@@ -22,7 +27,13 @@ def session(model: onnx.ModelProto, *, optimised: bool = True) -> onnxruntime.In
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        if model.ByteSize() < LARGE_BYTES:
+            return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx.save(model, path, save_as_external_data=True, location="weights")  # takes them out of the model
+            onnx.load_external_data_for_model(model, folder)
+            return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base class
         raise ExportError(f"ONNX Runtime refuses what a pass made of the graph: {error}. Nothing was kept.") from error
 
