@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-browser web-runtime check emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-gpu test-browser web-runtime check emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ test: check
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# builds engines for the GPU of this machine and holds what they draw against the CPU; some minutes
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 # draws in headless Chromium, Debian's package chromium for instance, and holds the picture against Python's
 test-browser: $(READY) web-runtime

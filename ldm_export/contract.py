@@ -123,6 +123,51 @@ def loop_spec(name: str, graphs: Mapping[str, GraphSpec], *, guided: bool, draws
     return GraphSpec(f"loops/{name}.onnx", tuple(inputs), (images, TensorSpec("latents", "float32", shape)))
 
 
+REMEMBERED = 4
+"""Values that go from row to row of a plan: the newest of the five that a row weighs is its own."""
+STEP_CELLS = (
+    "timestep",
+    "from_output",
+    "from_sample",
+    "clip",
+    "keep",
+    "direct",
+    *(f"weight_{age}" for age in range(REMEMBERED + 1)),
+    "noise",
+    "guidance_scale",
+    "next_input_scale",
+)
+"""What a row of a plan is to ``step``, a number each. The timestep comes first, so that where the row lies is where the
+UNet finds its timestep, too; a clip that is off is infinite."""
+
+
+def step_spec(unet: GraphSpec) -> GraphSpec:
+    """What follows a call of the UNet, guidance and one row of a plan, as a graph of its own.
+
+    ``out_sample`` and the next ``sample`` have as many rows as the latents, or twice as many with guidance.
+    """
+    channels = unet.outputs[0].shape[1]
+
+    def tensor(name: str, *leading: int | str) -> TensorSpec:
+        return TensorSpec(name, "float32", (*leading, channels, "height", "width"))
+
+    return _graph(
+        "step",
+        [
+            tensor("latents", "batch"),
+            tensor("remembered", REMEMBERED, "batch"),
+            tensor("out_sample", "rows"),
+            tensor("noise", "batch"),
+            TensorSpec("row", "float32", (len(STEP_CELLS),)),
+        ],
+        [
+            tensor("next_latents", "batch"),
+            tensor("next_remembered", REMEMBERED, "batch"),
+            tensor("sample", "rows"),
+        ],
+    )
+
+
 def check_inputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Raise InputError unless ``arrays`` has exactly the graph's inputs, with their dtypes and shapes."""
     names = [tensor.name for tensor in graph.inputs]

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from ldm_export.bench import loop as bench_loop
-from ldm_export.bench.loop import add_loop, loop_inputs, loop_of
+from ldm_export.bench.loop import add_loop, loop_of
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
@@ -26,6 +26,8 @@ from ldm_export.export.splicing import EXTERNAL_FROM_BYTES, GraphWriter, Weights
 from ldm_export.manifest import stale_loops
 from ldm_export.plan import SAMPLERS, Plan
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import checked_request
+from ldm_export.runtime.whole import loop_inputs
 from tests.recipe.tiny import FAKE_PASSES
 
 TOLERANCE = 1e-5
@@ -63,7 +65,7 @@ def run_loop(bundle: Bundle, name: str, wishes: dict[str, Any]) -> tuple[Array, 
     """Images and latents of a loop of the bundle, opened as any user of ONNX Runtime opens it."""
     spec = bundle.manifest.graphs[f"loops/{name}"]
     session = onnxruntime.InferenceSession(bundle.file(spec.path), providers=["CPUExecutionProvider"])
-    images, latents = session.run(["images", "latents"], loop_inputs(bundle, spec, **wishes))
+    images, latents = session.run(["images", "latents"], loop_inputs(bundle, spec, checked_request(bundle, **wishes)))
     return images, latents
 
 

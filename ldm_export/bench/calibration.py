@@ -39,7 +39,7 @@ class RecordingGraph:
         return recorded
 
 
-class RecordingBackend:
+class RecordingBackend(Backend):
     """A backend whose graphs keep what they are given, by name."""
 
     def __init__(self, backend: Backend):

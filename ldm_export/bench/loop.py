@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
 from ldm_export.bundle import Bundle
@@ -18,8 +17,9 @@ from ldm_export.export.loop import WEIGHTS, Loop, build_loop, check_loopable
 from ldm_export.export.plans import add_plan
 from ldm_export.manifest import stale_loops
 from ldm_export.plan import Plan, compile_plan
-from ldm_export.runtime import Generator, Pipeline, Tokenizer
-from ldm_export.runtime.request import DEFAULT_GUIDANCE
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import DEFAULT_GUIDANCE, checked_request
+from ldm_export.runtime.whole import loop_inputs
 
 TOLERANCE = 1e-4
 """Allowed of the latents: max |loop - runtime| / max |runtime|."""
@@ -32,8 +32,6 @@ LARGEST_SIDE = 16
 
 if TYPE_CHECKING:
     from ldm_export.checkpoint import LatentDiffusion
-
-Array = npt.NDArray[Any]
 
 
 def loop_of(name: str) -> tuple[str, int]:
@@ -114,7 +112,7 @@ def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[dict[str, Any]]
     A record of each output, its ``max_error`` relative to the largest value of the latents, and to 255 of the images.
     """
     wishes = example_wishes(bundle, loop.spec)
-    inputs = loop_inputs(bundle, loop.spec, **wishes)
+    inputs = loop_inputs(bundle, loop.spec, checked_request(bundle, **wishes))
     sampler, steps = loop_of(loop.spec.name.removeprefix("loops/"))
     drawn = Pipeline(bundle, "cpu").generate(sampler=sampler, steps=steps, **wishes)
     options = onnxruntime.SessionOptions()
@@ -176,35 +174,3 @@ def example_wishes(bundle: Bundle, loop: GraphSpec) -> dict[str, Any]:
         features = np.eye(2, int(labels.shape[1]), dtype=np.float32) if len(labels.shape) == 2 else None
         wishes["class_labels"] = [0, last] if features is None else features
     return wishes
-
-
-def loop_inputs(
-    bundle: Bundle,
-    loop: GraphSpec,
-    *,
-    seed: Sequence[int],
-    height: int,
-    width: int,
-    prompts: Sequence[str] = (),
-    negative_prompt: Sequence[str] = (),
-    guidance: float = 1.0,
-    class_labels: Sequence[int] | None = None,
-) -> dict[str, Array]:
-    """What a loop graph is given to draw what `Pipeline.generate` draws by the same options, one of each a picture."""
-    takes = {tensor.name: tensor for tensor in loop.inputs}
-    factor = bundle.manifest.model["pixels_per_latent"]
-    generators = [Generator(number) for number in seed]
-    shape = (int(takes["noise"].shape[1]), height // factor, width // factor)
-
-    def draw() -> Array:
-        return np.stack([generator.randn(shape) for generator in generators])
-
-    given: dict[str, Array] = {"noise": draw(), "guidance_scale": np.array(guidance, np.float32)}
-    if "step_noise" in takes:
-        given["step_noise"] = np.stack([draw() for _ in range(int(takes["step_noise"].shape[0]))])
-    if "input_ids" in takes:
-        tokenizer = Tokenizer(bundle.path / "tokenizer")
-        given |= {"input_ids": tokenizer(prompts), "negative_input_ids": tokenizer(negative_prompt)}
-    if "class_labels" in takes:
-        given["class_labels"] = np.asarray(class_labels, takes["class_labels"].dtype)
-    return {name: given[name] for name in takes}

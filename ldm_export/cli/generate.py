@@ -41,6 +41,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 )
 @click.option("--count", default=1, show_default=True, help="Pictures, for models that take neither text nor class.")
 @click.option("--deepcache", default=1, metavar="N", help="The whole UNet in every N-th step only: faster, rougher.")
+@click.option("--whole", is_flag=True, help="All in one call, by the plan's loop graph or engine.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="CPU threads; one a physical core by default."
@@ -62,6 +63,7 @@ def command(
     class_labels: tuple[int, ...],
     count: int,
     deepcache: int,
+    whole: bool,
     backend: str,
     threads: int | None,
     latents: Path | None,
@@ -87,6 +89,7 @@ def command(
             strength=strength,
             class_labels=class_labels or None,
             deepcache=deepcache,
+            whole=whole,
             callback=lambda step: advance(step.index + 1, step.count),
             **options,
         )

@@ -30,6 +30,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, loop_spec
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.splicing import GraphWriter, Weights
+from ldm_export.export.step import guide, update
 from ldm_export.plan import Plan
 
 WEIGHTS = "loops/weights.onnx_data"
@@ -137,9 +138,9 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
         if guided:
             sample = body.node("Concat", sample, sample, axis=0)
         out = splice(body, "unet", {"sample": sample, "timestep": timestep, **conditions})["out_sample"]
-        if guided:  # negative + scale * (prompt - negative)
+        if guided:
             negative, prompted = body.node("Split", out, axis=0, num_outputs=2, outputs=2)
-            out = body.node("Add", body.node("Mul", body.node("Sub", prompted, negative), scale), negative)
+            out = guide(body, negative, prompted, scale)
         return out
 
     remembered = _step(body, plan, spec.outputs[1].shape, predict, given.get("step_noise", ""))
@@ -186,29 +187,16 @@ def _step(
     cells = body.node("Split", row, axis=0, num_outputs=len(table), outputs=len(table))
     cell = dict(zip(table, cells, strict=True))  # (1,) each
 
-    def sum_of(*terms: tuple[str, str]) -> str:
-        """``coefficient * value`` of every coefficient that the table has, from left to right."""
-        products = [body.node("Mul", value, cell[name]) for name, value in terms if name in cell]
-        total: str = products[0] if products else body.node("Sub", x, x)
-        for product in products[1:]:
-            total = body.node("Add", total, product)
-        return total
-
     timestep = body.node("Squeeze", cell["timestep"])
     out = predict(body.node("Mul", x, cell["input_scale"]) if "input_scale" in cell else x, timestep)
-    if history:
-        newest = sum_of(("from_output", out), ("from_sample", x))
-        if "clip" in cell:
-            newest = body.node("Min", body.node("Max", newest, body.node("Neg", cell["clip"])), cell["clip"])
-        h = [newest, *h]
-    terms = [("keep", x), ("direct", out), *((f"weight_{age}", value) for age, value in enumerate(h))]
+    z = ""
     if step_noise:
         number = np.cumsum([bool(row.noise) for row in plan.rows]) - 1
         number = np.maximum(number, 0).astype(np.int64)  # a row that draws nothing multiplies any by zero
-        draw = body.node("Gather", body.constant("draws", number), index, axis=0)
-        terms.append(("noise", body.node("Gather", step_noise, draw, axis=0)))
+        z = body.node("Gather", step_noise, body.node("Gather", body.constant("draws", number), index, axis=0), axis=0)
+    latents, h = update(body, cell, x, out, h if history else None, z)
     body.output(TensorSpec("step/still_going", "bool", ()), going)
-    body.output(TensorSpec("step/next_latents", "float32", shape), sum_of(*terms))
+    body.output(TensorSpec("step/next_latents", "float32", shape), latents)
     for age, value in enumerate(h[: history - 1] if history else [], start=1):
         body.output(TensorSpec(f"step/next_remembered_{age}", "float32", shape), value)
     return max(history - 1, 0)

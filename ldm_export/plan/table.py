@@ -253,7 +253,7 @@ class Stepper:
         self._term = np.empty_like(latents)
 
     def network_input(self, out: Latents) -> None:
-        """Write what the network is given next, ``input_scale * x``, to ``out``."""
+        """Write what the network is given next, ``input_scale * x``, to ``out``, or to each of several in it."""
         assert self._row is not None, "every row has been run"
         np.multiply(self.latents, self._row.input_scale, out=out)
 

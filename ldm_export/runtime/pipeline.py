@@ -2,27 +2,26 @@
 
     text encoder -> [ UNet -> guidance -> one row of the plan ] x rows -> VAE decoder
 
-The plan says everything about the sampler (``ldm_export.plan``), so the loop knows none by name. Latents, the UNet's
-input and its output stay where they are from step to step; the UNet reads and writes them in place.
+The plan says everything about the sampler (``ldm_export.plan``), so the loop knows none by name. Where its latents lie
+is up to the backend (``ldm_export.runtime.sampling``).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.errors import CancelledError, InputError
-from ldm_export.plan import Stepper
+from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
-from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.request import (
     Options,
     Request,
@@ -32,6 +31,8 @@ from ldm_export.runtime.request import (
     latents_image,
     picture_channels,
 )
+from ldm_export.runtime.sampling import Run
+from ldm_export.runtime.whole import loop_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,6 +117,7 @@ class Pipeline:
         self.requested_backend = backend if isinstance(backend, str) else backend.name
         self._graphs: dict[str, Graph] = {}
         self._prompts: PromptEncoder | None = None
+        self._closed = False
 
     @classmethod
     def open(
@@ -126,9 +128,11 @@ class Pipeline:
         Parameters
         ----------
         path : the bundle's folder
-        backend : ``cpu`` (ONNX Runtime), ``openvino``, ``cuda`` or ``auto``: CUDA where ONNX Runtime has it; on a CPU
-            with both libraries the one that is faster for this bundle, which is measured the first time, in a second
-            or two network calls each, and remembered (:mod:`ldm_export.runtime.backends.auto`)
+        backend : ``cpu`` (ONNX Runtime), ``openvino``, ``tensorrt-rtx`` and ``tensorrt`` (engines that were built),
+            ``cuda``, ``ort-tensorrt``, ``ort-tensorrt-rtx`` (ONNX Runtime on a GPU), or ``auto``: engines that fit this
+            GPU, else CUDA where ONNX Runtime has it; on a CPU with both libraries the one that is faster for this
+            bundle, which is measured the first time, in a second or two network calls each, and remembered
+            (:mod:`ldm_export.runtime.backends.auto`)
         verify : also check every file's hash
         threads : CPU threads for one operator; by default one a physical core
 
@@ -168,16 +172,32 @@ class Pipeline:
         """
         request = checked_request(self.bundle, prompts, **options)
         timings = Timings()
-        latents: Array | None = None
-        for step in self._sample(request, timings):
-            latents = step.latents
-            if callback is not None and callback(step) is False:
-                raise CancelledError(f"Cancelled after step {step.index + 1} of {step.count}.")
-        assert latents is not None
+        step: Step | None = None
+        with closing(self._sample(request, timings)) as steps:
+            for step in steps:
+                if callback is not None and callback(step) is False:
+                    raise CancelledError(f"Cancelled after step {step.index + 1} of {step.count}.")
+        assert step is not None
         started = time.perf_counter()
-        images = self._decode(latents)
+        images = step.decode()
         timings.decode_ms = _since(started)
-        return Generation(images, latents, request.seeds, timings, self.backend)
+        return Generation(images, step.latents, request.seeds, timings, self.backend)
+
+    def close(self) -> None:
+        """Give back the graphs and what the backend holds, such as a GPU's memory; the pipeline cannot draw anymore.
+
+        A pipeline is a context manager that does so at its end.
+        """
+        self._closed = True
+        self._graphs.clear()
+        self._prompts = None
+        self._backend.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def steps(self, prompts: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Iterator[Step]:
         """The sampling loop of :meth:`generate`, pulled one step at a time: stop iterating to cancel.
@@ -203,12 +223,16 @@ class Pipeline:
         return self._decode(mean * np.float32(self.bundle.manifest.model["scaling_factor"]))
 
     def _graph(self, name: str) -> Graph:
+        if self._closed:
+            raise InputError("This pipeline was closed. Open the bundle again.")
         if name not in self._graphs:
             self._graphs[name] = self._backend.load(name)
         return self._graphs[name]
 
-    def _sample(self, request: Request, timings: Timings) -> Iterator[Step]:
-        model, batch = self.bundle.manifest.model, request.batch
+    def _sample(self, request: Request, timings: Timings) -> Generator[Step, None, None]:
+        if request.loop is not None:
+            yield self._at_once(request, request.loop, timings)
+            return
         started = time.perf_counter()
         unet, _ = self._graph("unet"), self._graph("vae_decoder")
         if request.image is not None:
@@ -222,18 +246,15 @@ class Pipeline:
                 f"apart. Run: ldm-export build {self.bundle.path} --target cpu; if that says so, leave deepcache out."
             )
 
+        shape = request.latents_shape(self.bundle)
+        self._backend.check_shapes("vae_decoder", {"latent_sample": (request.batch, *shape)})  # it comes last
+
         started = time.perf_counter()
         conditions, guided = self._conditions(request, unet)
         timings.text_ms = _since(started)
 
-        factor = model["pixels_per_latent"]
-        shape = (model["latent_channels"], request.height // factor, request.width // factor)
-        generators = [Generator(seed) for seed in request.seeds]
-
-        def draw() -> Array:
-            return np.stack([generator.randn(shape) for generator in generators])
-
         started = time.perf_counter()
+        draw = request.noise(shape)
         trajectory = request.trajectory
         image_latents = None if request.image is None else self._encode(request.image, draw)
         timings.encode_ms = _since(started)
@@ -242,36 +263,42 @@ class Pipeline:
         latents = draw() * np.float32(trajectory.noise_scale)
         if image_latents is not None:
             latents += image_latents * np.float32(trajectory.image_scale)
-        stepper = Stepper(trajectory.rows, latents)
-        sample = np.empty((batch * (1 + guided), *shape), np.float32)
-        out = np.empty_like(sample)
-        timestep = np.empty((), np.float32)
         timings.loop_ms += _since(started)
         started = time.perf_counter()
-        inputs = {"sample": sample, "timestep": timestep, **conditions}
-        bind: Any = unet.bind
-        if request.deepcache > 1:
-            bind = partial(bind, every=request.deepcache)
-        call = bind(inputs, {"out_sample": out}, fixed=tuple(conditions))
+        scale = request.guidance if guided else None
+        run = Run(trajectory.rows, latents, conditions, scale, draw, request.deepcache)
+        sampling = self._backend.sampling(unet, run)
         timings.text_ms += _since(started)  # what of the UNet depends on the prompt alone may be computed here
+        try:
+            for index, row in enumerate(trajectory.rows):
+                started = time.perf_counter()
+                timings.unet_ms.append(sampling.step())
+                timings.loop_ms += _since(started) - timings.unet_ms[-1]
+                yield Step(index, len(trajectory.rows), row.timestep, latents, self._decode)
+        finally:
+            sampling.close()
+
+    def _at_once(self, request: Request, plan: str, timings: Timings) -> Step:
+        """All of a drawing by the loop graph of a plan, in one call, which is timed as one of the UNet's."""
+        name = f"loops/{plan}"
+        graphs = {*self.bundle.manifest.graphs, *self._backend.own_graphs}
+        if name not in graphs:
+            there = sorted(graph.removeprefix("loops/") for graph in graphs if is_loop(graph))
+            sampler, _, steps = plan.rpartition("-")
+            raise InputError(
+                f"The whole loop {plan} was asked for at once; this bundle has {', '.join(there) or 'no loop'}. "
+                f"Run: ldm-export plan {self.bundle.path} --sampler {sampler} --steps {steps} --loop"
+            )
         started = time.perf_counter()
-        for index, row in enumerate(trajectory.rows):
-            stepper.network_input(out=sample[:batch])
-            if guided:
-                sample[batch:] = sample[:batch]
-            timestep[...] = row.timestep
-            called = time.perf_counter()
-            call()
-            timings.unet_ms.append(_since(called))
-            if guided:  # negative + guidance * (prompt - negative)
-                prediction = out[batch:]
-                prediction -= out[:batch]
-                prediction *= request.guidance
-                prediction += out[:batch]
-            stepper.advance(out[-batch:], draw)
-            timings.loop_ms += _since(started) - timings.unet_ms[-1]
-            yield Step(index, len(trajectory.rows), row.timestep, latents, self._decode)
-            started = time.perf_counter()
+        loop = self._graph(name)
+        timings.load_ms = _since(started)
+        started = time.perf_counter()
+        inputs = loop_inputs(self.bundle, loop.spec, request)
+        timings.loop_ms = _since(started)
+        started = time.perf_counter()
+        results = loop.run(inputs)
+        timings.unet_ms.append(_since(started))
+        return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
 
     def _conditions(self, request: Request, unet: Graph) -> tuple[dict[str, Array], bool]:
         """The UNet's inputs beside latents and timestep, and whether each picture has two rows for guidance."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -61,6 +61,8 @@ class Options(TypedDict, total=False):
     class_labels : one a picture, for class-conditional models
     deepcache : run the whole UNet in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
+    whole : draw with the plan's loop graph, everything in one call, which cannot be watched or cancelled in between;
+        the bundle, or the engines that run, must have that loop
     """
 
     sampler: str | None
@@ -74,6 +76,7 @@ class Options(TypedDict, total=False):
     strength: float
     class_labels: Sequence[int] | None
     deepcache: int
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Request:
     image : (B, C, H, W) float32 in [-1, 1] to start from, or None
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole UNet runs in every so many steps
+    loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
     """
 
     prompts: tuple[str, ...]
@@ -102,10 +106,22 @@ class Request:
     image: Array | None
     trajectory: Trajectory
     deepcache: int
+    loop: str | None
 
     @property
     def batch(self) -> int:
         return len(self.seeds)
+
+    def latents_shape(self, bundle: Bundle) -> tuple[int, int, int]:
+        """Of one picture: (C, h, w)."""
+        facts = bundle.manifest.model
+        factor = facts["pixels_per_latent"]
+        return (facts["latent_channels"], self.height // factor, self.width // factor)
+
+    def noise(self, shape: tuple[int, ...]) -> Callable[[], Array]:
+        """A function that draws N(0, I), float32 (B, *shape), anew at each call; each picture by its own seed."""
+        generators = [Generator(seed) for seed in self.seeds]
+        return lambda: np.stack([generator.randn(shape) for generator in generators])
 
 
 def checked_request(
@@ -123,6 +139,7 @@ def checked_request(
     strength: float = 0.6,
     class_labels: Sequence[int] | None = None,
     deepcache: int = 1,
+    whole: bool = False,
 ) -> Request:
     """Check what is asked for whole, before anything runs; the parameters are those of :class:`Options`.
 
@@ -163,7 +180,13 @@ def checked_request(
     if labels is not None and len(labels) != batch:
         raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
     scale = guidance_for(guidance, negative_prompt, model, conditioned="timestep_cond" in unet_inputs)
-    plan = read_plan(bundle, sampler or model["default_sampler"], model["default_steps"] if steps is None else steps)
+    sampler, steps = sampler or model["default_sampler"], model["default_steps"] if steps is None else steps
+    plan = read_plan(bundle, sampler, steps)
+    if whole and (image is not None or deepcache > 1):
+        raise InputError(
+            "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
+            "all of the UNet each time. Leave one of them out."
+        )
     sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
         sides = sample.shape[2:]
@@ -187,6 +210,7 @@ def checked_request(
         image=sample,
         trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
         deepcache=deepcache,
+        loop=f"{sampler}-{steps}" if whole else None,
     )
 
 

@@ -107,7 +107,7 @@ def test_export(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Pa
 def test_build(run: Run, bundle: Path) -> None:
     done = run("build", bundle, "--target", "cpu")
     assert done.exit_code == 0, done.output
-    says = r"^unet +attention 8, pointwise 8, gated 4, timestep 1, \d+ values once a prompt, \d+ values once a "
+    says = r"^unet +attention 8, pointwise 8, gated 4, timestep 1, upsample 1, \d+ values once a prompt, \d+ values once a "
     assert re.search(says + r"timestep; differs from the plain graph by \S+$", done.stdout, re.MULTILINE)
     assert re.search(r"^vae_encoder .*; differs from the plain graph by", done.stdout, re.MULTILINE)
     assert re.search(r"targets/ort-cpu: \d+\.\d MB for cpu .* and onnxruntime \S+$", done.stdout, re.MULTILINE)
@@ -417,6 +417,27 @@ def test_verify_names_the_file_that_was_altered(run: Run, bundle: Path) -> None:
     content[-100] ^= 1
     graph.write_bytes(content)
     assert_refused(run("verify", bundle), r"unet/model\.onnx has been altered")
+
+
+@pytest.mark.filterwarnings("ignore:targets/ort-cpu of")
+def test_verify_names_the_file_of_a_target_that_was_altered(run: Run, bundle: Path) -> None:
+    assert run("build", bundle, "--target", "cpu").exit_code == 0
+    assert json.loads(run("verify", bundle, "--json").stdout)["targets"] == {"ort-cpu": None}
+    weights = bundle / "targets" / "ort-cpu" / "unet.onnx_data"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    done = run("verify", bundle)
+    assert done.exit_code == 1, done.output
+    says = (
+        "FAIL targets/ort-cpu: its unet.onnx_data has been altered. Delete that folder, or run ldm-export build again."
+    )
+    assert says in done.stdout
+    document = json.loads(run("verify", bundle, "--json").stdout)
+    assert document["targets"] == {"ort-cpu": "its unet.onnx_data has been altered"}
+    assert not document["passed"]
+    assert run("build", bundle, "--target", "cpu").exit_code == 0
+    assert run("verify", bundle).exit_code == 0
 
 
 def test_verify_against_a_model_of_another_shape(

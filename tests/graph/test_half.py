@@ -12,7 +12,6 @@ from onnx import TensorProto, helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from ldm_export.errors import ExportError, InputError
-from ldm_export.graph import running
 from ldm_export.graph.half import Half
 from tests.graph.graphs import Array, copy_of, evaluate, graph_of, off_by, random, run, weights_of
 
@@ -296,18 +295,3 @@ def test_applied_twice_equals_once() -> None:
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Half(**options)  # type: ignore[arg-type]
-
-
-def test_a_graph_too_large_for_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights go to ONNX Runtime by a file; here, so do those of a small graph."""
-    model = two_layers(random(1, 64, 64), node("Relu", "large", "small"))
-    expected = Half().apply(copy_of(model), (X,))
-    monkeypatch.setattr(running, "LARGE_BYTES", 0)
-    given = copy_of(model)
-    change = Half().apply(given, (X,))
-    assert change.report == expected.report
-    assert change.model.graph.node == expected.model.graph.node
-    for graph, other in ((change.model, expected.model), (given, model)):
-        weights = weights_of(other)
-        assert weights_of(graph).keys() == weights.keys()
-        assert all((array == weights[name]).all() for name, array in weights_of(graph).items())

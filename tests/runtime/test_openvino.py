@@ -17,12 +17,12 @@ import pytest
 
 from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
-from ldm_export.contract import TensorSpec
 from ldm_export.errors import BackendError, BundleError, InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.backends import openvino as backend_module
 from ldm_export.runtime.backends.openvino import OpenVinoBackend, OpenVinoGraph
+from tests.arrays import arrays
 from tests.scheduler_configs import relative_error
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO (extra openvino) is not installed")
@@ -58,19 +58,6 @@ def bundle_of(tiny_bundle: Path, kinds: Callable[[str], tuple[Path, Path]]) -> C
 @pytest.fixture
 def backend(tiny_bundle: Path) -> OpenVinoBackend:
     return OpenVinoBackend(Bundle.open(tiny_bundle), None)
-
-
-def arrays(tensors: tuple[TensorSpec, ...], seed: int = 0, **sizes: int) -> dict[str, Array]:
-    """Noise for a graph's inputs, or room for its outputs; what is free has 3 rows, 4 tokens and odd heights."""
-    sizes = {"batch": 3, "height": 6, "width": 10, "image_height": 12, "image_width": 20, "tokens": 4, **sizes}
-    generator = np.random.default_rng(seed)
-    made = {}
-    for tensor in tensors:
-        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        integers = tensor.dtype == "int64"
-        values = generator.integers(0, 5, shape) if integers else generator.standard_normal(shape)
-        made[tensor.name] = np.asarray(values, tensor.dtype)
-    return made
 
 
 # --- the same numbers as ONNX Runtime -------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_cuda_that_is_not_there_is_refused_by_name(tiny_bundle: Path, monkeypatc
 
 
 def test_a_backend_that_does_not_exist(tiny_bundle: Path) -> None:
-    with pytest.raises(InputError, match="There is no backend 'directml'; there are auto, cpu, openvino, cuda"):
+    with pytest.raises(InputError, match="There is no backend 'directml'; there are auto, cpu, openvino, tensorrt-rtx"):
         Pipeline.open(tiny_bundle, backend="directml")
 
 

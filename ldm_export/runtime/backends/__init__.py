@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import BackendError, BundleError, InputError
+from ldm_export.errors import BackendError, BundleError, InputError, LdmExportError
+from ldm_export.runtime.sampling import HostSampling, Run, Sampling
 
 Array = npt.NDArray[Any]
 
@@ -35,12 +36,31 @@ class Graph(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """Where graphs run. ``name`` says what is really used, never only what was asked for."""
+class Backend:
+    """Where graphs run.
+
+    Attributes
+    ----------
+    name : what is really used, never only what was asked for
+    own_graphs : names of graphs that can be loaded beside the bundle's
+    """
 
     name: str
+    own_graphs: Collection[str] = ()
 
-    def load(self, graph: str) -> Graph: ...
+    def load(self, graph: str) -> Graph:
+        """Load one of the bundle's graphs, by its name in the manifest."""
+        raise NotImplementedError
+
+    def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise InputError if a loaded graph cannot take inputs of these shapes; most graphs take any."""
+
+    def sampling(self, unet: Graph, run: Run) -> Sampling:
+        """A loop over a loaded UNet."""
+        return HostSampling(unet, run)
+
+    def close(self) -> None:
+        """Give back what is held outside of Python; nothing can be loaded or run afterwards."""
 
 
 def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
@@ -55,17 +75,28 @@ def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
     """
     if name not in BACKENDS:
         raise InputError(f"There is no backend {name!r}; there are {', '.join(BACKENDS)}. Use one of those.")
-    from ldm_export.runtime.backends.auto import open_fastest
-    from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
-    from ldm_export.runtime.backends.openvino import OpenVinoBackend
-
     if name == "auto":
+        from ldm_export.runtime.backends.auto import open_fastest
+
         return open_fastest(bundle, threads)
-    return OpenVinoBackend(bundle, threads) if name == "openvino" else OnnxRuntimeBackend(bundle, name, threads)
+    if name in ENGINES:
+        from ldm_export.runtime.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend(bundle, ENGINES[name])
+    if name == "openvino":
+        from ldm_export.runtime.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(bundle, threads)
+    from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(bundle, name, threads)
 
 
-BACKENDS = ("auto", "cpu", "openvino", "cuda")
-"""ONNX Runtime on the CPU or, where its CUDA provider works, on an NVIDIA GPU; OpenVINO on the CPU; the fastest."""
+ENGINES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""Backends that run engines, with the library that each needs."""
+BACKENDS = ("auto", "cpu", "openvino", *ENGINES, "cuda", "ort-tensorrt", "ort-tensorrt-rtx")
+"""The best there is; ONNX Runtime and OpenVINO on the CPU; TensorRT engines that were built; ONNX Runtime on an NVIDIA
+GPU through CUDA, or through TensorRT, which builds engines as it opens a graph."""
 
 
 def allowed_threads() -> int:
@@ -78,7 +109,9 @@ Signature = Mapping[str, tuple[str, Sequence[object]]]
 """A loaded graph's inputs or outputs: name to dtype, in numpy's words where it has one, and shape."""
 
 
-def check_contract(spec: GraphSpec, inputs: Signature, outputs: Signature) -> None:
+def check_contract(
+    spec: GraphSpec, inputs: Signature, outputs: Signature, remedy: str = "Export the bundle anew."
+) -> None:
     """Raise BundleError unless a loaded graph has the inputs and outputs that the manifest gives it."""
     for side, declared, there in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
         fits = there.keys() == {tensor.name for tensor in declared}
@@ -89,9 +122,7 @@ def check_contract(spec: GraphSpec, inputs: Signature, outputs: Signature) -> No
                 isinstance(size, str) or given == size for size, given in zip(tensor.shape, shape, strict=True)
             )
         if not fits:
-            raise BundleError(
-                f"{spec.path} has other {side} than manifest.json says: {dict(there)}. Export the bundle anew."
-            )
+            raise BundleError(f"{spec.path} has other {side} than manifest.json says: {dict(there)}. {remedy}")
 
 
 @contextmanager
@@ -99,6 +130,8 @@ def foreign_errors(library: str, graph: str) -> Iterator[None]:
     """Turn whatever a library raises while it runs a graph into one sentence."""
     try:
         yield
+    except LdmExportError:
+        raise
     except Exception as error:  # these libraries' exceptions have no common base class
         raise BackendError(f"{library} could not run {graph}: {one_line(error)}. Try a smaller size.") from error
 

@@ -1,9 +1,9 @@
-"""``auto``: CUDA where ONNX Runtime has it; on a CPU with ONNX Runtime and OpenVINO, the one that proves faster.
+"""``auto``: engines that fit this GPU; else CUDA where ONNX Runtime has it; else the CPU, by the faster library.
 
-Which one is depends on the network and the processor, so it is measured, once for a bundle and a machine: both call
-the UNet as for one picture, in turn, and the shortest call counts, since other load only ever adds. After a call each
-to warm up, rounds go on for ``BUDGET_S``, at least one: a small model takes about a second, a large one two calls each.
-Opening it in both comes on top.
+Which of ONNX Runtime and OpenVINO that is depends on the network and the processor, so it is measured, once for a
+bundle and a machine: both call the UNet as for one picture, in turn, and the shortest call counts, since other load
+only ever adds. After a call each to warm up, rounds go on for ``BUDGET_S``, at least one: a small model takes about a
+second, a large one two calls each. Opening it in both comes on top.
 
 The times are remembered in ``$XDG_CACHE_HOME/ldm_export`` (``~/.cache/ldm_export``), a file for each combination of
 UNet, processor, versions and threads. It may be deleted at any time; where it cannot be read or written, pictures are
@@ -17,8 +17,8 @@ import json
 import logging
 import os
 import platform
-import secrets
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +28,14 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
+from ldm_export.engines import FLAVOURS, engine_targets
 from ldm_export.errors import BackendError, LdmExportError
 from ldm_export.runtime.backends import Array, Backend, allowed_threads
+from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
+from ldm_export.runtime.backends.remembered import cache_folder, write_whole
+from ldm_export.runtime.backends.tensorrt import TensorRtBackend
 
 SETTLE_S = 0.1
 """Between sides that are timed in turn: threads of one that still wait, spinning, for work would slow the other."""
@@ -54,6 +58,9 @@ def open_fastest(bundle: Bundle, threads: int | None) -> Backend:
     BackendError
         If neither library is installed.
     """
+    engines = open_engines(bundle)
+    if engines is not None:
+        return engines
     found = openvino_version()
     try:
         cpu = OnnxRuntimeBackend(bundle, "auto", threads)
@@ -75,6 +82,23 @@ def open_fastest(bundle: Bundle, threads: int | None) -> Backend:
     except LdmExportError:  # what OpenVINO cannot do, ONNX Runtime may; and what neither can, it says itself
         return cpu
     return cpu if times["onnxruntime"] <= times["openvino"] else openvino
+
+
+def open_engines(bundle: Bundle) -> Backend | None:
+    """The bundle's TensorRT engines, if there are any and they run here; warns where there are any and a driver, and
+    they do not."""
+    kinds = engine_targets(bundle)
+    if not kinds or not driver_is_there():
+        return None
+    reasons = []
+    for flavour, prefix in FLAVOURS.items():
+        if any(kind.startswith(f"{prefix}-") for kind in kinds):
+            try:
+                return TensorRtBackend(bundle, flavour)
+            except BackendError as error:
+                reasons.append(str(error))
+    warnings.warn(f"{' '.join(reasons)} Another backend is used.", stacklevel=5)
+    return None
 
 
 def openvino_version() -> str | None:
@@ -145,12 +169,8 @@ def _cache_file(bundle: Bundle, runs_on: list[object]) -> Path | None:
     """Where the times are remembered; None where there is no home."""
     unet = bundle.manifest.files[bundle.manifest.graphs["unet"].path].sha256
     digest = hashlib.sha256(json.dumps([unet, _processor(), *runs_on]).encode()).hexdigest()
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder / "ldm_export" / f"unet-{digest[:32]}.json"
+    folder = cache_folder()
+    return None if folder is None else folder / f"unet-{digest[:32]}.json"
 
 
 def _processor() -> str:
@@ -179,13 +199,7 @@ def _remember(file: Path | None, times: Mapping[str, float]) -> None:
     try:
         if file is None:
             raise OSError("there is no home folder")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            partial.write_text(json.dumps(times), encoding="utf-8")
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(file, json.dumps(times).encode())
     except OSError as error:
         until = f"this time, which cannot be remembered ({error})"
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())

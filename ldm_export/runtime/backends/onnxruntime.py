@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or, where its CUDA provider works, on an NVIDIA GPU."""
+"""ONNX Runtime, on the CPU or, where one of its providers for it works, on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from typing import Any
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import Array, Graph, Signature, allowed_threads, check_contract, foreign_errors
-from ldm_export.runtime.backends.once import OnceGraph
+from ldm_export.runtime.backends import (
+    Array,
+    Backend,
+    Graph,
+    Signature,
+    allowed_threads,
+    check_contract,
+    foreign_errors,
+    one_line,
+)
+from ldm_export.runtime.backends.once import OnceGraph, check_parts
+from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, Provider
+from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 NUMPY_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -23,19 +33,19 @@ NUMPY_TYPES = {
 }
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Loads graphs into ONNX Runtime sessions.
 
     Parameters
     ----------
-    requested : ``cpu``; ``cuda``, which fails if CUDA cannot be used; or ``auto``, CUDA if the installed ONNX Runtime
-        has it and else the CPU
+    requested : ``cpu``; one of `PROVIDERS`, which fails if that cannot be used; or ``auto``, CUDA if the installed
+        ONNX Runtime has it and else the CPU
     threads : for one operator; by default one a physical core that this process may use
 
     Attributes
     ----------
     name : what is used, such as ``onnxruntime 1.32.0 cpu``, and ``ort-cpu`` behind it where the bundle has that target
-    on_gpu : whether that is CUDA
+    on_gpu : whether that is a GPU's provider
     """
 
     def __init__(self, bundle: Bundle, requested: str, threads: int | None):
@@ -51,19 +61,59 @@ class OnnxRuntimeBackend:
         self._requested = requested
         self._threads = threads or allowed_threads()
         self._own_threads = True
-        available = onnxruntime.get_available_providers()
-        if CUDA in available and requested != "cpu":
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
-        if requested == "cuda" and CUDA not in available:
-            raise BackendError(
-                f"cuda was asked for; the installed ONNX Runtime {onnxruntime.__version__} has only "
-                f"{', '.join(available)}. Install 'ldm_export[gpu]' in an environment without onnxruntime."
-            )
-        self.on_gpu = requested != "cpu" and CUDA in available
-        self.name = f"onnxruntime {onnxruntime.__version__} {'cuda' if self.on_gpu else 'cpu'}"
+        self._plugged: list[Any] = []
+        self._provider = self._wanted_provider()
+        self.name = f"onnxruntime {onnxruntime.__version__} {self._device}"
         self._target = None if self.on_gpu else self._fitting_target()
         if self._target is not None:
             self.name += f" {ORT_CPU}"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self._provider is not None
+
+    @property
+    def _device(self) -> str:
+        asked = "cuda" if self._requested == "auto" else self._requested
+        return asked.removeprefix("ort-") if self.on_gpu else "cpu"
+
+    def _wanted_provider(self) -> Provider | None:
+        """The provider to use, once it is there; ``auto`` takes CUDA or, without it, none."""
+        if self._requested == "cpu":
+            return None
+        wanted, library = PROVIDERS.get(self._requested, CUDA), self._library
+        available = library.get_available_providers()
+        if wanted.plugin:
+            self._plug_in(wanted)
+        elif wanted.name in available:
+            library.preload_dlls()  # CUDA and cuDNN from NVIDIA's Python packages, where those are installed
+        elif self._requested == "auto":
+            return None
+        else:
+            raise BackendError(
+                f"{self._requested} was asked for; the installed ONNX Runtime {library.__version__} has only "
+                f"{', '.join(available)}. {wanted.install}"
+            )
+        return wanted
+
+    def _plug_in(self, wanted: Provider) -> None:
+        try:
+            self._plugged = wanted.devices(self._library)[:1]
+        except ImportError as error:
+            raise BackendError(f"{self._requested} was asked for and is not installed. {wanted.install}") from error
+        except Exception as error:  # ONNX Runtime's have no common base class
+            raise BackendError(
+                f"{self._requested} was asked for; ONNX Runtime {self._library.__version__} does not take its plugin: "
+                f"{one_line(error)}. {wanted.install}"
+            ) from error
+        if not self._plugged:
+            raise BackendError(self._does_not_start())
+
+    def _does_not_start(self) -> str:
+        return (
+            f"{self._requested} was asked for; ONNX Runtime has its provider, which does not start here (driver, CUDA, "
+            "cuDNN or TensorRT missing). Install 'ldm_export[gpu]' and NVIDIA's driver, or use the backend cpu."
+        )
 
     def _fitting_target(self) -> Target | None:
         found = read_target(self._bundle, ORT_CPU, needs_of(self._library.__version__))
@@ -95,32 +145,30 @@ class OnnxRuntimeBackend:
             except BundleError:
                 self._target = None
                 self.name = self.name.removesuffix(f" {ORT_CPU}")
-                self._say_passed_over(f"ONNX Runtime refuses its {graph}")
+                self._say_passed_over(f"ONNX Runtime refuses its {graph}, or it is another graph")
         session = self._session(self._bundle.file(spec.path), spec.path)
-        if self.on_gpu and CUDA not in session.get_providers():
-            self.on_gpu = False
-            if self._requested == "cuda":
-                raise BackendError(
-                    "cuda was asked for; ONNX Runtime has a CUDA provider that does not start here (driver, CUDA or "
-                    "cuDNN missing). Install 'ldm_export[gpu]' and NVIDIA's driver, or use the backend cpu."
-                )
+        if self._provider is not None and self._provider.name not in session.get_providers():
+            if self._requested != "auto":
+                raise BackendError(self._does_not_start())
+            self._provider = None
             self.name = self.name.replace("cuda", "cpu")
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
         check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-        return OnnxRuntimeGraph(session, spec, on_gpu=self.on_gpu)
+        return OnnxRuntimeGraph(session, spec, self._provider)
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
-        opened = {path: self._session(target.file(path), path, packed=found.packed) for path in found.paths}
+        opened = {path: self._session(target.file(path), path) for path in found.paths}
         if list(opened) == [found.path]:
-            return OnnxRuntimeGraph(opened[found.path], spec, on_gpu=False)
-        graphs = {
-            path: OnnxRuntimeGraph(session, _spec_of(session, path), on_gpu=False) for path, session in opened.items()
-        }
+            session = opened[found.path]
+            check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
+            return OnnxRuntimeGraph(session, spec)
+        graphs = {path: OnnxRuntimeGraph(session, _spec_of(session, path)) for path, session in opened.items()}
+        check_parts(spec, found, {path: one.spec for path, one in graphs.items()})
         parts = {name: graphs[path] for name, path in found.once.items()}
         return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
-    def _options(self, packed: bool) -> Any:
+    def _options(self) -> Any:
         options = self._library.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
@@ -131,20 +179,23 @@ class OnnxRuntimeBackend:
             "session.qdq_matmulnbits_accuracy_level": "1",  # fp32, not int8
             # every session has threads of its own, which else wait spinning for more work while another session's run
             "session.force_spinning_stop": "1",
-            "session.disable_prepacking": str(int(not packed)),
         }.items():
             options.add_session_config_entry(key, value)
+        if self._provider is not None and self._plugged:
+            options.add_provider_for_devices(self._plugged, self._provider.options_for(self._bundle, cache_folder()))
         return options
 
-    def _session(self, file: Path, path: str, *, packed: bool = True) -> Any:
-        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.on_gpu else [CPU]
+    def _session(self, file: Path, path: str) -> Any:
+        providers: list[Any] | None = [CPU]
+        if self._provider is not None:
+            providers = None if self._plugged else self._provider.chain(self._bundle, cache_folder())
         fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
-            return self._library.InferenceSession(file, self._options(packed), providers, **fallback)
+            return self._library.InferenceSession(file, self._options(), providers, **fallback)
         except Exception as error:  # its exceptions have no common base class
             if self._own_threads and "global thread pool" in str(error):
                 self._own_threads = False  # the application has one pool for all sessions
-                return self._session(file, path, packed=packed)
+                return self._session(file, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
 
 
@@ -166,11 +217,11 @@ def _spec_of(session: Any, path: str) -> GraphSpec:
 
 
 class OnnxRuntimeGraph:
-    """One session; see :class:`ldm_export.runtime.backends.Graph`."""
+    """One session; see :class:`ldm_export.runtime.backends.Graph`. ``provider`` is a GPU's, or None on the CPU."""
 
-    def __init__(self, session: Any, spec: GraphSpec, *, on_gpu: bool):
+    def __init__(self, session: Any, spec: GraphSpec, provider: Provider | None = None):
         self.session = session
-        self._on_gpu = on_gpu
+        self._provider = provider
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -182,7 +233,9 @@ class OnnxRuntimeGraph:
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
     ) -> Callable[[], None]:
-        if self._on_gpu:  # there, binding an array copies it once, at the binding; what changes later is not seen
+        if self._provider is not None:
+            if self._provider.holds_arrays:
+                return self._bind_on_device(inputs, outputs, fixed)
             return lambda: self._copy_out(self.run(inputs), outputs)
         check_inputs(self.spec, inputs)
         binding = self.session.io_binding()
@@ -194,6 +247,35 @@ class OnnxRuntimeGraph:
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
             with foreign_errors("ONNX Runtime", self.spec.name):
                 self.session.run_with_iobinding(binding)
+
+        return call
+
+    def _bind_on_device(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str], device: str = "cuda"
+    ) -> Callable[[], None]:
+        """Arrays lie on the device, to which only those that change are copied at a call."""
+        check_inputs(self.spec, inputs)
+        with foreign_errors("ONNX Runtime", self.spec.name):
+            from onnxruntime import OrtValue
+
+            binding = self.session.io_binding()
+            given = {name: OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in inputs.items()}
+            made = {
+                name: OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, device, 0)
+                for name, array in outputs.items()
+            }
+            for name, value in given.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, value in made.items():
+                binding.bind_ortvalue_output(name, value)
+        changing = inputs.keys() - set(fixed)
+
+        def call() -> None:
+            with foreign_errors("ONNX Runtime", self.spec.name):
+                for name in changing:
+                    given[name].update_inplace(inputs[name])
+                self.session.run_with_iobinding(binding)
+                self._copy_out({name: value.numpy() for name, value in made.items()}, outputs)
 
         return call
 

@@ -14,7 +14,15 @@ from typing import Any
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, check_inputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import Array, Signature, allowed_threads, check_contract, foreign_errors, one_line
+from ldm_export.runtime.backends import (
+    Array,
+    Backend,
+    Signature,
+    allowed_threads,
+    check_contract,
+    foreign_errors,
+    one_line,
+)
 
 CONFIG: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -27,7 +35,7 @@ KEPT_BYTES = 1 << 30
 """How much weight the copies of a graph that are compiled for different sizes may have together; one is always kept."""
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Backend):
     """Reads graphs into OpenVINO.
 
     Parameters
