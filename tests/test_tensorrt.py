@@ -26,6 +26,7 @@ from ldm_export.export.tensorrt.build import Settings, build_engines
 from ldm_export.export.tensorrt.library import library_of
 from ldm_export.export.tensorrt.process import in_a_process, last_words
 from ldm_export.export.tensorrt.profiles import Range, profile_of
+from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.manifest import is_loop
 from tests.bundle_fixture import KINDS
 
@@ -89,10 +90,7 @@ def child(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_take_and_give_what_the_bundle_says(built: Path) -> None:
     target = engines_of(built, "rtx-sm86-sm89")
     graphs = Bundle.open(built).manifest.graphs
-    assert list(target.engines) == [*sorted(graphs), "loops/ddim-10"] or set(target.engines) == {
-        *graphs,
-        "loops/ddim-10",
-    }
+    assert set(target.engines) == {*graphs, "loops/ddim-10"}
     assert target.compute_capabilities == ("8.6", "8.9")
     for name, graph in graphs.items():
         for tensors, specs in (
@@ -193,7 +191,8 @@ def another_graph(bundle: Path) -> None:
 
 def damaged(bundle: Path) -> None:
     file = bundle / "targets" / KIND / "text_encoder.plan"
-    file.write_bytes(file.read_bytes()[:-1] + b"\xff\x00"[:1])
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 STALE: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
@@ -349,22 +348,16 @@ def test_a_loop_of_no_plan(bundle: Path) -> None:
         build_engines(Bundle.open(bundle), settings(), SMALL, ["ddim-7"])
 
 
-def test_an_operator_that_the_parser_lacks_is_refused_before_anything_is_built(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ldm_export.graph.quantize_dynamic import QuantizeDynamic
-
-    file = bundle / "vae_decoder" / "model.onnx"
-    model = QuantizeDynamic().apply(onnx.load(file), []).model
+def test_an_operator_that_the_parser_lacks_is_refused_before_anything_is_built(bundle: Path) -> None:
+    file = bundle / "text_encoder" / "model.onnx"
+    model = QuantizeDynamic(smallest=1).apply(onnx.load(file), []).model
     file.write_bytes(model.SerializeToString())
     refused = next(node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear")
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"]["vae_decoder/model.onnx"]["size_bytes"] = file.stat().st_size
+    manifest["files"]["text_encoder/model.onnx"]["size_bytes"] = file.stat().st_size
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     stages: list[str] = []
-    with pytest.raises(
-        ExportError, match=rf"cannot read vae_decoder: node {refused.name} \(DynamicQuantizeLinear\): ."
-    ):
+    with pytest.raises(ExportError, match=rf"cannot read text_encoder: node {refused.name} \(Dyn\w+\): no such"):
         build_engines(Bundle.open(bundle), settings(), progress=stages.append)
     assert stages == ["parsing"]
     assert not list((bundle / "targets").iterdir())
@@ -453,8 +446,7 @@ def test_what_a_gpu_cannot_compute_is_said(bundle: Path) -> None:
 
 def test_last_words() -> None:
     said = "\x1b[38;5;9m[E] IBuilder: Error Code 1: no such thing. In compile at /_src/x.cpp:2\x1b[0m\n"
-    said += "[!] Invalid Engine. Oh\n"
-    assert last_words(said) == "IBuilder: Error Code 1: no such thing"
+    assert last_words(said + "[!] Invalid Engine. Please check") == "IBuilder: Error Code 1: no such thing"
     assert last_words("") == ""
 
 

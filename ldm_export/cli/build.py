@@ -42,7 +42,8 @@ def command(bundle: Path, target: str, as_json: bool, **given: Any) -> None:
     opened = Bundle.open(bundle)
     if target == "cpu":
         if used := [name for name, value in given.items() if value]:
-            raise InputError(f"--{used[0].removesuffix('s')} is for engines, not for --target cpu; leave it out.")
+            name = {"loops": "loop"}.get(used[0], used[0])
+            raise InputError(f"--{name} is for engines, not for --target cpu; leave it out.")
         _build_cpu(opened, as_json)
     else:
         _build_engines(opened, FLAVOURS[target], given, as_json)

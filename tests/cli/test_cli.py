@@ -118,6 +118,38 @@ def test_build(run: Run, bundle: Path) -> None:
     assert all(0 <= graph["error"] <= graph["allowed"] == 1e-4 for graph in document["graphs"].values())
 
 
+def test_build_engines(run: Run, bundle: Path) -> None:
+    library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    options = ["--target", "rtx", "--sm", "89,86", "--precision", "fp16", "--graphs", "text_encoder", "--batch", "2"]
+    done = run("build", bundle, *options)
+    assert done.exit_code == 0, done.output
+    says = r"^text_encoder +\d\.\d MB, \d+ layers, built in \d+\.\d s; differs from the plain graph by \S+"
+    assert re.search(says, done.stdout, re.MULTILINE)
+    end = rf"targets/rtx-sm86-sm89-fp16: tensorrt_rtx {library.__version__} for compute capability 8\.6 and 8\.9$"
+    assert re.search(end, done.stdout, re.MULTILINE)
+    again = json.loads(run("build", bundle, *options, "--json").stdout)
+    assert again["target"] == str(bundle / "targets" / "rtx-sm86-sm89-fp16")
+    assert (again["built"], set(again["engines"])) == ([], {"text_encoder"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "rtx"], "needs --sm"),
+        (["--target", "rtx", "--sm", "90"], "H100 needs the data-centre flavour"),
+        (["--target", "rtx", "--sm", "89", "--batch", "4:2:8"], "does not rise"),
+        (["--target", "rtx", "--sm", "89", "--size", "65"], "multiples of 2 pixels"),
+        (["--target", "rtx", "--sm", "89", "--graphs", "unet,unett"], "no graph 'unett'"),
+        (["--target", "cpu", "--sm", "89"], "--sm is for engines"),
+        (["--target", "cpu", "--loop", "ddim-10"], "--loop is for engines"),
+    ],
+)
+def test_engines_that_cannot_be_built(run: Run, bundle: Path, options: list[str], message: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    assert_refused(run("build", bundle, *options), message)
+    assert not (bundle / "targets").exists()
+
+
 @pytest.mark.parametrize(("arguments", "message"), [(["--target", "toaster"], "'toaster' is not"), ([], "--target")])
 def test_a_build_for_no_such_machine(run: Run, bundle: Path, arguments: list[str], message: str) -> None:
     done = run("build", bundle, *arguments)

@@ -90,7 +90,7 @@ def refusals(parser: Any) -> list[dict[str, str]]:
         {
             "node": error.node_name() or f"number {error.node()}",
             "operator": error.node_operator(),
-            "reason": " ".join(error.desc().split()),
+            "reason": "no such operator" if error.desc() == "false" else " ".join(error.desc().split()),
         }
         for error in errors
     ]

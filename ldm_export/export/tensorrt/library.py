@@ -55,10 +55,11 @@ def capabilities_of(flavour: str, library: Any, models: tuple[str, ...]) -> tupl
         raise InputError(f"--target rtx needs --sm, the GPUs to build for: {', '.join(known)}, or several of them.")
     for model in models:
         if model not in known:
-            centre = f"{DATA_CENTRE[model]} needs the data-centre flavour: --target tensorrt on that machine."
+            gpu = DATA_CENTRE.get(model)
+            do = f"{gpu} needs the data-centre flavour: --target tensorrt on that machine." if gpu else "Use these."
             raise InputError(
                 f"--sm {model} is no GPU that {CALLED[flavour]} {library.__version__} builds for; it has "
-                f"{', '.join(known)}. {centre if model in DATA_CENTRE else 'Choose among these.'}"
+                f"{', '.join(known)}. {do}"
             )
     return tuple(f"{model[:-1]}.{model[-1]}" for model in sorted(set(models), key=int))
 

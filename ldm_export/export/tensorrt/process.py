@@ -15,7 +15,7 @@ from ldm_export.errors import ExportError
 from ldm_export.processes import environment
 
 CHILD = (sys.executable, "-m", "ldm_export.export.tensorrt.child")
-_CLUTTER = re.compile(r"\x1b\[[0-9;]*m|^\[[A-Z!]\]\s*|\s*\bIn \w+ at \S+|^Internal Error: ")
+_CLUTTER = re.compile(r"\x1b\[[0-9;]*m|\[[A-Z!]\]\s+|\s*\bIn \w+ at \S+|^Internal Error: ")
 
 
 def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
