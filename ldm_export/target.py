@@ -2,12 +2,12 @@
 
 ``target.json`` says what it was made from and for what, so that a target that does not fit is passed over, never run:
 
-    {"format_version": 2, "kind": "ort-cpu",
+    {"format_version": 1, "kind": "ort-cpu",
      "made_from": {"unet/model.onnx": "…64 hex digits…", ...},        the bundle's own files
      "needs": {"onnxruntime": "1.32.0", "cpu": "x86_64 GenuineIntel 6 85 avx avx2 …"},   all must be equal
      "files": {"unet.onnx": {"size_bytes": 1234, "sha256": "…"}, ...},
      "graphs": {"unet": {"path": "unet.onnx", "once": {"timestep": "unet.timestep.onnx", ...},
-                         "shallow": "unet.shallow.onnx", "deep_channels": 128, "packed": true}, ...},
+                         "shallow": "unet.shallow.onnx", "deep_channels": 128}, ...},
      "report": {...}}                                                  free: rules, parity, seconds
 
 A target may be deleted and rebuilt at any time; the bundle is complete without it. So nothing that is wrong with one is
@@ -34,7 +34,7 @@ from ldm_export.manifest import TARGETS, is_loop
 from ldm_export.onnx_wire import external_data_from_onnx
 
 TARGET = "target.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 ORT_CPU = "ort-cpu"
 MODEL = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 VECTORS = {
@@ -54,14 +54,12 @@ class TargetGraph:
     once : by name of the input that it depends on alone, the graph of what need not be; it gives inputs of the first
     shallow : the outermost blocks alone, which take what ``path`` gives as ``deep``; empty where there are none
     deep_channels : of ``deep``, which else has the latents' sizes
-    packed : the weights of its products lie as ONNX Runtime packs them; else a session must not pack them
     """
 
     path: str
     once: Mapping[str, str]
     shallow: str = ""
     deep_channels: int = 0
-    packed: bool = True
 
     @property
     def paths(self) -> list[str]:
@@ -274,7 +272,6 @@ def _target_of(found: Any, folder: Path) -> Target:
             texts(entry, "once", where),
             field(entry, "shallow", str, where),
             field(entry, "deep_channels", int, where),
-            field(entry, "packed", bool, where),
         )
     return Target(
         folder,

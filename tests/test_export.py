@@ -30,6 +30,7 @@ from ldm_export.export import chain, parity
 from ldm_export.export import onnx as onnx_export
 from ldm_export.export.onnx import GraphModule, graph_module, random_inputs
 from ldm_export.export.parity import TOLERANCE, check_parity, compare_outputs
+from ldm_export.graph import files as graph_files
 from ldm_export.manifest import is_target
 from ldm_export.runtime import Pipeline
 from tests.bundle_fixture import CLASSES, KINDS
@@ -283,7 +284,7 @@ def test_large_weights_lie_in_one_external_file(model: Model, tmp_path: Path, mo
     checkpoint, inline = model("unconditional")
     anew = {"unet": onnx_export.export_graph}
     cached = chain.export_graph
-    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_ABOVE_BYTES", 10_000)
+    monkeypatch.setattr(graph_files, "EXTERNAL_DATA_ABOVE_BYTES", 10_000)
     monkeypatch.setattr(
         chain, "export_graph", lambda module, graph, *rest: anew.get(graph.name, cached)(module, graph, *rest)
     )

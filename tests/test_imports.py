@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"ldm_export": ROOT / "ldm_export", "ldm_reference": ROOT / "reference" / "ldm_reference"}
 
 BASE = {"errors", "contract", "plan"}
-BUNDLE = BASE | {"onnx_wire", "manifest", "bundle"}
+BUNDLE = BASE | {"fields", "partial", "onnx_wire", "manifest", "bundle"}
 MAY_IMPORT = {
     "errors": set(),
     "contract": {"errors"},
     "plan": {"errors"},
     "onnx_wire": BASE,
-    "manifest": BASE,
+    "fields": set(),
+    "partial": set(),
+    "manifest": BASE | {"fields"},
     "bundle": BUNDLE,
     "compvis_names": set(),
     "processes": set(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -23,6 +25,7 @@ from ldm_export.export import ort_cpu
 from ldm_export.export.graphs import copy_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.backends.once import OnceGraph
 from ldm_export.target import cpu_level
 from tests.scheduler_configs import relative_error
@@ -152,6 +155,31 @@ def test_a_build_takes_the_place_of_one_that_is_there(bundle: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["ort-cpu"]
 
 
+KILLED = """
+import os, signal, sys
+from ldm_export.bundle import Bundle
+from ldm_export.export.ort_cpu import build_ort_cpu
+build_ort_cpu(Bundle.open(sys.argv[1]), lambda stage: stage.endswith("unet") and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_what_a_killed_build_left_is_ignored_and_then_cleared(bundle: Path, fast: Pipeline) -> None:
+    targets = bundle / "targets"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(bundle)], cwd=Path(__file__).parents[1], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = targets.glob(".ort-cpu.partial-*")
+    assert (left / "text_encoder.onnx").is_file()
+    assert Pipeline.open(bundle, backend="cpu", verify=True).backend == fast.backend
+    pid, tail = left.name.split("partial-")[1].split("-")
+    going = targets / f".ort-cpu.partial-{os.getpid()}-{tail}"
+    replaced = targets / f".ort-cpu.old-{pid}-{tail}"
+    other = targets / f".openvino.partial-{pid}-{tail}"
+    for folder in (going, replaced, other):
+        folder.mkdir()
+    build_ort_cpu(Bundle.open(bundle))
+    assert sorted(targets.iterdir()) == sorted([targets / "ort-cpu", going, other])
+
+
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no")], ids=["interrupted", "failed"])
 def test_a_build_that_ends_early_leaves_what_was_there(
@@ -175,6 +203,20 @@ def test_a_graph_that_differs_too_much_is_not_kept(bundle: Path, monkeypatch: py
     before = contents(bundle)
     monkeypatch.setattr(ort_cpu, "_largest_error", lambda *_: error)
     with pytest.raises(ExportError, match=r"^ort-cpu: \w+ differs from the plain graph by .* Nothing was kept\.$"):
+        build_ort_cpu(Bundle.open(bundle))
+    assert contents(bundle) == before
+
+
+def test_a_graph_that_does_not_run_is_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(bundle)
+
+    def refuse(*_: object) -> None:
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(ort_cpu, "run_parts", refuse)
+    with pytest.raises(
+        ExportError, match=r"^ort-cpu: the rewritten \w+ does not run \(shapes differ\)\. Nothing was kept\.$"
+    ):
         build_ort_cpu(Bundle.open(bundle))
     assert contents(bundle) == before
 
@@ -207,6 +249,7 @@ def outside(bundle: Path) -> None:
 
 
 def unlisted(bundle: Path) -> None:
+    (bundle / "targets" / "ort-cpu" / "unet.onnx_data").unlink()
     changed(bundle, lambda document: document["files"].pop("unet.onnx_data"))
 
 
@@ -230,6 +273,24 @@ def unknown(bundle: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"MultiHeadAttention", b"MultiHeadAttentiom"))
 
 
+def said(bundle: Path) -> Path:
+    return bundle / "targets" / "ort-cpu" / "target.json"
+
+
+def listed(name: str, **change: Any) -> Callable[[Path], None]:
+    return lambda bundle: changed(bundle, lambda document: document["files"][name].update(change))
+
+
+def of_unet(**change: Any) -> Callable[[Path], None]:
+    return lambda bundle: changed(bundle, lambda document: document["graphs"]["unet"].update(change))
+
+
+def linked(path: Path) -> None:
+    """The same bytes, behind a link out of the bundle."""
+    moved = path.rename(path.parents[len(path.parts) - 1 - path.parts.index("bundle")] / f"moved-{path.name}")
+    path.symlink_to(moved)
+
+
 NEEDS = {"onnxruntime": onnxruntime.__version__, "cpu": cpu_level()}
 DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "another ONNX Runtime": (
@@ -238,7 +299,73 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another processor": (updated(needs=NEEDS | {"cpu": "z80"}), f"it was made for cpu z80, and this is {cpu_level()}"),
     "other graphs": (updated(made_from={"unet/model.onnx": "0" * 64}), "it was made from other graphs"),
-    "another format": (updated(format_version=2), "it has format_version 2, and this ldm_export reads 1"),
+    "no needs": (updated(needs={}), "it says what it needs of nothing, and must of onnxruntime, cpu"),
+    "no processor": (
+        updated(needs={"onnxruntime": onnxruntime.__version__}),
+        "it says what it needs of onnxruntime, and must of onnxruntime, cpu",
+    ),
+    "more needs": (updated(needs=NEEDS | {"gpu": "x"}), "it says what it needs of onnxruntime, cpu, gpu, and must of "),
+    "needs that are no text": (
+        updated(needs=NEEDS | {"cpu": 1}),
+        "its target.json cannot be read (needs.cpu is of type",
+    ),
+    "another kind": (updated(kind="openvino"), "its target.json cannot be read (it is of the kind 'openvino')"),
+    "a version of another type": (updated(format_version=1.0), "its target.json cannot be read (format_version is of"),
+    "NaN": (updated(report={"seconds": float("nan")}), "its target.json cannot be read (not JSON: NaN is no number)"),
+    "a key twice": (
+        lambda bundle: said(bundle).write_text('{"kind": "ort-cpu", "kind": "ort-cpu"}'),
+        "its target.json cannot be read (not JSON: a key occurs twice among",
+    ),
+    "nested too deep": (
+        lambda bundle: said(bundle).write_text("[" * 200000),
+        "its target.json cannot be read (not JSON",
+    ),
+    "a size in half bytes": (
+        listed("unet.onnx", size_bytes=1.5),
+        "its target.json cannot be read (files['unet.onnx'].size",
+    ),
+    "a size that is true": (
+        listed("unet.onnx", size_bytes=True),
+        "its target.json cannot be read (files['unet.onnx'].size",
+    ),
+    "a size below zero": (listed("unet.onnx", size_bytes=-1), "its target.json cannot be read (files['unet.onnx'] is "),
+    "an absurd size": (listed("unet.onnx", size_bytes=10**30), "its unet.onnx has "),
+    "a hash that is none": (listed("unet.onnx", sha256="x"), "its target.json cannot be read (files['unet.onnx'] is "),
+    "channels in halves": (
+        of_unet(deep_channels=1.5),
+        "its target.json cannot be read (graphs['unet'].deep_channels is of",
+    ),
+    "absurd channels": (of_unet(deep_channels=10**12), "ONNX Runtime refuses its unet"),
+    "channels below zero": (of_unet(deep_channels=-1), "ONNX Runtime refuses its unet"),
+    "no outermost blocks": (of_unet(shallow=""), "ONNX Runtime refuses its unet"),
+    "a part of no input": (of_unet(once={"latents": "unet.timestep.onnx"}), "ONNX Runtime refuses its unet"),
+    "parts exchanged": (
+        of_unet(once={"timestep": "unet.encoder_hidden_states.onnx", "encoder_hidden_states": "unet.timestep.onnx"}),
+        "ONNX Runtime refuses its unet",
+    ),
+    "a part too few": (of_unet(once={"timestep": "unet.timestep.onnx"}), "ONNX Runtime refuses its unet"),
+    "another graph": (of_unet(path="vae_decoder.onnx"), "ONNX Runtime refuses its unet"),
+    "a graph elsewhere": (of_unet(path="../../unet/model.onnx"), "its ../../unet/model.onnx is missing"),
+    "an absolute path": (of_unet(path="/etc/passwd"), "its /etc/passwd is missing"),
+    "a file that is not listed": (lambda bundle: (said(bundle).parent / "x").write_text(""), "its x is not listed"),
+    "a linked file": (lambda bundle: linked(said(bundle).parent / "unet.onnx"), "its unet.onnx is a link or a device"),
+    "a linked description": (lambda bundle: linked(said(bundle)), "its target.json is a link or a device"),
+    "a dangling link": (
+        lambda bundle: (said(bundle).parent / "x").symlink_to("nowhere"),
+        "its x is a link or a device",
+    ),
+    "a pipe": (lambda bundle: os.mkfifo(said(bundle).parent / "x"), "its x is a link or a device"),
+    "a linked folder": (lambda bundle: linked(said(bundle).parent), "its folder is a link"),
+    "linked targets": (lambda bundle: linked(said(bundle).parent.parent), "its folder is a link"),
+    "no description": (lambda bundle: said(bundle).unlink(), "its target.json is missing"),
+    "a file for a folder": (
+        lambda bundle: (shutil.rmtree(said(bundle).parent), said(bundle).parent.write_text("")),
+        "its target.json cannot be read (",
+    ),
+    "another format": (
+        updated(format_version=2),
+        "its target.json cannot be read (it has format_version 2; this ldm_export reads 1)",
+    ),
     "a graph too few": (
         lambda bundle: changed(bundle, lambda document: document["graphs"].pop("vae_decoder")),
         "it has the graphs text_encoder, unet, vae_encoder, and",
@@ -262,9 +389,9 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a missing file": (
         lambda bundle: (bundle / "targets" / "ort-cpu" / "unet.onnx").unlink(),
-        "its unet.onnx is missing or of another size",
+        "its unet.onnx is missing",
     ),
-    "a truncated file": (cut, "its unet.onnx_data is missing or of another size"),
+    "a truncated file": (cut, "its unet.onnx_data has "),
     "a graph that is none": (same_size, "its unet.onnx cannot be read ("),
     "an unknown operator": (unknown, "ONNX Runtime refuses its unet"),
     "weights outside": (outside, "its unet.onnx reads weights from '../../unet/model.onnx', which it does not list"),
@@ -278,13 +405,84 @@ def test_a_target_that_does_not_fit_is_passed_over(bundle: Path, plain: Pipeline
     damage(bundle)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipeline = Pipeline.open(bundle, backend="cpu", verify=True)
+        pipeline = Pipeline.open(bundle, backend="cpu")
         result = pipeline.generate(PROMPTS, steps=10)
     assert pipeline.backend == plain.backend
     (warning,) = [str(each.message) for each in caught]
     assert warning.startswith(f"targets/ort-cpu of {bundle} is passed over, since {reason}")
     assert warning.endswith(f"run: ldm-export build {bundle} --target cpu")
     np.testing.assert_array_equal(result.latents, plain.generate(PROMPTS, steps=10).latents)
+
+
+@pytest.mark.parametrize("file", ["unet.onnx", "unet.onnx_data", "vae_decoder.onnx_data"])
+def test_altered_bytes_are_seen_when_hashes_are_checked(bundle: Path, plain: Pipeline, file: str) -> None:
+    path = bundle / "targets" / "ort-cpu" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert Bundle.open(bundle, verify=True).verified
+    with pytest.warns(UserWarning, match=rf"is passed over, since its {file} has been altered; the plain graphs run"):
+        pipeline = Pipeline.open(bundle, backend="cpu", verify=True)
+    assert pipeline.backend == plain.backend
+
+
+def test_another_graph_without_parts_is_passed_over(bundle: Path) -> None:
+    changed(bundle, lambda document: document["graphs"]["vae_decoder"].update(path="unet.shallow.onnx"))
+    backend = open_backend(Bundle.open(bundle), "cpu", None)
+    with pytest.warns(UserWarning, match="is passed over, since ONNX Runtime refuses its vae_decoder"):
+        graph = backend.load("vae_decoder")
+    assert [tensor.name for tensor in graph.spec.inputs] == ["latent_sample"]
+    assert not backend.name.endswith("ort-cpu")
+
+
+def test_a_sound_target_stays_when_hashes_are_checked(built: Path, fast: Pipeline) -> None:
+    assert Pipeline.open(built, backend="cpu", verify=True).backend == fast.backend
+
+
+# --- which processors are alike -------------------------------------------------------------------------------------
+
+INTEL = "processor : 0\nvendor_id : GenuineIntel\ncpu family : 6\nmodel : 143\nmodel name : Xeon\nflags : {}\n\n"
+AMX = "fpu smep sse2 sse4_1 avx avx2 fma avx512f avx512bw avx512dq avx512vl avx512_vnni amx_tile amx_int8"
+PHONE = "processor : 0\nFeatures : fp asimd asimddp {}\nCPU implementer : 0x41\nCPU part : {}\n\n"
+
+
+def level_of(cpuinfo: str, monkeypatch: pytest.MonkeyPatch, node: str = "here") -> str:
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: cpuinfo)
+    monkeypatch.setattr("platform.node", lambda: node)
+    monkeypatch.setattr("platform.machine", lambda: "here64")
+    return cpu_level()
+
+
+def test_all_that_a_layout_may_depend_on_is_in_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    level = level_of(INTEL.format(AMX) * 2, monkeypatch)
+    assert level == (
+        "here64 GenuineIntel 6 143 amx_int8 amx_tile avx avx2 avx512_vnni avx512bw avx512dq avx512f avx512vl fma sse4_1"
+    )
+    others = [
+        INTEL.format(AMX.replace(" avx512_vnni", "")),
+        INTEL.format(AMX.replace(" amx_tile amx_int8", "")),
+        INTEL.format(AMX.replace(" avx512bw", "")),
+        INTEL.format(AMX + " avx_vnni"),
+        INTEL.format(AMX + " avx_vnni_int8"),
+        INTEL.format(AMX).replace("143", "85"),
+        INTEL.format(AMX).replace("GenuineIntel", "AuthenticAMD"),
+        PHONE.format("", "0xd0b"),
+        PHONE.format("i8mm", "0xd0b"),
+        PHONE.format("sve", "0xd0b"),
+        PHONE.format("i8mm", "0xd0b") + PHONE.format("i8mm", "0xd05"),
+        "isa : rv64gcv",
+    ]
+    levels = [level_of(cpuinfo, monkeypatch) for cpuinfo in others]
+    assert len({level, *levels}) == len(others) + 1
+    assert level_of(INTEL.format(AMX + " smap rtm"), monkeypatch, node="there") == level
+
+
+def test_where_the_system_tells_nothing_another_machine_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = level_of("isa : rv64gcv", monkeypatch)
+    assert level_of("isa : rv64gcv", monkeypatch) == here
+    assert level_of("isa : rv64gcv", monkeypatch, node="there") != here
+    assert "here " not in here  # the machine's name is not given away
 
 
 # --- OnceGraph ------------------------------------------------------------------------------------------------------

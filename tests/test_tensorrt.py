@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -450,7 +449,8 @@ def test_what_a_gpu_cannot_compute_is_said(bundle: Path) -> None:
 
 
 def test_last_words() -> None:
-    said = "\x1b[38;5;9m[E] IBuilder: Error Code 1: no such thing. In compile at /_src/x.cpp:2\x1b[0m\n[!] Invalid Engine. Oh\n"
+    said = "\x1b[38;5;9m[E] IBuilder: Error Code 1: no such thing. In compile at /_src/x.cpp:2\x1b[0m\n"
+    said += "[!] Invalid Engine. Oh\n"
     assert last_words(said) == "IBuilder: Error Code 1: no such thing"
     assert last_words("") == ""
 

@@ -18,7 +18,7 @@ from ldm_export.contract import GraphSpec
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
 from ldm_export.export.parity import TOLERANCE, Parity, Run, check_parity, compare_graph, reference_runs
-from ldm_export.graph.base import Inputs
+from ldm_export.graph.base import Inputs, spread
 from ldm_export.plan import SAMPLERS, compile_plan
 
 DEFAULT_STEPS = (10, 20, 30, 50)
@@ -142,7 +142,7 @@ def parity_runs(checkpoint: LatentDiffusion, graph: GraphSpec, calls: Sequence[I
     configs = checkpoint.configs
     module = graph_module(checkpoint.load(_component(graph)), graph)
     if calls:
-        chosen = calls[:: -(-len(calls) // CALLS_COMPARED)]
+        chosen = spread(calls, CALLS_COMPARED)
         inputs = [tuple(torch.from_numpy(call[tensor.name]) for tensor in graph.inputs) for call in chosen]
         with torch.no_grad():
             runs = [(tensors, module(*tensors)) for tensors in inputs]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
 
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
@@ -16,6 +17,7 @@ from ldm_export.errors import ExportError, InputError
 from ldm_export.export.chain import Progress, parity_runs, tolerances
 from ldm_export.export.parity import check_parity, compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
+from ldm_export.graph.files import load, save
 from ldm_export.manifest import MANIFEST, is_loop, is_target
 
 CALIBRATION = "calibration"
@@ -57,21 +59,20 @@ def change_graphs(
     kept = graphs.keys() - set(names)
     parity = [record for record in bundle.manifest.parity if record["graph"] in kept]
     with create_bundle(output, force=True) as writer:
-        copy_files(bundle, writer.path, loops=False)
+        changed = {f"{graphs[name].path}{end}" for name in names for end in ("", "_data")}
+        copy_files(bundle, writer.path, [path for path in bundle.manifest.files if is_loop(path) or path in changed])
         for name in names:
-            graph = bundle.manifest.graphs[name]
+            graph, calls = graphs[name], calibration[name]
             file = writer.path / graph.path
-            if (file.parent / "model.onnx_data").exists():
-                raise InputError(f"{step.name}: {name} has more than 2 GB of weights, which no graph pass handles yet.")
-            calls = calibration[name]
             progress(f"{name}: {step.name}")
+            change = step.apply(load(bundle.file(graph.path)), calls)
+            save(onnx_ir.from_proto(change.model), file)
+            reports[name] = dict(change.report)
+            del change  # a large network takes its place
             try:
-                change = step.apply(onnx.load(str(file)), calls)
-                onnx.checker.check_model(change.model, full_check=True)
+                onnx.checker.check_model(str(file), full_check=True)
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise ExportError(f"{step.name} made no valid ONNX of {name} ({error}). Nothing was kept.") from error
-            file.write_bytes(change.model.SerializeToString(deterministic=True))
-            reports[name] = dict(change.report)
             progress(f"{name}: comparing with PyTorch")
             tolerance = max([step.tolerance, *tolerances(bundle, name).values()])
             records = [
@@ -106,10 +107,10 @@ def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, A
         )
 
 
-def copy_files(bundle: Bundle, folder: Path, *, loops: bool = True) -> None:
-    """Everything that is listed, with or without the loops; neither the manifest nor targets."""
+def copy_files(bundle: Bundle, folder: Path, left_out: Collection[str] = ()) -> None:
+    """Everything that is listed, but for what is left out; neither the manifest nor targets."""
     for relative in bundle.manifest.files:
-        if is_loop(relative) and not loops:
+        if relative in left_out:
             continue
         assert relative != MANIFEST
         assert not is_target(relative)

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from ldm_export.checkpoint import Network
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
+from ldm_export.graph.files import save
 
 OPSET = 20
-EXTERNAL_DATA_ABOVE_BYTES = 1_500_000_000
-"""Weights beyond this go to one external file: protobuf cannot hold 2 GiB."""
 
 
 class GraphModule(nn.Module):
@@ -129,14 +128,8 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
     assert program is not None
     model = _cleaned(program.model, graph)
     path = folder / "model.onnx"
-    weights_bytes = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    if weights_bytes > EXTERNAL_DATA_ABOVE_BYTES:
-        onnx_ir.save(model, path, external_data="model.onnx_data")
-    else:
-        onnx_ir.save(model, path)
+    save(model, path)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

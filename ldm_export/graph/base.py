@@ -17,6 +17,8 @@ Array = npt.NDArray[Any]
 Inputs = Mapping[str, Array]
 """The inputs of one call of a graph, by name."""
 Purpose = Literal["speed", "bytes"]
+CALLS_JUDGED = 4
+"""Calibration calls that a pass tries its changes on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ class GraphPass(Protocol):
     def graphs(self) -> tuple[str, ...]: ...
 
     def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange: ...
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def spread(calls: Sequence[Inputs], count: int) -> list[Inputs]:
+    """At most so many calls, evenly from the first to the last, and so of pictures of more than one step at several
+    timesteps."""
+    chosen = np.linspace(0, len(calls) - 1, min(count, len(calls))).round().astype(int)
+    return [calls[number] for number in chosen]
 
 
 def check_calibration(model: onnx.ModelProto, calibration: Sequence[Inputs]) -> None:

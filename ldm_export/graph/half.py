@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ldm_export.errors import ExportError
-from ldm_export.graph.base import GraphChange, Inputs, Purpose, check_calibration
+from ldm_export.graph.base import CALLS_JUDGED, GraphChange, Inputs, Purpose, check_calibration, copied, spread
 from ldm_export.graph.integers import array, initializers, remove_unused, tensor
 from ldm_export.graph.running import outputs_of, watched, worst_error
 from ldm_export.options import check_between, check_one_of
@@ -73,7 +73,7 @@ class Half:
     def _sensitive(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> set[str]:
         """First outputs of the operators that stay in fp32: those that overflow or lose too much; then, as long as the
         whole graph is off by more than ``loss``, also the operators that these read from, a generation at a time."""
-        some = list(calibration[:: max(1, len(calibration) // 4)])
+        some = spread(calibration, CALLS_JUDGED)
         floats = float_values(model)
         kept = self._alone_too_lossy(model, floats, some)
         references = outputs_of(model, some)
@@ -90,8 +90,7 @@ class Half:
         )
 
     def _alone_too_lossy(self, model: onnx.ModelProto, floats: set[str], calibration: Sequence[Inputs]) -> set[str]:
-        shadowed = onnx.ModelProto()
-        shadowed.CopyFrom(model)
+        shadowed = copied(model)
         nodes, rounded, watch = shadowed.graph.node, set[str](), list[str]()
         for node in model.graph.node:
             out = node.output[0]
@@ -119,7 +118,7 @@ class Half:
         limit = FORMATS[self.format][1] / HEADROOM
         with watched(shadowed, [f"{out}.{part}" for out in watch for part in ("off_power", "power", "largest")]) as run:
             for call in calibration:
-                values = run(call)
+                values = dict(run(call))
                 for out in watch:
                     off, power, largest = (float(values[f"{out}.{part}"]) for part in ("off_power", "power", "largest"))
                     if not (largest <= limit and off <= self.loss**2 * max(power, 1e-30)):  # true for NaN
@@ -200,8 +199,7 @@ def _rewritten(
     narrow, widen : make one of the other
     rounds : whether an operator's results are still to be narrowed
     """
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = copied(model)
     nodes: list[onnx.NodeProto] = []
     there = {value.name for value in model.graph.input} | {weight.name for weight in model.graph.initializer}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from ldm_export.graph.base import Array
@@ -42,7 +43,8 @@ def initializers(model: onnx.ModelProto) -> dict[str, TensorProto]:
 
 
 def array(tensor: TensorProto) -> Array:
-    return np.asarray(numpy_helper.to_array(tensor))
+    """Its values; those of one that lies outside are mapped from its file, not read."""
+    return ir.serde.deserialize_tensor(tensor, "").numpy()
 
 
 def tensor(values: Array, name: str) -> TensorProto:

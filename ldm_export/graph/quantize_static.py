@@ -6,27 +6,42 @@ Ranges are calibrated over whole sampling trajectories and are aware of the time
 4.2): every timestep gives equally many samples, and a range is the one with the least mean squared error where each
 timestep's error is measured against its own power, so that quiet timesteps count as much as loud ones. A convolution
 that reads a concatenation with a skip connection, whose two parts have ranges of their own, becomes a sum of two
-(section 4.3, "split quantization"). Each operator is tried alone: one that costs too much accuracy, or that is not
-faster here than in fp32, stays as it is.
+(section 4.3, "split quantization").
+
+Each operator is tried alone, on what the graph gives it: one that loses too much, or that is not faster here than in
+fp32, stays as it is. Then the whole graph is held against itself in fp32; where it is off by too much, those that lose
+the most are put back, as few as bisection finds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper
 
 from ldm_export.errors import InputError
-from ldm_export.graph.base import Array, GraphChange, Inputs, Purpose, check_calibration
+from ldm_export.graph.base import (
+    CALLS_JUDGED,
+    Array,
+    GraphChange,
+    Inputs,
+    Purpose,
+    check_calibration,
+    copied,
+    spread,
+)
 from ldm_export.graph.integers import SAFE_MAX, array, initializers, quantized, remove_unused, tensor
 from ldm_export.graph.running import outputs_of, session, watched, worst_error
 from ldm_export.options import check_between, check_one_of
 
+CALLS = 64
+"""Calibration calls that ranges are taken from."""
 SAMPLES = 4096
 """Values of a tensor that are kept of each call."""
 SHRINKS = np.linspace(1.0, 0.5, 26)
@@ -46,7 +61,8 @@ class QuantizeStatic:
     Attributes
     ----------
     operators : Conv, MatMul or both; of MatMul those by a constant, which on a CPU are better off with quantize-dynamic
-    layer_error : how far one operator alone may move the graph's output, root mean square, as a share of it
+    layer_error : how far an operator alone may be off, root mean square, as a share of its own output
+    graph_error : how far the graph's output may then be off, likewise
     only_faster : leave what is not faster on this machine in fp32
     """
 
@@ -56,12 +72,14 @@ class QuantizeStatic:
     tolerance: ClassVar[float] = 0.2
 
     operators: tuple[str, ...] = ("Conv", "MatMul")
-    layer_error: float = 0.02
+    layer_error: float = 0.04
+    graph_error: float = 0.1
     only_faster: bool = True
     graphs: tuple[str, ...] = ("unet", "vae_decoder")
 
     def __post_init__(self) -> None:
         check_between("layer_error", self.layer_error, 0.0, 1.0, inclusive=False)
+        check_between("graph_error", self.graph_error, 0.0, 1.0, inclusive=False)
         if not self.operators:
             raise InputError(f"operators = [] quantizes nothing; allowed are {', '.join(OPERATORS)}.")
         for operator in self.operators:
@@ -69,30 +87,58 @@ class QuantizeStatic:
 
     def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange:
         check_calibration(model, calibration)
-        whole = onnx.ModelProto()
-        whole.CopyFrom(model)
-        split = split_concatenations(model)
-        constants = initializers(model)
+        divided = copied(model)
+        parts = split_concatenations(divided)
+        constants = initializers(divided)
         nodes = [
-            node for node in model.graph.node if node.op_type in self.operators and _is_by_a_constant(node, constants)
+            node for node in divided.graph.node if node.op_type in self.operators and _is_by_a_constant(node, constants)
         ]
-        ranges, shapes = _calibrate(model, nodes, calibration)
-        some = list(calibration[:: max(1, len(calibration) // 4)])
-        references = outputs_of(model, some)
-        kept, slower, coarse = [], [], []
-        for node in nodes:
-            if self.only_faster and not _is_faster(model, node, ranges, shapes):
-                slower.append(node.output[0])
-                continue
-            trial = _with_integers(model, [node], ranges)
-            if worst_error(references, outputs_of(trial, some)) > self.layer_error:
-                coarse.append(node.output[0])
+        ranges = _ranges(divided, nodes, spread(calibration, CALLS))
+        judged = spread(calibration, CALLS_JUDGED)
+        references, errors, faster = _tried_alone(divided, nodes, ranges, judged, timed=self.only_faster)
+        slower = [node.output[0] for node in nodes if not faster[node.output[0]]]
+        coarse = [out for out, error in errors.items() if faster[out] and not error <= self.layer_error]  # or NaN
+        fit = sorted(
+            (node for node in nodes if node.output[0] not in {*slower, *coarse}),
+            key=lambda node: errors[node.output[0]],
+        )
+
+        def with_integers(kept: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+            whole = copied(model)
+            split_concatenations(whole, only=_worth_it(kept, parts))
+            return _with_integers(whole, kept, ranges)
+
+        count, changed, error = self._as_many_as_fit(fit, with_integers, references, judged)
+        report = {
+            "quantized": count,
+            "not_faster": slower,
+            "not_accurate": coarse,
+            "put_back": [node.output[0] for node in fit[count:]],
+            "split": len(_worth_it(fit[:count], parts)),
+            "error": error,
+        }
+        return GraphChange(changed, report)
+
+    def _as_many_as_fit(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        with_integers: Callable[[Sequence[onnx.NodeProto]], onnx.ModelProto],
+        references: Sequence[Sequence[Array]],
+        calls: Sequence[Inputs],
+    ) -> tuple[int, onnx.ModelProto, float]:
+        """How many of these, the first first, the whole graph is accurate enough with; that graph, and its error."""
+        count, too_many = 0, len(nodes) + 1
+        changed, error = with_integers([]), 0.0
+        middle = len(nodes)  # most often all of them
+        while too_many - count > 1:
+            trial = with_integers(nodes[:middle])
+            off = worst_error(references, outputs_of(trial, calls))
+            if off <= self.graph_error:
+                count, changed, error = middle, trial, off
             else:
-                kept.append(node)
-        worth_it = {convolution for node in kept for convolution, parts in split.items() if node.output[0] in parts}
-        split_concatenations(whole, only=worth_it)
-        report = {"quantized": len(kept), "not_faster": slower, "not_accurate": coarse, "split": len(worth_it)}
-        return GraphChange(_with_integers(whole, kept, ranges), report)
+                too_many = middle
+            middle = (count + too_many) // 2
+        return count, changed, error
 
 
 def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
@@ -101,6 +147,12 @@ def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]
     if any(constant is None or constant.data_type != TensorProto.FLOAT for constant in known):
         return False
     return node.op_type != "MatMul" or len(constants[node.input[1]].dims) == 2
+
+
+def _worth_it(kept: Sequence[onnx.NodeProto], parts: Mapping[str, Sequence[str]]) -> set[str]:
+    """The convolutions of which a part at least is among these."""
+    outputs = {node.output[0] for node in kept}
+    return {convolution for convolution, of_it in parts.items() if outputs.intersection(of_it)}
 
 
 def split_concatenations(model: onnx.ModelProto, only: Collection[str] | None = None) -> dict[str, list[str]]:
@@ -141,25 +193,18 @@ def split_concatenations(model: onnx.ModelProto, only: Collection[str] | None = 
     return done
 
 
-def _calibrate(
-    model: onnx.ModelProto, chosen: Sequence[onnx.NodeProto], calibration: Sequence[Inputs]
-) -> tuple[dict[str, Range], dict[str, tuple[int, ...]]]:
-    """The range of every input and output of these operators, and the shape of every input."""
-    names = [name for node in chosen for name in (node.input[0], node.output[0])]
-    inputs = {value.name for value in model.graph.input}
+def _ranges(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], calibration: Sequence[Inputs]) -> dict[str, Range]:
+    """The range of every input and output of these operators."""
+    names = [name for node in nodes for name in (node.input[0], node.output[0])]
     samples: dict[str, list[Array]] = {name: [] for name in names}
-    shapes: dict[str, tuple[int, ...]] = {}
     generator = np.random.default_rng(0)
-    with watched(model, [name for name in names if name not in inputs]) as values:
+    with watched(model, names) as values:
         for call in calibration:
-            found = {**values(call), **call}
-            for name in samples:
-                value = found[name]
-                shapes[name] = value.shape
+            for name, value in values(call):
                 flat = value.reshape(-1)
-                chosen = generator.choice(flat, min(SAMPLES, flat.size), replace=False)
-                samples[name].append(np.concatenate([chosen, [flat.min(), flat.max()]]))
-    return {name: best_range(parts) for name, parts in samples.items()}, shapes
+                some = flat if flat.size <= SAMPLES else flat[generator.integers(flat.size, size=SAMPLES)]
+                samples[name].append(np.append(some, [flat.min(), flat.max()]))
+    return {name: best_range(parts) for name, parts in samples.items()}
 
 
 def best_range(parts: Sequence[Array]) -> Range:
@@ -187,8 +232,7 @@ def _with_integers(
     model: onnx.ModelProto, chosen_nodes: Sequence[onnx.NodeProto], ranges: Mapping[str, Range]
 ) -> onnx.ModelProto:
     """A copy of the graph in which these operators run on integers."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = copied(model)
     constants, chosen = initializers(changed), {node.output[0] for node in chosen_nodes}
     nodes: list[onnx.NodeProto] = []
     integers: set[str] = set()
@@ -247,22 +291,70 @@ def _integer_constants(
     return f"{out}.weight_float", [f"{out}.bias_float"]
 
 
-def _is_faster(
-    model: onnx.ModelProto, node: onnx.NodeProto, ranges: Mapping[str, Range], shapes: Mapping[str, tuple[int, ...]]
-) -> bool:
-    """Whether one operator, with what it takes to get into integers and out, is faster than in fp32 here."""
-    constants = initializers(model)
-    x, shape = node.input[0], shapes[node.input[0]]
-    given = helper.make_tensor_value_info(x, TensorProto.FLOAT, shape)
+def _tried_alone(
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    ranges: Mapping[str, Range],
+    calls: Sequence[Inputs],
+    *,
+    timed: bool,
+) -> tuple[list[list[Array]], dict[str, float], dict[str, bool]]:
+    """The graph's outputs for each call; and by each operator's output, how far it is off on integers, on what it
+    reads in the worst of them, and whether it is then faster, where that is ``timed``."""
+    constants, own = initializers(model), [value.name for value in model.graph.output]
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        readers.setdefault(node.input[0], []).append(node)
+    references: list[list[Array]] = []
+    errors = {node.output[0]: 0.0 for node in nodes}
+    kinds: dict[Hashable, bool] = {}
+    faster = {node.output[0]: True for node in nodes}
+    with watched(model, [*readers, *own]) as values:
+        for call in calls:
+            results = {}
+            for name, x in values(call):
+                if name in own:
+                    results[name] = x
+                for node in readers.get(name, ()):
+                    out, given = node.output[0], {name: x}
+                    sides = _alone(model, node, constants, ranges, x.shape)
+                    results_of = [[side.run(None, given)] for side in sides]
+                    errors[out] = float(np.maximum(errors[out], worst_error(*results_of)))  # NaN if one is
+                    kind = _kind(node, constants, x.shape)
+                    if timed and kind not in kinds:
+                        kinds[kind] = _is_faster(*sides, given)
+                    faster[out] &= kinds.get(kind, True)
+            references.append([results[name] for name in own])
+    return references, errors, faster
+
+
+def _alone(
+    model: onnx.ModelProto,
+    node: onnx.NodeProto,
+    constants: Mapping[str, TensorProto],
+    ranges: Mapping[str, Range],
+    shape: Sequence[int],
+) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
+    """One operator as it is, and on integers with what it takes to get into them and out."""
+    given = helper.make_tensor_value_info(node.input[0], TensorProto.FLOAT, shape)
     made = helper.make_empty_tensor_value_info(node.output[0])
     graph = helper.make_graph([node], "one", [given], [made], [constants[name] for name in node.input[1:]])
     plain = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    call = {x: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
-    sides = [session(plain), session(_with_integers(plain, [node], ranges))]
-    times: list[list[float]] = [[], []]
+    return session(plain), session(_with_integers(plain, [node], ranges))
+
+
+def _kind(node: onnx.NodeProto, constants: Mapping[str, TensorProto], shape: Sequence[int]) -> Hashable:
+    """What an operator's time depends on."""
+    attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+    sizes = [tuple(constants[name].dims) for name in node.input[1:]]
+    return node.op_type, tuple(shape), tuple(sizes), tuple(attributes)
+
+
+def _is_faster(plain: onnxruntime.InferenceSession, integer: onnxruntime.InferenceSession, call: Inputs) -> bool:
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(TRIALS):
-        for side, opened in enumerate(sides):
+        for spent, side in zip(times, (plain, integer), strict=True):
             started = time.perf_counter()
-            opened.run(None, call)
-            times[side].append(time.perf_counter() - started)
+            side.run(None, dict(call))
+            spent.append(time.perf_counter() - started)
     return min(times[1]) < min(times[0])

@@ -18,7 +18,16 @@ import onnx
 from onnx import TensorProto, helper
 
 from ldm_export.errors import InputError
-from ldm_export.graph.base import Array, GraphChange, Inputs, Purpose, check_calibration
+from ldm_export.graph.base import (
+    CALLS_JUDGED,
+    Array,
+    GraphChange,
+    Inputs,
+    Purpose,
+    check_calibration,
+    copied,
+    spread,
+)
 from ldm_export.graph.integers import (
     INT4_MAX,
     INT8_MAX,
@@ -91,11 +100,10 @@ class QuantizeWeights:
 
     def _coarse_enough(self, model: onnx.ModelProto, chosen: dict[str, int], calibration: Sequence[Inputs]) -> set[str]:
         """The weights that 4 bits are enough for, each tried with all others in fp32."""
-        some = list(calibration[:: max(1, len(calibration) // 4)])
+        some = spread(calibration, CALLS_JUDGED)
         references = outputs_of(model, some)
         found = set()
-        trial = onnx.ModelProto()
-        trial.CopyFrom(model)
+        trial = copied(model)
         constants = initializers(trial)
         for name, axis in chosen.items():
             weight = array(constants[name])
@@ -122,8 +130,7 @@ class QuantizeWeights:
         return (whole * scale.repeat(self.block, axis=other)).astype(np.float32)
 
     def _with_integers(self, model: onnx.ModelProto, chosen: dict[str, int], fine: set[str]) -> onnx.ModelProto:
-        changed = onnx.ModelProto()
-        changed.CopyFrom(model)
+        changed = copied(model)
         constants = initializers(changed)
         nodes = []
         for name, axis in chosen.items():

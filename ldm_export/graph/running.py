@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,16 +12,28 @@ from onnx import helper
 
 from ldm_export.errors import ExportError
 from ldm_export.graph.base import Array, Inputs
+from ldm_export.graph.files import as_in_a_file
 
 
 def session(model: onnx.ModelProto, *, optimised: bool = True) -> onnxruntime.InferenceSession:
-    """Raises ExportError if ONNX Runtime refuses the graph."""
+    """Open a graph; if not ``optimised``, as it stands and without a second, packed copy of its weights.
+
+    Raises
+    ------
+    ExportError
+        If ONNX Runtime refuses the graph.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
+    given, folder = as_in_a_file(model)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(given.SerializeToString(), options, ["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base class
         raise ExportError(f"ONNX Runtime refuses what a pass made of the graph: {error}. Nothing was kept.") from error
 
@@ -34,18 +45,26 @@ def outputs_of(model: onnx.ModelProto, calls: Sequence[Inputs]) -> list[list[Arr
 
 
 @contextmanager
-def watched(model: onnx.ModelProto, names: Iterable[str]) -> Iterator[Any]:
-    """The graph with inner tensors as further outputs: gives a function from inputs to their values by name."""
-    asked = list(dict.fromkeys(names))
+def watched(model: onnx.ModelProto, names: Iterable[str]) -> Iterator[Callable[[Inputs], Iterator[tuple[str, Array]]]]:
+    """The graph with inner tensors as further outputs: gives a function from inputs to names and values.
+
+    Of the values, which may take gigabytes, one at a time is given as an array; hold no more of them than you need.
+    """
+    asked, inputs = list(dict.fromkeys(names)), {value.name for value in model.graph.input}
+    made = [name for name in asked if name not in inputs]
     own, count = {value.name for value in model.graph.output}, len(model.graph.output)
-    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in asked if name not in own)
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made if name not in own)
     try:
         opened = session(model, optimised=False)
     finally:
         del model.graph.output[count:]
 
-    def values(call: Inputs) -> dict[str, Array]:
-        return dict(zip(asked, opened.run(asked, dict(call)), strict=True)) if asked else {}
+    def values(call: Inputs) -> Iterator[tuple[str, Array]]:
+        yield from ((name, call[name]) for name in asked if name in inputs)
+        if made:
+            given = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in call.items()}
+            found = zip(made, opened.run_with_ort_values(made, given), strict=True)
+            yield from ((name, value.numpy()) for name, value in found)
 
     yield values
 

@@ -387,6 +387,27 @@ def test_verify_names_the_file_that_was_altered(run: Run, bundle: Path) -> None:
     assert_refused(run("verify", bundle), r"unet/model\.onnx has been altered")
 
 
+@pytest.mark.filterwarnings("ignore:targets/ort-cpu of")
+def test_verify_names_the_file_of_a_target_that_was_altered(run: Run, bundle: Path) -> None:
+    assert run("build", bundle, "--target", "cpu").exit_code == 0
+    assert json.loads(run("verify", bundle, "--json").stdout)["targets"] == {"ort-cpu": None}
+    weights = bundle / "targets" / "ort-cpu" / "unet.onnx_data"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    done = run("verify", bundle)
+    assert done.exit_code == 1, done.output
+    says = (
+        "FAIL targets/ort-cpu: its unet.onnx_data has been altered. Delete that folder, or run ldm-export build again."
+    )
+    assert says in done.stdout
+    document = json.loads(run("verify", bundle, "--json").stdout)
+    assert document["targets"] == {"ort-cpu": "its unet.onnx_data has been altered"}
+    assert not document["passed"]
+    assert run("build", bundle, "--target", "cpu").exit_code == 0
+    assert run("verify", bundle).exit_code == 0
+
+
 def test_verify_against_a_model_of_another_shape(
     run: Run, tiny_bundle: Path, kinds: Callable[[str], tuple[Path, Path]]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,73 +12,17 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
-from onnx_ir.passes.common import ShapeInferencePass
 
 from ldm_export.bundle import Bundle
 from ldm_export.export.onnx import random_inputs
-from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
-from ldm_export.graph.cpu.rule import RuleReport, apply_rules
 from tests.bundle_fixture import CLASSES
 from tests.graph.graphs import Array, graph_of, off_by, random, run
+from tests.graph.rules import CLOSE, assert_applied, assert_left, assert_shapes_are_inferred, inferred, rewritten
 from tests.graph.small_graph import node
 
 HEADS, WIDTH = 4, 16
-CLOSE = 1e-5
-"""Root mean square of the difference as a share; 3e-7 is what was seen."""
-
-
-def inferred(plain: onnx.ModelProto) -> ir.Model:
-    """The graph with the types of all values, as the target is made from."""
-    model = ir.from_proto(plain)
-    ShapeInferencePass()(model)
-    return model
-
-
-def rewritten(plain: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, RuleReport]]:
-    """A graph after all rules, which applied again change nothing."""
-    model = inferred(plain)
-    model.opset_imports.setdefault(CONTRIB, 1)
-    reports = {report.name: report for report in apply_rules(model, RULES)}
-    once = ir.to_proto(model)
-    assert {report.applied for report in apply_rules(model, RULES)} == {0}
-    assert ir.to_proto(model) == once
-    return once, reports
-
-
-def kinds_of(model: onnx.ModelProto) -> Counter[str]:
-    return Counter(node.op_type for node in model.graph.node)
-
-
-def assert_applied(
-    plain: onnx.ModelProto, rule: str, change: Mapping[str, int], calls: Sequence[Mapping[str, Array]]
-) -> onnx.ModelProto:
-    """The rule fits once, no other does, operators change in number by ``change``, and numbers stay."""
-    made, reports = rewritten(plain)
-    assert {name: report.applied for name, report in reports.items()} == {
-        name: int(name == rule) for name in (each.name for each in RULES)
-    }
-    assert all(report.refused == () for report in reports.values())
-    assert [value.name for value in made.graph.output] == [value.name for value in plain.graph.output]
-    counts = kinds_of(made)
-    counts.subtract(kinds_of(plain))
-    assert {kind: number for kind, number in counts.items() if number} == change
-    if CONTRIB not in {each.domain for each in made.graph.node}:
-        onnx.checker.check_model(made, full_check=True)
-    for call in calls:
-        assert off_by(run(made, call), run(plain, call)) < CLOSE
-    return made
-
-
-def assert_left(plain: onnx.ModelProto, rule: str, refused: tuple[str, ...]) -> None:
-    """No rule fits, and this one says ``refused``."""
-    made, reports = rewritten(plain)
-    assert {report.applied for report in reports.values()} == {0}
-    assert {name: report.refused for name, report in reports.items() if report.refused} == (
-        {rule: refused} if refused else {}
-    )
-    assert [each.op_type for each in made.graph.node] == [each.op_type for each in plain.graph.node]
 
 
 def fp16(plain: onnx.ModelProto) -> onnx.ModelProto:
@@ -108,6 +51,8 @@ def attention(
     axis: int = -1,
     scaled: bool = True,
     mask: bool = False,
+    factor: float = 0.7,
+    batch_k: int | str = "B",
     outputs: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """softmax(s Q K^T) V over heads, the factor on both sides as the export has it."""
@@ -126,10 +71,10 @@ def attention(
     weights = {f"split_{x}": np.array(split, np.int64) for x in "qkv"}
     weights |= {"merged": np.array(merged, np.int64)}
     if scaled:
-        weights["factor"] = np.array(0.7, np.float32)
+        weights["factor"] = np.array(factor, np.float32)
     if mask:
         weights["mask"] = np.array([0, -1, 0, -2, 0], np.float32)
-    inputs = {"q": ["B", "L", WIDTH], "k": ["B", 5, WIDTH], "v": ["B", 5, WIDTH]}
+    inputs = {"q": ["B", "L", WIDTH], "k": [batch_k, 5, WIDTH], "v": ["B", 5, WIDTH]}
     sides: dict[str, Sequence[int | str]] = {"y": [f"y{k}" for k in range(len(merged))]}
     return graph_of(nodes, inputs, sides | {name: list("abcd") for name in outputs}, weights)
 
@@ -153,6 +98,12 @@ def test_attention(scaled: bool) -> None:
     assert values == {"num_heads": HEADS, "scale": pytest.approx(0.49 if scaled else 1.0)}
 
 
+@pytest.mark.parametrize("split", [(0, 0, -1, 4), (0, 0, 2, 8), (0, 0, 16, 1), (0, -1, HEADS, 4)])
+def test_attention_in_other_heads(split: Sequence[int]) -> None:
+    change = {"Reshape": -4, "Transpose": -5, "MatMul": -2, "Softmax": -1, "MultiHeadAttention": 1, "Mul": -2}
+    assert_applied(attention(split=split), "attention", change, attention_calls())
+
+
 NOT_CUT = "shares: its heads are not cut out of and put back into (B, L, C)"
 ATTENTION_LEFT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "heads and numbers exchanged": ({"back": (0, 2, 3, 1)}, (NOT_CUT,)),
@@ -160,7 +111,11 @@ ATTENTION_LEFT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "put back otherwise": ({"back": (0, 1, 2, 3)}, (NOT_CUT,)),
     "put back flat": ({"merged": (-1, WIDTH)}, (NOT_CUT,)),
     "put back as a picture": ({"merged": (0, 0, 4, 4)}, (NOT_CUT,)),
-    "as many heads as fit": ({"split": (0, 0, -1, 4)}, ("shares: its heads are not constant: -1, -1, -1",)),
+    "heads of fewer channels, and tokens of more": ({"split": (0, -1, HEADS, 2), "merged": (0, -1, WIDTH)}, (NOT_CUT,)),
+    "tokens put back in halves": ({"merged": (0, -1, WIDTH // 2)}, (NOT_CUT,)),
+    "batches and tokens exchanged": ({"split": (-1, 1, HEADS, 4), "merged": (-1, 1, WIDTH)}, (NOT_CUT,)),
+    "keys of all pictures alike": ({"batch_k": 1}, (NOT_CUT,)),
+    "a factor of 0": ({"factor": 0.0}, ("shares: its factor is 0, which the kernel takes for none",)),
     "shares of queries": ({"axis": 2}, ()),
     "a mask": ({"mask": True}, ()),
     "shares are an output": ({"outputs": ["shares"]}, ()),
@@ -183,7 +138,7 @@ def test_values_in_other_heads_are_left() -> None:
     plain = attention()
     (split,) = [tensor for tensor in plain.graph.initializer if tensor.name == "split_v"]
     split.CopyFrom(onnx.numpy_helper.from_array(np.array([0, 0, 8, 2]), "split_v"))
-    assert_left(plain, "attention", ("shares: its heads are not constant: 4, 4, 8",))
+    assert_left(plain, "attention", (NOT_CUT,))
 
 
 # --- pointwise ------------------------------------------------------------------------------------------------------
@@ -194,6 +149,7 @@ def way_in(
     kernel: int = 1,
     bias: str | None = "constant",
     perm: Sequence[int] = (0, 2, 1),
+    flat: Sequence[int] = (0, 6, -1),
     outputs: Sequence[str] = (),
     **conv: Any,
 ) -> onnx.ModelProto:
@@ -206,7 +162,7 @@ def way_in(
         node("Reshape", ["c", "flat"], "r"),
         node("Transpose", ["r"], "y", perm=list(perm)),
     ]
-    weights = {"w": random(1, 6, 4 // group, kernel, kernel), "flat": np.array([0, 6, -1])}
+    weights = {"w": random(1, 6, 4 // group, kernel, kernel), "flat": np.array(flat)}
     if bias is not None:
         weights["b"] = random(2, 6)
     sides = {name: [f"{name}{k}" for k in range(4 if name == "c" else 3)] for name in ("y", *outputs)}
@@ -259,6 +215,8 @@ def test_a_pointwise_convolution_on_the_way_out(bias: bool) -> None:
         pytest.param(lambda: way_in(perm=(1, 2, 0)), id="another transpose"),
         pytest.param(lambda: way_in(outputs=["c"]), id="its result is an output"),
         pytest.param(lambda: way_in(outputs=["r"]), id="its result flattened is an output"),
+        pytest.param(lambda: way_in(flat=(0, 3, -1)), id="its channels cut in two"),
+        pytest.param(lambda: way_in(flat=(1, 6, -1)), id="pictures put together"),
         pytest.param(lambda: way_out(perm=(0, 1, 2)), id="out: another transpose"),
         pytest.param(lambda: way_out(outputs=["picture"]), id="out: what it reads is an output"),
         pytest.param(lambda: way_out(strides=[2, 2]), id="out: strided"),
@@ -278,8 +236,10 @@ def gated(
     halves: Sequence[int] | None = None,
     axis: int = -1,
     swapped: bool = False,
-    bias: Sequence[int] = (16,),
+    bias: Sequence[int] = (),
     constant: bool = True,
+    width: int = 16,
+    sides: Sequence[int | str] = ("B", 2, 4),
     outputs: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """GEGLU as the export has it."""
@@ -292,11 +252,11 @@ def gated(
         node("Mul", ["g", "s.v"] if swapped else ["s.v", "g"], "y"),
     ]
     nodes[-3].output[:] = ["s.v", "s.g"]
-    weights = {"w" if constant else "weight": random(1, 4, 16), "b": random(2, *bias)}
+    weights = {"w" if constant else "weight": random(1, 4, width), "b": random(2, *(bias or (width,)))}
     if halves:
         weights["halves"] = np.array(halves)
-    sides = {name: [f"{name}{k}" for k in range(3)] for name in ("y", *outputs)}
-    return graph_of(nodes, {"x": ["B", 2, 4]}, sides, weights)
+    made = {name: [f"{name}{k}" for k in range(len(sides))] for name in ("y", *outputs)}
+    return graph_of(nodes, {"x": list(sides)}, made, weights)
 
 
 def tokens() -> list[dict[str, Array]]:
@@ -331,6 +291,8 @@ NO_HALVES = "s.v: its halves are not equal, or its bias is not one number a chan
         pytest.param(lambda: gated(bias=(2, 16)), (NO_HALVES,), id="a bias a token"),
         pytest.param(lambda: gated(halves=[15, 1]), (NO_HALVES,), id="unequal"),
         pytest.param(lambda: gated(axis=1), (), id="cut between tokens"),
+        pytest.param(lambda: gated(axis=2, sides=["B", 2, 6, 4]), (), id="cut between tokens of rank 4"),
+        pytest.param(lambda: gated(width=3), (NO_HALVES,), id="an odd number"),
         pytest.param(lambda: gated(outputs=["s.g"]), (), id="the gate is an output"),
         pytest.param(lambda: gated(outputs=["g"]), (), id="its Gelu is an output"),
     ],
@@ -362,11 +324,55 @@ def test_a_timestep_has_one_row() -> None:
 
 @pytest.mark.parametrize(
     "plain",
-    [timestep("scale"), timestep(inner=True), timestep(outputs=["e"])],
-    ids=["another input", "what is computed", "an output"],
+    [timestep("scale"), timestep(inner=True)],
+    ids=["another input", "what is computed"],
 )
 def test_an_expansion_that_is_left(plain: onnx.ModelProto) -> None:
     assert_left(plain, "timestep", ())
+
+
+def rows(*after: onnx.NodeProto, out: Sequence[int | str] = ("B", 4)) -> onnx.ModelProto:
+    """Rows m (B, 4) of a timestep, and what is made of them."""
+    nodes = [*timestep().graph.node[:-1], *after]
+    weights = {"axes": np.array([1]), "f": random(1, 4), "first": np.array([0])}
+    return graph_of(nodes, {"x": ["B", 4], "timestep": []}, {"y": list(out)}, weights)
+
+
+def test_rows_times_a_weight_that_is_computed() -> None:
+    plain = rows(node("Neg", ["f"], "w"), node("Mul", ["m", "w"], "n"), node("Add", ["x", "n"], "y"))
+    calls = [{"x": random(2, batch, 4), "timestep": np.array(7.5, np.float32)} for batch in (1, 3)]
+    assert_applied(plain, "timestep", {"Expand": -1, "Shape": -1, "Reshape": 1}, calls)
+
+
+@pytest.mark.parametrize(
+    ("plain", "refused"),
+    [
+        pytest.param(timestep(outputs=["e"]), "e: its rows are the output e", id="the rows are an output"),
+        pytest.param(rows(node("Sin", ["m"], "y")), "e: its rows are the output y", id="what is made of them is"),
+        pytest.param(
+            rows(node("Concat", ["x", "m"], "y", axis=1), out=["B", 8]),
+            "e: Concat may tell its one row from many",
+            id="beside others",
+        ),
+        pytest.param(
+            rows(node("Unsqueeze", ["m", "first"], "u0"), node("Add", ["x", "u0"], "y"), out=[1, "B", 4]),
+            "e: Unsqueeze may tell its one row from many",
+            id="turned",
+        ),
+        pytest.param(
+            rows(node("ReduceSum", ["m", "first"], "s", keepdims=1), node("Add", ["x", "s"], "y")),
+            "e: ReduceSum may tell its one row from many",
+            id="summed",
+        ),
+        pytest.param(
+            rows(node("Shape", ["m"], "s"), node("Expand", ["f", "s"], "z"), node("Add", ["x", "z"], "y")),
+            "e: Shape may tell its one row from many",
+            id="counted",
+        ),
+    ],
+)
+def test_rows_that_must_be_many(plain: onnx.ModelProto, refused: str) -> None:
+    assert_left(plain, "timestep", (refused,))
 
 
 # --- cut_once -------------------------------------------------------------------------------------------------------
@@ -419,6 +425,29 @@ def test_nothing_is_cut_where_nothing_depends_on_it_alone(names: list[str]) -> N
     assert ir.to_proto(model) == before
 
 
+def test_what_a_branch_reads_from_outside_is_seen() -> None:
+    """y = x if t > 0 else -x: the If itself reads t alone."""
+    branches = [
+        helper.make_graph(
+            [node(op, ["x"], name)], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        )
+        for op, name in (("Identity", "same"), ("Neg", "other"))
+    ]
+    nodes = [
+        node("Greater", ["t", "zero"], "positive"),
+        node("If", ["positive"], "chosen", then_branch=branches[0], else_branch=branches[1]),
+        node("Identity", ["chosen"], "y"),
+    ]
+    plain = graph_of(nodes, {"x": ["B", 3], "t": []}, {"y": ["B", 3]}, {"zero": np.array(0, np.float32)})
+    model = inferred(plain)
+    part = cut_once(model, ["t"], "once")
+    assert part is not None
+    assert [each.op_type for each in part.graph] == ["Greater"]
+    for timestep in (-1.0, 1.0):
+        call = {"x": random(1, 2, 3), "t": np.array(timestep, np.float32)}
+        np.testing.assert_array_equal(run_all(model, call | run_all(part, call))["y"], timestep * call["x"])
+
+
 def test_a_cut_of_two_inputs_together() -> None:
     model = inferred(network())
     part = cut_once(model, ["t", "c"], "once")
@@ -466,6 +495,7 @@ def test_an_exported_graph(
     made, reports = rewritten(plain)
     assert {name: report.applied for name, report in reports.items()} == applied
     assert all(report.refused == () for report in reports.values()) or graph == "text_encoder"
+    assert_shapes_are_inferred(made)
     for batch, height, width in ((1, 6, 10), (3, 4, 4)):
         sizes = {"batch": batch, "height": height, "width": width, "tokens": 16}
         tensors = random_inputs(spec, sizes, 2, CLASSES)

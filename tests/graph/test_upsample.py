@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.graph.graphs import Array, graph_of, random, run
+from tests.graph.rules import assert_applied, assert_left, kinds_of, rewritten
 from tests.graph.small_graph import node
-from tests.graph.test_cpu_rules import assert_applied, assert_left, kinds_of, rewritten
 
 FOLDED = {"Resize": -1, "Conv": 3, "Unsqueeze": 4, "Concat": 4, "Shape": 1, "Mul": 1, "Reshape": 1}
 IN, OUT = 3, 6

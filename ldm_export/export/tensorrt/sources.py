@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir
 import onnxruntime
 
 from ldm_export.bundle import Bundle
@@ -23,9 +23,10 @@ from ldm_export.contract import GraphSpec
 from ldm_export.errors import InputError, ParityError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.loop import Loop, build_loop
-from ldm_export.export.onnx import EXTERNAL_DATA_ABOVE_BYTES, random_inputs
+from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import largest_error
 from ldm_export.graph.base import Array, GraphPass, Inputs
+from ldm_export.graph.files import load, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.plan import Plan
@@ -56,10 +57,9 @@ def converted(
     for name in names:
         progress(f"{name}: to {precision}")
         graph = bundle.manifest.graphs[name]
-        change = step.apply(onnx.load(str(bundle.file(graph.path))), example_calls(bundle, graph, CALIBRATED))
+        change = step.apply(load(bundle.file(graph.path)), example_calls(bundle, graph, CALIBRATED))
         made.file(graph.path).parent.mkdir(parents=True)
-        large = change.model.ByteSize() > EXTERNAL_DATA_ABOVE_BYTES
-        onnx.save(change.model, str(made.file(graph.path)), save_as_external_data=large, location="model.onnx_data")
+        save(onnx_ir.from_proto(change.model), made.file(graph.path))
         progress(f"{name}: comparing with the plain graph")
         error = _difference(bundle, made, graph)
         allowed = max([step.tolerance, *tolerances(bundle, name).values()])

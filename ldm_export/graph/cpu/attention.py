@@ -17,12 +17,12 @@ import onnx_ir as ir
 from ldm_export.graph.cpu.matching import (
     CONTRIB,
     Writer,
-    constant,
-    length,
     made_by,
+    may_be,
     number,
     only_reader,
     replace,
+    sides,
     transposed,
 )
 from ldm_export.graph.cpu.rule import RefusedError
@@ -51,6 +51,10 @@ class FuseAttention:
             raise RefusedError(f"its heads are not constant: {heads}, {heads_k}, {heads_v}")
         if tokens_q.dtype not in (None, ir.DataType.FLOAT):
             raise RefusedError(f"its values are {tokens_q.dtype}, and the kernel is for FLOAT")
+        if not shapes_fit(tokens_q, tokens_k, tokens_v, merged.outputs[0], heads):
+            raise RefusedError("its heads are not cut out of and put back into (B, L, C)")
+        if scale_q * scale_k == 0:
+            raise RefusedError("its factor is 0, which the kernel takes for none")
         writer = Writer(merged)
         (fused,) = writer.node(
             "MultiHeadAttention",
@@ -62,6 +66,23 @@ class FuseAttention:
         return True
 
     op_type = "Softmax"
+
+
+def shapes_fit(q: ir.Value, k: ir.Value, v: ir.Value, out: ir.Value, heads: int) -> bool:
+    """Whether Q (B, L, H D), K (B, M, H D), V (B, M, H E) and the result (B, L, H E) may have such shapes."""
+    known = [shape for value in (q, k, v, out) if (shape := sides(value)) is not None and len(shape) == 3]
+    if len(known) != 4:
+        return False
+    (batch, length, width), (batch_k, length_k, width_k), (batch_v, length_v, width_v), result = known
+    if not all(isinstance(number, int) and number % heads == 0 for number in (width, width_v)) or width_k != width:
+        return False
+    same = [
+        (batch, batch_k),
+        (batch, batch_v),
+        (length_k, length_v),
+        *zip(result, (batch, length, width_v), strict=True),
+    ]
+    return all(may_be(one, other) for one, other in same)
 
 
 def scaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
@@ -77,7 +98,13 @@ def keys(value: ir.Value | None) -> ir.Value | None:
         return direct
     again = made_by(value, "Reshape")
     flat = None if again is None else made_by(transposed(again.inputs[0], 0, 2, 1), "Reshape")
-    return None if flat is None else flat.inputs[0]
+    if again is None or flat is None:
+        return None
+    heads, rows, turned = sides(flat.inputs[0]), sides(flat.outputs[0]), sides(again.outputs[0])
+    if heads is None or rows is None or turned is None or len(heads) != 4 or len(turned) != 4:
+        return None
+    kept = (heads[0], heads[1], heads[3], heads[2])
+    return flat.inputs[0] if rows[1:] == heads[2:] and all(map(may_be, turned, kept)) else None
 
 
 def split_heads(value: ir.Value | None) -> tuple[ir.Value | None, int | None]:
@@ -85,13 +112,14 @@ def split_heads(value: ir.Value | None) -> tuple[ir.Value | None, int | None]:
     reshape = made_by(transposed(value, 0, 2, 1, 3), "Reshape")
     if reshape is None:
         return None, None
-    shape = constant(reshape.inputs[1])
-    if shape is not None:
-        return reshape.inputs[0], int(shape[2]) if len(shape) == 4 else None
-    parts = made_by(reshape.inputs[1], "Concat")
-    if parts is None or len(parts.inputs) != 4 or (heads := number(parts.inputs[2])) is None:
+    tokens, shape = sides(reshape.inputs[0]), sides(reshape.outputs[0])
+    if tokens is None or shape is None or len(tokens) != 3 or len(shape) != 4:
+        return None, None
+    heads, width = shape[2:]
+    if not isinstance(heads, int):
         return reshape.inputs[0], None
-    return reshape.inputs[0], int(heads)
+    cut = isinstance(width, int) and heads * width == tokens[2] and all(map(may_be, shape[:2], tokens[:2]))
+    return (reshape.inputs[0], heads) if cut else (None, None)
 
 
 def merged_heads(value: ir.Value) -> ir.Node | None:
@@ -99,5 +127,4 @@ def merged_heads(value: ir.Value) -> ir.Node | None:
     transpose = only_reader(value, "Transpose")
     if transpose is None or transposed(transpose.outputs[0], 0, 2, 1, 3) is not value:
         return None
-    reshape = only_reader(transpose.outputs[0], "Reshape")
-    return reshape if reshape is not None and length(reshape.inputs[1]) == 3 else None
+    return only_reader(transpose.outputs[0], "Reshape")

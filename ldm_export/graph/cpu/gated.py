@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, only_reader, replace
+from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, only_reader, replace, sides
 from ldm_export.graph.cpu.rule import RefusedError
 
 
@@ -40,8 +40,12 @@ class SplitGated:
             raise RefusedError("what is split is no product with a constant plus a bias")
         if weight.dtype != np.float32:
             raise RefusedError(f"its weights are {weight.dtype}, and the kernel is for float32")
+        rank = len(sides(split.inputs[0]) or ())
+        if axis.as_int() != -1 and axis.as_int() != rank - 1:
+            return False
         sizes = constant(split.inputs[1]) if len(split.inputs) > 1 else None
-        if bias.shape != weight.shape[1:] or (sizes is not None and sizes[0] != sizes[1]):
+        halves = weight.shape[1] % 2 == 0 and (sizes is None or sizes[0] == sizes[1])
+        if bias.shape != weight.shape[1:] or not halves:
             raise RefusedError("its halves are not equal, or its bias is not one number a channel")
         writer = Writer(gate)
         (w_value, w_gate), (b_value, b_gate) = np.split(weight, 2, axis=1), np.split(bias, 2)
@@ -49,6 +53,7 @@ class SplitGated:
         (value,) = writer.node("Add", [value, writer.constant(b_value)])
         (gated,) = writer.node("MatMul", [product.inputs[0], writer.constant(w_gate)])
         (gated,) = writer.node("BiasGelu", [gated, writer.constant(b_gate)], domain=CONTRIB)
+        gated.type, gated.shape = gelu.outputs[0].type, gelu.outputs[0].shape
         (made,) = writer.node("Mul", [value, gated])
         replace(gate.outputs[0], made)
         return True

@@ -39,10 +39,18 @@ def number(value: ir.Value | None) -> float | None:
     return float(found.reshape(())) if found is not None and found.size == 1 else None
 
 
-def length(shape: ir.Value | None) -> int | None:
-    """The rank that a Reshape to this shape gives: a constant, or a Concat of sides."""
-    found, sides = constant(shape), made_by(shape, "Concat")
-    return found.size if found is not None else len(sides.inputs) if sides is not None else None
+def sides(value: ir.Value | None) -> tuple[int | str | None, ...] | None:
+    """A value's shape, as far as it is known: numbers, names, None; None if not even its rank is."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(side if isinstance(side, int) else side.value for side in value.shape)
+
+
+def may_be(found: int | str | None, wanted: int | str | None) -> bool:
+    """Whether two sides can be the same: not if both are numbers and differ, or one is 1 and the other has a name."""
+    if isinstance(found, int) and isinstance(wanted, int):
+        return found == wanted
+    return found is None or wanted is None or 1 not in (found, wanted)
 
 
 def ints(node: ir.Node, name: str) -> tuple[int, ...]:
@@ -118,10 +126,10 @@ class Branch(Writer):
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that read ``old``, the graph's outputs included, read ``new``."""
+    """Let everything that read ``old``, the graph's outputs included, read ``new``, which has the same shape."""
     if old.is_graph_output():
         old.name, new.name = f"{old.name}.before", old.name
-        new.type, new.shape = old.type, old.shape
+    new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

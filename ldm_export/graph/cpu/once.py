@@ -28,6 +28,11 @@ def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model |
     needs: dict[ir.Value, frozenset[str]] = {value: frozenset((str(value.name),)) for value in graph.inputs}
     for node in graph:
         of_node = frozenset().union(*(needs.get(value, frozenset()) for value in node.inputs if value is not None))
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
+            of_node |= {str(value.name) for value in graph.inputs}  # what is inside reads whatever is outside
         for value in node.outputs:
             needs[value] = of_node
     early = {

@@ -15,7 +15,17 @@ import numpy as np
 import onnx_ir as ir
 
 from ldm_export.graph.base import Array
-from ldm_export.graph.cpu.matching import Writer, constant, ints, made_by, only_reader, replace, transposed
+from ldm_export.graph.cpu.matching import (
+    Writer,
+    constant,
+    ints,
+    made_by,
+    may_be,
+    only_reader,
+    replace,
+    sides,
+    transposed,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,10 @@ class PointwiseToProduct:
 def on_the_way_in(conv: ir.Node, weight: Array, bias: Array | None) -> bool:
     reshape = only_reader(conv.outputs[0], "Reshape")
     transpose = None if reshape is None else only_reader(reshape.outputs[0], "Transpose")
-    if transpose is None or transposed(transpose.outputs[0], 0, 2, 1) is None:
+    if reshape is None or transpose is None or transposed(transpose.outputs[0], 0, 2, 1) is None:
+        return False
+    before, after = sides(conv.outputs[0]), sides(reshape.outputs[0])
+    if before is None or after is None or before[1] != after[1] or not may_be(before[0], after[0]):
         return False
     writer = Writer(transpose)
     shape = writer.constant(np.array([0, weight.shape[1], -1], np.int64))
@@ -55,13 +68,16 @@ def on_the_way_out(conv: ir.Node, weight: Array, bias: Array | None) -> bool:
     tokens = None if reshape is None else transposed(reshape.inputs[0], 0, 2, 1)
     if reshape is None or tokens is None or only_reader(reshape.outputs[0], "Conv") is not conv:
         return False
-    sides = made_by(reshape.inputs[1], "Concat")
-    if sides is None or len(sides.inputs) != 4:
+    parts = made_by(reshape.inputs[1], "Concat")
+    before, after = sides(tokens), sides(reshape.outputs[0])
+    if parts is None or before is None or after is None or not len(parts.inputs) == len(after) == 4:
+        return False
+    if before[2] != weight.shape[1] or not may_be(before[0], after[0]):
         return False
     writer = Writer(conv)
     (turned,) = writer.node("Transpose", [product(writer, tokens, weight, bias)], {"perm": [0, 2, 1]})
     channels = writer.constant(np.array([weight.shape[0]], np.int64))
-    (shape,) = writer.node("Concat", [sides.inputs[0], channels, *sides.inputs[2:]], {"axis": 0})
+    (shape,) = writer.node("Concat", [parts.inputs[0], channels, *parts.inputs[2:]], {"axis": 0})
     (picture,) = writer.node("Reshape", [turned, shape])
     replace(conv.outputs[0], picture)
     return True

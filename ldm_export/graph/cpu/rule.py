@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from ldm_export.graph.cpu.matching import remove_unused
 
@@ -51,7 +52,7 @@ class RuleReport:
 
 
 def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> list[RuleReport]:
-    """Rewrite a graph in place, rule after rule."""
+    """Rewrite a graph whose shapes were inferred, in place, rule after rule; those of what is new are inferred too."""
     reports = []
     for rule in rules:
         applied, refused = 0, []
@@ -64,4 +65,6 @@ def apply_rules(model: ir.Model, rules: Sequence[Rule]) -> list[RuleReport]:
                 refused.append(f"{node.outputs[0].name}: {reason}")
         remove_unused(model)
         reports.append(RuleReport(rule.name, applied, tuple(refused)))
+    if any(report.applied for report in reports):
+        ShapeInferencePass()(model)
     return reports

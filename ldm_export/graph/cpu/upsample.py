@@ -52,7 +52,6 @@ class FoldUpsample:
         (as_before,) = one.node("Conv", [big, one.constant(weight), one.constant(bias)], conv.attributes)
         branches = {"then_branch": four.graph(folded(four, x, weight, bias)), "else_branch": one.graph(as_before)}
         (made,) = writer.node("If", [_doubles(writer, x, sizes)], branches)
-        made.shape, made.type = conv.outputs[0].shape, conv.outputs[0].type
         replace(conv.outputs[0], made)
         return True
 
@@ -60,9 +59,9 @@ class FoldUpsample:
 def folded(writer: Writer, x: ir.Value, weight: Array, bias: Array) -> ir.Value:
     """Four convolutions of ``x``, and their pixels put side by side."""
     given = writer.constant(bias)
-    rows = []
+    rows: list[ir.Value] = []
     for down in (0, 1):
-        pixels = []
+        pixels: list[ir.Value] = []
         for right in (0, 1):
             kernel = writer.constant(_two_of_three(_two_of_three(weight, down, axis=2), right, axis=3))
             pads = [1 - down, 1 - right, down, right]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
 
-from ldm_export.contract import GraphSpec, check_inputs
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
+from ldm_export.errors import BundleError
 from ldm_export.runtime.backends import Array, Graph
+from ldm_export.target import TargetGraph
 
 DEEP = "deep"
 REMEMBERED = 1024
@@ -92,6 +94,38 @@ class OnceGraph:
             if len(known) > REMEMBERED:
                 known.popitem(last=False)
         return known[key]
+
+
+def check_parts(spec: GraphSpec, target: TargetGraph, parts: Mapping[str, GraphSpec]) -> None:
+    """Raise BundleError unless the graphs of a target, by path, are together one of ``spec``."""
+    own = {tensor.name: tensor for tensor in spec.inputs}
+    once = {name: parts[path] for name, path in target.once.items()}
+    given = own | {tensor.name: tensor for part in once.values() for tensor in part.outputs}
+    made = {tensor.name: tensor for tensor in spec.outputs}
+    fits = all([tensor.name for tensor in part.inputs] == [name] for name, part in once.items())
+    fits = fits and once.keys() <= own.keys() and _alike(parts[target.path].inputs, given)
+    outputs = {tensor.name: tensor for tensor in parts[target.path].outputs}
+    fits = fits and bool(target.shallow) == (DEEP in outputs) and bool(target.shallow) == (target.deep_channels != 0)
+    if fits and target.shallow:
+        deep = outputs.pop(DEEP)
+        shallow = parts[target.shallow]
+        fits = deep.shape[1:2] == (target.deep_channels,) and _alike(shallow.inputs, given | {DEEP: deep})
+        fits = fits and [tensor.name for tensor in shallow.outputs] == list(made) and _alike(shallow.outputs, made)
+    if not fits or list(outputs) != list(made) or not _alike(tuple(outputs.values()), made):
+        raise BundleError(f"{target.path} and what belongs to it are not {spec.path}. Build the target anew.")
+
+
+def _alike(taken: Sequence[TensorSpec], given: Mapping[str, TensorSpec]) -> bool:
+    """Whether there is a tensor of the same type, rank and fixed sizes for each that is taken."""
+    return all(
+        (there := given.get(tensor.name)) is not None
+        and there.dtype == tensor.dtype
+        and len(there.shape) == len(tensor.shape)
+        and all(
+            a == b for a, b in zip(there.shape, tensor.shape, strict=True) if isinstance(a, int) and isinstance(b, int)
+        )
+        for tensor in taken
+    )
 
 
 def _taken(given: Mapping[str, Array], graph: Graph) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from ldm_export.runtime.backends import (
     foreign_errors,
     one_line,
 )
-from ldm_export.runtime.backends.once import OnceGraph
+from ldm_export.runtime.backends.once import OnceGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, Provider
 from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
@@ -145,7 +145,7 @@ class OnnxRuntimeBackend(Backend):
             except BundleError:
                 self._target = None
                 self.name = self.name.removesuffix(f" {ORT_CPU}")
-                self._say_passed_over(f"ONNX Runtime refuses its {graph}")
+                self._say_passed_over(f"ONNX Runtime refuses its {graph}, or it is another graph")
         session = self._session(self._bundle.file(spec.path), spec.path)
         if self._provider is not None and self._provider.name not in session.get_providers():
             if self._requested != "auto":
@@ -158,14 +158,17 @@ class OnnxRuntimeBackend(Backend):
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
-        opened = {path: self._session(target.file(path), path, packed=found.packed) for path in found.paths}
+        opened = {path: self._session(target.file(path), path) for path in found.paths}
         if list(opened) == [found.path]:
-            return OnnxRuntimeGraph(opened[found.path], spec)
+            session = opened[found.path]
+            check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
+            return OnnxRuntimeGraph(session, spec)
         graphs = {path: OnnxRuntimeGraph(session, _spec_of(session, path)) for path, session in opened.items()}
+        check_parts(spec, found, {path: one.spec for path, one in graphs.items()})
         parts = {name: graphs[path] for name, path in found.once.items()}
         return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
-    def _options(self, packed: bool) -> Any:
+    def _options(self) -> Any:
         options = self._library.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a plan of the memory holds it twice, and gained no time
@@ -176,24 +179,23 @@ class OnnxRuntimeBackend(Backend):
             "session.qdq_matmulnbits_accuracy_level": "1",  # fp32, not int8
             # every session has threads of its own, which else wait spinning for more work while another session's run
             "session.force_spinning_stop": "1",
-            "session.disable_prepacking": str(int(not packed)),
         }.items():
             options.add_session_config_entry(key, value)
         if self._provider is not None and self._plugged:
             options.add_provider_for_devices(self._plugged, self._provider.options_for(self._bundle, cache_folder()))
         return options
 
-    def _session(self, file: Path, path: str, *, packed: bool = True) -> Any:
+    def _session(self, file: Path, path: str) -> Any:
         providers: list[Any] | None = [CPU]
         if self._provider is not None:
             providers = None if self._plugged else self._provider.chain(self._bundle, cache_folder())
         fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
-            return self._library.InferenceSession(file, self._options(packed), providers, **fallback)
+            return self._library.InferenceSession(file, self._options(), providers, **fallback)
         except Exception as error:  # its exceptions have no common base class
             if self._own_threads and "global thread pool" in str(error):
                 self._own_threads = False  # the application has one pool for all sessions
-                return self._session(file, path, packed=packed)
+                return self._session(file, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
 
 
