@@ -123,6 +123,8 @@ def loop_spec(name: str, graphs: Mapping[str, GraphSpec], *, guided: bool, draws
     return GraphSpec(f"loops/{name}.onnx", tuple(inputs), (images, TensorSpec("latents", "float32", shape)))
 
 
+STEP = "step"
+"""The graph of what follows a call of the UNet; engines have it, bundles do not."""
 REMEMBERED = 4
 """Values that go from row to row of a plan: the newest of the five that a row weighs is its own."""
 STEP_CELLS = (
@@ -152,7 +154,7 @@ def step_spec(unet: GraphSpec) -> GraphSpec:
         return TensorSpec(name, "float32", (*leading, channels, "height", "width"))
 
     return _graph(
-        "step",
+        STEP,
         [
             tensor("latents", "batch"),
             tensor("remembered", REMEMBERED, "batch"),

@@ -90,7 +90,7 @@ def child(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_take_and_give_what_the_bundle_says(built: Path) -> None:
     target = engines_of(built, "rtx-sm86-sm89")
     graphs = Bundle.open(built).manifest.graphs
-    assert set(target.engines) == {*graphs, "loops/ddim-10"}
+    assert set(target.engines) == {*graphs, "step", "loops/ddim-10"}
     assert target.compute_capabilities == ("8.6", "8.9")
     for name, graph in graphs.items():
         for tensors, specs in (
@@ -485,5 +485,5 @@ def test_emoji64(tmp_path: Path, precision: str) -> None:
     bundle = export_bundle(LatentDiffusion.open("emoji64"), tmp_path / "emoji64")
     made = build_engines(bundle, settings("86", "89", "120", precision=precision), loops=["ddim-20"])
     own = [name for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)]
-    assert made.built == (*own, "loops/ddim-20")
+    assert made.built == (*own, "step", "loops/ddim-20")
     assert build_engines(bundle, settings("86", "89", "120", precision=precision), loops=["ddim-20"]).built == ()

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli import doctor, main
+from ldm_export.export.ort_cpu import build_ort_cpu
 
 pytest.importorskip("cuda.bindings.runtime", reason="CUDA's bindings (extra rtx) are not installed")
 from tests.runtime.host_gpu import VERSION, add_engines, host_gpu
@@ -33,6 +34,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 def test_doctor_of_a_bundle(run: Run, bundle: Path) -> None:
     folder = add_engines(Bundle.open(bundle), "tensorrt_rtx")
+    build_ort_cpu(Bundle.open(bundle))
     found = json.loads(run("doctor", bundle, "--json").stdout)
     made, here = "it was made with tensorrt_rtx 1.0", found["packages"]["tensorrt-rtx"]
     if here is not None:

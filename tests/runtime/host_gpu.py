@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from cuda.bindings import runtime as real
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import TensorSpec, step_spec
+from ldm_export.contract import STEP, TensorSpec, step_spec
 from ldm_export.engines import Engine, EngineTarget, ShapeRange, engine_kind, write_engine_target
 from ldm_export.export.step import step_model
 from ldm_export.runtime.backends import cuda, tensorrt
@@ -274,15 +276,14 @@ def add_engines(bundle: Bundle, flavour: str, *, largest: int = 8, precision: st
     """
     kind = engine_kind(flavour, (CAPABILITY,), precision)
     folder = folder_of(bundle, kind)
+    shutil.rmtree(folder, ignore_errors=True)
     graphs = dict(bundle.manifest.graphs)
     unet = graphs["unet"]
     models = {name: bundle.file(graph.path).read_bytes() for name, graph in graphs.items() if "loops" not in name}
     loops = [name for name in graphs if "loops" in name]
     if step:
-        graphs["step"], models["step"] = step_spec(unet), step_model(unet).SerializeToString()
+        graphs[STEP], models[STEP] = step_spec(unet), step_model(unet).SerializeToString()
     for name in loops:
-        import onnx
-
         model = onnx.load(str(bundle.file(graphs[name].path)))  # with its weights
         models[name] = model.SerializeToString()
     sizes = {"batch": largest, "rows": largest, "tokens": 77, "height": 64, "width": 64}
@@ -307,7 +308,7 @@ def add_engines(bundle: Bundle, flavour: str, *, largest: int = 8, precision: st
             for tensor in graphs[name].inputs
             if any(isinstance(size, str) for size in tensor.shape)
         }
-        source = unet.path if name == "step" else graphs[name].path
+        source = unet.path if name == STEP else graphs[name].path
         made_from = {source: bundle.manifest.files[source].sha256}
         engines[name] = Engine(f"{name}.plan", source, made_from, inputs, outputs, profile, 0.0)
     write_engine_target(

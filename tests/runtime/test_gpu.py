@@ -213,7 +213,7 @@ def test_what_is_compiled_is_kept(
 
 
 def test_more_than_the_engines_were_built_for(pipeline: Pipeline) -> None:
-    with pytest.raises(InputError, match=r"would be given .* of shape .*; it was built for .* or run: ldm"):
+    with pytest.raises(InputError, match=r"would be given .* of shape .*; it was built for .* --size: ldm-export b"):
         pipeline.generate(["a red circle"] * (LARGEST_BATCH + 1))
     with pytest.raises(InputError, match=r"would be given 'latent_sample' of shape"):
         pipeline.generate("a red circle", height=8 * pipeline.bundle.manifest.model["height"])

@@ -305,5 +305,6 @@ def check_profile(
         if not fits:
             raise InputError(
                 f"{spec.path} would be given {name!r} of shape {shape}; it was built for {limits.min} to {limits.max}. "
-                f"Ask for pictures of such a size and number, use another backend, or run: {rebuild}"
+                f"Ask for pictures of such a size and number, use another backend, or run, with a larger --batch or "
+                f"--size: {rebuild}"
             )

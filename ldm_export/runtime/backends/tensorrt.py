@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, step_spec
+from ldm_export.contract import STEP, GraphSpec, TensorSpec, check_inputs, step_spec
 from ldm_export.engines import FLAVOURS, EngineTarget, engine_targets, read_engine_target
 from ldm_export.engines import Engine as EngineEntry
 from ldm_export.errors import BackendError
@@ -26,15 +26,15 @@ from ldm_export.runtime.sampling import Run, Sampling
 
 PRECISIONS = ("fp16", "int8", "fp32")
 """Which of several targets that fit is taken, the fastest first."""
-STEP = "step"
 REPEATED = ("unet", STEP)
 """Graphs that are launched many times for a picture."""
 
 
-def build_command(bundle: Bundle, flavour: str, compute_capability: str) -> str:
+def build_command(bundle: Bundle, flavour: str, compute_capability: str, precision: str = "fp32") -> str:
     """What to type for engines that run on such a device."""
     models = f" --sm {compute_capability.replace('.', '')}" if flavour == "tensorrt_rtx" else ""
-    return f"ldm-export build {bundle.path} --target {FLAVOURS[flavour]}{models}"
+    other = f" --precision {precision}" if precision != "fp32" else ""
+    return f"ldm-export build {bundle.path} --target {FLAVOURS[flavour]}{models}{other}"
 
 
 def engine_fits(
@@ -104,7 +104,7 @@ class TensorRtBackend(Backend):
         self._gpu = gpus()[0]
         capability = self._gpu.compute_capability
         self._target = fitting_target(bundle, flavour, self._library.version, capability)
-        self._rebuild = build_command(bundle, flavour, capability)
+        self._rebuild = build_command(bundle, flavour, capability, self._target.precision)
         self._stream = Stream()
         self._engines: dict[str, Engine] = {}
         self._idle: list[DeviceLoop] = []
