@@ -1,157 +1,168 @@
-"""One UNet call in int8 against the same graph in fp32, in turn, beside PyTorch's own dynamic quantization.
+"""One UNet call on integers against the same weights in fp32, in turn, each side in a process of its own: ONNX Runtime
+on the plain graphs, the targets that `export` makes of them, and PyTorch.
 
-int8_unet.py [BUNDLE] [RESULT.json]        a bundle of emoji64, as `ldm-export export emoji64 -o BUNDLE` makes it
-int8_unet.py 52m [RESULT.json]             a UNet of 52 M parameters in Stable Diffusion's shape, random weights
+int8_unet.py WORKLOAD [RESULT.json] [--folder F] [--work W] [--rounds N] [--one-at-a-time]
 
-Errors are root mean square, as a share of the fp32 output, of the worst of some calibration calls. The last line of the
-output is one JSON document.
+A workload is one of `peers/workloads.py`, made before; its int8 bundles are made in W (build/int8/WORKLOAD): calibrated
+on drawings of `emoji64`'s prompts or, where weights are random, on random latents at some of a plan's timesteps. With
+--one-at-a-time, for models of which only one fits into memory, every round starts, calls (twice, the second counts) and
+ends each side, and only the passes of the recipes are applied, not every combination. Errors are root mean square, as a
+share of the output in fp32, of the worst of some calibration calls. The last line of the output is one JSON document.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import statistics
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
-from ldm_reference.layout import config_to_dict
-from ldm_reference.unet import UNet2DConditionModel
 
-from benchmarks.peers.workloads import SMALL_UNET
+from benchmarks.peers.peer import TIMESTEPS, unet_inputs
+from benchmarks.peers.run import Peer, Table, in_turn
 from ldm_export.bench.calibration import calibration_calls, calibration_conditions
+from ldm_export.bench.child import peak_rss_bytes
 from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.contract import unet_spec
-from ldm_export.export.onnx import export_graph, graph_module, random_inputs
+from ldm_export.export.graphs import change_graphs
+from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.graph.base import CALLS_JUDGED, Array, GraphPass, Inputs, spread
+from ldm_export.graph.files import load
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_static import QuantizeStatic
-from ldm_export.graph.running import outputs_of, session, worst_error
+from ldm_export.graph.running import outputs_of, worst_error
 from ldm_export.recipe.settings import read_recipe
-from ldm_export.runtime.backends.auto import SETTLE_S
+from ldm_export.runtime import Pipeline
 
-ROUNDS = 40
+PASSES: dict[str, tuple[GraphPass, ...]] = {
+    "static Conv, dynamic MatMul": (QuantizeStatic(operators=("Conv",), graphs=("unet",)), QuantizeDynamic()),
+    "dynamic MatMul": (QuantizeDynamic(),),
+    "static Conv": (QuantizeStatic(operators=("Conv",), graphs=("unet",)),),
+    "static Conv and MatMul": (QuantizeStatic(graphs=("unet",)),),
+}
+"""The first is what the recipes do."""
+FP32 = "fp32"
 
-Calls = Sequence[Mapping[str, np.ndarray]]
 
-
-def emoji64(bundle: Path) -> tuple[onnx.ModelProto, UNet2DConditionModel, Calls]:
-    told = calibration_conditions(read_recipe("cpu-fast").prompts)
-    calls = calibration_calls(Bundle.open(bundle), told)["unet"]
-    return onnx.load(str(bundle / "unet" / "model.onnx")), LatentDiffusion.open("emoji64").load("unet"), calls
-
-
-def random_52m() -> tuple[onnx.ModelProto, UNet2DConditionModel, Calls]:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(SMALL_UNET).requires_grad_(False).eval()
-    graph = unet_spec(config_to_dict(unet))
-    sizes = {"batch": 2, "height": 32, "width": 32, "tokens": 77}
-    example = random_inputs(graph, sizes, 8, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        model = onnx.load(str(export_graph(graph_module(unet, graph), graph, example, Path(folder))))
-    rng = np.random.default_rng(0)
+def calls_of(workload: str, folder: Path, bundle: Bundle) -> list[Inputs]:
+    if workload == "emoji64":
+        return calibration_calls(bundle, calibration_conditions(read_recipe("cpu-fast").prompts))["unet"]
+    rng = np.random.default_rng(1)
     calls = []
-    for timestep in (981, 661, 341, 21):
-        call = {spec.name: value.numpy() for spec, value in zip(graph.inputs, example, strict=True)}
-        call |= {"timestep": np.array(timestep, np.float32)}
-        call |= {"sample": rng.standard_normal(call["sample"].shape).astype(np.float32)}
-        calls.append(call)
-    return model, unet, calls
+    for k in range(0, len(TIMESTEPS), len(TIMESTEPS) // CALLS_JUDGED):
+        call = unet_inputs(folder, k)
+        calls.append({**call, "sample": rng.standard_normal(call["sample"].shape).astype(np.float32)})
+    return calls
 
 
-def main(what: str) -> dict[str, Any]:
-    model, unet, calls = random_52m() if what == "52m" else emoji64(Path(what))
-    some = list(calls[:: max(1, len(calls) // 4)])
-    references = outputs_of(model, some)
+def quantized(
+    folder: Path, work: Path, passes: Sequence[GraphPass], calls: Sequence[Inputs]
+) -> tuple[Bundle, dict[str, Any]]:
+    """A workload's bundle after some passes, with its target, in ``work``; and what that took and gave."""
+    bundle, checkpoint = Bundle.open(folder / "bundle"), LatentDiffusion.open(folder / "checkpoint")
+    shutil.rmtree(work, ignore_errors=True)
+    facts: dict[str, Any] = {}
+    for step in passes:
+        begun = time.perf_counter()
+        spent: dict[str, float] = {}
 
-    def copied() -> onnx.ModelProto:
-        other = onnx.ModelProto()
-        other.CopyFrom(model)
-        return other
+        def done(stage: str, begun: float = begun, spent: dict[str, float] = spent) -> None:
+            if "comparing" in stage:  # what comes now is the network in PyTorch
+                spent["seconds"] = time.perf_counter() - begun
+                spent["peak_bytes_so_far"] = float(peak_rss_bytes() or 0)
 
-    graphs: dict[str, onnx.ModelProto] = {"ONNX Runtime, fp32": model}
-    reports: dict[str, Any] = {}
-    for name, passes in {
-        "quantize-dynamic": [QuantizeDynamic()],
-        "quantize-static, Conv": [QuantizeStatic(operators=("Conv",))],
-        "quantize-static, Conv and MatMul": [QuantizeStatic()],
-        "quantize-static, Conv + quantize-dynamic": [QuantizeStatic(operators=("Conv",)), QuantizeDynamic()],
-    }.items():
-        graphs[name] = copied()
-        for step in passes:
-            change = step.apply(graphs[name], calls)
-            graphs[name] = change.model
-            reports[f"{name}: {step.name}"] = {
-                key: len(value) if isinstance(value, list) else value for key, value in change.report.items()
-            }
-        print(f"{name}: {reports[f'{name}: {step.name}']}")
-    sides: dict[str, Callable[[], Any]] = {}
-    errors, sizes = {}, {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao is to move to another package
-        dynamic = torch.ao.quantization.quantize_dynamic(unet, {torch.nn.Linear}, dtype=torch.qint8)
-    call = dict(some[len(some) // 2])
-    for name, network in (("PyTorch eager, fp32", unet), ("PyTorch quantize_dynamic", dynamic)):
-        sides[name] = torch_call(network, call)
-        errors[name] = worst_error(references, [[torch_call(network, dict(other))()] for other in some])
-    for name, graph in graphs.items():
-        opened = session(graph)
-        sides[name] = lambda opened=opened: opened.run(None, call)
-        errors[name] = worst_error(references, outputs_of(graph, some))
-        sizes[name] = len(graph.SerializeToString())
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(ROUNDS + 3):
-        for name, run in sides.items():
-            time.sleep(SETTLE_S)
-            run()  # wakes its threads, as the step before does in a sampling loop
-            started = time.perf_counter()
-            run()
-            if number >= 3:
-                times[name].append((time.perf_counter() - started) * 1000)
-    plain = times["ONNX Runtime, fp32"]
-    rows = [
-        {
-            "name": name,
-            "median_ms": statistics.median(spent),
-            "min_ms": min(spent),
-            "faster": statistics.median(a / b for a, b in zip(plain, spent, strict=True)),
-            "error": errors[name],
-            "bytes": sizes.get(name),
-        }
-        for name, spent in times.items()
-    ]
-    print("| UNet call | median ms | min ms | against fp32 | error | MB |")
-    print("|---|---:|---:|---:|---:|---:|")
+        bundle, reports = change_graphs(bundle, work / step.name, step, {"unet": calls}, [], checkpoint, done)
+        counts = {key: len(value) if isinstance(value, list) else value for key, value in reports["unet"].items()}
+        facts[step.name] = {**spent, **counts}
+    begun = time.perf_counter()
+    (work / "bundle").unlink(missing_ok=True)
+    final = bundle.path.rename(work / "bundle")
+    target = build_ort_cpu(Bundle.open(final))
+    facts["ort-cpu"] = {"seconds": time.perf_counter() - begun, "rules": target.report["graphs"]["unet"]["rules"]}
+    shutil.copyfile(folder / "inputs.npz", work / "inputs.npz")
+    return Bundle.open(final), facts
+
+
+def results(bundle: Bundle, calls: Sequence[Inputs], *, with_target: bool) -> list[list[Array]]:
+    if with_target:
+        graph = Pipeline.open(bundle.path, backend="cpu")._graph("unet")
+        return [list(graph.run(call).values()) for call in calls]
+    return outputs_of(load(bundle.file(bundle.manifest.graphs["unet"].path)), calls)
+
+
+def unet_bytes(bundle: Bundle) -> int:
+    return sum(entry.size_bytes for path, entry in bundle.manifest.files.items() if path.startswith("unet/model.onnx"))
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    folder = options.folder or Path("build/peers") / options.workload
+    work = options.work or Path("build/int8") / options.workload
+    plain = Bundle.open(folder / "bundle")
+    calls = calls_of(options.workload, folder, plain)
+    judged = spread(calls, CALLS_JUDGED)
+    folders, bundles, passes = {FP32: folder}, {FP32: plain}, {}
+    for name, steps in list(PASSES.items())[: 1 if options.one_at_a_time else None]:
+        folders[name] = work / name.replace(", ", "-").replace(" ", "-")
+        bundles[name], passes[name] = quantized(folder, folders[name], steps, calls)
+        print(f"{name}: {passes[name]}", file=sys.stderr)
+    references = results(plain, judged, with_target=False)
+    starts: dict[str, Callable[[], Peer]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for peer in ("diffusers eager", "PyTorch quantize_dynamic"):
+        starts[peer] = partial(Peer, peer, "int8", folder, sys.executable)
+    for name, bundle in bundles.items():
+        for peer, how in (("ONNX Runtime plain", "plain graph"), ("ldm_export", "target")):
+            row = f"{name}, {how}"
+            starts[row] = partial(Peer, peer, "int8", folders[name], sys.executable, row)
+            off = worst_error(references, results(bundle, judged, with_target=how == "target"))
+            facts[row] = {"error": off, "bytes": unet_bytes(bundle)}
+    table = Table({}, None)
+    in_turn(starts, table, options.rounds, options.one_at_a_time)
+    rows = [{"name": name, **row, **facts.get(name, {})} for name, row in table.rows.items()]
+    measured = {row["name"]: row["ms"] for row in rows if "ms" in row}
     for row in rows:
-        megabytes = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
-        print(
-            f"| {row['name']} | {row['median_ms']:.2f} | {row['min_ms']:.2f} | {row['faster']:.2f}x | "
-            f"{row['error']:.4f} | {megabytes} |"
-        )
-    shapes = {name: list(array.shape) for name, array in call.items()}
-    return {"unet": what, "inputs": shapes, "machine": cpu(), "rounds": ROUNDS, "rows": rows, "reports": reports}
+        for how in ("plain graph", "target") if "ms" in row else ():
+            pairs = zip(measured[f"{FP32}, {how}"], row["ms"], strict=True)
+            row[f"faster_than_fp32_{how.replace(' ', '_')}"] = statistics.median(theirs / own for theirs, own in pairs)
+    print_rows(rows)
+    shapes = {name: list(array.shape) for name, array in unet_inputs(folder, 0).items()}
+    header = {"workload": options.workload, "inputs": shapes, "machine": cpu(), "rounds": options.rounds}
+    document = {**header, "one_at_a_time": options.one_at_a_time, "rows": rows, "passes": passes}
+    if options.result is not None:
+        options.result.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return document
 
 
-def torch_call(network: torch.nn.Module, call: dict[str, np.ndarray]) -> Callable[[], np.ndarray]:
-    tensors = {name: torch.from_numpy(array) for name, array in call.items()}
-
-    @torch.no_grad()
-    def run() -> np.ndarray:
-        return network(**tensors).numpy()
-
-    return run
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    print(
+        "| one UNet call | median ms | min ms | against fp32, plain | against its target | error | MB | load s | peak MB |"
+    )
+    print("|---" + "|---:" * 8 + "|")
+    for row in rows:
+        if "ms" not in row:
+            print(f"| {row['name']} | left out: {row['left_out']} |" + " |" * 7)
+            continue
+        cells = [f"{statistics.median(row['ms']):.1f}", f"{min(row['ms']):.1f}"]
+        cells += [f"{row[f'faster_than_fp32_{how}']:.2f}x" for how in ("plain_graph", "target")]
+        cells += [f"{row['error']:.4f}", f"{row['bytes'] / 1e6:.0f}"] if "error" in row else ["", ""]
+        cells += [f"{statistics.median(row['load_s']):.2f}", f"{max(row['peak_bytes']) / 1e6:.0f}"]
+        print(f"| {row['name']} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    document = main(sys.argv[1] if len(sys.argv) > 1 else "demo/bundle")
-    if len(sys.argv) > 2:
-        Path(sys.argv[2]).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    print(json.dumps(document, ensure_ascii=False))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workload")
+    parser.add_argument("result", nargs="?", type=Path)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--one-at-a-time", action="store_true")
+    print(json.dumps(main(parser.parse_args())))

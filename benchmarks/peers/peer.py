@@ -1,6 +1,7 @@
 """One peer in a process of its own, told on its standard input what to do; it answers one JSON document a line.
 
-peer.py PEER KIND FOLDER        KIND "unet" (one call of the UNet) or "picture" (prompt to picture)
+peer.py PEER KIND FOLDER        KIND "unet" (one call of the UNet), "int8" (the same of what may be quantized) or
+                                "picture" (prompt to picture)
 
     open            {"imported_s", "load_s"}: since the process began, and from there to the first call
     run K           {"ms"}: the K-th call; of "picture", K is the seed
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,10 @@ def torch_unet(folder: Path, how: str) -> Call:
     network: Any = unet
     if how == "torch.compile":
         network = torch.compile(unet)
+    if how == "PyTorch quantize_dynamic":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.ao is to move to another package
+            network = torch.ao.quantization.quantize_dynamic(unet, {torch.nn.Linear}, dtype=torch.qint8)
     if how == "torch.jit.trace":
 
         class Positional(torch.nn.Module):
@@ -175,6 +181,12 @@ PEERS: dict[str, dict[str, Callable[[Path, str], Call]]] = {
         "optimum-onnx": onnxruntime_unet,
         "ONNX Runtime plain": onnxruntime_unet,
         "OpenVINO": openvino_unet,
+        "ldm_export": our_unet,
+    },
+    "int8": {
+        "diffusers eager": torch_unet,
+        "PyTorch quantize_dynamic": torch_unet,
+        "ONNX Runtime plain": onnxruntime_unet,
         "ldm_export": our_unet,
     },
     "picture": {

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ REFERENCE = "diffusers eager"
 
 
 class Peer:
-    """A child process; see ``peer.py`` for what it is told."""
+    """A child process; see ``peer.py`` for what it is told. In tables it is called ``row``, by default as the peer."""
 
-    def __init__(self, name: str, kind: str, folder: Path, python: str):
-        self.name = name
+    def __init__(self, name: str, kind: str, folder: Path, python: str, row: str = ""):
+        self.name = row or name
         script = [python, str(Path(__file__).with_name("peer.py")), name, kind, str(folder)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
@@ -155,40 +157,54 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
             return Peer(name, options.kind, folder, python)
 
         def finish(peer: Peer) -> None:
-            memory = peer.ask("memory")
-            table.add(peer.name, peak_bytes=memory["peak_bytes"], held_bytes=memory["held_bytes"])
-
-        if options.one_at_a_time:
-            for _ in range(options.rounds):
-                for name in names:
-                    if "left_out" in table.rows.get(name, {}):
-                        continue
-                    peer = start(name)
-                    if opened(peer, table):
-                        table.add(name, ms=peer.ask("run 1")["ms"])
-                        finish(peer)
-                        if not saved[name].exists():
-                            peer.ask(f"save 2 {saved[name]}")
-                    peer.end()
-                table.save()
-        else:
-            peers = [peer for peer in map(start, names) if opened(peer, table)]
-            for peer in peers:
-                peer.ask("run 1")
-            for number in range(2, options.rounds + 2):
-                for peer in peers:
-                    time.sleep(SETTLE_S)
-                    peer.ask(f"run {number}")  # wakes its threads
-                    table.add(peer.name, ms=peer.ask(f"run {number}")["ms"])
-                table.save()
-            for peer in peers:
-                finish(peer)
+            if not saved[peer.name].exists():
                 peer.ask(f"save 2 {saved[peer.name]}")
-                peer.end()
+
+        in_turn({name: partial(start, name) for name in names}, table, options.rounds, options.one_at_a_time, finish)
         _compare(table, saved)
     table.save()
     table.print()
     return table.document()
+
+
+def in_turn(
+    starts: Mapping[str, Callable[[], Peer]],
+    table: Table,
+    rounds: int,
+    one_at_a_time: bool,
+    finish: Callable[[Peer], None] = lambda peer: None,
+) -> None:
+    """Time one call of every peer in every round, by what starts it; ``finish`` is called before one ends."""
+
+    def end(peer: Peer) -> None:
+        memory = peer.ask("memory")
+        table.add(peer.name, peak_bytes=memory["peak_bytes"], held_bytes=memory["held_bytes"])
+        finish(peer)
+
+    if one_at_a_time:
+        for _ in range(rounds):
+            for name, start in starts.items():
+                if "left_out" in table.rows.get(name, {}):
+                    continue
+                peer = start()
+                if opened(peer, table):
+                    table.add(name, ms=peer.ask("run 1")["ms"])
+                    end(peer)
+                peer.end()
+            table.save()
+        return
+    peers = [peer for peer in (start() for start in starts.values()) if opened(peer, table)]
+    for peer in peers:
+        peer.ask("run 1")
+    for number in range(2, rounds + 2):
+        for peer in peers:
+            time.sleep(SETTLE_S)
+            peer.ask(f"run {number}")  # wakes its threads
+            table.add(peer.name, ms=peer.ask(f"run {number}")["ms"])
+        table.save()
+    for peer in peers:
+        end(peer)
+        peer.end()
 
 
 def flops_of_call(folder: Path) -> int:

@@ -9,7 +9,7 @@ import pytest
 from onnx import helper
 
 from ldm_export.errors import ExportError, InputError
-from ldm_export.graph.base import GraphPass, check_calibration
+from ldm_export.graph.base import GraphPass, check_calibration, spread
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.graph.running import outputs_of, session, watched, worst_error
@@ -69,6 +69,17 @@ def test_free_sizes_may_be_any(rows: int) -> None:
     check_calibration(GRAPH, [GOOD, {"x": random(0, rows, 32), "ids": np.zeros(rows, np.int64)}])
 
 
+def test_calls_are_of_several_timesteps() -> None:
+    calls = [{"step": np.array(step), "picture": np.array(picture)} for picture in range(8) for step in range(50)]
+    for count in (2, 4, 8, 64):
+        chosen = spread(calls, count)
+        assert len(chosen) == count
+        assert chosen[0] is calls[0]
+        assert chosen[-1] is calls[-1]
+        assert len({int(call["step"]) for call in chosen}) >= min(count, 25)
+    assert spread(calls[:3], 4) == calls[:3]
+
+
 # --- the measure ----------------------------------------------------------------------------------------------------
 
 
@@ -113,14 +124,16 @@ def test_outputs_are_those_of_onnx() -> None:
 
 def test_inner_values_are_watched_and_the_graph_is_left_as_it_was() -> None:
     model = copy_of(GRAPH)
-    with watched(model, ["product", "y", "product"]) as values:
-        seen = values(GOOD)
+    with watched(model, ["product", "y", "product", "x"]) as values:
+        found = list(values(GOOD))
         assert model == GRAPH
-    assert seen.keys() == {"product", "y"}
+    seen = dict(found)
+    assert sorted(name for name, _ in found) == ["product", "x", "y"]
+    np.testing.assert_array_equal(seen["x"], GOOD["x"])
     np.testing.assert_allclose(seen["product"], GOOD["x"] @ random(2, 32, 64), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(seen["y"], seen["product"] + random(1, 9, 64)[:4])
     with watched(model, []) as values:
-        assert values(GOOD) == {}
+        assert list(values(GOOD)) == []
 
 
 def test_a_graph_that_onnx_runtime_refuses() -> None:

@@ -17,6 +17,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.export.onnx import random_inputs
 from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
+from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from tests.bundle_fixture import CLASSES
 from tests.graph.graphs import Array, graph_of, off_by, random, run
 from tests.graph.rules import CLOSE, assert_applied, assert_left, assert_shapes_are_inferred, inferred, rewritten
@@ -275,6 +276,29 @@ def test_a_gate(options: dict[str, Any]) -> None:
     assert_applied(gated(**options), "gated", change, tokens())
 
 
+def of_integers(plain: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph after quantize-dynamic."""
+    return QuantizeDynamic(smallest=1).apply(plain, []).model
+
+
+@pytest.mark.parametrize("options", [{}, {"halves": [8, 8]}], ids=["exported", "two sizes"])
+def test_a_gate_of_integers(options: dict[str, Any]) -> None:
+    """One kernel a half, of the same integers."""
+    change = {"Split": -1, "Add": 1, "MatMulInteger": 1, "Cast": 1, "Mul": 2}
+    made = assert_applied(of_integers(gated(**options)), "gated", change, tokens())
+    quantized = next(each for each in made.graph.node if each.op_type == "DynamicQuantizeLinear")
+    products = [each for each in made.graph.node if each.op_type == "MatMulInteger"]
+    assert [(each.input[0], each.input[2]) for each in products] == [(quantized.output[0], quantized.output[2])] * 2
+
+
+def with_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A product of integers as others write it."""
+    for weight in model.graph.initializer:
+        if weight.name == "w.zero_point":
+            weight.CopyFrom(onnx.numpy_helper.from_array(np.arange(16, dtype=np.int8), weight.name))
+    return model
+
+
 NO_PRODUCT = "s.v: what is split is no product with a constant plus a bias"
 NO_HALVES = "s.v: its halves are not equal, or its bias is not one number a channel"
 
@@ -287,6 +311,7 @@ NO_HALVES = "s.v: its halves are not equal, or its bias is not one number a chan
         pytest.param(
             lambda: fp16(gated()), ("s.v: its weights are float16, and the kernel is for float32",), id="half"
         ),
+        pytest.param(lambda: with_zero_points(of_integers(gated())), (NO_PRODUCT,), id="zero points of weights"),
         pytest.param(lambda: gated(bias=(1,)), (NO_HALVES,), id="one bias"),
         pytest.param(lambda: gated(bias=(2, 16)), (NO_HALVES,), id="a bias a token"),
         pytest.param(lambda: gated(halves=[15, 1]), (NO_HALVES,), id="unequal"),

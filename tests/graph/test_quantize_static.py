@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.graph.graphs import (
 )
 from tests.graph.small_graph import CALLS, CONVS, INPUTS, MATRICES, conv, network, node
 
-ALL = {"only_faster": False, "layer_error": 0.5}
+ALL = {"only_faster": False, "layer_error": 0.5, "graph_error": 0.9}
 """Options that leave nothing out."""
 
 
@@ -38,6 +39,15 @@ def changed(model: onnx.ModelProto, calls: Any = None, **options: Any) -> GraphC
     change = QuantizeStatic(**{**ALL, **options}).apply(copy_of(model), calls or CALLS)
     onnx.checker.check_model(change.model, full_check=True)
     return change
+
+
+def decided(change: GraphChange) -> dict[str, Any]:
+    """What a report says, but for what is empty and the whole graph's error."""
+    return {name: value for name, value in change.report.items() if value not in ([], 0) and name != "error"}
+
+
+def worst_of_calls(result: onnx.ModelProto, model: onnx.ModelProto) -> float:
+    return max(off_by(run(result, call), run(model, call)) for call in CALLS)
 
 
 def integers_of(model: onnx.ModelProto) -> set[str]:
@@ -64,7 +74,8 @@ def test_exactly_the_operators_that_are_asked_for(operators: tuple[str, ...], ex
     change = changed(network(), operators=operators)
     assert integers_of(change.model) == expected
     split = 2 if "Conv" in operators else 0  # for no other reason than integers
-    assert change.report == {"quantized": len(expected), "not_faster": [], "not_accurate": [], "split": split}
+    assert decided(change) == {"quantized": len(expected), **({"split": split} if split else {})}
+    assert change.report["error"] == pytest.approx(worst_of_calls(change.model, network()), rel=1e-2)
     assert {node.domain for node in change.model.graph.node} == {""}
     assert count(change.model, "Conv") == 5 + 2 * split
     assert count(change.model, "MatMul") == 4
@@ -120,33 +131,82 @@ def test_one_matrix_is_what_integers_in_64_bits_give() -> None:
 def test_quantized_twice_changes_nothing_more() -> None:
     once = changed(network()).model
     again = changed(once)
-    assert again.report == {"quantized": 0, "not_faster": [], "not_accurate": [], "split": 0}
+    assert again.report == {
+        "quantized": 0,
+        "not_faster": [],
+        "not_accurate": [],
+        "put_back": [],
+        "split": 0,
+        "error": 0.0,
+    }
     assert again.model.SerializeToString(deterministic=True) == once.SerializeToString(deterministic=True)
     first = changed(network(), operators=("Conv",)).model
     assert integers_of(changed(first).model) == CONVS | MATRICES  # and the other kind may follow
 
 
-def test_an_operator_that_would_lose_too_much_stays_and_is_named() -> None:
-    """A loud channel that ``skip`` does not listen to takes all of its input's range."""
-    nodes = [
-        conv("x", "even"),
-        conv("loud", "skip"),
-        node("Add", ["even", "skip"], "y"),
-        node("Mul", ["x", "by"], "loud"),
-    ]
-    nodes = [nodes[3], *nodes[:3]]
-    weights = {name: random(seed, 8, 4, 1, 1) for seed, name in enumerate(("even.w", "skip.w"))}
-    weights["skip.w"][:, 0] = 0
-    weights |= {f"{name}.b": random(3, 8) for name in ("even", "skip")}
-    weights["by"] = np.array([1e4, 1, 1, 1], np.float32).reshape(1, 4, 1, 1)
-    model = graph_of(nodes, INPUTS, {"y": ["batch", 8, 6, 6]}, weights)
+def shouting(loudness: Sequence[float], quiet: float = 1.0) -> onnx.ModelProto:
+    """A sum of convolutions named ``c0``, ``c1`` …, each with a channel among its inputs that it does not listen to and
+    that is so much louder than the others: it takes all of the range that they share."""
+    names = [f"c{number}" for number in range(len(loudness))]
+    weights = {"quiet": np.array(quiet, np.float32)}
+    nodes = []
+    for number, (name, loud) in enumerate(zip(names, loudness, strict=True)):
+        weights |= {f"{name}.w": random(number, 8, 4, 1, 1), f"{name}.b": random(number + 50, 8)}
+        weights[f"{name}.w"][:, 0] = 0
+        weights[f"{name}.by"] = np.array([loud, 1, 1, 1], np.float32).reshape(1, 4, 1, 1)
+        nodes += [node("Mul", ["x", f"{name}.by"], f"{name}.x"), conv(f"{name}.x", name)]
+    nodes += [node("Sum", names, "sum"), node("Mul", ["sum", "quiet"], "y")]
+    return graph_of(nodes, INPUTS, {"y": ["batch", 8, 6, 6]}, weights)
+
+
+@pytest.mark.parametrize("quiet", [1.0, 1e-6])
+def test_an_operator_that_would_lose_too_much_stays_and_is_named(quiet: float) -> None:
+    """However little of it comes through to the graph's output."""
+    model = shouting([1, 100, 1], quiet)
     change = changed(model, layer_error=0.05)
-    assert change.report == {"quantized": 1, "not_faster": [], "not_accurate": ["skip"], "split": 0}
-    assert integers_of(change.model) == {"even"}
+    assert decided(change) == {"quantized": 2, "not_accurate": ["c1"]}
+    assert integers_of(change.model) == {"c0", "c2"}
     assert off_by(run(change.model, CALLS[0]), run(model, CALLS[0])) < 0.05
-    assert integers_of(changed(model, layer_error=0.999).model) == {"even", "skip"}
-    quiet = with_weights(model, {"by": np.ones((1, 4, 1, 1))})
-    assert integers_of(changed(quiet, layer_error=0.05).model) == {"even", "skip"}
+    assert integers_of(changed(model, layer_error=0.999).model) == {"c0", "c1", "c2"}
+    assert integers_of(changed(shouting([1, 1, 1]), layer_error=0.05).model) == {"c0", "c1", "c2"}
+
+
+def test_a_weight_that_one_number_takes_the_range_of_is_refused() -> None:
+    model = shouting([1, 1, 1])
+    weight = weights_of(model)["c2.w"].copy()
+    weight[:, 0, 0, 0] = 300.0  # of a channel that is always 0
+    muted = {"c2.w": weight, "c2.by": np.array([0, 1, 1, 1]).reshape(1, 4, 1, 1)}
+    assert decided(changed(with_weights(model, muted), layer_error=0.05)) == {"quantized": 2, "not_accurate": ["c2"]}
+
+
+def test_the_least_accurate_are_put_back_until_the_whole_graph_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as that takes, found with a few sessions of the whole graph."""
+    loudness = [1.35 ** (number * 7 % 16) for number in range(16)]  # in no order
+    model, tried = shouting(loudness), list[onnx.ModelProto]()
+    real = quantize_static.outputs_of
+    monkeypatch.setattr(quantize_static, "outputs_of", lambda trial, calls: tried.append(trial) or real(trial, calls))
+    assert decided(changed(model, layer_error=0.999)) == {"quantized": 16}
+    assert len(tried) == 1
+    del tried[:]
+    change = changed(model, layer_error=0.999, graph_error=0.05)
+    assert len(tried) <= 1 + 4  # halving 16
+    kept = change.report["quantized"]
+    assert 0 < kept < 15
+    by_loudness = sorted(range(16), key=lambda number: loudness[number])
+    assert change.report["put_back"] == [f"c{number}" for number in by_loudness[kept:]]
+    assert integers_of(change.model) == {f"c{number}" for number in by_loudness[:kept]}
+    assert change.report["error"] == pytest.approx(worst_of_calls(change.model, model), rel=1e-2)
+    assert change.report["error"] <= 0.05
+    (one_more,) = [trial for trial in tried if len(integers_of(trial)) == kept + 1]
+    assert worst_of_calls(one_more, model) > 0.05
+
+
+def test_nothing_is_left_of_what_cannot_be_near_at_all() -> None:
+    model = shouting([1, 1, 1])
+    change = changed(model, graph_error=1e-6)
+    assert sorted(change.report["put_back"]) == ["c0", "c1", "c2"]
+    assert (change.report["quantized"], change.report["error"]) == (0, 0.0)
+    assert change.model == model
 
 
 def test_what_cannot_be_quantized_is_left() -> None:
@@ -176,39 +236,49 @@ def test_what_is_not_faster_is_left_and_named(monkeypatch: pytest.MonkeyPatch) -
     split = network()
     change = changed(network(), only_faster=True)
     split_concatenations(split)  # as they are tried
-    assert change.report == {
-        "quantized": 0,
-        "not_faster": [one.output[0] for one in split.graph.node if one.output[0] in CONVS | MATRICES],
-        "not_accurate": [],
-        "split": 0,
+    assert decided(change) == {
+        "not_faster": [one.output[0] for one in split.graph.node if one.output[0] in CONVS | MATRICES]
     }
     assert change.model == network()
-    monkeypatch.setattr(quantize_static, "_is_faster", lambda model, node, *args: node.output[0] != "deep")
+    monkeypatch.setattr(quantize_static, "_is_faster", lambda plain, *args: plain.get_outputs()[0].name != "deep")
     assert integers_of(changed(network(), only_faster=True).model) == (CONVS | MATRICES) - {"deep"}
+
+
+def test_operators_of_one_kind_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind has a type, sizes and attributes."""
+    model = shouting([1] * 5)
+    model.graph.node[3].attribute.append(helper.make_attribute("kernel_shape", [1, 1]))
+    timed = []
+
+    def is_faster(plain: onnxruntime.InferenceSession, *args: Any) -> bool:
+        timed.append(plain.get_outputs()[0].name)
+        return timed[-1] != "c0"
+
+    monkeypatch.setattr(quantize_static, "_is_faster", is_faster)
+    assert decided(changed(model, only_faster=True)) == {"quantized": 1, "not_faster": ["c0", "c2", "c3", "c4"]}
+    assert timed == ["c0", "c1"]
+    small = [{"x": call["x"][:1]} for call in CALLS]
+    changed(model, [*CALLS, *small], only_faster=True)
+    assert timed == ["c0", "c1"] * 3  # again for each of two batches
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [((3.0, 2.0), True), ((2.0, 3.0), False), ((2.0, 2.0), False)])
 def test_the_least_time_decides(monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], faster: bool) -> None:
-    clock, opened = [0.0], []
+    clock = [0.0]
 
     class Stopwatch:
-        def __init__(self, model: onnx.ModelProto):
-            onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-            self.integers = count(model, "QuantizeLinear") > 0
-            self.calls = 0
-            opened.append(self)
+        def __init__(self, takes: float, disturbed: float):
+            self.takes, self.disturbed, self.calls = takes, disturbed, 0
 
         def run(self, names: None, call: dict[str, Array]) -> None:
             self.calls += 1
-            assert call["x"].shape == (2, 4, 6, 6)
-            clock[0] += seconds[self.integers] + 10 * (self.integers and self.calls % 2)  # disturbed now and then
+            assert call.keys() == {"x"}
+            clock[0] += self.takes + self.disturbed * (self.calls % 2)  # now and then
 
-    monkeypatch.setattr(quantize_static, "session", Stopwatch)
     monkeypatch.setattr(quantize_static.time, "perf_counter", lambda: clock[0])
-    model = network()
-    ranges = {"x": (0.02, 128), "inner": (0.02, 128)}
-    assert quantize_static._is_faster(model, model.graph.node[0], ranges, {"x": (2, 4, 6, 6)}) is faster
-    assert [one.calls for one in opened] == [quantize_static.TRIALS] * 2
+    plain, integer = Stopwatch(seconds[0], 0.0), Stopwatch(seconds[1], 10.0)
+    assert quantize_static._is_faster(plain, integer, CALLS[0]) is faster
+    assert plain.calls == integer.calls == quantize_static.TRIALS
 
 
 def test_times_of_this_machine_are_taken() -> None:
@@ -222,6 +292,7 @@ def test_times_of_this_machine_are_taken() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"operators": ()}, "operators = [] quantizes nothing; allowed are Conv, MatMul."),
     ({"operators": ("Gemm",)}, "operators = 'Gemm' is not supported; allowed are 'Conv', 'MatMul'."),
+    ({"graph_error": 0.0}, "graph_error = 0.0 must be between 0 and 1, without these."),
     ({"layer_error": 0.0}, "layer_error = 0.0 must be between 0 and 1, without these."),
     ({"layer_error": 1.0}, "layer_error = 1.0 must be between 0 and 1, without these."),
     ({"layer_error": float("nan")}, "layer_error = nan must be between 0 and 1, without these."),
