@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle, export_error
-from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.contract import GraphSpec, TensorSpec, step_spec
 from ldm_export.engines import (
     FLAVOURS,
     Engine,
@@ -27,6 +27,7 @@ from ldm_export.engines import (
     write_engine_target,
 )
 from ldm_export.errors import ExportError, InputError
+from ldm_export.export.step import step_model
 from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_of
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
@@ -37,6 +38,7 @@ from ldm_export.partial import move_into_place, partial_folder
 from ldm_export.target import folder_of
 
 DEFAULT_BATCH = Range(1, 1, 4)
+STEP = "step"
 
 Progress = Callable[[str], None]
 
@@ -112,6 +114,8 @@ def build_engines(
 ) -> Built:
     """Build engines of a bundle's graphs, of those that are named or of all, and of the sampling loops of some plans.
 
+    With the UNet's goes that of ``step`` (`ldm_export.contract.step_spec`), which is the same for all plans.
+
     Raises
     ------
     InputError
@@ -182,6 +186,8 @@ def _tasks(bundle: Bundle, settings: Settings, graphs: Sequence[str], loops: Seq
     for name in graphs or own:
         files = [path for path in manifest.files if path.startswith(own[name].path)]  # and its _data
         found[name] = task(own[name], own[name].path, {path: manifest.files[path].sha256 for path in files})
+    if "unet" in found:  # what follows each of its calls
+        found[STEP] = task(step_spec(own["unet"]), own["unet"].path, found["unet"].made_from)
     for plan in loops:
         loop = loop_of(bundle, bundle, plan)
         found[loop.spec.name] = task(loop.spec, f"plans/{plan}.json", loop.made_of)
@@ -249,7 +255,11 @@ def _free(shape: tuple[int | str, ...]) -> tuple[int, ...]:
 
 
 def _onnx(bundle: Bundle, made: Bundle, task: _Task, work: Path) -> Path:
-    """The file to build from; a loop is composed of the graphs as they were converted."""
+    """The file to build from; a loop is composed of the graphs as they were converted, a step is always in fp32."""
+    if task.spec.name == STEP:
+        file = work / f"{STEP}.onnx"
+        file.write_bytes(step_model(bundle.manifest.graphs["unet"]).SerializeToString(deterministic=True))
+        return file
     if not is_loop(task.spec.path):
         return made.file(task.spec.path)
     folder = work / "loops"

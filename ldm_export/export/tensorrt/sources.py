@@ -27,7 +27,6 @@ from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import largest_error
 from ldm_export.graph.base import Array, GraphPass, Inputs
 from ldm_export.graph.files import load, save
-from ldm_export.graph.files import load, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.plan import Plan
@@ -53,7 +52,7 @@ def converted(
     step = PRECISIONS[precision]
     if step is None:
         return bundle, {name: {} for name in names}
-    reports: dict[str, dict[str, Any]] = {}
+    reports = {}
     made = replace(bundle, path=folder)
     for name in names:
         progress(f"{name}: to {precision}")
@@ -69,7 +68,7 @@ def converted(
                 f"{name} in {precision} differs from the plain graph by {error:.2g} of its largest value; {allowed:g} "
                 "is allowed. Nothing was kept. Use another precision."
             )
-        reports[name] |= {"error": error, "allowed": allowed}
+        reports[name] = {**change.report, "error": error, "allowed": allowed}
     return made, reports
 
 
@@ -139,6 +138,4 @@ def _difference(bundle: Bundle, made: Bundle, graph: GraphSpec) -> float:
 def _session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
