@@ -19,7 +19,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ PASSES: dict[str, tuple[GraphPass, ...]] = {
 }
 """The first is what the recipes do."""
 FP32 = "fp32"
+HOW = {"plain graph": "ONNX Runtime plain", "target": "ldm_export"}
+"""How each bundle is run, and the peer that runs it so."""
 
 
 def calls_of(workload: str, folder: Path, bundle: Bundle) -> list[Inputs]:
@@ -102,7 +106,8 @@ def unet_bytes(bundle: Bundle) -> int:
     return sum(entry.size_bytes for path, entry in bundle.manifest.files.items() if path.startswith("unet/model.onnx"))
 
 
-def main(options: argparse.Namespace) -> dict[str, Any]:
+def prepared(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, Any], dict[str, dict[str, Any]]]:
+    """The folders of what is compared, what each combination of passes took, and errors and bytes by row."""
     folder = options.folder or Path("build/peers") / options.workload
     work = options.work or Path("build/int8") / options.workload
     plain = Bundle.open(folder / "bundle")
@@ -114,26 +119,33 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         bundles[name], passes[name] = quantized(folder, folders[name], steps, calls)
         print(f"{name}: {passes[name]}", file=sys.stderr)
     references = results(plain, judged, with_target=False)
-    starts: dict[str, Callable[[], Peer]] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for peer in ("diffusers eager", "PyTorch quantize_dynamic"):
-        starts[peer] = partial(Peer, peer, "int8", folder, sys.executable)
+    facts = {}
     for name, bundle in bundles.items():
-        for peer, how in (("ONNX Runtime plain", "plain graph"), ("ldm_export", "target")):
-            row = f"{name}, {how}"
-            starts[row] = partial(Peer, peer, "int8", folders[name], sys.executable, row)
+        for how in HOW:
             off = worst_error(references, results(bundle, judged, with_target=how == "target"))
-            facts[row] = {"error": off, "bytes": unet_bytes(bundle)}
+            facts[f"{name}, {how}"] = {"error": off, "bytes": unet_bytes(bundle)}
+    return folders, passes, facts
+
+
+def main(options: argparse.Namespace) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # what it held is free when sides are timed
+        folders, passes, facts = apart.submit(prepared, options).result()
+    starts: dict[str, Callable[[], Peer]] = {}
+    for peer in ("diffusers eager", "PyTorch quantize_dynamic"):
+        starts[peer] = partial(Peer, peer, "int8", folders[FP32], sys.executable)
+    for name, folder in folders.items():
+        for how, peer in HOW.items():
+            starts[f"{name}, {how}"] = partial(Peer, peer, "int8", folder, sys.executable, f"{name}, {how}")
     table = Table({}, None)
     in_turn(starts, table, options.rounds, options.one_at_a_time)
     rows = [{"name": name, **row, **facts.get(name, {})} for name, row in table.rows.items()]
     measured = {row["name"]: row["ms"] for row in rows if "ms" in row}
     for row in rows:
-        for how in ("plain graph", "target") if "ms" in row else ():
+        for how in HOW if "ms" in row else ():
             pairs = zip(measured[f"{FP32}, {how}"], row["ms"], strict=True)
             row[f"faster_than_fp32_{how.replace(' ', '_')}"] = statistics.median(theirs / own for theirs, own in pairs)
     print_rows(rows)
-    shapes = {name: list(array.shape) for name, array in unet_inputs(folder, 0).items()}
+    shapes = {name: list(array.shape) for name, array in unet_inputs(folders[FP32], 0).items()}
     header = {"workload": options.workload, "inputs": shapes, "machine": cpu(), "rounds": options.rounds}
     document = {**header, "one_at_a_time": options.one_at_a_time, "rows": rows, "passes": passes}
     if options.result is not None:
