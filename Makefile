@@ -79,11 +79,11 @@ $(PEERS)/%/.ready: $(READY) $(OPTIMUM)/.ready
 	$(OPTIMUM)/bin/python benchmarks/peers/workloads.py optimum $(PEERS)/$*
 	touch $@
 
-# peers in turn, each in a process of its own; on two cores some forty minutes, and 24 GB for Stable Diffusion's size
+# peers in turn, each in a process of its own; on two cores some half an hour, and 24 GB for Stable Diffusion's size
 bench: $(PEERS)/emoji64/.ready $(PEERS)/52m/.ready $(PEERS)/sd15/.ready emoji-data
 	$(BIN)/python -m benchmarks.peers.run emoji64 picture benchmarks/results/peers_emoji64.json --optimum $(OPTIMUM)/bin/python
 	$(BIN)/python -m benchmarks.peers.run 52m unet benchmarks/results/peers_52m.json
-	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --one-at-a-time --rounds 2 --peers "diffusers eager,optimum-onnx,ONNX Runtime plain,OpenVINO,ldm_export"
+	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --in-pairs --rounds 4 --peers "diffusers eager,optimum-onnx,ONNX Runtime plain,OpenVINO,ldm_export"
 	$(BIN)/python -m benchmarks.deepcache $(PEERS)/emoji64/bundle build/emoji/train build/emoji/test benchmarks/results/deepcache.json
 
 fashion-mnist-data: $(READY)

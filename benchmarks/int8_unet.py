@@ -142,9 +142,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    print(
-        "| one UNet call | median ms | min ms | against fp32, plain | against its target | error | MB | load s | peak MB |"
-    )
+    print("| one call | median ms | min ms | against fp32 plain | against its target | error | MB | load s | peak MB |")
     print("|---" + "|---:" * 8 + "|")
     for row in rows:
         if "ms" not in row:

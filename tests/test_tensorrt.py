@@ -18,7 +18,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.contract import GraphSpec, TensorSpec, step_spec
 from ldm_export.engines import EngineTarget, ShapeRange, read_engine_target
 from ldm_export.errors import BackendError, ExportError, InputError, ParityError
 from ldm_export.export.tensorrt import build, process, sources
@@ -92,7 +92,7 @@ def test_engines_take_and_give_what_the_bundle_says(built: Path) -> None:
     graphs = Bundle.open(built).manifest.graphs
     assert set(target.engines) == {*graphs, "step", "loops/ddim-10"}
     assert target.compute_capabilities == ("8.6", "8.9")
-    for name, graph in graphs.items():
+    for name, graph in {**graphs, "step": step_spec(graphs["unet"])}.items():
         for tensors, specs in (
             (target.engines[name].inputs, graph.inputs),
             (target.engines[name].outputs, graph.outputs),
@@ -328,6 +328,9 @@ def test_profiles_follow_the_contract(bundle: Path) -> None:
         "sample": ShapeRange((1, 4, 8, 8), (4, 4, 8, 8), (6, 4, 16, 16)),
         "encoder_hidden_states": ShapeRange((1, 16, 32), (4, 16, 32), (6, 16, 32)),
     }
+    step = profile_of(step_spec(graphs["unet"]), graphs, manifest.model, Range(1, 2, 3), Range(16, 16, 32))
+    assert (step["latents"].max, step["out_sample"].max) == ((3, 4, 16, 16), (6, 4, 16, 16))
+    assert step["remembered"] == ShapeRange((4, 1, 4, 8, 8), (4, 2, 4, 8, 8), (4, 3, 4, 16, 16))
     assert of["text_encoder"] == {"input_ids": ShapeRange((1, 16), (4, 16), (6, 16))}
     assert of["vae_decoder"] == {"latent_sample": ShapeRange((1, 4, 8, 8), (2, 4, 8, 8), (3, 4, 16, 16))}
     assert of["vae_encoder"] == {"sample": ShapeRange((1, 3, 16, 16), (2, 3, 16, 16), (3, 3, 32, 32))}

@@ -1,10 +1,10 @@
 """Peers on the same model, each in a process of its own and, where its pins clash, its own environment.
 
-run.py WORKLOAD KIND [RESULT.json] [--folder F] [--rounds N] [--one-at-a-time] [--optimum PYTHON] [--peers A,B]
+run.py WORKLOAD KIND [RESULT.json] [--folder F] [--rounds N] [--in-pairs] [--optimum PYTHON] [--peers A,B]
 
-Every round asks all peers in turn for one call. With --one-at-a-time, for models of which only one fits into memory,
-every round starts, opens, calls (twice, the second counts) and ends each. A peer that is not installed is left out,
-and said so. What was measured is written after every round. The last line of the output is one JSON document.
+Every round asks all peers in turn for one call. With --in-pairs, for models of which not all fit into memory, each peer
+has its rounds with ours alone. A peer that is not installed is left out, and said so. What was measured is written
+after every round or pair. The last line of the output is one JSON document.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Table:
                 reached = self.header["flops"] / rows[name]["median_ms"] / 1e6
                 rows[name]["share_of_sgemm"] = reached / self.header["sgemm_gflops"]
             if OURS in measured:
-                pairs = zip(row["ms"], measured[OURS]["ms"], strict=False)
+                pairs = zip(row["ms"], row.get("ours_ms", measured[OURS]["ms"]), strict=False)
                 rows[name]["ours_is_faster"] = statistics.median(theirs / ours for theirs, ours in pairs)
         return {**self.header, "rows": rows}
 
@@ -147,7 +147,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     header = {"workload": options.workload, "kind": options.kind, "machine": cpu(), "versions": versions}
     if options.kind == "unet":
         header |= {"flops": flops_of_call(folder), "sgemm_gflops": sgemm_gflops()}
-    table = Table({**header, "one_at_a_time": options.one_at_a_time}, options.result)
+    table = Table({**header, "in_pairs": options.in_pairs}, options.result)
     names = options.peers.split(",") if options.peers else list(PEERS[options.kind])
     with tempfile.TemporaryDirectory() as temporary:
         saved = {name: Path(temporary) / f"{number}.npy" for number, name in enumerate(names)}
@@ -160,18 +160,36 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
             if not saved[peer.name].exists():
                 peer.ask(f"save 2 {saved[peer.name]}")
 
-        in_turn({name: partial(start, name) for name in names}, table, options.rounds, options.one_at_a_time, finish)
+        starts = {name: partial(start, name) for name in names}
+        if options.in_pairs:
+            in_pairs(starts, table, options.rounds, finish)
+        else:
+            in_turn(starts, table, options.rounds, finish=finish)
         _compare(table, saved)
     table.save()
     table.print()
     return table.document()
 
 
+def in_pairs(
+    starts: Mapping[str, Callable[[], Peer]], table: Table, rounds: int, finish: Callable[[Peer], None]
+) -> None:
+    """Time one call of every peer and of ours in every round, with no other peer in memory."""
+    for name in [name for name in starts if name != OURS]:
+        pair = Table(table.header, None)
+        in_turn({name: starts[name], OURS: starts[OURS]}, pair, rounds, finish=finish)
+        table.rows[name] = {**pair.rows[name], "ours_ms": pair.rows[OURS]["ms"]}
+        for figure, values in pair.rows[OURS].items():
+            for value in values:
+                table.add(OURS, **{figure: value})
+        table.save()
+
+
 def in_turn(
     starts: Mapping[str, Callable[[], Peer]],
     table: Table,
     rounds: int,
-    one_at_a_time: bool,
+    one_at_a_time: bool = False,
     finish: Callable[[Peer], None] = lambda peer: None,
 ) -> None:
     """Time one call of every peer in every round, by what starts it; ``finish`` is called before one ends."""
@@ -259,7 +277,7 @@ if __name__ == "__main__":
     parser.add_argument("result", nargs="?", type=Path)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--one-at-a-time", action="store_true")
+    parser.add_argument("--in-pairs", action="store_true")
     parser.add_argument("--optimum", default=sys.executable)
     parser.add_argument("--peers")
     given = parser.parse_args()

@@ -113,6 +113,8 @@ def build_engines(
 ) -> Built:
     """Build engines of a bundle's graphs, of those that are named or of all, and of the sampling loops of some plans.
 
+    With the UNet's goes that of ``step`` (`ldm_export.contract.step_spec`), which is the same for all plans.
+
     Raises
     ------
     InputError
@@ -183,7 +185,7 @@ def _tasks(bundle: Bundle, settings: Settings, graphs: Sequence[str], loops: Seq
     for name in graphs or own:
         files = [path for path in manifest.files if path.startswith(own[name].path)]  # and its _data
         found[name] = task(own[name], own[name].path, {path: manifest.files[path].sha256 for path in files})
-    if "unet" in found:
+    if "unet" in found:  # what follows each of its calls
         found[STEP] = task(step_spec(own["unet"]), own["unet"].path, found["unet"].made_from)
     for plan in loops:
         loop = loop_of(bundle, bundle, plan)
@@ -252,11 +254,11 @@ def _free(shape: tuple[int | str, ...]) -> tuple[int, ...]:
 
 
 def _onnx(bundle: Bundle, made: Bundle, task: _Task, work: Path) -> Path:
-    """The file to build from; a loop is composed of the graphs as they were converted."""
+    """The file to build from; a loop is composed of the graphs as they were converted, a step is always in fp32."""
     if task.spec.name == STEP:
-        path = work / f"{STEP}.onnx"
-        path.write_bytes(step_model(bundle.manifest.graphs["unet"]).SerializeToString(deterministic=True))
-        return path
+        file = work / f"{STEP}.onnx"
+        file.write_bytes(step_model(bundle.manifest.graphs["unet"]).SerializeToString(deterministic=True))
+        return file
     if not is_loop(task.spec.path):
         return made.file(task.spec.path)
     folder = work / "loops"

@@ -62,13 +62,13 @@ def profile_of(
     batch, pixels : pictures at a time, and their height and width
     """
     per_latent = facts["pixels_per_latent"]
-    guided = Range(batch.min, 2 * batch.opt, 2 * batch.max) if is_guided(graphs, facts) else batch
-    rows = guided if graph.name in GUIDED else batch
+    rows = Range(batch.min, 2 * batch.opt, 2 * batch.max) if is_guided(graphs, facts) else batch
+    count = rows if graph.name in GUIDED else batch
     images = (pixels.min, pixels.opt, pixels.max)
     latents = tuple(size // per_latent for size in images)
     sizes: dict[str, tuple[int, ...]] = {
-        "batch": (rows.min, rows.opt, rows.max),
-        "rows": (guided.min, guided.opt, guided.max),
+        "batch": (count.min, count.opt, count.max),
+        "rows": (rows.min, rows.opt, rows.max),
         "height": latents,
         "width": latents,
         "image_height": images,

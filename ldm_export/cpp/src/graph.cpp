@@ -1,0 +1,144 @@
+#include "graph.hpp"
+
+#include "error.hpp"
+
+#include <algorithm>
+
+namespace ldm::runtime {
+
+namespace {
+
+constexpr const char *DEEP = "deep";
+
+// Of `given`, what a graph takes.
+TensorRefs taken(const TensorRefs &given, const Graph &graph) {
+    TensorRefs refs;
+    for (const TensorSpec &tensor : graph.spec().inputs) refs.emplace(tensor.name, given.at(tensor.name));
+    return refs;
+}
+
+// Whether two tensors have the same type and rank, and the same sizes where both are fixed.
+bool alike(const TensorSpec &one, const TensorSpec &other) {
+    if (one.dtype != other.dtype || one.shape.size() != other.shape.size()) return false;
+    for (std::size_t k = 0; k < one.shape.size(); ++k)
+        if (!one.shape[k].is_free() && !other.shape[k].is_free() && one.shape[k].size != other.shape[k].size) return false;
+    return true;
+}
+
+using Specs = std::map<std::string, const TensorSpec *>;
+
+Specs by_name(const std::vector<TensorSpec> &tensors) {
+    Specs specs;
+    for (const TensorSpec &tensor : tensors) specs.emplace(tensor.name, &tensor);
+    return specs;
+}
+
+bool all_given(const std::vector<TensorSpec> &wanted, const Specs &given) {
+    return std::all_of(wanted.begin(), wanted.end(), [&](const TensorSpec &tensor) {
+        const auto found = given.find(tensor.name);
+        return found != given.end() && alike(tensor, *found->second);
+    });
+}
+
+// Copy where the values lie, since a bound call reads them there.
+void overwrite(Tensor &tensor, const Tensor &values) {
+    if (tensor.data.size() != values.data.size())
+        throw BundleError("A part of the target gives another size from call to call. Build the target anew.");
+    std::copy(values.data.begin(), values.data.end(), tensor.data.begin());
+}
+
+}  // namespace
+
+OnceGraph::OnceGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, std::unique_ptr<Graph> shallow,
+                     std::int64_t deep_channels)
+    : Graph(std::move(spec)),
+      rest_(std::move(rest)),
+      parts_(std::move(parts)),
+      shallow_(std::move(shallow)),
+      deep_channels_(deep_channels) {
+    check_parts();
+}
+
+void OnceGraph::check_parts() const {
+    Specs given = by_name(spec().inputs);
+    bool fits = true;
+    for (const auto &[name, part] : parts_) {
+        const std::vector<TensorSpec> &inputs = part->spec().inputs;
+        fits = fits && inputs.size() == 1 && inputs[0].name == name && all_given(inputs, given);
+    }
+    for (const auto &[name, part] : parts_)
+        for (const TensorSpec &tensor : part->spec().outputs) given[tensor.name] = &tensor;
+    const Specs made = by_name(rest_->spec().outputs);
+    fits = fits && all_given(rest_->spec().inputs, given) && all_given(spec().outputs, made);
+    fits = fits && made.size() == spec().outputs.size() + (shallow_ ? 1 : 0);
+    const auto deep = made.find(DEEP);
+    fits = fits && (deep != made.end()) == can_skip() && (deep_channels_ > 0) == can_skip();
+    if (fits && shallow_) {
+        given[DEEP] = deep->second;
+        const std::vector<Dimension> &sizes = deep->second->shape;
+        fits = sizes.size() == 4 && !sizes[1].is_free() && sizes[1].size == deep_channels_ &&
+               all_given(shallow_->spec().inputs, given) &&
+               all_given(spec().outputs, by_name(shallow_->spec().outputs));
+    }
+    if (!fits)
+        throw BundleError(join(rest_->spec().path, " and what belongs to it are not ", spec().path,
+                               ". Build the target anew."));
+}
+
+Tensors OnceGraph::run(const TensorRefs &inputs) const {
+    TensorRefs given = inputs;
+    std::vector<Tensors> held;
+    for (const auto &[name, _] : parts_) held.push_back(*results(name, *inputs.at(name)));
+    for (Tensors &tensors : held)
+        for (auto &[name, tensor] : tensors) given[name] = &tensor;
+    return rest_->run(taken(given, *rest_));
+}
+
+Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::size_t every) const {
+    struct Bound {
+        std::map<std::string, Tensors> held;  // what the parts give, by part
+        Tensor deep;
+        std::vector<Call> calls;
+        std::size_t turn = 0;
+    };
+    const auto bound = std::make_shared<Bound>();
+    TensorRefs given = inputs;
+    std::vector<std::pair<std::string, Tensor *>> scalars;  // inputs that change from call to call
+    for (const auto &[name, _] : parts_) {
+        Tensors &held = bound->held[name] = *results(name, *inputs.at(name));
+        for (auto &[output, tensor] : held) given[output] = &tensor;
+        if (inputs.at(name)->shape.empty()) scalars.emplace_back(name, inputs.at(name));
+    }
+    TensorRefs made = outputs;
+    if (every > 1) {
+        const Shape &sample = inputs.at("sample")->shape;
+        bound->deep = Tensor::zeros<float>({sample[0], deep_channels_, sample[2], sample[3]});
+        given[DEEP] = made[DEEP] = &bound->deep;
+    }
+    bound->calls = {rest_->bind(taken(given, *rest_), made)};
+    if (every > 1) bound->calls.resize(every, shallow_->bind(taken(given, *shallow_), outputs));
+    return [this, bound, scalars] {
+        for (const auto &[name, value] : scalars) {
+            const SharedTensors now = results(name, *value);
+            for (auto &[output, tensor] : bound->held[name]) overwrite(tensor, now->at(output));
+        }
+        bound->calls[bound->turn++ % bound->calls.size()]();
+    };
+}
+
+// What the part that depends on an input gives for a value; of scalars it is remembered.
+SharedTensors OnceGraph::results(const std::string &part, Tensor &value) const {
+    const auto run = [&] { return std::make_shared<const Tensors>(parts_.at(part)->run({{part, &value}})); };
+    if (!value.shape.empty()) return run();
+    const std::string key = part + '\0' + std::string(value.as<char>(), value.data.size());
+    {
+        const std::lock_guard<std::mutex> lock(known_->mutex);
+        if (const SharedTensors *found = known_->results.find(key)) return *found;
+    }
+    SharedTensors made = run();
+    const std::lock_guard<std::mutex> lock(known_->mutex);
+    known_->results.insert(key, made);
+    return made;
+}
+
+}  // namespace ldm::runtime

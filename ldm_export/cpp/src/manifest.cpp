@@ -1,0 +1,100 @@
+#include "manifest.hpp"
+
+#include "error.hpp"
+
+#include <algorithm>
+#include <array>
+
+namespace ldm::runtime {
+
+namespace {
+
+constexpr std::int64_t FORMAT_VERSION = 1;
+constexpr std::array KEYS{"files",  "format_version", "graphs", "ldm_export_version",
+                          "model",  "parity",         "passes", "source"};
+
+bool begins_with(std::string_view relative, std::string_view folder) {
+    return relative.substr(0, relative.find('/')) == folder;
+}
+
+std::vector<TensorSpec> specs_of(const Json &entry, const char *side, const std::string &where) {
+    std::vector<TensorSpec> specs;
+    for (const Json &spec : field(entry, side, Kind::array, where)) {
+        const std::string at = join(where, ".", side, "[", specs.size(), "]");
+        TensorSpec tensor{field(spec, "name", Kind::text, at), field(spec, "dtype", Kind::text, at), {}};
+        for (const Json &size : field(spec, "shape", Kind::array, at)) {
+            if (is_kind(size, Kind::integer) && size >= 0)
+                tensor.shape.push_back({size.get<std::int64_t>()});
+            else if (size.is_string() && !size.get_ref<const std::string &>().empty())
+                tensor.shape.push_back({0, size});
+            else
+                throw MalformedError(
+                    join(at, " has the shape ", spec["shape"].dump(), "; sizes are whole numbers from 0, or names"));
+        }
+        specs.push_back(std::move(tensor));
+    }
+    return specs;
+}
+
+Manifest manifest_of(const Json &found) {
+    check_kind(found, Kind::object, "");
+    if (const Json &version = field(found, "format_version", Kind::integer); version != FORMAT_VERSION)
+        throw BundleError(join(MANIFEST, " has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION,
+                               ". Export the bundle anew, or install the ldm_export that made it."));
+    for (const auto &[key, _] : found.items())
+        if (std::find(KEYS.begin(), KEYS.end(), key) == KEYS.end())
+            throw MalformedError("the whole has the unknown key '" + key + "'");
+    Manifest manifest{files_of(found), {}, field(found, "model", Kind::object)};
+    for (const auto &[path, _] : manifest.files)
+        if (path == MANIFEST || begins_with(path, TARGETS))
+            throw MalformedError(
+                join("the path '", path, "' is listed, but ", MANIFEST, " and what is under ", TARGETS, "/ never are"));
+    for (const auto &[name, entry] : field(found, "graphs", Kind::object).items()) {
+        const std::string where = "graphs['" + name + "']";
+        const std::string path = field(entry, "path", Kind::text, where);
+        if (manifest.files.count(path) == 0)
+            throw MalformedError(where + " has the path '" + path + "', which is not among the files");
+        manifest.graphs.emplace(name, GraphSpec{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)});
+    }
+    for (const char *key : {"passes", "parity"})
+        for (const Json &entry : field(found, key, Kind::array)) {
+            check_kind(entry, Kind::object, std::string("an entry of ") + key);
+            if (entry.contains("made_of")) field(entry, "made_of", Kind::object, std::string("an entry of ") + key);
+        }
+    field(found, "source", Kind::object);
+    field(found, "ldm_export_version", Kind::text);
+    return manifest;
+}
+
+}  // namespace
+
+const TensorSpec *GraphSpec::input(std::string_view name) const {
+    const auto found =
+        std::find_if(inputs.begin(), inputs.end(), [&](const TensorSpec &tensor) { return tensor.name == name; });
+    return found == inputs.end() ? nullptr : &*found;
+}
+
+std::string GraphSpec::name() const {
+    for (const std::string_view end : {"/model.onnx", ".onnx"})
+        if (path.size() > end.size() && path.compare(path.size() - end.size(), end.size(), end) == 0)
+            return path.substr(0, path.size() - end.size());
+    return path;
+}
+
+Manifest manifest_from_json(std::string_view text) {
+    Json found;
+    try {
+        found = parsed(text, Repeats::refused);
+    } catch (const MalformedError &error) {
+        throw BundleError(join(MANIFEST, " is ", error.what(), ". Export the bundle anew."));
+    }
+    try {
+        return manifest_of(found);
+    } catch (const MalformedError &error) {
+        throw BundleError(join(MANIFEST, ": ", error.what(), ". Export the bundle anew."));
+    }
+}
+
+bool is_loop(std::string_view relative) { return begins_with(relative, "loops"); }
+
+}  // namespace ldm::runtime

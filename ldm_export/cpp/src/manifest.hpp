@@ -1,0 +1,48 @@
+// manifest.json: what a bundle says about itself; as ldm_export/manifest.py and contract.py.
+#pragma once
+
+#include "json.hpp"
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ldm::runtime {
+
+constexpr const char *MANIFEST = "manifest.json";
+constexpr const char *TARGETS = "targets";
+
+// A size, or the name of a free one.
+struct Dimension {
+    std::int64_t size = 0;
+    std::string name{};  // empty: the size is fixed
+    bool is_free() const { return !name.empty(); }
+};
+
+struct TensorSpec {
+    std::string name;
+    std::string dtype;  // numpy's name
+    std::vector<Dimension> shape;
+};
+
+struct GraphSpec {
+    std::string path;
+    std::vector<TensorSpec> inputs, outputs;
+
+    const TensorSpec *input(std::string_view name) const;  // null if there is none
+    std::string name() const;                              // the folder, such as "unet"; of a loop its file
+};
+
+struct Manifest {
+    std::map<std::string, FileEntry> files;
+    std::map<std::string, GraphSpec> graphs;
+    Json model;  // free facts
+};
+
+// Throws BundleError if the text is no manifest of this format version.
+Manifest manifest_from_json(std::string_view text);
+
+bool is_loop(std::string_view relative);
+
+}  // namespace ldm::runtime

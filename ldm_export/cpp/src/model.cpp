@@ -1,0 +1,200 @@
+#include "model.hpp"
+
+#include "error.hpp"
+
+#include <algorithm>
+
+namespace ldm::runtime {
+
+namespace {
+
+const Tensor &output_of(const Tensors &outputs, const std::string &name, std::size_t rank, std::size_t batch) {
+    const auto found = outputs.find(name);
+    if (found == outputs.end() || found->second.dtype != "float32" || found->second.shape.size() != rank ||
+        static_cast<std::size_t>(found->second.shape[0]) != batch)
+        throw BundleError("The text encoder gives no '" + name + "' as it must. Export the bundle anew.");
+    return found->second;
+}
+
+// Row k of an array (B, ...).
+Tensor row_of(const Tensor &tensor, std::size_t k) {
+    Tensor row = Tensor::zeros<float>({tensor.shape.begin() + 1, tensor.shape.end()});
+    std::copy_n(tensor.data.begin() + static_cast<std::ptrdiff_t>(k * row.data.size()), row.data.size(), row.data.begin());
+    return row;
+}
+
+// (L, C1) and (L, C2) to (L, C1 + C2).
+Tensor joined(const Tensor &one, const Tensor &other) {
+    const auto a = static_cast<std::ptrdiff_t>(one.shape[1]), b = static_cast<std::ptrdiff_t>(other.shape[1]);
+    if (one.shape[0] != other.shape[0])
+        throw BundleError("The two text encoders read prompts of different lengths. Export the bundle anew.");
+    Tensor whole = Tensor::zeros<float>({one.shape[0], a + b});
+    for (std::ptrdiff_t token = 0; token < one.shape[0]; ++token) {
+        std::copy_n(one.as<float>() + token * a, a, whole.as<float>() + token * (a + b));
+        std::copy_n(other.as<float>() + token * b, b, whole.as<float>() + token * (a + b) + a);
+    }
+    return whole;
+}
+
+Device device_for(const std::string &backend) {
+    if (backend != "auto" && backend != "cpu" && backend != "cuda")
+        throw InputError("There is no backend '" + backend + "'; there are auto, cpu, cuda. Use one of those.");
+    if (backend == "cpu") return Device::cpu;
+    if (OnnxRuntime::has_cuda()) return Device::cuda;
+    if (backend == "cuda")
+        throw BackendError(join("cuda was asked for; this ONNX Runtime ", OnnxRuntime::version(),
+                                " has no CUDA provider. Use ONNX Runtime's release for GPUs."));
+    return Device::cpu;
+}
+
+}  // namespace
+
+Model::Model(const fs::path &folder, const std::string &backend, int threads, bool verify, Warn warn)
+    : bundle_(Bundle::open(folder, verify)),
+      facts_(facts_of(bundle_)),
+      warn_(std::move(warn)),
+      runtime_(threads),
+      fixed_device_(backend != "auto"),
+      device_(device_for(backend)) {
+    if (device_ == Device::cuda) return;
+    try {
+        target_ = read_target(bundle_, OnnxRuntime::version());
+    } catch (const PassedOver &why) {
+        pass_over_target(why.what());
+    }
+}
+
+void Model::pass_over_target(const std::string &why) {
+    target_.reset();
+    warn(join("targets/", ORT_CPU, " of ", bundle_.path.string(), " is passed over, since ", why,
+              "; the plain graphs run. For its speed run: ldm-export build ", bundle_.path.string(), " --target cpu"));
+}
+
+std::string Model::backend() const {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    const char *target = target_ ? " ort-cpu" : "";
+    return join("onnxruntime ", OnnxRuntime::version(), device_ == Device::cuda ? " cuda" : " cpu", target);
+}
+
+const Graph &Model::graph(const std::string &name) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    std::unique_ptr<Graph> &graph = graphs_[name];
+    if (graph == nullptr) graph = load(name);
+    return *graph;
+}
+
+std::unique_ptr<Graph> Model::load(const std::string &name) {
+    const GraphSpec &graph = spec(name);
+    if (target_ && target_->graphs.count(name) != 0) {
+        try {
+            return load_target(target_->graphs.at(name), graph);
+        } catch (const BundleError &) {
+            pass_over_target("ONNX Runtime refuses its " + name + ", or it is another graph");
+        }
+    }
+    try {
+        return runtime_.open(bundle_.file(graph.path), graph.path, &graph, device_);
+    } catch (const BackendError &error) {
+        if (fixed_device_ || device_ == Device::cpu) throw;
+        device_ = Device::cpu;
+        warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.");
+        return runtime_.open(bundle_.file(graph.path), graph.path, &graph, device_);
+    }
+}
+
+std::unique_ptr<Graph> Model::load_target(const TargetGraph &graph, const GraphSpec &spec) const {
+    const auto open = [&](const std::string &path) {
+        return runtime_.open(target_->file(path), path, nullptr, Device::cpu);
+    };
+    if (graph.once.empty() && graph.shallow.empty())
+        return runtime_.open(target_->file(graph.path), graph.path, &spec, Device::cpu);
+    OnceGraph::Parts parts;
+    for (const auto &[input, path] : graph.once) parts.emplace(input, open(path));
+    return std::make_unique<OnceGraph>(spec, open(graph.path), std::move(parts),
+                                       graph.shallow.empty() ? nullptr : open(graph.shallow), graph.deep_channels);
+}
+
+const std::vector<Tokenizer> &Model::tokenizers() {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    if (!tokenizers_) {
+        std::vector<Tokenizer> found;
+        for (const char *suffix : {"", "_2"})
+            if (facts_.reads_text && has(join("text_encoder", suffix)))
+                found.emplace_back(bundle_.file(join("tokenizer", suffix)));
+        tokenizers_ = std::move(found);
+    }
+    return *tokenizers_;
+}
+
+std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    const std::vector<Tokenizer> &readers = tokenizers();
+    std::vector<std::string> keys;
+    std::map<std::string, SharedTensors> rows;
+    std::vector<std::string> missing;
+    std::vector<std::vector<Tensor>> missing_ids(readers.size());
+    for (const std::string &prompt : prompts) {
+        std::vector<Tensor> ids;
+        std::string key;
+        for (const Tokenizer &tokenizer : readers) {
+            const std::vector<TokenId> row = tokenizer(prompt, warn_);
+            ids.push_back(Tensor::zeros<TokenId>({static_cast<std::int64_t>(row.size())}));
+            std::copy(row.begin(), row.end(), ids.back().as<TokenId>());
+            key.append(ids.back().as<char>(), ids.back().data.size());
+        }
+        keys.push_back(key);
+        if (rows.count(key) != 0) continue;
+        const SharedTensors *known = prompts_.find(key);
+        rows[key] = known == nullptr ? nullptr : *known;
+        if (known != nullptr) continue;
+        missing.push_back(key);
+        for (std::size_t i = 0; i < readers.size(); ++i) missing_ids[i].push_back(std::move(ids[i]));
+    }
+    if (!missing.empty()) {
+        std::vector<Tensors> made = run_encoders(missing_ids);
+        for (std::size_t k = 0; k < missing.size(); ++k) {
+            rows[missing[k]] = std::make_shared<const Tensors>(std::move(made[k]));
+            prompts_.insert(missing[k], rows[missing[k]]);
+        }
+    }
+    std::vector<SharedTensors> encoded;
+    for (const std::string &key : keys) encoded.push_back(rows.at(key));
+    return encoded;
+}
+
+// One run of each text encoder on the ids of all prompts; ids by encoder and prompt.
+std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> &ids) {
+    const std::size_t batch = ids.at(0).size();
+    std::vector<Tensors> outputs;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+        const std::int64_t length = ids[i][0].shape[0];
+        Tensor all = Tensor::zeros<TokenId>({static_cast<std::int64_t>(batch), length});
+        for (std::size_t k = 0; k < batch; ++k)
+            std::copy_n(ids[i][k].as<TokenId>(), length, all.as<TokenId>() + static_cast<std::int64_t>(k) * length);
+        outputs.push_back(graph(i == 0 ? "text_encoder" : "text_encoder_2").run({{"input_ids", &all}}));
+    }
+    std::vector<Tensors> rows(batch);
+    const bool pooled = outputs.back().count("text_embeds") != 0;
+    for (std::size_t i = 0; i < (pooled ? outputs.size() : 1); ++i) {
+        std::string name = "last_hidden_state";  // Stable Diffusion 1.x and 2.x
+        if (pooled) {                            // SDXL reads the input of both's last layer (2307.01952, section 2.1)
+            const auto layers = std::count_if(outputs[i].begin(), outputs[i].end(), [](const auto &output) {
+                return output.first.rfind("hidden_states.", 0) == 0;
+            });
+            name = join("hidden_states.", layers - 2);
+        }
+        const Tensor &states = output_of(outputs[i], name, 3, batch);
+        for (std::size_t k = 0; k < batch; ++k) {
+            Tensor row = row_of(states, k);
+            Tensor &all = rows[k]["encoder_hidden_states"];
+            all = i == 0 ? std::move(row) : joined(all, row);
+        }
+    }
+    if (pooled) {
+        const Tensor &embeds = output_of(outputs.back(), "text_embeds", 2, batch);
+        for (std::size_t k = 0; k < batch; ++k) rows[k]["text_embeds"] = row_of(embeds, k);
+    }
+    return rows;
+}
+
+}  // namespace ldm::runtime

@@ -1,0 +1,56 @@
+// An opened bundle: what pipelines on the same weights share. Any thread may use it.
+#pragma once
+
+#include "bundle.hpp"
+#include "facts.hpp"
+#include "graph.hpp"
+#include "session.hpp"
+#include "target.hpp"
+#include "tokenizer.hpp"
+
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace ldm::runtime {
+
+class Model {
+  public:
+    // backend: "cpu", "cuda", or "auto", CUDA where ONNX Runtime has it. Throws BundleError, BackendError, InputError.
+    Model(const fs::path &folder, const std::string &backend, int threads, bool verify, Warn warn);
+
+    const Bundle &bundle() const { return bundle_; }
+    const Facts &facts() const { return facts_; }
+    const GraphSpec &spec(const std::string &graph) const { return bundle_.manifest.graphs.at(graph); }
+    bool has(const std::string &graph) const { return bundle_.manifest.graphs.count(graph) != 0; }
+    void warn(const std::string &sentence) const { warn_(sentence); }
+    std::string backend() const;  // what really runs, such as "onnxruntime 1.32.0 cpu ort-cpu"
+
+    const Graph &graph(const std::string &name);  // opened when it is first asked for
+    const std::vector<Tokenizer> &tokenizers();   // one, or SDXL's two; none for a model that reads no text
+
+    // The UNet's inputs from text, of one prompt: encoder_hidden_states (L, C) and, for SDXL, text_embeds (P).
+    std::vector<SharedTensors> encode(const std::vector<std::string> &prompts);
+
+  private:
+    std::unique_ptr<Graph> load(const std::string &name);
+    std::unique_ptr<Graph> load_target(const TargetGraph &graph, const GraphSpec &spec) const;
+    void pass_over_target(const std::string &why);
+    std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids);
+
+    Bundle bundle_;
+    Facts facts_;
+    Warn warn_;
+    OnnxRuntime runtime_;
+    bool fixed_device_;  // asked for by name
+    Device device_;
+    std::optional<Target> target_;
+    mutable std::recursive_mutex mutex_;  // of what follows, and of device_ and target_
+    std::map<std::string, std::unique_ptr<Graph>> graphs_;
+    std::optional<std::vector<Tokenizer>> tokenizers_;
+    Cache<std::string, SharedTensors> prompts_{256};  // by token ids
+};
+
+}  // namespace ldm::runtime

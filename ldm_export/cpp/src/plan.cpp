@@ -1,0 +1,203 @@
+#include "plan.hpp"
+
+#include "error.hpp"
+#include "json.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+namespace ldm::runtime {
+
+namespace {
+
+constexpr std::int64_t FORMAT_VERSION = 1;
+constexpr std::size_t MAX_HISTORY = 5;
+
+[[noreturn]] void refuse(const std::string &what) { throw InputError(what + ". Compile the plan again."); }
+
+// An object of a plan, which must hold exactly these keys.
+class Record {
+  public:
+    Record(const Json &value, const char *where, const std::set<std::string> &names) : value_(value) {
+        std::set<std::string> given;
+        if (value.is_object())
+            for (const auto &[key, _] : value.items()) given.insert(key);
+        if (given != names)
+            refuse(join(where, " holds ", value.is_object() ? listed(given) : value.type_name(), "; it must hold exactly ",
+                        listed(names)));
+    }
+
+    double number(const char *name) const { return finite(value_[name], name); }
+
+    std::size_t index(const char *name) const {
+        const Json &value = value_[name];
+        if (!is_kind(value, Kind::integer) || value < 0)
+            refuse(join("a plan has ", name, " = ", value.dump(), "; it must be a whole number from 0"));
+        return value;
+    }
+
+    std::string text(const char *name) const {
+        if (!value_[name].is_string()) refuse(join("a plan has ", name, " = ", value_[name].dump(), "; it must be text"));
+        return value_[name];
+    }
+
+    const Json &list(const char *name) const {
+        if (!value_[name].is_array()) refuse(join("a plan has ", name, " that is no list"));
+        return value_[name];
+    }
+
+    std::vector<double> numbers(const char *name) const {
+        std::vector<double> found;
+        for (const Json &value : list(name)) found.push_back(finite(value, name));
+        return found;
+    }
+
+  private:
+    static double finite(const Json &value, const char *name) {
+        if (!value.is_number() || !std::isfinite(value.get<double>()))
+            refuse(join("a plan has ", name, " = ", value.dump(), "; it must be a finite number"));
+        return value;
+    }
+
+    const Json &value_;
+};
+
+Row row_of(const Json &value) {
+    static const std::set<std::string> names{"timestep", "input_scale", "from_sample", "from_output", "clip",
+                                             "keep",     "direct",      "weights",     "noise"};
+    const Record record(value, "a row", names);
+    Row row;
+    row.timestep = record.number("timestep");
+    row.input_scale = record.number("input_scale");
+    row.from_sample = record.number("from_sample");
+    row.from_output = record.number("from_output");
+    row.clip = record.number("clip");
+    row.keep = record.number("keep");
+    row.direct = record.number("direct");
+    row.weights = record.numbers("weights");
+    row.noise = record.number("noise");
+    if (row.timestep < 0 || row.input_scale <= 0 || row.clip < 0)
+        refuse(join("a plan row has timestep ", row.timestep, ", input_scale ", row.input_scale, " and clip ", row.clip,
+                    "; they must be >= 0, > 0 and >= 0"));
+    if (row.weights.size() > MAX_HISTORY)
+        refuse(join("a plan row has ", row.weights.size(), " weights; at most ", MAX_HISTORY, " values are remembered"));
+    return row;
+}
+
+std::vector<Row> rows_of(const Json &list) {
+    std::vector<Row> rows;
+    for (const Json &value : list) rows.push_back(row_of(value));
+    return rows;
+}
+
+Entry entry_of(const Json &value) {
+    const Record record(value, "an entry", {"image_scale", "noise_scale", "warmup", "resume"});
+    return {record.number("image_scale"), record.number("noise_scale"), rows_of(record.list("warmup")),
+            record.index("resume")};
+}
+
+void check(const Trajectory &trajectory) {
+    if (trajectory.rows.empty()) refuse("a plan starts with 0 rows; rows must be at least 1");
+    for (std::size_t made = 1; made <= std::min(trajectory.rows.size(), MAX_HISTORY); ++made)
+        if (const std::size_t weighed = trajectory.rows[made - 1].weights.size(); weighed > made)
+            refuse(join("network call ", made, " of a plan weighs ", weighed, " remembered values; only ", made,
+                        " exist by then"));
+}
+
+void check(const Plan &plan) {
+    const std::size_t steps = plan.num_inference_steps, rows = plan.rows.size();
+    if (steps < 1 || rows < steps || rows / 2 > steps || rows > 2 * steps)
+        refuse(join("a plan of ", steps, " steps has ", rows, " rows; a step is one or two network calls"));
+    if (plan.entries.size() != steps)
+        refuse(join("a plan of ", steps, " steps has ", plan.entries.size(), " entries; it needs one a step"));
+    check(plan.from_noise());
+    for (std::size_t start = 0; start < steps; ++start) {
+        if (plan.entries[start].resume > rows)
+            refuse(join("entry ", start, " of a plan resumes at row ", plan.entries[start].resume, "; it has rows 0 to ",
+                        rows));
+        check(plan.starting_at(start));
+    }
+}
+
+}  // namespace
+
+Trajectory Plan::from_noise() const { return {0.0, init_scale, rows}; }
+
+Trajectory Plan::starting_at(std::size_t step) const {
+    const Entry &entry = entries.at(step);
+    Trajectory run{entry.image_scale, entry.noise_scale, entry.warmup};
+    run.rows.insert(run.rows.end(), rows.begin() + static_cast<std::ptrdiff_t>(entry.resume), rows.end());
+    return run;
+}
+
+Trajectory Plan::for_strength(double strength) const {
+    const auto steps = static_cast<double>(num_inference_steps);
+    const auto redone = strength > 0 && strength <= 1 ? static_cast<std::size_t>(steps * strength) : 0;
+    if (redone < 1)
+        throw InputError(join("strength ", strength, " of ", num_inference_steps, " steps leaves nothing to run; it must ",
+                              "lie in [", 1 / steps, ", 1]. Raise the strength or the number of steps."));
+    return starting_at(num_inference_steps - redone);
+}
+
+Plan plan_from_json(std::string_view text) {
+    Json document;
+    try {
+        document = parsed(text, Repeats::allowed);
+    } catch (const MalformedError &error) {
+        throw InputError(join("a plan file is ", error.what(), ". Compile the plan again."));
+    }
+    const Json version = document.is_object() ? document.value("format_version", Json()) : Json();
+    if (!is_kind(version, Kind::integer) || version != FORMAT_VERSION)
+        throw InputError(join("a plan file has format_version ", version.dump(), "; this package reads ", FORMAT_VERSION,
+                              ". Compile the plan again with this version."));
+    document.erase("format_version");
+    const Record record(document, "a plan", {"sampler", "num_inference_steps", "init_scale", "rows", "entries"});
+    Plan plan;
+    plan.sampler = record.text("sampler");
+    plan.num_inference_steps = record.index("num_inference_steps");
+    plan.init_scale = record.number("init_scale");
+    plan.rows = rows_of(record.list("rows"));
+    for (const Json &value : record.list("entries")) plan.entries.push_back(entry_of(value));
+    check(plan);
+    return plan;
+}
+
+Stepper::Stepper(const std::vector<Row> &rows, float *latents, std::size_t count) : latents_(latents), count_(count) {
+    std::size_t remembered = 0;
+    for (const Row &row : rows) remembered = std::max(remembered, row.weights.size());
+    history_.assign(remembered, std::vector<float>(count));
+}
+
+void Stepper::network_input(const Row &row, float *out) const {
+    const auto scale = static_cast<float>(row.input_scale);
+    for (std::size_t i = 0; i < count_; ++i) out[i] = latents_[i] * scale;
+}
+
+void Stepper::advance(const Row &row, const float *output, const Draw &draw) {
+    if (!history_.empty()) {
+        std::rotate(history_.rbegin(), history_.rbegin() + 1, history_.rend());  // the oldest buffer takes the newest value
+        float *h = history_.front().data();
+        const auto scale = static_cast<float>(row.from_output);
+        for (std::size_t i = 0; i < count_; ++i) h[i] = output[i] * scale;
+        add(h, row.from_sample, latents_);
+        if (row.clip > 0) {
+            const auto clip = static_cast<float>(row.clip);
+            for (std::size_t i = 0; i < count_; ++i) h[i] = std::clamp(h[i], -clip, clip);
+        }
+    }
+    const auto keep = static_cast<float>(row.keep);
+    for (std::size_t i = 0; i < count_; ++i) latents_[i] *= keep;
+    add(latents_, row.direct, output);
+    for (std::size_t k = 0; k < row.weights.size(); ++k) add(latents_, row.weights[k], history_[k].data());
+    if (row.noise != 0) add(latents_, row.noise, draw());
+}
+
+// In float32, product and sum rounded each, as numpy does it.
+void Stepper::add(float *total, double factor, const float *term) const {
+    if (factor == 0) return;
+    const auto scale = static_cast<float>(factor);
+    for (std::size_t i = 0; i < count_; ++i) total[i] += term[i] * scale;
+}
+
+}  // namespace ldm::runtime

@@ -1,0 +1,78 @@
+// The sampling plan: a sampler as a table, its file, and the loop that runs it; as ldm_export/plan/table.py.
+//
+//   h_0  = from_sample * x + from_output * out                      then clipped to +-clip where clip > 0
+//   x   <- keep * x + direct * out + sum_k weights[k] * h_k + noise * z         z ~ N(0, I)
+//   network input = input_scale * x,   timestep = the row's timestep
+#pragma once
+
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ldm::runtime {
+
+// One network call and the update that follows it.
+struct Row {
+    double timestep = 0;
+    double input_scale = 1;
+    double from_sample = 0;
+    double from_output = 0;
+    double clip = 0;
+    double keep = 0;
+    double direct = 0;
+    std::vector<double> weights;  // newest first, at most 5
+    double noise = 0;
+};
+
+// A run of the sampler: x = image_scale * image_latents + noise_scale * z, then the rows in order.
+struct Trajectory {
+    double image_scale = 0;
+    double noise_scale = 0;
+    std::vector<Row> rows;
+};
+
+// How image-to-image enters the plan at one of its steps: its warm-up rows, then the plan's own from `resume` on.
+struct Entry {
+    double image_scale = 0;
+    double noise_scale = 0;
+    std::vector<Row> warmup;
+    std::size_t resume = 0;
+};
+
+struct Plan {
+    std::string sampler;
+    std::size_t num_inference_steps = 0;
+    double init_scale = 0;
+    std::vector<Row> rows;
+    std::vector<Entry> entries;
+
+    Trajectory from_noise() const;
+    Trajectory starting_at(std::size_t step) const;
+    // The run that redoes the last `strength` of the steps, in (0, 1]; throws InputError where that leaves none.
+    Trajectory for_strength(double strength) const;
+};
+
+// Read a plan file, checking everything; throws InputError.
+Plan plan_from_json(std::string_view text);
+
+// Runs rows on latents, in place.
+class Stepper {
+  public:
+    using Draw = std::function<const float *()>;  // N(0, I), as many values as the latents
+
+    Stepper(const std::vector<Row> &rows, float *latents, std::size_t count);
+
+    void network_input(const Row &row, float *out) const;
+    // Take the network's (guided) output; `draw` is called once where the row adds noise, else not at all.
+    void advance(const Row &row, const float *output, const Draw &draw);
+
+  private:
+    void add(float *total, double factor, const float *term) const;
+
+    float *latents_;
+    std::size_t count_;
+    std::vector<std::vector<float>> history_;  // newest first
+};
+
+}  // namespace ldm::runtime

@@ -1,0 +1,195 @@
+#include "request.hpp"
+
+#include "error.hpp"
+#include "unicode.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+namespace ldm::runtime {
+
+namespace {
+
+constexpr std::size_t LARGEST_BATCH = 1 << 16;
+constexpr std::uint32_t LARGEST_SIDE = 1 << 20;
+
+std::vector<std::string> texts(const char *const *given, std::size_t count, const char *what) {
+    std::vector<std::string> found;
+    for (std::size_t k = 0; k < count; ++k) {
+        if (given == nullptr || given[k] == nullptr) throw InputError(join(what, " ", k, " is NULL; give one a picture."));
+        found.emplace_back(given[k]);
+        if (!is_utf8(found.back())) throw InputError(join(what, " ", k, " is not UTF-8 text. Convert it."));
+    }
+    return found;
+}
+
+void check_kind_of_input(const Facts &facts, bool prompts, bool labels) {
+    if (facts.unet_channels != facts.latent_channels)
+        throw InputError(join("This bundle's UNet takes ", facts.unet_channels, " channels for ", facts.latent_channels,
+                              " of latents (an inpainting model); this runtime draws text-to-image and image-to-image. ",
+                              "Run its graphs yourself."));
+    if (facts.reads_text == prompts && facts.takes_classes == labels) return;
+    const std::string classes = facts.class_count == 0
+                                    ? "class labels"
+                                    : join("class labels from 0 to ", facts.class_count - 1);
+    const std::string wants = facts.reads_text && facts.takes_classes ? "a prompt a picture and " + classes
+                              : facts.reads_text                      ? "a prompt a picture"
+                              : facts.takes_classes                   ? classes
+                                                                      : "neither: give their number alone";
+    throw InputError(join(prompts ? "Prompts" : "No prompts", " and ", labels ? "class labels" : "no class labels",
+                          " were given; this model takes ", wants, "."));
+}
+
+std::vector<std::string> negatives(const ldm_draw_options &options, std::size_t count) {
+    if (options.negative_prompts == nullptr) return std::vector<std::string>(count);
+    const std::size_t given = options.negative_prompt_count;
+    if (given != 1 && given != count)
+        throw InputError(join(given, " negative prompts were given for ", count, " pictures. Give one, or one each."));
+    std::vector<std::string> found = texts(options.negative_prompts, given, "Negative prompt");
+    found.resize(count, found[0]);
+    return found;
+}
+
+// The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself.
+double guidance(const Facts &facts, double asked, const std::vector<std::string> &negative_prompts) {
+    const double own = facts.default_guidance, scale = std::isnan(asked) ? own : asked;
+    if (!std::isfinite(scale) || scale < 0)
+        throw InputError(join("guidance is ", scale, "; it must be a number from 0 on, 1 being off."));
+    const bool negative = std::any_of(negative_prompts.begin(), negative_prompts.end(),
+                                      [](const std::string &prompt) { return !prompt.empty(); });
+    const char *remedy = "Leave it out, or use the bundle of the model that it was distilled from.";
+    if (facts.takes_scale && negative)
+        throw InputError(join("A negative prompt was given; this model was distilled to be told a guidance scale and takes ",
+                              "none. ", remedy));
+    if (!facts.guidance_folded) return scale;
+    if (scale != own || negative)
+        throw InputError(join(scale != own ? join("Guidance ", scale) : "A negative prompt",
+                              " was asked for; this model was distilled with guidance ", own,
+                              " and takes no other, and no negative prompt. ", remedy));
+    return 1.0;
+}
+
+std::vector<std::int64_t> seeds(const ldm_draw_options &options, std::size_t count) {
+    if (options.seeds != nullptr) return {options.seeds, options.seeds + count};
+    std::vector<std::int64_t> found;
+    for (std::size_t k = 0; k < count; ++k)  // the low bits count, so that wrapping around is right
+        found.push_back(static_cast<std::int64_t>(static_cast<std::uint64_t>(options.seed) + k));
+    return found;
+}
+
+Tensor labels(const Bundle &bundle, const Facts &facts, const std::int64_t *given, std::size_t count) {
+    const TensorSpec *input = bundle.manifest.graphs.at("unet").input("class_labels");
+    if (input->dtype != "int64" || input->shape.size() != 1)
+        throw InputError("This model takes features as class labels; this runtime gives whole numbers. Use the Python one.");
+    Tensor found = Tensor::zeros<std::int64_t>({static_cast<std::int64_t>(count)});
+    for (std::size_t k = 0; k < count; ++k) {
+        if (facts.class_count != 0 && (given[k] < 0 || given[k] >= facts.class_count))
+            throw InputError(join("class label ", given[k], " is none; this model has 0 to ", facts.class_count - 1, "."));
+        found.as<std::int64_t>()[k] = given[k];
+    }
+    return found;
+}
+
+// Pictures uint8 (N, H, W, C) as (B, C, H, W) in [-1, 1]; one serves the whole batch.
+Tensor image(const ldm_draw_options &options, std::size_t count, std::size_t height, std::size_t width,
+             std::size_t channels) {
+    if (options.image_count != 1 && options.image_count != count)
+        throw InputError(join(options.image_count, " images were given for ", count, " pictures. Give one, or one each."));
+    Tensor sample = Tensor::zeros<float>({static_cast<std::int64_t>(count), static_cast<std::int64_t>(channels),
+                                          static_cast<std::int64_t>(height), static_cast<std::int64_t>(width)});
+    const std::size_t plane = height * width;
+    float *out = sample.as<float>();
+    for (std::size_t k = 0; k < count; ++k) {
+        const std::uint8_t *pixels = options.image + (options.image_count == 1 ? 0 : k * plane * channels);
+        for (std::size_t c = 0; c < channels; ++c)
+            for (std::size_t i = 0; i < plane; ++i)
+                *out++ = static_cast<float>(pixels[i * channels + c]) / 127.5f - 1.0f;
+    }
+    return sample;
+}
+
+void check_size(std::uint32_t height, std::uint32_t width, std::uint32_t multiple) {
+    const auto fits = [&](std::uint32_t side) { return side >= multiple && side <= LARGEST_SIDE && side % multiple == 0; };
+    if (fits(height) && fits(width)) return;
+    const auto nearest = [&](std::uint32_t side) {
+        const std::uint32_t largest = LARGEST_SIDE / multiple;
+        return std::clamp((side + multiple / 2) / multiple, 1u, largest) * multiple;
+    };
+    throw InputError(join("The size ", height, "x", width, " does not fit; height and width must be multiples of ", multiple,
+                          ". Use ", nearest(height), "x", nearest(width), "."));
+}
+
+Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
+    const std::string path = join("plans/", sampler, "-", steps, ".json");
+    if (bundle.has(path)) {
+        try {
+            return plan_from_json(read_text(bundle.file(path)));
+        } catch (const std::system_error &error) {
+            throw BundleError(join("Bundle ", bundle.path.string(), ": ", path, " cannot be read (", error.what(),
+                                   "). Export the bundle anew."));
+        } catch (const MalformedError &error) {
+            throw BundleError(join("Bundle ", bundle.path.string(), ": ", path, " is ", error.what(),
+                                   ". Export the bundle anew."));
+        }
+    }
+    std::set<std::string> kin, samplers;
+    for (const auto &[name, _] : bundle.manifest.files) {
+        if (name.rfind("plans/", 0) != 0) continue;
+        const std::size_t dash = name.rfind('-'), end = name.rfind('.');
+        if (dash == std::string::npos || dash < 6 || end == std::string::npos || end < dash) continue;
+        samplers.insert(name.substr(6, dash - 6));
+        if (name.substr(6, dash - 6) == sampler) kin.insert(name.substr(6, end - 6));
+    }
+    throw InputError(join("This bundle has no plan for '", sampler, "' with ", steps, " steps; it has ",
+                          kin.empty() ? "plans for " + listed(samplers, "no sampler") : listed(kin),
+                          ". Use one of those, or run: ldm-export plan ", bundle.path.string(), " --sampler ", sampler,
+                          " --steps ", steps));
+}
+
+std::string loop(const Bundle &bundle, const std::string &sampler, std::uint32_t steps, bool stepped) {
+    if (stepped)
+        throw InputError("The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from "
+                         "noise, and all of the UNet each time. Leave one of them out.");
+    const std::string name = join("loops/", sampler, "-", steps);
+    if (bundle.manifest.graphs.count(name) != 0) return name;
+    std::vector<std::string> there;
+    for (const auto &[graph, _] : bundle.manifest.graphs)
+        if (is_loop(graph)) there.push_back(graph.substr(graph.find('/') + 1));
+    throw InputError(join("This bundle has no loop ", sampler, "-", steps, "; it has ", listed(there, "none"),
+                          ". Run: ldm-export plan ", bundle.path.string(), " --sampler ", sampler, " --steps ", steps,
+                          " --loop"));
+}
+
+}  // namespace
+
+Request checked_request(const Bundle &bundle, const Facts &facts, const char *const *prompts, std::size_t count,
+                        const ldm_draw_options &options) {
+    if (options.deepcache < 1) throw InputError("deepcache is 0; give a whole number from 1 (off) on, such as 3.");
+    if (count < 1 || count > LARGEST_BATCH)
+        throw InputError(join(count, " pictures were asked for; ask for 1 to ", LARGEST_BATCH, "."));
+    check_kind_of_input(facts, prompts != nullptr, options.class_labels != nullptr);
+    Request request{};
+    if (facts.reads_text) {
+        request.prompts = texts(prompts, count, "Prompt");
+        request.negative_prompts = negatives(options, count);
+    }
+    if (facts.takes_classes) request.class_labels = labels(bundle, facts, options.class_labels, count);
+    request.guidance = guidance(facts, options.guidance, request.negative_prompts);
+    const std::string sampler = options.sampler == nullptr ? facts.default_sampler : options.sampler;
+    if (!is_utf8(sampler)) throw InputError("The sampler's name is not UTF-8 text. Use one of the bundle's.");
+    const std::uint32_t steps = options.steps == 0 ? facts.default_steps : options.steps;
+    const Plan plan = read_plan(bundle, sampler, steps);
+    if (options.whole != 0) request.loop = loop(bundle, sampler, steps, options.image != nullptr || options.deepcache > 1);
+    request.height = options.height == 0 ? facts.height : options.height;
+    request.width = options.width == 0 ? facts.width : options.width;
+    check_size(request.height, request.width, facts.pixels_per_latent);
+    request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength);
+    if (options.image != nullptr)
+        request.image = image(options, count, request.height, request.width, facts.picture_channels);
+    request.seeds = seeds(options, count);
+    request.deepcache = options.deepcache;
+    return request;
+}
+
+}  // namespace ldm::runtime

@@ -1,0 +1,176 @@
+#include "target.hpp"
+
+#include "error.hpp"
+#include "onnx_wire.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <sstream>
+#include <system_error>
+
+#include <sys/utsname.h>
+
+namespace ldm::runtime {
+
+namespace {
+
+constexpr const char *TARGET = "target.json";
+constexpr std::int64_t FORMAT_VERSION = 1;
+
+std::vector<std::string> names_of(const std::map<std::string, TargetGraph> &graphs) {
+    std::vector<std::string> names;
+    for (const auto &[name, _] : graphs) names.push_back(name);
+    return names;
+}
+
+std::string trimmed(const std::string &text) {
+    const std::size_t first = text.find_first_not_of(" \t"), last = text.find_last_not_of(" \t");
+    return first == std::string::npos ? "" : text.substr(first, last - first + 1);
+}
+
+bool is_vector_flag(const std::string &field, const std::string &flag) {
+    const auto any = [&](std::initializer_list<const char *> starts) {
+        return std::any_of(starts.begin(), starts.end(), [&](const char *start) { return flag.rfind(start, 0) == 0; });
+    };
+    if (field == "flags") return any({"amx", "avx", "fma", "sse4"});
+    return any({"asimd", "neon", "sme", "sve"}) || flag == "bf16" || flag == "fphp" || flag == "i8mm";
+}
+
+std::string this_cpu() {
+    std::ifstream stream("/proc/cpuinfo");
+    const std::string told = cpu_level({std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()});
+    struct utsname system {};
+    if (told.empty() || ::uname(&system) != 0) throw PassedOver("this system does not tell the kind of its processor");
+    return std::string(system.machine) + " " + told;
+}
+
+// The hashes of all files that a bundle's graphs consist of.
+std::map<std::string, std::string> sources_of(const Bundle &bundle) {
+    std::map<std::string, std::string> sources;
+    std::set<std::string> graphs;
+    for (const auto &[_, graph] : bundle.manifest.graphs) graphs.insert(graph.path);
+    for (const auto &[path, entry] : bundle.manifest.files) {
+        const bool data = path.size() >= 10 && path.compare(path.size() - 10, 10, ".onnx_data") == 0;
+        if ((graphs.count(path) != 0 || data) && !is_loop(path)) sources.emplace(path, entry.sha256);
+    }
+    return sources;
+}
+
+Target target_of(const Json &document, const fs::path &folder) {
+    if (const Json &version = field(document, "format_version", Kind::integer); version != FORMAT_VERSION)
+        throw MalformedError(join("it has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION));
+    if (const Json &kind = field(document, "kind", Kind::text); kind != folder.filename().string())
+        throw MalformedError("it is of the kind " + kind.dump());
+    Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
+    for (const auto &[name, entry] : field(document, "graphs", Kind::object).items()) {
+        const std::string where = "graphs['" + name + "']";
+        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where), texts_of(entry, "once", where),
+                                                field(entry, "shallow", Kind::text, where),
+                                                field(entry, "deep_channels", Kind::integer, where)});
+    }
+    field(document, "report", Kind::object);
+    return target;
+}
+
+void check_files(const Target &target, const std::map<std::string, std::int64_t> &present, bool verify) {
+    std::set<std::string> opened;
+    for (const auto &[_, graph] : target.graphs)
+        for (const std::string &path : graph.paths()) opened.insert(path);
+    std::set<std::string> wanted = opened;
+    for (const auto &[name, _] : target.files) wanted.insert(name);
+    for (const std::string &name : wanted) {
+        const auto listed = target.files.find(name);
+        const auto there = present.find(name);
+        if (listed == target.files.end() || there == present.end()) throw PassedOver("its " + name + " is missing");
+        if (there->second != listed->second.size_bytes)
+            throw PassedOver(
+                join("its ", name, " has ", there->second, " bytes, and ", listed->second.size_bytes, " are listed"));
+    }
+    for (const auto &[name, _] : present)
+        if (name != TARGET && target.files.count(name) == 0) throw PassedOver("its " + name + " is not listed");
+    for (const std::string &name : opened)
+        for (const ExternalData &data : external_data_from_onnx(target.file(name)))
+            if (target.files.count(data.location) == 0)
+                throw PassedOver(join("its ", name, " reads weights from '", data.location, "', which it does not list"));
+    if (verify)
+        for (const auto &[name, entry] : target.files)
+            if (sha256_of(target.file(name)) != entry.sha256) throw PassedOver("its " + name + " has been altered");
+}
+
+Target sound_target(const Bundle &bundle, const fs::path &folder) {
+    if (fs::is_symlink(folder) || fs::is_symlink(folder.parent_path())) throw PassedOver("its folder is a link");
+    try {
+        const std::map<std::string, std::int64_t> present = walk(folder);
+        if (present.count(TARGET) == 0) throw PassedOver(join("its ", TARGET, " is missing"));
+        Target target = target_of(parsed(read_text(folder / TARGET), Repeats::refused), folder);
+        check_files(target, present, bundle.verified);
+        return target;
+    } catch (const UnlikeFile &found) {
+        throw PassedOver("its " + found.relative + " is a link or a device");
+    } catch (const BundleError &error) {
+        throw PassedOver(join("one of its graphs cannot be read (", error.what(), ")"));
+    } catch (const MalformedError &error) {
+        throw PassedOver(join("its ", TARGET, " cannot be read (", error.what(), ")"));
+    } catch (const std::system_error &error) {
+        throw PassedOver(join("its ", TARGET, " cannot be read (", error.what(), ")"));
+    }
+}
+
+}  // namespace
+
+std::vector<std::string> TargetGraph::paths() const {
+    std::vector<std::string> found{path};
+    for (const auto &[_, part] : once) found.push_back(part);
+    if (!shallow.empty()) found.push_back(shallow);
+    return found;
+}
+
+std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime) {
+    const fs::path folder = bundle.path / TARGETS / ORT_CPU;
+    if (fs::symlink_status(folder).type() == fs::file_type::not_found) return std::nullopt;
+    Target target = sound_target(bundle, folder);
+    if (target.made_from != sources_of(bundle)) throw PassedOver("it was made from other graphs");
+    const std::map<std::string, std::string> has{{"cpu", this_cpu()}, {"onnxruntime", onnxruntime}};
+    if (target.needs.size() != has.size()) throw PassedOver("it says not just of cpu and onnxruntime what it needs");
+    for (const auto &[name, there] : has) {
+        const auto wanted = target.needs.find(name);
+        if (wanted == target.needs.end()) throw PassedOver("it does not say for which " + name + " it was made");
+        if (wanted->second != there)
+            throw PassedOver(join("it was made for ", name, " ", wanted->second, ", and this is ", there));
+    }
+    std::vector<std::string> own;
+    for (const auto &[name, graph] : bundle.manifest.graphs)
+        if (!is_loop(graph.path)) own.push_back(name);
+    if (names_of(target.graphs) != own)
+        throw PassedOver(join("it has the graphs ", listed(names_of(target.graphs), "nothing"), ", and the bundle ",
+                              listed(own, "nothing")));
+    return target;
+}
+
+std::string cpu_level(const std::string &cpuinfo) {
+    static const std::set<std::string> model{"vendor_id", "cpu family", "model", "CPU implementer", "CPU part"};
+    std::vector<std::string> models;
+    std::set<std::string> vectors;
+    std::istringstream lines(cpuinfo);
+    for (std::string line; std::getline(lines, line);) {
+        const std::size_t colon = std::min(line.find(':'), line.size());
+        const std::string name = trimmed(line.substr(0, colon));
+        const std::string value = trimmed(colon < line.size() ? line.substr(colon + 1) : "");
+        if (model.count(name) != 0 && std::find(models.begin(), models.end(), value) == models.end())
+            models.push_back(value);
+        if (name != "flags" && name != "Features") continue;
+        std::istringstream flags(value);
+        for (std::string flag; flags >> flag;)
+            if (is_vector_flag(name, flag)) vectors.insert(flag);
+    }
+    if (vectors.empty()) return "";
+    std::string told;
+    for (const std::string &word : models) told += word + " ";
+    for (const std::string &word : vectors) told += word + " ";
+    told.pop_back();
+    return told;
+}
+
+}  // namespace ldm::runtime

@@ -1,0 +1,42 @@
+// The target ort-cpu, which is made of a bundle for one kind of machine, and when it may be used; as ldm_export/target.py.
+#pragma once
+
+#include "bundle.hpp"
+
+#include <optional>
+#include <stdexcept>
+
+namespace ldm::runtime {
+
+constexpr const char *ORT_CPU = "ort-cpu";
+
+struct TargetGraph {
+    std::string path;                         // of what is run in every call
+    std::map<std::string, std::string> once;  // by the input that it depends on alone, what need not be
+    std::string shallow;                      // the outermost blocks alone, which take "deep"; empty: there are none
+    std::int64_t deep_channels;               // of "deep", which else has the latents' sizes
+
+    std::vector<std::string> paths() const;
+};
+
+struct Target {
+    fs::path folder;
+    std::map<std::string, TargetGraph> graphs;
+    std::map<std::string, std::string> needs, made_from;
+    std::map<std::string, FileEntry> files;
+
+    fs::path file(const std::string &relative) const { return folder / relative; }
+};
+
+// Why a target is not used: words that go on from "since". Nothing that is wrong with one is wrong with the bundle.
+struct PassedOver : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// The bundle's target for this machine and this release of ONNX Runtime, or none; throws PassedOver.
+std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime);
+
+// The kind of processor from the text of Linux's /proc/cpuinfo; empty if that names no vector instructions.
+std::string cpu_level(const std::string &cpuinfo);
+
+}  // namespace ldm::runtime

@@ -1,0 +1,22 @@
+// UTF-8, character classes, lower case and normal form C, as the Python package `tokenizers` has them.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace ldm::runtime {
+
+bool is_utf8(std::string_view text);
+
+std::u32string decoded(std::string_view text);  // what is not UTF-8 becomes U+FFFD, byte by byte
+std::string encoded(std::u32string_view text);
+
+bool is_letter(char32_t c);
+bool is_number(char32_t c);
+bool is_space(char32_t c);
+bool is_word_character(char32_t c);
+
+std::u32string lower(std::u32string_view text);  // each code point by itself
+std::u32string nfc(std::u32string_view text);    // Unicode Standard Annex 15
+
+}  // namespace ldm::runtime

@@ -1,0 +1,116 @@
+"""Writes ``src/unicode_tables.inc`` from what the ``tokenizers`` package does with every code point.
+
+Its regular expressions, lower case and normal form come from three libraries with a Unicode version each, so they are
+asked and not looked up. Run again when the tests say that a new release of ``tokenizers`` differs:
+
+    python tools/unicode_tables.py > src/unicode_tables.inc
+"""
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+CODE_POINTS = [*range(0xD800), *range(0xE000, 0x110000)]
+HANGUL = range(0xAC00, 0xD7A4)  # composed by arithmetic, not by table (The Unicode Standard, section 3.12)
+MARKS = {  # one character of every canonical combining class that is given to characters
+    1: 0x334, 7: 0x93C, 8: 0x3099, 9: 0x94D, 10: 0x5B0, 11: 0x5B1, 12: 0x5B2, 13: 0x5B3, 14: 0x5B4,
+    15: 0x5B5, 16: 0x5B6, 17: 0x5B7, 18: 0x5B8, 19: 0x5B9, 20: 0x5BB, 21: 0x5BC, 22: 0x5BD, 23: 0x5BF, 24: 0x5C1,
+    25: 0x5C2, 26: 0xFB1E, 27: 0x64B, 28: 0x64C, 29: 0x64D, 30: 0x64E, 31: 0x64F, 32: 0x650, 33: 0x651, 34: 0x652,
+    35: 0x670, 36: 0x711, 84: 0xC55, 91: 0xC56, 103: 0xE38, 107: 0xE48, 118: 0xEB8, 122: 0xEC8, 129: 0xF71,
+    130: 0xF72, 132: 0xF74, 202: 0x321, 214: 0x1DCE, 216: 0x31B, 218: 0x302A, 220: 0x316, 222: 0x59A, 224: 0x302E,
+    226: 0x1D16D, 228: 0x5AE, 230: 0x300, 232: 0x315, 233: 0x35C, 234: 0x35D, 240: 0x345,
+}  # fmt: skip
+
+lower = normalizers.Lowercase().normalize_str
+nfc = normalizers.NFC().normalize_str
+nfd = normalizers.NFD().normalize_str
+
+
+def members(pattern: str) -> list[int]:
+    """The code points that match, ``!`` not being one of them."""
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated").pre_tokenize_str
+    return [c for c in CODE_POINTS if len(split("!" + chr(c) + "!")) == 3]
+
+
+def word_characters() -> Iterator[int]:
+    """The code points beside which an added token of ``single_word`` is not seen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_tokens([AddedToken("x", single_word=True, normalized=False)])
+    return (c for c in CODE_POINTS if c != ord("x") and not tokenizer.encode(chr(c) + "x").ids)
+
+
+def combining_class(c: int) -> int:
+    """By which marks a character changes places with: those of a higher class before it, of a lower one after it."""
+    mark = chr(c)
+    above = [k for k, other in MARKS.items() if nfd(chr(other) + mark) != chr(other) + mark]
+    below = [k for k, other in MARKS.items() if nfd(mark + chr(other)) != mark + chr(other)]
+    between = [k for k in MARKS if k not in above and k not in below]
+    assert len(between) == 1, (hex(c), between)
+    return between[0]
+
+
+def combining_classes() -> Iterator[tuple[int, int]]:
+    lowest, highest = chr(MARKS[1]), chr(MARKS[240])
+    for c in CODE_POINTS:
+        mark = chr(c)
+        if nfd(mark) == mark and (nfd(highest + mark) != highest + mark or nfd(mark + lowest) != mark + lowest):
+            yield c, combining_class(c)
+
+
+def decompositions() -> dict[int, str]:
+    return {c: nfd(chr(c)) for c in CODE_POINTS if c not in HANGUL and nfd(chr(c)) != chr(c)}
+
+
+def compositions(decomposed: dict[int, str]) -> Iterator[tuple[int, int, int]]:
+    """First, second, composed: the pairs that normal form C joins."""
+    for c, whole in decomposed.items():
+        first, second = nfc(whole[:-1]), whole[-1]
+        if nfc(chr(c)) == chr(c) and len(first) == 1 and nfc(first + second) == chr(c):
+            yield ord(first), ord(second), c
+
+
+def ranges(points: Iterable[int]) -> Iterator[tuple[int, int]]:
+    start = last = None
+    for c in points:
+        if last is None or c != last + 1:
+            if start is not None:
+                yield start, last
+            start = c
+        last = c
+    if start is not None:
+        yield start, last
+
+
+def table(declaration: str, rows: Iterable[tuple[int, ...]]) -> None:
+    print(f"{declaration}[] = {{")
+    line = "   "
+    for row in rows:
+        cell = " {" + ",".join(f"0x{value:x}" for value in row) + "},"
+        if len(line) + len(cell) > 118:
+            print(line)
+            line = "   "
+        line += cell
+    print(line)
+    print("};\n")
+
+
+def mapping(name: str, texts: dict[int, str], longest: int) -> None:
+    rows = ((c, *(ord(ch) for ch in text), *[0] * (longest - len(text))) for c, text in texts.items())
+    assert all(len(text) <= longest for text in texts.values())
+    table(f"constexpr Mapping<{longest}> {name}", rows)
+
+
+def main() -> None:
+    print("// Made by tools/unicode_tables.py; not to be edited.\n")
+    for name, pattern in (("LETTERS", r"\p{L}"), ("NUMBERS", r"\p{N}"), ("SPACES", r"\s")):
+        table(f"constexpr Range {name}", ranges(members(pattern)))
+    table("constexpr Range WORD_CHARACTERS", ranges(sorted({*word_characters(), ord("x")})))
+    mapping("LOWER", {c: lower(chr(c)) for c in CODE_POINTS if lower(chr(c)) != chr(c)}, 2)
+    decomposed = decompositions()
+    mapping("DECOMPOSED", decomposed, max(map(len, decomposed.values())))
+    table("constexpr Pair COMPOSED", sorted(compositions(decomposed)))
+    table("constexpr CombiningClass COMBINING_CLASSES", combining_classes())
+
+
+if __name__ == "__main__":
+    main()
