@@ -88,12 +88,21 @@ bench: $(PEERS)/emoji64/.ready $(PEERS)/52m/.ready $(PEERS)/sd15/.ready emoji-da
 
 GPU := build/gpu
 
+GPU_BIN := build/gpu-env/bin
+
+# of the newest versions, with CUDA; the last package brings a provider that is not needed
+build/gpu-env/.ready: pyproject.toml
+	$(PYTHON) -m venv build/gpu-env
+	$(GPU_BIN)/python -m pip install --quiet --editable '.[bench,gpu,rtx]' diffusers transformers
+	-$(GPU_BIN)/python -m pip install --quiet onnxruntime-ep-nv-tensorrt-rtx
+	touch $@
+
 # on a machine with an NVIDIA GPU: engines, ONNX Runtime and diffusers, in benchmarks/results/gpu.json, then pages with
 # the pictures; goes on where it was interrupted
-bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks.gpu --folder $(GPU)
-	$(BIN)/ldm-export bench $(GPU)/emoji64/fp32.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt --backend cuda --backend cpu -o $(GPU)/fp32.html
-	$(BIN)/ldm-export bench $(GPU)/emoji64/fp16.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt -o $(GPU)/fp16.html
+bench-gpu: build/gpu-env/.ready
+	$(GPU_BIN)/python -m benchmarks.gpu --folder $(GPU)
+	$(GPU_BIN)/ldm-export bench $(GPU)/emoji64/fp32.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt --backend cuda --backend cpu -o $(GPU)/fp32.html
+	$(GPU_BIN)/ldm-export bench $(GPU)/emoji64/fp16.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt -o $(GPU)/fp16.html
 
 fashion-mnist-data: $(READY)
 	$(BIN)/python -m ldm_reference.fashion_mnist build/fashion

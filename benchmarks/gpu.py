@@ -4,7 +4,8 @@ gpu.py [WORKLOAD ...] [--device cpu] [--rounds N] [--result FILE] [--folder F]  
 
 Of each workload, in fp32 (without TF32) and fp16: engines are built; then one UNet call and prompt to picture are timed
 of each peer in turn with ours, the first engine that runs, each in a process of its own. Errors are against diffusers
-in fp32 on the CPU. What cannot be made or measured is a row with the reason, and the rest goes on. Every row is written
+in fp32 on the CPU; ``device_bytes`` is what the GPU holds more, a peer's CUDA context included, after its first call.
+What cannot be made or measured is a row with the reason, and the rest goes on. Every row is written
 as soon as it is there; run again, the same command goes on, and tries again what was left out. Prints tables; the last
 line of the output is one JSON document. Without a GPU it says what is missing, and the exit code is 2. ``--device cpu``
 tries all of it on the CPU.
@@ -210,7 +211,8 @@ def engines_of(place: Path, precision: str, flavour: str, capability: str, loops
     copy = place / f"{precision}.bundle"
     if not copy.is_dir():
         ignored = shutil.ignore_patterns("targets")
-        os.replace(shutil.copytree(place / "bundle", place / f"{precision}.partial", ignore=ignored), copy)
+        begun = place / f"{precision}.partial"
+        os.replace(shutil.copytree(place / "bundle", begun, ignore=ignored, dirs_exist_ok=True), copy)
     models = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
     target = build_engines(Bundle.open(copy), Settings(flavour, models, precision), loops=loops).target
     wanted = [name for name in target.engines if is_loop(f"{name}.onnx") == bool(loops)]
