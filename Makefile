@@ -86,12 +86,12 @@ bench: $(PEERS)/emoji64/.ready $(PEERS)/52m/.ready $(PEERS)/sd15/.ready emoji-da
 	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --in-pairs --rounds 4 --peers "diffusers eager,optimum-onnx,ONNX Runtime plain,OpenVINO,ldm_export"
 	$(BIN)/python -m benchmarks.deepcache $(PEERS)/emoji64/bundle build/emoji/train build/emoji/test benchmarks/results/deepcache.json
 
-GPU := build/gpu
-
+GPU     := build/gpu
 GPU_BIN := build/gpu-env/bin
 
 # of the newest versions, with CUDA; the last package brings a provider that is not needed
 build/gpu-env/.ready: pyproject.toml
+	@nvidia-smi -L || { echo "error: nvidia-smi finds no NVIDIA GPU here, and this benchmark needs one." >&2; exit 2; }
 	$(PYTHON) -m venv build/gpu-env
 	$(GPU_BIN)/python -m pip install --quiet --editable '.[bench,gpu,rtx]' diffusers transformers
 	-$(GPU_BIN)/python -m pip install --quiet onnxruntime-ep-nv-tensorrt-rtx

@@ -5,10 +5,10 @@ gpu.py [WORKLOAD ...] [--device cpu] [--rounds N] [--result FILE] [--folder F]  
 Of each workload, in fp32 (without TF32) and fp16: engines are built; then one UNet call and prompt to picture are timed
 of each peer in turn with ours, the first engine that runs, each in a process of its own. Errors are against diffusers
 in fp32 on the CPU; ``device_bytes`` is what the GPU holds more, a peer's CUDA context included, after its first call.
-What cannot be made or measured is a row with the reason, and the rest goes on. Every row is written
-as soon as it is there; run again, the same command goes on, and tries again what was left out. Prints tables; the last
-line of the output is one JSON document. Without a GPU it says what is missing, and the exit code is 2. ``--device cpu``
-tries all of it on the CPU.
+What cannot be made or measured is a row with the reason, and the rest goes on. Every row is written as soon as it is
+there; run again, the same command goes on, and tries again what was left out. Prints tables; the last line of the
+output is one JSON document. Without a GPU it says what is missing, and the exit code is 2. ``--device cpu`` tries all of
+it on the CPU.
 """
 
 from __future__ import annotations
