@@ -176,7 +176,7 @@ def test_what_a_gpu_adds() -> None:
     words = text_of(page(document))
     assert "GPU &lt;1&gt;" in words
     assert "Left out: plain &lt;cuda&gt; it is &lt;missing&gt;." in words
-    assert "122 1,234 0.90" in words
+    assert "122.4 1,234 0.90" in words
     assert "on the GPU" in words
     assert "on the GPU" not in text_of(page(made(2)))
 
