@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-browser web-runtime check emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-gpu test-browser web-runtime check bench-gpu emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -85,6 +85,24 @@ bench: $(PEERS)/emoji64/.ready $(PEERS)/52m/.ready $(PEERS)/sd15/.ready emoji-da
 	$(BIN)/python -m benchmarks.peers.run 52m unet benchmarks/results/peers_52m.json
 	$(BIN)/python -m benchmarks.peers.run sd15 unet benchmarks/results/peers_sd15.json --in-pairs --rounds 4 --peers "diffusers eager,optimum-onnx,ONNX Runtime plain,OpenVINO,ldm_export"
 	$(BIN)/python -m benchmarks.deepcache $(PEERS)/emoji64/bundle build/emoji/train build/emoji/test benchmarks/results/deepcache.json
+
+GPU     := build/gpu
+GPU_BIN := build/gpu-env/bin
+
+# of the newest versions, with CUDA; the last package brings a provider that is not needed
+build/gpu-env/.ready: pyproject.toml
+	@nvidia-smi -L || { echo "error: nvidia-smi finds no NVIDIA GPU here, and this benchmark needs one." >&2; exit 2; }
+	$(PYTHON) -m venv build/gpu-env
+	$(GPU_BIN)/python -m pip install --quiet --editable '.[bench,gpu,rtx]' diffusers transformers
+	-$(GPU_BIN)/python -m pip install --quiet onnxruntime-ep-nv-tensorrt-rtx
+	touch $@
+
+# on a machine with an NVIDIA GPU: engines, ONNX Runtime and diffusers, in benchmarks/results/gpu.json, then pages with
+# the pictures; goes on where it was interrupted
+bench-gpu: build/gpu-env/.ready
+	$(GPU_BIN)/python -m benchmarks.gpu --folder $(GPU)
+	$(GPU_BIN)/ldm-export bench $(GPU)/emoji64/fp32.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt --backend cuda --backend cpu -o $(GPU)/fp32.html
+	$(GPU_BIN)/ldm-export bench $(GPU)/emoji64/fp16.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt -o $(GPU)/fp16.html
 
 fashion-mnist-data: $(READY)
 	$(BIN)/python -m ldm_reference.fashion_mnist build/fashion

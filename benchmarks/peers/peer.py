@@ -1,7 +1,7 @@
 """One peer in a process of its own, told on its standard input what to do; it answers one JSON document a line.
 
-peer.py PEER KIND FOLDER        KIND "unet" (one call of the UNet), "int8" (the same of what may be quantized) or
-                                "picture" (prompt to picture)
+peer.py PEER KIND FOLDER [SETUP]        KIND "unet" (one call of the UNet), "int8" (the same of what may be quantized)
+                                        or "picture" (prompt to picture); SETUP where and how, as JSON
 
     open            {"imported_s", "load_s"}: since the process began, and from there to the first call
     run K           {"ms"}: the K-th call; of "picture", K is the seed
@@ -9,7 +9,8 @@ peer.py PEER KIND FOLDER        KIND "unet" (one call of the UNet), "int8" (the 
     memory          {"peak_bytes", "held_bytes"}: resident, highest so far and now
     (end of input)  leaves
 
-The weights and the inputs of a call are those in FOLDER: checkpoint/, bundle/, optimum/ and inputs.npz.
+The weights and the inputs of a call are those in FOLDER: checkpoint/, bundle/, optimum/ and inputs.npz. Results are on
+the host when a call ends, so that a device has done its work.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,26 @@ Call = Callable[[int], Any]
 """The K-th call; gives what it made."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a peer runs.
+
+    Attributes
+    ----------
+    device, precision : of PyTorch: cpu or cuda, fp32 (without TF32) or fp16
+    bundle, backend : of ours: the bundle's folder in FOLDER, and what runs it
+    cuda_graphs : whether the backend of engines may record what it launches
+    whole : the sampling loop is one engine
+    """
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    bundle: str = "bundle"
+    backend: str = "cpu"
+    cuda_graphs: bool = True
+    whole: bool = False
+
+
 def unet_inputs(folder: Path, k: int) -> dict[str, Any]:
     with np.load(folder / "inputs.npz", allow_pickle=False) as inputs:
         return {**inputs, "timestep": np.array(TIMESTEPS[k % len(TIMESTEPS)], np.float32)}
@@ -41,12 +63,13 @@ def unet_inputs(folder: Path, k: int) -> dict[str, Any]:
 # --- PyTorch --------------------------------------------------------------------------------------------------------
 
 
-def torch_unet(folder: Path, how: str) -> Call:
+def torch_unet(folder: Path, how: str, setup: Setup) -> Call:
     import torch
     from diffusers import UNet2DConditionModel
 
     torch.set_grad_enabled(False)
-    unet = UNet2DConditionModel.from_pretrained(folder / "checkpoint" / "unet").eval()
+    place = _place(setup)
+    unet = UNet2DConditionModel.from_pretrained(folder / "checkpoint" / "unet").eval().to(**place)
     first = {name: torch.from_numpy(array) for name, array in unet_inputs(folder, 0).items()}
     order = ("sample", "timestep", "encoder_hidden_states")
     network: Any = unet
@@ -68,7 +91,12 @@ def torch_unet(folder: Path, how: str) -> Call:
 
         traced = torch.jit.freeze(torch.jit.trace(Positional().eval(), tuple(first[name] for name in order)))
         return lambda k: traced(*(_torch(unet_inputs(folder, k))[name] for name in order)).numpy()
-    return lambda k: network(**_torch(unet_inputs(folder, k)), return_dict=False)[0].numpy()
+
+    def call(k: int) -> Any:
+        inputs = {name: tensor.to(**place) for name, tensor in _torch(unet_inputs(folder, k)).items()}
+        return network(**inputs, return_dict=False)[0].float().cpu().numpy()
+
+    return call
 
 
 def _torch(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -77,37 +105,49 @@ def _torch(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
-def diffusers_picture(folder: Path, how: str) -> Call:
+def _place(setup: Setup) -> dict[str, Any]:
+    """Device and dtype, as ``to`` takes them."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    return {"device": setup.device, "dtype": {"fp32": torch.float32, "fp16": torch.float16}[setup.precision]}
+
+
+def diffusers_picture(folder: Path, how: str, setup: Setup) -> Call:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "checkpoint")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "checkpoint").to(**_place(setup))
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     if how == "torch.compile":
         pipeline.unet = torch.compile(pipeline.unet)
-    return _diffusers(pipeline)
+    return _diffusers(pipeline, folder, setup)
 
 
-def optimum_picture(folder: Path, how: str) -> Call:
+def optimum_picture(folder: Path, how: str, setup: Setup) -> Call:
     from diffusers import DDIMScheduler
     from optimum.onnxruntime import ORTStableDiffusionPipeline
 
     pipeline = ORTStableDiffusionPipeline.from_pretrained(folder / "optimum")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return _diffusers(pipeline)
+    return _diffusers(pipeline, folder, setup)
 
 
-def _diffusers(pipeline: Any) -> Call:
+def _diffusers(pipeline: Any, folder: Path, setup: Setup) -> Call:
     import torch
 
     pipeline.set_progress_bar_config(disable=True)
+    config = json.loads((folder / "checkpoint" / "unet" / "config.json").read_text(encoding="utf-8"))
+    shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
+    dtype = _place(setup)["dtype"]
 
     def draw(k: int) -> Any:
+        noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(k))  # the same in every precision
         return pipeline(
             [PROMPTS[k % len(PROMPTS)]],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
-            generator=[torch.Generator("cpu").manual_seed(k)],
+            latents=noise.to(dtype),
             output_type="np",
         ).images.astype(np.float32)
 
@@ -117,7 +157,7 @@ def _diffusers(pipeline: Any) -> Call:
 # --- graphs ---------------------------------------------------------------------------------------------------------
 
 
-def onnxruntime_unet(folder: Path, how: str) -> Call:
+def onnxruntime_unet(folder: Path, how: str, setup: Setup) -> Call:
     """ONNX Runtime as it comes, on the plain graph or on optimum-onnx's."""
     import onnxruntime
 
@@ -134,7 +174,7 @@ def onnxruntime_unet(folder: Path, how: str) -> Call:
     return call
 
 
-def openvino_unet(folder: Path, how: str) -> Call:
+def openvino_unet(folder: Path, how: str, setup: Setup) -> Call:
     import openvino
 
     core = openvino.Core()
@@ -144,11 +184,9 @@ def openvino_unet(folder: Path, how: str) -> Call:
     return lambda k: next(iter(request.infer(unet_inputs(folder, k)).values()))
 
 
-def our_unet(folder: Path, how: str) -> Call:
+def our_unet(folder: Path, how: str, setup: Setup) -> Call:
     """As the sampling loop calls it: the prompt stays, and timesteps come again from picture to picture."""
-    from ldm_export.runtime import Pipeline
-
-    pipeline = Pipeline.open(folder / "bundle", backend="cpu")
+    pipeline = _our_pipeline(folder, setup)
     inputs = {name: array.copy() for name, array in unet_inputs(folder, 0).items()}
     out = np.empty_like(inputs["sample"])
     run = pipeline._graph("unet").bind(inputs, {"out_sample": out}, fixed=("encoder_hidden_states",))
@@ -161,19 +199,26 @@ def our_unet(folder: Path, how: str) -> Call:
     return call
 
 
-def our_picture(folder: Path, how: str) -> Call:
+def our_picture(folder: Path, how: str, setup: Setup) -> Call:
+    pipeline = _our_pipeline(folder, setup)
+    told: dict[str, Any] = {"sampler": "ddim", "steps": STEPS, "guidance": GUIDANCE, "whole": setup.whole}
+
+    def draw(k: int) -> Any:
+        images = pipeline.generate([PROMPTS[k % len(PROMPTS)]], seed=k, **told).images
+        return images.astype(np.float32) / np.float32(255)
+
+    return draw
+
+
+def _our_pipeline(folder: Path, setup: Setup) -> Any:
     from ldm_export.runtime import Pipeline
+    from ldm_export.runtime.backends import engine
 
-    pipeline = Pipeline.open(folder / "bundle", backend="cpu")
-    return lambda k: (
-        pipeline.generate(
-            [PROMPTS[k % len(PROMPTS)]], sampler="ddim", steps=STEPS, guidance=GUIDANCE, seed=k
-        ).images.astype(np.float32)
-        / np.float32(255)
-    )
+    engine.CUDA_GRAPHS = setup.cuda_graphs
+    return Pipeline.open(folder / setup.bundle, backend=setup.backend)
 
 
-PEERS: dict[str, dict[str, Callable[[Path, str], Call]]] = {
+PEERS: dict[str, dict[str, Callable[[Path, str, Setup], Call]]] = {
     "unet": {
         "diffusers eager": torch_unet,
         "torch.jit.trace": torch_unet,
@@ -209,7 +254,7 @@ def since_process_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def main(peer: str, kind: str, folder: Path) -> None:
+def main(peer: str, kind: str, folder: Path, setup: Setup) -> None:
     call: Call | None = None
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries talk
     for line in sys.stdin:
@@ -217,7 +262,7 @@ def main(peer: str, kind: str, folder: Path) -> None:
         answer: dict[str, Any] = {}
         if command == "open":
             begun = since_process_start()
-            call = PEERS[kind][peer](folder, peer)
+            call = PEERS[kind][peer](folder, peer, setup)
             answer = {"imported_s": begun, "load_s": since_process_start() - begun}
         elif command == "run":
             assert call is not None
@@ -233,4 +278,4 @@ def main(peer: str, kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Setup(**json.loads(sys.argv[4] if len(sys.argv) > 4 else "{}")))

@@ -18,26 +18,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.peer import PEERS, unet_inputs
-from ldm_export.bench.machine import cpu
+from benchmarks.peers.peer import PEERS, Setup, unet_inputs
+from ldm_export.bench.machine import cpu, used_device_bytes
 from ldm_export.runtime.backends.auto import SETTLE_S
 
 OURS = "ldm_export"
+CPU = Setup()
 REFERENCE = "diffusers eager"
 
 
 class Peer:
     """A child process; see ``peer.py`` for what it is told. In tables it is called ``row``, by default as the peer."""
 
-    def __init__(self, name: str, kind: str, folder: Path, python: str, row: str = ""):
+    def __init__(self, name: str, kind: str, folder: Path, python: str, row: str = "", setup: Setup = CPU):
         self.name = row or name
         script = [python, str(Path(__file__).with_name("peer.py")), name, kind, str(folder)]
+        script.append(json.dumps(asdict(setup)))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
             script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -132,11 +135,15 @@ class Table:
 def opened(peer: Peer, table: Table) -> bool:
     """Open a peer and let it make its first call; False if it cannot."""
     try:
+        device_before = used_device_bytes()
         answer = peer.ask("open")
         first = peer.ask("run 0")
+        device_after = used_device_bytes()
     except RuntimeError as reason:
         table.leave_out(peer.name, str(reason))
         return False
+    if device_before is not None and device_after is not None:
+        table.add(peer.name, device_bytes=device_after - device_before)
     table.add(peer.name, load_s=answer["load_s"], imported_s=answer["imported_s"], first_s=first["since_start_s"])
     return True
 
@@ -211,18 +218,24 @@ def in_turn(
                 peer.end()
             table.save()
         return
-    peers = [peer for peer in (start() for start in starts.values()) if opened(peer, table)]
-    for peer in peers:
-        peer.ask("run 1")
-    for number in range(2, rounds + 2):
+    peers: list[Peer] = []
+    try:
+        for start in starts.values():
+            peers.append(start())
+        open_ones = [peer for peer in peers if opened(peer, table)]
+        for peer in open_ones:
+            peer.ask("run 1")
+        for number in range(2, rounds + 2):
+            for peer in open_ones:
+                time.sleep(SETTLE_S)
+                peer.ask(f"run {number}")  # wakes its threads
+                table.add(peer.name, ms=peer.ask(f"run {number}")["ms"])
+            table.save()
+        for peer in open_ones:
+            end(peer)
+    finally:
         for peer in peers:
-            time.sleep(SETTLE_S)
-            peer.ask(f"run {number}")  # wakes its threads
-            table.add(peer.name, ms=peer.ask(f"run {number}")["ms"])
-        table.save()
-    for peer in peers:
-        end(peer)
-        peer.end()
+            peer.end()
 
 
 def flops_of_call(folder: Path) -> int:

@@ -20,7 +20,7 @@ from ldm_export.export.ort_cpu import build_ort_cpu
 STUDENT = "{}-fast"
 """Of a shipped model, what its student is called."""
 BUNDLE, FAST = "bundle", "fast.bundle"
-OPTIONS = Options(prompts=PROMPTS, batch=4, warm_up=1, repeats=4, backend="cpu")
+OPTIONS = Options(prompts=PROMPTS, batch=4, warm_up=1, repeats=4, backends=("cpu",))
 GATES = (Gate("psnr", 45.0), Gate("parity", 1.0))
 """What the bundle must reach: pictures that no eye can tell from PyTorch's, and graphs within their tolerances."""
 

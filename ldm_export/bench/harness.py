@@ -50,7 +50,7 @@ class Options:
     seed : of the first picture; the next has one more
     batch : pictures drawn at a time where latency is measured
     warm_up, repeats : rounds of all sides that are not counted, and that are
-    backend : what runs the bundles
+    backends : what runs the bundles, each of them by every one
     data, held_out : folders of pictures that quality is judged by; without them it is not
     pictures : how many are drawn for that
     """
@@ -62,7 +62,7 @@ class Options:
     batch: int = 1
     warm_up: int = 2
     repeats: int = 9
-    backend: str = "auto"
+    backends: tuple[str, ...] = ("auto",)
     data: Path | None = None
     held_out: Path | None = None
     pictures: int = 200
@@ -74,6 +74,8 @@ class Options:
                 raise InputError(
                     f"{name} is {value}; at least {least} is needed. Use {Options.__dataclass_fields__[name].default}."
                 )
+        if len(set(self.backends)) != len(self.backends):
+            raise InputError(f"The backends {', '.join(self.backends)} were given. Name each once.")
         if self.held_out is not None and self.data is None:
             raise InputError("held_out pictures were given without data. Give both, or neither.")
 
@@ -90,8 +92,8 @@ class Bench:
     def __init__(self, bundles: Sequence[Path], checkpoint: LatentDiffusion | None, options: Options):
         self.options = options
         self._checkpoint = checkpoint
-        self.sides = open_sides(
-            bundles, checkpoint, sampler=options.sampler, steps=options.steps, backend=options.backend
+        self.sides, self.left_out = open_sides(
+            bundles, checkpoint, sampler=options.sampler, steps=options.steps, backends=options.backends
         )
         self.conditions = conditions_for(self.sides[0], options.prompts)
         self.baseline = self.sides[0].name if len(self.sides) > 1 else None
@@ -104,8 +106,10 @@ class Bench:
         return [side.name for side in self.sides[1:] if side.drawing == self.sides[0].drawing]
 
     def check_gates(self, gates: Sequence[Gate]) -> None:
-        """Raise InputError if a gate can be judged of no side."""
+        """Raise InputError if a gate can be judged of no side, or a side that it is asked of is left out."""
         for gate in gates:
+            for name, why in self.left_out.items():
+                raise InputError(f"--fail-under {gate} is asked of every side, and {name} is left out: {why}")
             if self.baseline is None:
                 raise InputError(
                     f"--fail-under {gate} compares, and there is one bundle alone. "
@@ -145,8 +149,9 @@ class Bench:
             "latency": self._latency,
             "pictures": self._pictures,
         }
+        by_bundle = {side.target: side for side in reversed(self.sides) if side.bundle is not None}
         for side in self.sides if self._checkpoint is not None else ():
-            if side.bundle is not None:
+            if side is by_bundle.get(side.target):  # its graphs are the same, whatever runs them
                 measurements[f"parity of {side.name}"] = partial(self._parity, side)
         measurements["process"] = self._process
         for side in self.sides if self.options.data is not None else ():
@@ -259,6 +264,7 @@ class Bench:
             **row,
             "baseline": self.baseline,
             "sides": {side.name: side.facts() for side in self.sides},
+            "left_out": self.left_out,
             "results": {},
         }
 

@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export import __version__
+from ldm_export.errors import BackendError
+from ldm_export.runtime.backends.cuda import driver_is_there, gpus, used_bytes
 
-RAN = ("numpy", "onnxruntime", "onnxruntime-gpu", "torch")
+RAN = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+    "torch",
+)
 WIDEST = ("amx_tile", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
 """Of the instruction sets that matter for speed, the most telling first."""
 
 
 def machine() -> dict[str, Any]:
-    """The processor, how many CPUs this process may use, the system."""
+    """The processor, how many CPUs this process may use, the system, and the first GPU or None."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": cpu(), "cpus": cpus, "system": f"{platform.system()} {platform.machine()}"}
+    return {"cpu": cpu(), "cpus": cpus, "system": f"{platform.system()} {platform.machine()}", "gpu": gpu()}
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +41,22 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def gpu() -> str | None:
+    """The first GPU's name; None where there is none, or CUDA's bindings are missing."""
+    try:
+        return gpus()[0].name if driver_is_there() else None
+    except BackendError:
+        return None
+
+
+def used_device_bytes() -> int | None:
+    """What all programs together hold of the first GPU's memory; None as for `gpu`."""
+    try:
+        return used_bytes() if driver_is_there() else None
+    except BackendError:
+        return None
 
 
 def cpu() -> str:

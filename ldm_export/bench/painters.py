@@ -146,6 +146,10 @@ class BundlePainter:
             None,
         )
 
+    def load(self) -> None:
+        """Open what drawing takes; raises what :meth:`ldm_export.runtime.Pipeline.load` raises."""
+        self._pipeline.load()
+
     @property
     def requested_backend(self) -> str:
         return self._pipeline.requested_backend

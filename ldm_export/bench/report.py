@@ -355,6 +355,7 @@ class Report:
 
     def _needs(self) -> str:
         rows = []
+        on_gpu = any(found["device_bytes"] for found in self.results["process"].values())
         for side, found in self.results["process"].items():
             starts = found["cold_starts_ms"]
             rows.append(
@@ -362,11 +363,13 @@ class Report:
                     self._dot(side) + escape(side),
                     megabytes(self.results["bytes"][side]["bytes"]),
                     megabytes(found["peak_rss_bytes"]),
+                    *([megabytes(found["device_bytes"])] if on_gpu else []),
                     f"{found['cold_start_ms'] / 1e3:.2f}",
                     f"{min(starts) / 1e3:.2f}–{max(starts) / 1e3:.2f}",
                 ]
             )
-        heads = [("", ""), ("on disk", "MB"), ("peak memory", "MB"), ("cold start", "s"), ("range", "s")]
+        heads = [("", ""), ("on disk", "MB"), ("peak memory", "MB"), *([("on the GPU", "MB")] if on_gpu else [])]
+        heads += [("cold start", "s"), ("range", "s")]
         return (
             "<h2>Size, memory, cold start</h2><p class='soft'>Each side in new processes, in turn: from the start of "
             f"the process to its first picture; memory after two.</p><div class='card'>{table(heads, rows)}</div>"
@@ -378,10 +381,12 @@ class Report:
         backends = "; ".join(f"{name}: {side['backend']}" for name, side in self.sides.items())
         facts = {
             "Machine": f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}",
+            **({"GPU": machine["gpu"]} if machine["gpu"] else {}),
             "Versions": versions,
             "Ran by": backends,
+            **{f"Left out: {side}": why for side, why in self.document["left_out"].items()},
         }
-        listed = "".join(f"<dt>{name}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
+        listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
         return (
             f"<h2>Made on</h2><dl>{listed}</dl><h2>Made by</h2>"
             f"<pre tabindex='0'>{escape(self.document['command'])}</pre>"

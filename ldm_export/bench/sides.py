@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from ldm_export.bench.painters import BundlePainter, CheckpointPainter, Sample, Settings
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.errors import InputError
+from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.runtime.request import DEFAULT_GUIDANCE, check_drawable, read_plan
 
@@ -48,7 +49,8 @@ class Side:
 
     Attributes
     ----------
-    name : the checkpoint's, with "PyTorch", or the bundle folder's; as long as it must be to tell all sides apart
+    name : the checkpoint's, with "PyTorch", or the bundle folder's, as long as it must be to tell all apart; and, where
+        bundles are drawn by several backends, the backend's as it was asked for
     target : the folder, or the name of a shipped checkpoint
     settings : sampler, steps, guidance
     guided : whether the UNet is called with and without the prompt, so on two pictures for one
@@ -93,9 +95,16 @@ class Side:
 
 
 def open_sides(
-    bundles: Sequence[Path], checkpoint: LatentDiffusion | None, *, sampler: str | None, steps: int | None, backend: str
-) -> list[Side]:
-    """The checkpoint, if there is one, and the bundles, hashes checked, in their order.
+    bundles: Sequence[Path],
+    checkpoint: LatentDiffusion | None,
+    *,
+    sampler: str | None,
+    steps: int | None,
+    backends: Sequence[str],
+) -> tuple[list[Side], dict[str, str]]:
+    """The checkpoint, if there is one, and the bundles, hashes checked, in their order, each by every backend.
+
+    Backends that do not run here are left out: the second value says why, by the name that the side would have.
 
     ``sampler`` and ``steps`` hold for the bundles that have such a plan, and one must; a student that was taught to
     draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as the bundle that
@@ -103,7 +112,9 @@ def open_sides(
 
     Raises
     ------
-    BundleError, CheckpointError, BackendError, InputError
+    BackendError
+        If no bundle can be drawn by any of the backends.
+    BundleError, CheckpointError, InputError
         If a side cannot be opened, or they do not all draw the same kind of pictures.
     """
     opened = [Bundle.open(path, verify=True) for path in bundles]
@@ -116,9 +127,18 @@ def open_sides(
     if (sampler or steps) and not any(found for *_, found in plans):
         model = opened[0].manifest.model
         read_plan(opened[0], sampler or model["default_sampler"], steps or model["default_steps"])  # says what there is
-    sides = []
-    for name, bundle, (its_sampler, its_steps, _) in zip(names, opened, plans, strict=True):
-        painter = BundlePainter(bundle, backend)
+    sides: list[Side] = []
+    left_out: dict[str, str] = {}
+    for (folder, bundle, (its_sampler, its_steps, _)), backend in product(
+        zip(names, opened, plans, strict=True), backends
+    ):
+        name = folder if len(backends) == 1 else f"{folder} {backend}"
+        try:
+            painter = BundlePainter(bundle, backend)
+            painter.load()
+        except BackendError as error:
+            left_out[name] = str(error)
+            continue
         model = bundle.manifest.model
         guidance = float(model.get("default_guidance", DEFAULT_GUIDANCE))
         guided = painter.condition == "text" and guidance > 1 and not model.get("guidance_folded")
@@ -126,11 +146,13 @@ def open_sides(
         sides.append(
             Side(name, str(bundle.path), painter, settings, guided, painter.backend, bundle_bytes(bundle), bundle)
         )
+    if not sides:
+        raise BackendError(" ".join(dict.fromkeys(left_out.values())))
     if checkpoint is not None:
         sides.insert(0, _checkpoint_side(checkpoint, sides, steps))
     for side in sides[1:]:
         _check_alike(side, sides[0])
-    return sides
+    return sides, left_out
 
 
 def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, int, bool]:

@@ -7,7 +7,9 @@ from typing import Any
 from ldm_export.bench.harness import results_by_side
 from ldm_export.bench.words import decibels, milliseconds, times, verdict
 
-HEADS = ("", "steps", "ms", "UNet\nms", "faster", "MB", "RSS\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
+HEADS = ("", "steps", "ms", "UNet\nms", "faster", "MB", "RSS\nMB", "GPU\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
+
+MEMORIES = ("peak_rss_bytes", "device_bytes")
 
 
 def summary_rows(document: dict[str, Any]) -> list[list[str]]:
@@ -16,7 +18,7 @@ def summary_rows(document: dict[str, Any]) -> list[list[str]]:
     for side, drawn in document["sides"].items():
         spent, pictures = results["latency"][side]["stages"], results["pictures"][side]
         process, faster = results["process"][side], results["latency"][side]["faster"]
-        peak, drift = process["peak_rss_bytes"], pictures.get("drift")
+        drift = pictures.get("drift")
         rows.append(
             [
                 side,
@@ -25,7 +27,7 @@ def summary_rows(document: dict[str, Any]) -> list[list[str]]:
                 milliseconds(spent["unet_call"]["median_ms"]),
                 "" if faster is None else times(faster),
                 f"{results['bytes'][side]['bytes'] / 1e6:.1f}",
-                "" if peak is None else f"{peak / 1e6:.0f}",
+                *("" if size is None else f"{size / 1e6:.0f}" for size in map(process.get, MEMORIES)),
                 f"{process['cold_start_ms'] / 1e3:.2f}",
                 decibels(min(pictures["psnr_db"])).removesuffix(" dB") if "psnr_db" in pictures else "",
                 f"{max(drift['worst']):.1e}" if drift else "",

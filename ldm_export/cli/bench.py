@@ -33,7 +33,15 @@ KEPT = Gate("parity", 1.0)
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time, for latency.")
 @click.option("--repeats", type=int, default=9, show_default=True, help="Rounds of all sides in turn.")
 @click.option("--warm-up", type=int, default=2, show_default=True, help="Rounds before those, not counted.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Of the bundles.")
+@click.option(
+    "--backend",
+    "backends",
+    type=click.Choice(BACKENDS),
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="Of the bundles; repeatable. What does not run here is left out.",
+)
 @click.option("--data", type=folder, default=None, metavar="FOLDER", help="Judge quality by these training pictures.")
 @click.option("--held-out", type=folder, default=None, metavar="FOLDER", help="And by these, which training never saw.")
 @click.option("--pictures", type=int, default=200, show_default=True, help="Pictures to draw for --data.")

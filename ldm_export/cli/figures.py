@@ -14,11 +14,15 @@ from ldm_export.cli.options import console
 
 def print_bench(document: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for head in HEADS:
+    rows = summary_rows(document)
+    columns = [column for column in zip(HEADS, *rows, strict=True) if any(column[1:])]
+    for head, *_ in columns:
         table.add_column(head, justify="right" if head else "left", no_wrap=bool(head), min_width=None if head else 12)
-    for row in summary_rows(document):
+    for row in zip(*(cells for _, *cells in columns), strict=True):
         table.add_row(*map(escape, row))
     console.print(table)
+    for side, why in document["left_out"].items():
+        console.print(f"{side} is left out: {why}", markup=False, soft_wrap=True)
     for line in parity_lines(document):
         console.print(line, markup=False)
 

@@ -47,7 +47,9 @@ def _copy_library(folder: Path) -> None:
     try:
         listed = files("onnxruntime") or []
     except ImportError:
-        raise SystemExit("onnxruntime is not installed, and its library is needed. Run: pip install onnxruntime") from None
+        raise SystemExit(
+            "onnxruntime is not installed, and its library is needed. Run: pip install onnxruntime"
+        ) from None
     libraries = [file for file in listed if file.name.startswith("libonnxruntime") and ".so" in file.name]
     for library in libraries:
         shutil.copy2(str(library.locate()), folder)

@@ -183,6 +183,19 @@ class Pipeline:
         timings.decode_ms = _since(started)
         return Generation(images, step.latents, request.seeds, timings, self.backend)
 
+    def load(self) -> None:
+        """Open what drawing from noise takes, which the first drawing else does.
+
+        Raises
+        ------
+        BackendError, BundleError
+            If a graph does not open, or the backend that was asked for does not start.
+        """
+        for name in ("unet", "vae_decoder"):
+            self._graph(name)
+        if self._prompts is None and "text_encoder" in self.bundle.manifest.graphs:
+            self._prompts = PromptEncoder(self.bundle, self._backend)
+
     def close(self) -> None:
         """Give back the graphs and what the backend holds, such as a GPU's memory; the pipeline cannot draw anymore.
 
@@ -234,11 +247,10 @@ class Pipeline:
             yield self._at_once(request, request.loop, timings)
             return
         started = time.perf_counter()
-        unet, _ = self._graph("unet"), self._graph("vae_decoder")
+        self.load()
+        unet = self._graph("unet")
         if request.image is not None:
             self._graph("vae_encoder")
-        if request.prompts and self._prompts is None:
-            self._prompts = PromptEncoder(self.bundle, self._backend)
         timings.load_ms = _since(started)
         if request.deepcache > 1 and not getattr(unet, "can_skip", False):
             raise InputError(

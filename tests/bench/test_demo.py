@@ -22,7 +22,7 @@ from ldm_export.errors import InputError
 
 PROMPTS = ("red apple", "a <b>red</b> & blue")
 OPTIONS = replace(demo.OPTIONS, prompts=PROMPTS, batch=1, repeats=1)
-NEEDS = {"cold_start_ms": 900.0, "cold_starts_ms": [900.0], "peak_rss_bytes": None}
+NEEDS = {"cold_start_ms": 900.0, "cold_starts_ms": [900.0], "peak_rss_bytes": None, "device_bytes": None}
 
 
 @pytest.fixture(autouse=True, scope="module")

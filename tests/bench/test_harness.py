@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm_export.bench.harness import Bench, Document, Options, read_document, re
 from ldm_export.bench.latency import stages, times_as_fast
 from ldm_export.bench.likeness import LARGEST, compare_pictures, drift, pictures_of
 from ldm_export.bench.painters import Sample
+from ldm_export.bench.report import page
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, BundleError, InputError
@@ -26,7 +28,7 @@ from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
 
 OPTIONS = Options(
-    prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backend="cpu"
+    prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backends=("cpu",)
 )
 PARTS = {"bytes", "latency", "pictures", "parity of tiny", "parity of disturbed", "process"}
 
@@ -141,7 +143,7 @@ def test_one_bundle_alone_has_nothing_to_compare_with(tiny_bundle: Path, tmp_pat
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No new processes and no pauses."""
-    found = {"cold_start_ms": 1.0, "cold_starts_ms": [1.0], "peak_rss_bytes": None}
+    found = {"cold_start_ms": 1.0, "cold_starts_ms": [1.0], "peak_rss_bytes": None, "device_bytes": None}
     monkeypatch.setattr(harness, "processes_in_turn", lambda sides, rounds, progress: dict.fromkeys(sides, found))
     monkeypatch.setattr(latency.time, "sleep", lambda seconds: None)
 
@@ -214,6 +216,7 @@ def test_a_file_that_is_no_bench_is_none(tmp_path: Path, text: str) -> None:
         ({"repeats": -3}, "repeats is -3"),
         ({"warm_up": -1}, "warm_up is -1; at least 0"),
         ({"steps": 0}, "steps is 0"),
+        ({"backends": ("cpu", "cuda", "cpu")}, "backends cpu, cuda, cpu were given. Name each once"),
         ({"batch": 0}, "batch is 0"),
         ({"held_out": Path("x")}, "without data"),
     ],
@@ -258,6 +261,35 @@ def test_what_is_no_gate(text: str) -> None:
 def test_a_process_that_cannot_draw() -> None:
     with pytest.raises(BackendError, match=r"could not draw with side \(ldm_export\.errors\.BundleError: .*absent"):
         process.processes_in_turn({"side": {"bundle": "absent", "backend": "cpu", "given": {}}}, 1, lambda what: None)
+
+
+def test_several_backends_and_one_that_is_missing(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, quick: None
+) -> None:
+    options = replace(OPTIONS, repeats=1, warm_up=0, backends=("cuda", "cpu", "tensorrt-rtx", "openvino"))
+    bench = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), options)
+    assert [side.name for side in bench.sides] == ["PyTorch tiny", "tiny cpu", "tiny openvino"]
+    document = bench.run(tmp_path / "r.json", "", resume=False, progress=lambda what: None)
+    assert document["left_out"].keys() == {"tiny cuda", "tiny tensorrt-rtx"}
+    assert "cuda was asked for; the installed ONNX Runtime" in document["left_out"]["tiny cuda"]
+    assert [name for name in document["results"] if name.startswith("parity")] == ["parity of tiny cpu"]
+    assert "openvino" in document["sides"]["tiny openvino"]["backend"]
+    drifts = document["results"]["pictures"]
+    assert all(0 < max(drifts[side]["drift"]["worst"]) < 1e-5 for side in ("tiny cpu", "tiny openvino"))
+    assert "Left out: tiny tensorrt-rtx" in page(document)
+    with pytest.raises(InputError, match="psnr=40 is asked of every side, and tiny cuda is left out: cuda was asked"):
+        bench.check_gates([Gate("psnr", 40.0)])
+    with pytest.raises(BackendError, match="cuda was asked for; the installed ONNX Runtime"):
+        Bench([tiny_bundle], None, replace(options, backends=("cuda",)))
+
+
+def test_memory_of_the_device_is_what_the_process_adds(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([1000, 5000, 1000, 4000, None, 9000])
+    monkeypatch.setattr(process, "used_device_bytes", lambda: next(used))
+    told = {"bundle": str(tiny_bundle), "backend": "cpu", "given": {"prompts": ["red"], "seed": [0], "steps": 10}}
+    found = process.processes_in_turn({"side": told}, 2, lambda what: None)["side"]
+    assert found["device_bytes"] == 4000
+    assert process.processes_in_turn({"side": told}, 1, lambda what: None)["side"]["device_bytes"] is None
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

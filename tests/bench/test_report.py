@@ -71,10 +71,11 @@ def made(sides: int = 3) -> dict[str, Any]:
     document = {
         "format": 1,
         "command": "ldm-export bench plain --prompt 'a <b>'",
-        "machine": {"cpu": "Processor <9000>", "cpus": 2, "system": "Linux x86_64"},
+        "machine": {"cpu": "Processor <9000>", "cpus": 2, "system": "Linux x86_64", "gpu": None},
         "versions": {"ldm_export": "0.1.0", "torch": "2.13.0"},
         "options": {"repeats": 9, "warm_up": 2, "batch": 1, "seed": 5, "pictures": 40},
         "conditions": PROMPTS,
+        "left_out": {},
         "baseline": names[0] if sides > 1 else None,
         "sides": {
             name: {**drawn, "backend": "toy", "threads": None, "passes": PASSES if k == 2 else []}
@@ -88,7 +89,12 @@ def made(sides: int = 3) -> dict[str, Any]:
             "latency": {name: spent(1164.0 / (k * 9 + 1), k * 9 + 1.0 if k else None) for k, name in enumerate(names)},
             "pictures": pictures,
             "process": {
-                name: {"cold_start_ms": 900.0, "cold_starts_ms": [880.0, 920.0], "peak_rss_bytes": 122_400_000}
+                name: {
+                    "cold_start_ms": 900.0,
+                    "cold_starts_ms": [880.0, 920.0],
+                    "peak_rss_bytes": 122_400_000,
+                    "device_bytes": None,
+                }
                 for name in names
             },
             "parity of plain": [
@@ -160,6 +166,19 @@ def test_one_bundle_alone() -> None:
     words = text_of(page(document))
     assert "1,164 ms a picture" in words
     assert "How like" not in words
+
+
+def test_what_a_gpu_adds() -> None:
+    document = made(2)
+    document["machine"]["gpu"] = "GPU <1>"
+    document["left_out"] = {"plain <cuda>": "it is <missing>."}
+    document["results"]["process"]["plain"]["device_bytes"] = 1_234_000_000
+    words = text_of(page(document))
+    assert "GPU &lt;1&gt;" in words
+    assert "Left out: plain &lt;cuda&gt; it is &lt;missing&gt;." in words
+    assert "122.4 1,234 0.90" in words
+    assert "on the GPU" in words
+    assert "on the GPU" not in text_of(page(made(2)))
 
 
 def test_pytorch_with_fewer_threads_is_told() -> None:

@@ -122,6 +122,18 @@ def gpus() -> list[Gpu]:
     return found
 
 
+def used_bytes() -> int:
+    """What all programs together hold of the device's memory, this one's CUDA context included.
+
+    Raises
+    ------
+    BackendError
+        If the bindings, the driver or a device is missing.
+    """
+    free, total = call("cudaMemGetInfo")
+    return int(total - free)
+
+
 def _version(number: int) -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
