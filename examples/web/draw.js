@@ -179,14 +179,14 @@ export class Generator {
   }
 }
 
-/** Sixteen uniforms become sixteen normal values in place, every step rounded to float32. */
+/** Sixteen uniforms become sixteen normal values in place. */
 function boxMuller(values) {
   const { fround, log, sqrt, cos, sin, PI } = Math;
   for (let j = 0; j < 8; j++) {
-    const radius = fround(sqrt(-2 * fround(log(1 - values[j]))));
+    const radius = sqrt(-2 * log(1 - values[j]));
     const angle = fround(fround(2 * PI) * values[j + 8]);
-    values[j] = radius * fround(cos(angle));
-    values[j + 8] = radius * fround(sin(angle));
+    values[j] = radius * cos(angle);
+    values[j + 8] = radius * sin(angle);
   }
 }
 

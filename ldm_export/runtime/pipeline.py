@@ -340,7 +340,8 @@ class Pipeline:
         mean, logvar = np.split(parameters, 2, axis=1)
         latents: Array = mean.copy()
         if logvar.max() > -30.0:  # below, as AutoencoderTiny's is, the latents are certain, and take no noise
-            latents = mean + np.exp(0.5 * np.clip(logvar, -30.0, 20.0)) * draw()
+            deviation = np.exp(0.5 * np.clip(logvar, -30.0, 20.0).astype(np.float64))  # the same on every processor
+            latents = mean + deviation.astype(np.float32) * draw()
         latents *= np.float32(self.bundle.manifest.model["scaling_factor"])
         return latents
 

@@ -88,7 +88,10 @@ Tensor encode(Model &model, Tensor &image, const Shape &shape, Noise &noise) {
     for (std::size_t k = 0; k < batch; ++k)
         for (std::size_t i = 0; i < each; ++i) {
             float x = mean(k, i);
-            if (!certain) x += std::exp(0.5f * std::clamp(logvar(k, i), -30.0f, 20.0f)) * z[k * each + i];
+            if (!certain) {
+                const double deviation = std::exp(0.5 * static_cast<double>(std::clamp(logvar(k, i), -30.0f, 20.0f)));
+                x += static_cast<float>(deviation) * z[k * each + i];
+            }
             latents.as<float>()[k * each + i] = x * factor;
         }
     return latents;

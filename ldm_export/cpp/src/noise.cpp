@@ -12,10 +12,10 @@ constexpr double TWO_PI = 6.283185307179586476925;
 // Uniforms in [0, 1) to normal values in place, a block of 16 (Box & Muller 1958).
 void box_muller(float *block) {
     for (std::size_t j = 0; j < BLOCK / 2; ++j) {
-        const float radius = std::sqrt(-2.0f * std::log(1.0f - block[j]));
-        const float angle = static_cast<float>(TWO_PI) * block[j + BLOCK / 2];
-        block[j] = radius * std::cos(angle);
-        block[j + BLOCK / 2] = radius * std::sin(angle);
+        const double radius = std::sqrt(-2 * std::log(static_cast<double>(1.0f - block[j])));
+        const double angle = static_cast<float>(TWO_PI) * block[j + BLOCK / 2];  // a float32 product
+        block[j] = static_cast<float>(radius * std::cos(angle));
+        block[j + BLOCK / 2] = static_cast<float>(radius * std::sin(angle));
     }
 }
 
