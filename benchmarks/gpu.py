@@ -7,8 +7,8 @@ of each peer in turn with ours, the first engine that runs, each in a process of
 in fp32 on the CPU; ``device_bytes`` is what the GPU holds more, a peer's CUDA context included, after its first call.
 What cannot be made or measured is a row with the reason, and the rest goes on. Every row is written as soon as it is
 there; run again, the same command goes on, and tries again what was left out. Prints tables; the last line of the
-output is one JSON document. Without a GPU it says what is missing, and the exit code is 2. ``--device cpu`` tries all of
-it on the CPU.
+output is one JSON document. Without a GPU it says what is missing, and the exit code is 2. ``--device cpu`` tries all
+of it on the CPU.
 """
 
 from __future__ import annotations

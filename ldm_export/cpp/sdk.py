@@ -1,8 +1,8 @@
 """Assembles what the C++ runtime is built against from packages: ``python sdk.py FOLDER``.
 
-For those who have no release archive of ONNX Runtime: its library from the installed Python package ``onnxruntime``, its
-headers from an npm package, and the header-only JSON parser from PyPI. FOLDER is then laid out as such an archive is,
-``include/`` and ``lib/``, and is what CMake is given as ``ONNXRUNTIME_ROOT``.
+For those who have no release archive of ONNX Runtime: its library from the installed Python package ``onnxruntime``,
+its headers from an npm package, and the header-only JSON parser from PyPI. FOLDER is then laid out as such an archive
+is, ``include/`` and ``lib/``, and is what CMake is given as ``ONNXRUNTIME_ROOT``.
 """
 
 import shutil
@@ -53,9 +53,9 @@ def _copy_library(folder: Path) -> None:
     libraries = [file for file in listed if file.name.startswith("libonnxruntime") and ".so" in file.name]
     for library in libraries:
         shutil.copy2(str(library.locate()), folder)
-    for library in folder.glob("libonnxruntime.so.*"):
+    for copied in folder.glob("libonnxruntime.so.*"):
         for link in ("libonnxruntime.so.1", "libonnxruntime.so"):
-            (folder / link).symlink_to(library.name)
+            (folder / link).symlink_to(copied.name)
 
 
 def _copy_headers(scratch: Path, folder: Path) -> None:

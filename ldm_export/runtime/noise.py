@@ -12,8 +12,8 @@ n >= 16 values, in float32
     1. ``u[i] = (word() & 0xFFFFFF) * 2**-24`` for i = 0 .. n-1, in order.
     2. Each whole block of 16 values, at 0, 16, 32, ...: for j = 0 .. 7, with ``a = 1 - u[j]`` and ``b = u[j + 8]``,
        ``r = sqrt(-2 log a)`` and ``t = fl32(2 pi) * b`` (a float32 product), the block becomes
-       ``z[j] = r cos t`` and ``z[j + 8] = r sin t`` (Box & Muller 1958). From ``a`` and ``t`` on, in float64 and rounded
-       once, so that it is the same in every language and on every processor.
+       ``z[j] = r cos t`` and ``z[j + 8] = r sin t`` (Box & Muller 1958). From ``a`` and ``t`` on, in float64 and
+       rounded once, so that it is the same in every language and on every processor.
     3. If 16 does not divide n, the *last 16* values, n-16 .. n-1, are drawn anew with 16 further words and step 2.
        They overwrite the end of the last whole block, which had been transformed already.
 

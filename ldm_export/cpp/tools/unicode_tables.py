@@ -70,15 +70,14 @@ def compositions(decomposed: dict[int, str]) -> Iterator[tuple[int, int, int]]:
 
 
 def ranges(points: Iterable[int]) -> Iterator[tuple[int, int]]:
-    start = last = None
+    """First and last of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
     for c in points:
-        if last is None or c != last + 1:
-            if start is not None:
-                yield start, last
-            start = c
-        last = c
-    if start is not None:
-        yield start, last
+        if runs and c == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], c)
+        else:
+            runs.append((c, c))
+    yield from runs
 
 
 def table(declaration: str, rows: Iterable[tuple[int, ...]]) -> None:
