@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-browser web-runtime check bench-gpu emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-gpu test-browser web-runtime cpp-sdk check bench-gpu emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -40,6 +40,13 @@ $(WEB)/ort.wasm.min.mjs:
 	cd build && npm pack --silent $(ORT_WEB)
 	tar -xzf build/$(subst @,-,$(ORT_WEB)).tgz --touch --strip-components=2 -C $(WEB) package/dist/ort.wasm.min.mjs \
 		package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm
+
+# what the C++ runtime is built against, from packages, where there is no release archive of ONNX Runtime
+cpp-sdk: build/cpp-sdk
+
+build/cpp-sdk: $(READY)
+	mkdir -p build
+	$(BIN)/python ldm_export/cpp/sdk.py $@
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",
+    "cmake-dir": "Show where the sources of the C and C++ runtime are.",
     "doctor": "Show what is installed here, and what is missing for what.",
 }
 EXTRAS = {
@@ -54,7 +55,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"ldm_export.cli.{name}").command
+        command: click.Command = importlib.import_module(f"ldm_export.cli.{name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

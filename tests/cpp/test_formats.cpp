@@ -1,0 +1,115 @@
+// What is read from a bundle: JSON, hashes, paths, ONNX's external data, plans, and the kind of processor.
+#include "json.hpp"
+#include "error.hpp"
+#include "manifest.hpp"
+#include "onnx_wire.hpp"
+#include "plan.hpp"
+#include "sha256.hpp"
+#include "target.hpp"
+
+#include <catch2/catch.hpp>
+
+#include <cmath>
+
+using namespace ldm::runtime;
+
+TEST_CASE("SHA-256 of FIPS 180-4's examples and of every length around a block") {
+    const auto digest = [](const std::string &text) {
+        Sha256 sha;
+        sha.update(text);
+        return sha.hex_digest();
+    };
+    CHECK(digest("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    CHECK(digest("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    CHECK(digest("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq") ==
+          "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+    CHECK(digest(std::string(1000000, 'a')) == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+    for (std::size_t size = 0; size < 130; ++size) {
+        Sha256 pieces;
+        for (std::size_t i = 0; i < size; ++i) pieces.update("x");
+        CHECK(pieces.hex_digest() == digest(std::string(size, 'x')));
+    }
+}
+
+TEST_CASE("JSON that is ambiguous or deep is refused") {
+    CHECK_THROWS_AS(parsed(R"({"a": 1, "a": 2})", Repeats::refused), MalformedError);
+    CHECK(parsed(R"({"a": 1, "a": 2})", Repeats::allowed)["a"] == 2);
+    for (const char *text : {"", "{", "NaN", "[Infinity]", "1e400", "\xEF\xBB\xBF{}", "\"\\ud800\"", "\"\xff\"", "{} {}"})
+        CHECK_THROWS_AS(parsed(text, Repeats::refused), MalformedError);
+    CHECK_THROWS_AS(parsed(std::string(100000, '['), Repeats::refused), MalformedError);
+    CHECK_THROWS_AS(field(parsed(R"({"a": true})", Repeats::refused), "a", Kind::integer), MalformedError);
+    CHECK_THROWS_AS(field(parsed(R"({"a": 1.0})", Repeats::refused), "a", Kind::integer), MalformedError);
+    CHECK_THROWS_AS(field(parsed(R"({"a": 18446744073709551615})", Repeats::refused), "a", Kind::integer), MalformedError);
+}
+
+TEST_CASE("Paths stay inside the folder") {
+    CHECK_NOTHROW(check_path("unet/model.onnx"));
+    for (const char *path : {"", "/", "/a", "a/", "a//b", "..", "a/../b", "./a", "a/.", "a.", "a ", " a", "a\\b", "C:a", "a\nb",
+                             "a*", "a?", "a|b", "a<b"})
+        CHECK_THROWS_AS(check_path(path), MalformedError);
+}
+
+namespace {
+
+std::string bytes_field(int number, const std::string &payload) {
+    std::string size;
+    for (std::size_t left = payload.size();; left >>= 7) {
+        size += static_cast<char>((left & 0x7f) | (left > 0x7f ? 0x80 : 0));
+        if (left <= 0x7f) break;
+    }
+    return static_cast<char>(number << 3 | 2) + size + payload;
+}
+
+std::string model_with(const std::string &tensor) { return bytes_field(7, bytes_field(5, tensor)); }
+
+std::string entry(const std::string &key, const std::string &value) {
+    return bytes_field(13, bytes_field(1, key) + bytes_field(2, value));
+}
+
+}  // namespace
+
+TEST_CASE("External data is found, and a model that is cut short anywhere is refused or has none") {
+    const std::string model =
+        model_with(bytes_field(8, "w") + entry("location", "a.bin") + entry("offset", "64") + entry("length", "8"));
+    const auto found = external_data_from_bytes(model);
+    REQUIRE(found.size() == 1);
+    CHECK(found[0].tensor == "w");
+    CHECK(found[0].location == "a.bin");
+    CHECK(found[0].offset == 64);
+    CHECK(found[0].length == 8);
+    for (std::size_t size = 0; size < model.size(); ++size)
+        CHECK_THROWS_AS(external_data_from_bytes(model.substr(0, size)), MalformedError);
+    CHECK_THROWS_AS(external_data_from_bytes(model_with(entry("offset", "64"))), MalformedError);
+    CHECK_THROWS_AS(external_data_from_bytes(model_with(entry("location", "a") + entry("offset", "-1"))), MalformedError);
+    CHECK(external_data_from_bytes(model_with(entry("location", "a") + entry("location", "b"))).size() == 2);
+    std::string deep = bytes_field(5, entry("location", "a"));
+    for (int i = 0; i < 60; ++i) deep = bytes_field(1, bytes_field(5, bytes_field(6, deep)));
+    CHECK_THROWS_AS(external_data_from_bytes(bytes_field(7, deep)), MalformedError);
+}
+
+TEST_CASE("A plan is checked whole") {
+    const std::string row = R"({"timestep": 1, "input_scale": 1, "from_sample": 0, "from_output": 0, "clip": 0, "keep": 1,
+                                "direct": 0, "weights": WEIGHTS, "noise": 0})";
+    const auto plan = [&](const std::string &weights, const std::string &resume = "0", const std::string &steps = "1") {
+        std::string text = row;
+        text.replace(text.find("WEIGHTS"), 7, weights);
+        return R"({"format_version": 1, "sampler": "s", "num_inference_steps": )" + steps +
+               R"(, "init_scale": 1, "rows": [)" + text +
+               R"(], "entries": [{"image_scale": 1, "noise_scale": 1, "warmup": [], "resume": )" + resume + "}]}";
+    };
+    CHECK(plan_from_json(plan("[0.5]")).rows[0].weights == std::vector<double>{0.5});
+    for (const std::string &text : {plan("[1, 1]"), plan("[1e400]"), plan("1"), plan("[true]"), plan("[]", "1"), plan("[]", "2"),
+                                    plan("[]", "-1"), plan("[]", "0", "2"), plan("[]", "0", "0"), plan("[]", "0", "1e3"),
+                                    std::string("{}"), std::string("[]"), std::string("x")})
+        CHECK_THROWS_AS(plan_from_json(text), InputError);
+    CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(0), InputError);
+    CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(std::nan("")), InputError);
+    CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(1.5), InputError);
+}
+
+TEST_CASE("The kind of processor is told as Python tells it") {
+    CHECK(cpu_level("vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: X\nflags\t\t: fpu avx2 avx sse4_1\n") ==
+          "GenuineIntel 6 85 avx avx2 sse4_1");
+    CHECK(cpu_level("CPU implementer\t: 0x41\nFeatures\t: fp asimd i8mm bf16 crc32\n") == "0x41 asimd bf16 i8mm");
+    CHECK(cpu_level("vendor_id\t: GenuineIntel\n").empty());
+}

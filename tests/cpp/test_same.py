@@ -1,0 +1,219 @@
+"""The C++ runtime draws what the Python one draws: tokens, noise, latents and pixels."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import random
+import shutil
+import unicodedata
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_export.manifest import MANIFEST
+from ldm_export.plan import SAMPLERS
+from ldm_export.runtime import Pipeline, Tokenizer
+
+LATENT_TOLERANCE = 1e-5
+NOISE_TOLERANCE = 2e-6
+PROMPTS = ("a red circle", "grinning face, it's smiling")
+SEEDS = (7, -3)
+STEPS = {"lcm": 4}
+WRITTEN_OUT = (
+    *(
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|ENDOFTEXT|>",
+        "<|endoftext|><|startoftext|>!!",
+        "'s",
+        "'LL",
+        "it's",
+        "don'T",
+    ),
+    *("a red circle", "  ", "\t\n", "\u00a0", "e\u0301", "\u1100\u1161\u11a8", "\u0344", "\u0958", "\u212b", "\ufb01"),
+    *(
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+        "\U0001f1e9\U0001f1ea",
+        "\u0130",
+        "\u03a3",
+        "\u00df",
+        "\u00bd",
+        "\u2460",
+    ),
+)
+
+
+def drawn(pipeline: Any, prompts: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels, flat, and the latents of the last step."""
+    latents = []
+
+    def keep(step: Any) -> None:
+        latents[:] = [np.ctypeslib.as_array(step.latents, tuple(step.latents_shape)).copy()]
+
+    pixels = np.frombuffer(pipeline.draw(prompts, callback=keep, **options), np.uint8)
+    return pixels, latents[0]
+
+
+def assert_same(result: tuple[np.ndarray, np.ndarray], expected: Any) -> None:
+    pixels, latents = result
+    scale = np.abs(expected.latents).max()
+    np.testing.assert_allclose(latents, expected.latents, rtol=0, atol=LATENT_TOLERANCE * scale)
+    assert np.abs(pixels.astype(int) - expected.images.ravel().astype(int)).max() <= 1
+
+
+def seeds(values: tuple[int, ...] = SEEDS) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@pytest.fixture(scope="module")
+def cpp(open_cpp: Callable[..., Any], bundle: Path) -> Any:
+    return open_cpp(bundle, warn=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def python(bundle: Path) -> Pipeline:
+    return Pipeline.open(bundle, backend="cpu")
+
+
+def test_both_use_the_target(cpp: Any, python: Pipeline) -> None:
+    assert cpp.info().backend.decode() == python.backend
+    assert python.backend.endswith("ort-cpu")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_latents(cpp: Any, python: Pipeline, sampler: str) -> None:
+    steps = STEPS.get(sampler, 10)
+    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=steps, seeds=seeds())
+    assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=steps, seed=SEEDS))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_latents_from_an_image(cpp: Any, python: Pipeline, sampler: str, strength: float) -> None:
+    steps = STEPS.get(sampler, 10)
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    given = {"image": image.tobytes(), "height": 16, "width": 24, "strength": strength}
+    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=steps, seed=5, **given)
+    assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=steps, seed=5, image=image, strength=strength))
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no guidance": ({"guidance": 1.0}, {"guidance": 1.0}),
+    "another guidance": ({"guidance": 2.5}, {"guidance": 2.5}),
+    "one negative prompt": (
+        {"negative_prompts": (ctypes.c_char_p * 1)(b"blue"), "negative_prompt_count": 1},
+        {"negative_prompt": "blue"},
+    ),
+    "negative prompts": (
+        {"negative_prompts": (ctypes.c_char_p * 2)(b"blue", b"red"), "negative_prompt_count": 2},
+        {"negative_prompt": ["blue", "red"]},
+    ),
+    "another size": ({"height": 32, "width": 16}, {"height": 32, "width": 16}),
+    "deepcache": ({"deepcache": 3}, {"deepcache": 3}),
+    "a seed": ({"seed": 2**31 - 1}, {"seed": 2**31 - 1}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(cpp: Any, python: Pipeline, name: str) -> None:
+    for_cpp, for_python = OPTIONS[name]
+    assert_same(drawn(cpp, PROMPTS, steps=10, **for_cpp), python.generate(PROMPTS, steps=10, **for_python))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
+def test_a_loop_graph_draws_the_same(cpp: Any, python: Pipeline, sampler: str) -> None:
+    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=10, whole=1)
+    assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=10))
+
+
+def test_plain_graphs(open_cpp: Callable[..., Any], tiny_bundle: Path) -> None:
+    expected = Pipeline.open(tiny_bundle, backend="cpu").generate(PROMPTS, steps=10)
+    assert_same(drawn(open_cpp(tiny_bundle), PROMPTS, steps=10), expected)
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "lcm", "sdxl"])
+def test_other_kinds(open_cpp: Callable[..., Any], kinds: Callable[[str], tuple[Path, Path]], kind: str) -> None:
+    folder = kinds(kind)[1]
+    cpp, python = open_cpp(folder), Pipeline.open(folder, backend="cpu")
+    steps = cpp.info().default_steps
+    if kind == "unconditional":
+        result, expected = drawn(cpp, None, count=2, seeds=seeds()), python.generate(seed=SEEDS, steps=steps)
+    elif kind == "class-conditional":
+        labels = (ctypes.c_int64 * 2)(1, 3)
+        result = drawn(cpp, None, count=2, seeds=seeds(), class_labels=labels)
+        expected = python.generate(seed=SEEDS, steps=steps, class_labels=[1, 3])
+    else:
+        result, expected = drawn(cpp, PROMPTS, seeds=seeds()), python.generate(PROMPTS, seed=SEEDS)
+    assert_same(result, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -1, -(2**63)])
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 31, 768, 16384, 100003])
+def test_noise_is_that_of_torch(ldm: Any, seed: int, size: int) -> None:
+    values = (ctypes.c_float * size)()
+    assert ldm.ldm_noise(seed, values, size) == 0
+    expected = torch.randn(size, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
+    # without AVX2 torch rounds the angle otherwise (ldm_export/runtime/noise.py)
+    slack = 2 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1
+    np.testing.assert_allclose(np.ctypeslib.as_array(values), expected, rtol=0, atol=NOISE_TOLERANCE * slack)
+
+
+@pytest.fixture(scope="module")
+def long_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_bundle` with a tokenizer that cuts nothing off."""
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("long") / "bundle")
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 512}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["tokenizer/tokenizer_config.json"] = {
+        "size_bytes": config.stat().st_size,
+        "sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_tokens_of_text_of_every_unicode_category(open_cpp: Callable[..., Any], long_bundle: Path) -> None:
+    categories: dict[str, list[str]] = {}
+    for code in range(1, 0x110000):
+        categories.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
+    choose = random.Random(0)
+
+    def part() -> str:
+        if choose.random() < 0.4:
+            return choose.choice(WRITTEN_OUT)
+        return "".join(choose.choice(categories[choose.choice([*categories])]) for _ in range(choose.randint(1, 5)))
+
+    prompts = ["".join(part() for _ in range(choose.randint(1, 8))) for _ in range(10_000)]
+    assert any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt)
+    tokenizer, pipeline = Tokenizer(long_bundle / "tokenizer"), open_cpp(long_bundle, warn=pytest.fail)
+    expected = tokenizer(prompts)
+    for prompt, ids in zip(prompts, expected, strict=True):
+        text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # as the Python one takes it
+        assert pipeline.tokenize(text.encode()) == ids.tolist(), ascii(prompt)
+
+
+def test_every_code_point_is_classified_alike(open_cpp: Callable[..., Any], long_bundle: Path) -> None:
+    tokenizer, pipeline = Tokenizer(long_bundle / "tokenizer"), open_cpp(long_bundle, warn=pytest.fail)
+    points = [chr(code) for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000]
+    rows = ["a".join(points[start : start + 50]) for start in range(0, 0x30000, 50)]  # beyond them nothing is assigned
+    rows = [row for row in rows if len(row.encode()) <= 250]
+    for row, ids in zip(rows, tokenizer(rows), strict=True):
+        assert pipeline.tokenize(row.encode()) == ids.tolist(), ascii(row)
+
+
+def test_what_is_cut_off_is_told(open_cpp: Callable[..., Any], tiny_bundle: Path) -> None:
+    told: list[str] = []
+    prompt = "a red circle, a blue square, two green triangles on white; grinning face with smiling eyes"
+    ids = open_cpp(tiny_bundle, warn=told.append).tokenize(prompt.encode())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert Tokenizer(tiny_bundle / "tokenizer")(prompt)[0].tolist() == ids
+    assert told[0] == str(caught[0].message)

@@ -1,0 +1,64 @@
+// UTF-8 and normal forms where the rules have corners; the whole is held against `tokenizers` in test_same.py.
+#include "bpe.hpp"
+#include "cache.hpp"
+#include "noise.hpp"
+#include "unicode.hpp"
+
+#include <catch2/catch.hpp>
+
+using namespace ldm::runtime;
+
+TEST_CASE("UTF-8 that is not in its shortest form, a surrogate, or cut short is refused") {
+    for (const char *text : {"", "a", "\xC3\xA9", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\xF4\x8F\xBF\xBF"}) CHECK(is_utf8(text));
+    for (const char *text : {"\x80", "\xC0\x80", "\xC1\xBF", "\xE0\x80\x80", "\xED\xA0\x80", "\xF0\x80\x80\x80",
+                             "\xF4\x90\x80\x80", "\xF5\x80\x80\x80", "\xE2\x82", "\xC3", "a\xFF"})
+        CHECK_FALSE(is_utf8(text));
+    CHECK(decoded("a\xFF" "b") == U"a\uFFFDb");
+    for (const std::u32string &text : {std::u32string(U"a\u00e9\u20ac\U0001F600"), std::u32string(U"\U0010FFFF")})
+        CHECK(decoded(encoded(text)) == text);
+}
+
+TEST_CASE("Normal form C composes, orders and blocks") {
+    CHECK(nfc(U"e\u0301") == U"\u00e9");
+    CHECK(nfc(U"a\u0323\u0307") == nfc(U"a\u0307\u0323"));
+    CHECK(nfc(U"\u1100\u1161\u11a8") == U"\uac01");
+    CHECK(nfc(U"\uac00\u11a8") == U"\uac01");
+    CHECK(nfc(U"\u0958") == U"\u0915\u093c");  // excluded from composition
+    CHECK(nfc(U"\u212b") == U"\u00c5");
+    CHECK(nfc(U"\u0301a") == U"\u0301a");
+    CHECK(nfc(U"a\u0301\u0301") == U"\u00e1\u0301");
+}
+
+TEST_CASE("The best rank is merged first, then the leftmost") {
+    Bpe bpe;  // a=0 b=1 c=2; bc=3 ab=4 abc=5
+    bpe.add_merge(1, 2, 3);
+    bpe.add_merge(0, 1, 4);
+    bpe.add_merge(0, 3, 5);
+    CHECK(bpe.merged({0, 1, 2}) == std::vector<TokenId>{5});
+    CHECK(bpe.merged({0, 1, 0}) == std::vector<TokenId>{4, 0});
+    CHECK(bpe.merged({}).empty());
+    Bpe pairs;
+    pairs.add_merge(0, 0, 1);
+    CHECK(pairs.merged({0, 0, 0}) == std::vector<TokenId>{1, 0});
+}
+
+TEST_CASE("A cache forgets what was used longest ago") {
+    Cache<int, int> cache(2);
+    cache.insert(1, 10);
+    cache.insert(2, 20);
+    CHECK(*cache.find(1) == 10);
+    cache.insert(3, 30);
+    CHECK(cache.find(2) == nullptr);
+    CHECK(*cache.find(1) == 10);
+    CHECK(*cache.find(3) == 30);
+}
+
+TEST_CASE("Few values come one by one, and the spare outlives a larger draw") {
+    Generator one(7), other(7);
+    float a[3], b[20], c[1], d[2], e[20], f[2];
+    one.randn(a, 3), one.randn(b, 20), one.randn(c, 1);
+    other.randn(d, 2), other.randn(f, 1), other.randn(e, 20), other.randn(f + 1, 1);
+    CHECK(a[2] == f[0]);
+    CHECK(std::equal(b, b + 20, e));
+    CHECK(c[0] == f[1]);
+}
