@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "graph": BUNDLE | {"options"},
     "export": BUNDLE | {"target", "engines", "options", "processes", "checkpoint", "passes", "graph"},
     "bench": BUNDLE | {"processes", "checkpoint", "torch_reference", "judge", "runtime", "export", "passes", "graph"},
+    "cpp": set(),
     "recipe": BUNDLE | {"checkpoint", "options", "judge", "runtime", "export", "passes", "graph", "bench"},
     "cli": BUNDLE
     | {"target", "engines", "checkpoint", "judge", "runtime", "export", "passes", "graph", "bench", "recipe"},
