@@ -131,7 +131,7 @@ def test_other_precisions(bundle: Path, precision: str, type_of_weights: str) ->
 
 def test_a_graph_that_differs_too_much_is_not_built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(bundle)
-    session = sources._session
+    session = sources.graph_session
 
     class Wrong:
         def __init__(self, path: Path):
@@ -140,13 +140,13 @@ def test_a_graph_that_differs_too_much_is_not_built(bundle: Path, monkeypatch: p
         def run(self, *call: Any) -> Any:
             return [array * (1.1 if self.off else 1) for array in self.session.run(*call)]
 
-    monkeypatch.setattr(sources, "_session", Wrong)
+    monkeypatch.setattr(sources, "graph_session", Wrong)
     with pytest.raises(ParityError, match=r"^text_encoder in fp16 differs .* by 0\.1\d? .* 0\.02 is allowed\. Nothing"):
         build_engines(Bundle.open(bundle), settings(precision="fp16"), SMALL)
     assert contents(bundle) == before
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sdxl"])
+@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sd2", "sdxl"])
 def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str) -> None:
     assert kind in KINDS
     copy = Path(shutil.copytree(kinds(kind)[1], tmp_path / "bundle"))
@@ -157,7 +157,7 @@ def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_pa
     rows = engines_of(copy).engines["unet"].profile["sample"]
     assert (rows.min[0], rows.max[0]) == (
         1,
-        8 if kind in ("sdxl", "inpainting") and "encoder_hidden_states" in names else 4,
+        8 if kind in ("sd2", "sdxl", "inpainting") and "encoder_hidden_states" in names else 4,
     )
 
 
@@ -340,7 +340,9 @@ def test_profiles_follow_the_contract(bundle: Path) -> None:
     assert folded["sample"].max == (3, 4, 8, 8)
 
 
-@pytest.mark.parametrize(("name", "message"), [("unett", "has no graph 'unett'; it has"), ("loops/x", "has no graph")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("unett", "has no graph 'unett'; it has"), ("loops/x", "has no plan 'x'; it has")]
+)
 def test_graphs_that_there_are_not(bundle: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_engines(Bundle.open(bundle), settings(), [name])
