@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,13 @@ def test_other_values_are_the_same_network(base: Path, other: Path) -> None:
         refit_engines(Bundle.open(other), KIND, nowhere, Bundle.open(base))
     with pytest.raises(BackendError, match=r"is for compute capability 8\.9, and the GPU here has 9\.0\. Refit it on"):
         refit_engines(Bundle.open(other), KIND, lambda: "9.0", Bundle.open(base))
+
+
+def test_a_graph_that_the_other_lacks(built: Path) -> None:
+    bundle = Bundle.open(built)
+    none = replace(bundle, manifest=replace(bundle.manifest, graphs={}))
+    with pytest.raises(InputError, match=rf"^there has no graph '{NAME}', which the engines take in here; build"):
+        check_same_networks(bundle, none, [NAME], "here", "there")
 
 
 def test_what_is_written(base: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:

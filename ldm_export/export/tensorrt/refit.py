@@ -147,6 +147,8 @@ def check_same_networks(bundle: Bundle, base: Bundle, names: list[str], here: ob
     here, there : what errors call the two
     """
     for name in names:
+        if name not in base.manifest.graphs:
+            raise InputError(f"{there} has no graph {name!r}, which the engines take in {here}; build those of {here}.")
         mine, other = (onnx_ir.from_proto(load(each.file(each.manifest.graphs[name].path))) for each in (bundle, base))
         difference = _weights_differ(mine, other, here, there) or _nodes_differ(mine, other, here, there)
         if difference:
