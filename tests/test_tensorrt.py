@@ -146,7 +146,7 @@ def test_a_graph_that_differs_too_much_is_not_built(bundle: Path, monkeypatch: p
     assert contents(bundle) == before
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sdxl"])
 def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str) -> None:
     assert kind in KINDS
     copy = Path(shutil.copytree(kinds(kind)[1], tmp_path / "bundle"))
@@ -157,7 +157,7 @@ def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_pa
     rows = engines_of(copy).engines["unet"].profile["sample"]
     assert (rows.min[0], rows.max[0]) == (
         1,
-        8 if kind in ("sd2", "sdxl", "inpainting") and "encoder_hidden_states" in names else 4,
+        8 if kind in ("sdxl", "inpainting") and "encoder_hidden_states" in names else 4,
     )
 
 
