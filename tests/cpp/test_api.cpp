@@ -141,7 +141,8 @@ TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
     refused([](auto &o) { o.width = 0xFFFFFFFE; }, "does not fit");
     refused([](auto &o) { o.class_labels = &label; }, "takes a prompt a picture");
     refused([](auto &o) { o.deepcache = 0; }, "deepcache is 0");
-    refused([](auto &o) { o.whole = 1; }, "has no loop");
+    refused([](auto &o) { o.whole = 1, o.sampler = "euler"; }, "has no loop euler-10");
+    refused([](auto &o) { o.whole = 1, o.deepcache = 2; }, "Leave one of them out");
     refused([](auto &o) { o.negative_prompts = bad_text, o.negative_prompt_count = 1; }, "not UTF-8");
     refused([](auto &o) { o.negative_prompts = bad_text, o.negative_prompt_count = 2; }, "2 negative prompts");
     refused([](auto &o) { o.negative_prompts = bad_text, o.negative_prompt_count = 0; }, "0 negative prompts");
@@ -282,7 +283,7 @@ TEST_CASE("Four threads with clones draw what one draws", "[bundle][threads]") {
     CHECK(drawn == expected);
 }
 
-TEST_CASE("Opening, drawing, cancelling and closing grows nothing", "[.][life]") {
+TEST_CASE("Opening, drawing, cancelling and closing grows nothing", "[.][bundle][life]") {
     const char *rounds = std::getenv("LDM_TEST_ROUNDS");
     const int count = rounds == nullptr ? 1000 : std::atoi(rounds);
     const auto round = [] {

@@ -25,6 +25,13 @@ const char *name_of(Kind kind) {
 
 std::string named(const std::string &where) { return where.empty() ? "the whole" : where; }
 
+// In quotes, control characters escaped.
+std::string quoted(const std::string &text) {
+    std::string json = Json(text).dump();
+    json.front() = json.back() = '\'';
+    return json;
+}
+
 bool is_plain(const std::string &part) {
     return !part.empty() && part.front() != ' ' && part.back() != ' ' && part.back() != '.';
 }
@@ -55,7 +62,8 @@ bool is_kind(const Json &value, Kind kind) {
         case Kind::object: return value.is_object();
         case Kind::array: return value.is_array();
         case Kind::text: return value.is_string();
-        case Kind::integer: return value.is_number_integer() && (!value.is_number_unsigned() || value <= INT64_MAX);
+        case Kind::integer:
+            return value.is_number_integer() && (!value.is_number_unsigned() || value.get<std::uint64_t>() <= INT64_MAX);
         case Kind::number: return value.is_number();
         case Kind::boolean: return value.is_boolean();
     }
@@ -79,7 +87,7 @@ std::map<std::string, FileEntry> files_of(const Json &document) {
     std::map<std::string, FileEntry> files;
     for (const auto &[path, entry] : field(document, "files", Kind::object).items()) {
         check_path(path);
-        const std::string where = "files['" + path + "']";
+        const std::string where = "files[" + quoted(path) + "]";
         FileEntry file{field(entry, "size_bytes", Kind::integer, where), field(entry, "sha256", Kind::text, where)};
         const bool hex = file.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
         if (file.size_bytes < 0 || file.sha256.size() != 64 || !hex)
@@ -103,11 +111,11 @@ void check_path(const std::string &relative) {
     for (std::size_t end = 0; end != std::string::npos; start = end + 1) {
         end = relative.find('/', start);
         if (!is_plain(relative.substr(start, end == std::string::npos ? end : end - start)))
-            throw MalformedError("the path '" + relative + "' is not a plain one inside the folder");
+            throw MalformedError("the path " + quoted(relative) + " is not a plain one inside the folder");
     }
     for (const char c : relative)
         if (static_cast<unsigned char>(c) < 0x20 || std::string_view("\\:*?\"<>|").find(c) != std::string_view::npos)
-            throw MalformedError("the path '" + relative + "' has a character that is not the same on every system");
+            throw MalformedError("the path " + quoted(relative) + " has a character that is not the same on every system");
 }
 
 }  // namespace ldm::runtime

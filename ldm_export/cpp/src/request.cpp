@@ -112,9 +112,9 @@ Tensor image(const ldm_draw_options &options, std::size_t count, std::size_t hei
 void check_size(std::uint32_t height, std::uint32_t width, std::uint32_t multiple) {
     const auto fits = [&](std::uint32_t side) { return side >= multiple && side <= LARGEST_SIDE && side % multiple == 0; };
     if (fits(height) && fits(width)) return;
-    const auto nearest = [&](std::uint32_t side) {
-        const std::uint32_t largest = LARGEST_SIDE / multiple;
-        return std::clamp((side + multiple / 2) / multiple, 1u, largest) * multiple;
+    const auto nearest = [&](std::uint64_t side) {
+        const std::uint64_t largest = LARGEST_SIDE / multiple;
+        return std::clamp((side + multiple / 2) / multiple, std::uint64_t{1}, largest) * multiple;
     };
     throw InputError(join("The size ", height, "x", width, " does not fit; height and width must be multiples of ", multiple,
                           ". Use ", nearest(height), "x", nearest(width), "."));

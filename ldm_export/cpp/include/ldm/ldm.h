@@ -11,7 +11,7 @@
         if (ldm_pipeline_open("emoji64.bundle", NULL, &pipeline) == LDM_OK &&
             ldm_draw(pipeline, prompts, 1, NULL, NULL, &bytes) == LDM_OK) {
             unsigned char *pixels = malloc(bytes);                  // (1, height, width, channels)
-            if (ldm_draw(pipeline, prompts, 1, NULL, pixels, &bytes) == LDM_OK)
+            if (pixels != NULL && ldm_draw(pipeline, prompts, 1, NULL, pixels, &bytes) == LDM_OK)
                 fwrite(pixels, 1, bytes, stdout);
             free(pixels);
         }
@@ -76,7 +76,8 @@ typedef struct ldm_step {
 /* Called after each step, on the thread that draws; anything but 0 cancels. */
 typedef int (*ldm_step_callback)(const ldm_step *step, void *user);
 
-/* Told what is not as asked for and no error: a target that is passed over, a prompt that is cut off. */
+/* Told what is not as asked for and no error: a target that is passed over, a prompt that is cut off. Clones tell it too,
+   each on the thread that draws. */
 typedef void (*ldm_warning_callback)(const char *sentence, void *user);
 
 typedef struct ldm_open_options {

@@ -1,0 +1,92 @@
+"""What the Python runtime refuses or passes over in a bundle, the C++ one does too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ldm_export.manifest import MANIFEST
+from tests.test_bundle import DEEP_LIES, LIES, make
+from tests.test_target import DOES_NOT_FIT
+
+STATUS_INPUT, STATUS_BUNDLE = 1, 2
+PROMPT = "a red circle"
+IN_PYTHONS_WORDS = re.compile(r"of type|shape|cannot be read|, which$")
+"""Messages that name Python's types or quote as Python does."""
+
+
+@pytest.mark.parametrize("lie", [*LIES, *DEEP_LIES])
+def test_a_lie_is_found(open_cpp: Callable[..., Any], binding: ModuleType, tmp_path: Path, lie: str) -> None:
+    spoil, message = (LIES | DEEP_LIES)[lie]
+    folder = make(tmp_path / "bundle").path
+    spoil(folder)
+    with pytest.raises(binding.LdmError) as caught:
+        open_cpp(folder, verify=int(lie in DEEP_LIES))
+    assert caught.value.status == STATUS_BUNDLE
+    assert str(folder) in str(caught.value)
+    if not IN_PYTHONS_WORDS.search(message):
+        assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_what_an_interrupted_export_leaves_is_refused(
+    open_cpp: Callable[..., Any], binding: ModuleType, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / ".tiny.partial-1-0a")
+    with pytest.raises(binding.LdmError, match="interrupted export"):
+        open_cpp(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": "64"}, "model.height"),
+        ({"scaling_factor": 0}, "model.scaling_factor"),
+        ({"default_steps": True}, "model.default_steps"),
+        ({"latent_channels": 10**12}, "model.latent_channels"),
+        ({"guidance_folded": 1}, "model.guidance_folded"),
+    ],
+)
+def test_facts_that_cannot_be_drawn_with(
+    open_cpp: Callable[..., Any],
+    binding: ModuleType,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["model"] |= change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(binding.LdmError, match=message):
+        open_cpp(folder)
+
+
+@pytest.mark.parametrize("case", DOES_NOT_FIT)
+def test_a_target_that_does_not_fit_is_passed_over(
+    open_cpp: Callable[..., Any], bundle: Path, tiny_bundle: Path, tmp_path: Path, case: str
+) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    DOES_NOT_FIT[case][0](folder)
+    told: list[str] = []
+    pipeline = open_cpp(folder, warn=told.append, verify=1)
+    pixels = pipeline.draw([PROMPT], steps=10)
+    assert not pipeline.info().backend.endswith(b"ort-cpu")
+    (warning,) = told
+    assert warning.startswith(f"targets/ort-cpu of {folder} is passed over, since ")
+    assert pixels == open_cpp(tiny_bundle).draw([PROMPT], steps=10)
+
+
+def test_another_model_is_refused(
+    open_cpp: Callable[..., Any], binding: ModuleType, kinds: Callable[[str], tuple[Path, Path]]
+) -> None:
+    with pytest.raises(binding.LdmError, match="an inpainting model") as caught:
+        open_cpp(kinds("inpainting")[1]).draw([PROMPT])
+    assert caught.value.status == STATUS_INPUT
