@@ -288,7 +288,7 @@ def test_a_wrong_table_is_not_added(bundle: Bundle, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_graph_that_is_not_valid_is_not_added(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_loop, "_pixels", lambda main, sample: main.node("Round", "nothing"))
+    monkeypatch.setattr(export_loop, "_levels", lambda main, sample: main.node("Round", "nothing"))
     with pytest.raises(ExportError, match=r"loops/ddim-10 is not valid ONNX"):
         add_loop(bundle, "ddim-10")
     assert Bundle.open(bundle.path, verify=True).manifest == bundle.manifest

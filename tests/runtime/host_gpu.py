@@ -35,6 +35,10 @@ CAPABILITY, VERSION = "8.9", "1.0"
 Status = tuple[Any, ...]
 
 
+MEMORY = 1 << 30
+"""Bytes of the device."""
+
+
 class HostCuda:
     """As far as `ldm_export.runtime.backends.cuda` calls ``cuda.bindings.runtime``; ``alive`` is all that is held."""
 
@@ -45,7 +49,7 @@ class HostCuda:
         self.alive: dict[int, Any] = {}
         self.recording: list[Callable[[], None]] | None = None
         self._spoilt = False
-        self.memory_left = 1 << 30
+        self.memory_left = MEMORY
         self._handles = itertools.count(1)
 
     def _hold(self, what: Any) -> int:
@@ -79,6 +83,9 @@ class HostCuda:
     def cudaFree(self, devPtr: int) -> Status:  # noqa: N802, N803
         self.memory_left += self.alive[devPtr].size - 256
         return self._drop(devPtr)
+
+    def cudaMemGetInfo(self) -> Status:  # noqa: N802
+        return self._now(), self.memory_left, MEMORY
 
     def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> Status:  # noqa: N802, N803
         ctypes.memset(devPtr, value, count)

@@ -39,6 +39,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "cudaEventElapsedTime": (real.cudaEvent_t(0), real.cudaEvent_t(0)),
     "cudaEventDestroy": (real.cudaEvent_t(0),),
     "cudaGetDeviceCount": (),
+    "cudaMemGetInfo": (),
 }
 """Every call that is made, as it is made."""
 
