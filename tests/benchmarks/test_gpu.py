@@ -25,7 +25,7 @@ from ldm_export.runtime.backends.providers import PROVIDERS
 from ldm_export.runtime.pipeline import Pipeline
 
 HEADER = {"device": "cpu", "machine": machine(), "versions": versions(), "rounds": 2}
-ENGINES = Row("tensorrt-rtx", OURS, Setup(bundle="fp32.bundle", backend="tensorrt-rtx"))
+ENGINES = Row("tensorrt-rtx", OURS, Setup(backend="tensorrt-rtx"))
 ON_CPU = Row("cpu", OURS, Setup(backend="cpu"))
 EAGER = Row(REFERENCE, REFERENCE, Setup())
 no_gpu = pytest.mark.skipif(cuda.driver_is_there(), reason="NVIDIA's driver is installed")
