@@ -131,7 +131,7 @@ def test_other_precisions(bundle: Path, precision: str, type_of_weights: str) ->
 
 def test_a_graph_that_differs_too_much_is_not_built(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(bundle)
-    session = sources._session
+    session = sources.graph_session
 
     class Wrong:
         def __init__(self, path: Path):
@@ -140,7 +140,7 @@ def test_a_graph_that_differs_too_much_is_not_built(bundle: Path, monkeypatch: p
         def run(self, *call: Any) -> Any:
             return [array * (1.1 if self.off else 1) for array in self.session.run(*call)]
 
-    monkeypatch.setattr(sources, "_session", Wrong)
+    monkeypatch.setattr(sources, "graph_session", Wrong)
     with pytest.raises(ParityError, match=r"^text_encoder in fp16 differs .* by 0\.1\d? .* 0\.02 is allowed\. Nothing"):
         build_engines(Bundle.open(bundle), settings(precision="fp16"), SMALL)
     assert contents(bundle) == before
@@ -340,7 +340,9 @@ def test_profiles_follow_the_contract(bundle: Path) -> None:
     assert folded["sample"].max == (3, 4, 8, 8)
 
 
-@pytest.mark.parametrize(("name", "message"), [("unett", "has no graph 'unett'; it has"), ("loops/x", "has no graph")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("unett", "has no graph 'unett'; it has"), ("loops/x", "has no plan 'x'; it has")]
+)
 def test_graphs_that_there_are_not(bundle: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_engines(Bundle.open(bundle), settings(), [name])

@@ -77,15 +77,20 @@ def _is_large(path: Path) -> bool:
     return sum(file.stat().st_size for file in path.parent.iterdir()) > LARGE_BYTES
 
 
-def _compare_graph(path: Path, graph: GraphSpec, runs: list[Run]) -> list[Parity]:
+def graph_session(path: Path) -> onnxruntime.InferenceSession:
+    """A graph in ONNX Runtime on the CPU; a large one without a second, packed copy of its weights."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if _is_large(path):
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
+    return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+
+
+def _compare_graph(path: Path, graph: GraphSpec, runs: list[Run]) -> list[Parity]:
     try:
-        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        session = graph_session(path)
     except Exception as error:  # its exceptions have no common base class
         raise ExportError(f"ONNX Runtime refuses the exported {graph.name}: {error}. Nothing was sealed.") from error
     names = [tensor.name for tensor in graph.inputs]

@@ -237,3 +237,27 @@ def test_pictures_by_onnxruntime(tiny_bundle: Path, provider: str) -> None:
     assert ours.backend.split()[2] == provider.removeprefix("ort-")
     for picture, expected in zip(ours.images, theirs.images, strict=True):
         assert psnr_db(picture, expected) >= SAME_PICTURE_DB["fp32"]
+
+
+# --- refitted engines -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switches", [{"stripped": True}, {"stripped": True, "refittable": True}], ids=str)
+def test_refitted_engines_draw_as_built_ones(
+    engines: Engines, flavour: str, precision: str, switches: dict[str, bool], tmp_path: Path
+) -> None:
+    from ldm_export.export.tensorrt.build import Settings, build_engines
+    from ldm_export.export.tensorrt.refit import refit_engines
+
+    capability = cuda.gpus()[0].compute_capability
+    models = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
+    built = engines("tiny", precision)
+    bundle = Bundle.open(shutil.copytree(built.path, tmp_path / "bundle", ignore=shutil.ignore_patterns("targets")))
+    stripped = build_engines(bundle, Settings(flavour, models, precision, **switches)).target
+    with pytest.raises(BackendError, match="its engines have no weights"):
+        drawn(bundle, NAMES[flavour], "tiny")
+    full = refit_engines(bundle, stripped.kind, lambda: capability)
+    assert (full.stripped, full.refittable) == (False, "refittable" in switches)
+    assert full.report["unet"]["engine_bytes"] > stripped.report["unet"]["engine_bytes"]
+    theirs, ours = (drawn(each, NAMES[flavour], "tiny") for each in (built, bundle))
+    assert relative_error(ours.latents, theirs.latents) < SAME[precision]

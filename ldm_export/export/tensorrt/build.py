@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle, export_error
-from ldm_export.contract import STEP, GraphSpec, TensorSpec, step_spec
+from ldm_export.contract import STEP, GraphSpec, TensorSpec
 from ldm_export.engines import (
     FLAVOURS,
     Engine,
@@ -27,11 +27,10 @@ from ldm_export.engines import (
     write_engine_target,
 )
 from ldm_export.errors import ExportError, InputError
-from ldm_export.export.step import step_model
 from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_of
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
-from ldm_export.export.tensorrt.sources import PRECISIONS, converted, loop_of
+from ldm_export.export.tensorrt.sources import PRECISIONS, Source, converted, onnx_of, parts_of, source_of
 from ldm_export.manifest import is_loop
 from ldm_export.options import check_one_of
 from ldm_export.partial import move_into_place, partial_folder
@@ -94,11 +93,9 @@ class Built:
 
 @dataclass(frozen=True)
 class _Task:
-    """An engine that there shall be: of what graph, from which of the bundle's files, for what shapes."""
+    """An engine that there shall be: made of what, for what shapes."""
 
-    spec: GraphSpec
-    source: str
-    made_from: Mapping[str, str]
+    source: Source
     profile: Mapping[str, ShapeRange]
 
 
@@ -136,12 +133,12 @@ def build_engines(
     try:
         with partial_folder(target.folder) as work:
             progress("parsing")
-            parts = _parts(bundle, waiting)
+            parts = parts_of(bundle, [task.source for task in waiting.values()])
             _check_supported(bundle, parts, settings.flavour)
             made, reports = converted(bundle, parts, settings.precision, work, progress)
             for number, (name, task) in enumerate(waiting.items(), 1):
                 progress(f"{name}: building, {number} of {len(waiting)}")
-                onnx = _onnx(bundle, made, task, work)
+                onnx = onnx_of(bundle, made, task.source, work)
                 target = _put(target, name, task, onnx, reports.get(name, {}))
             if not waiting:
                 target = _replaced(target, work)
@@ -173,24 +170,16 @@ def _target(bundle: Bundle, settings: Settings) -> EngineTarget:
 def _tasks(bundle: Bundle, settings: Settings, graphs: Sequence[str], loops: Sequence[str]) -> dict[str, _Task]:
     manifest = bundle.manifest
     own = {name: spec for name, spec in manifest.graphs.items() if not is_loop(spec.path)}
-    if unknown := sorted(set(graphs) - own.keys()):
-        raise InputError(f"{bundle.path} has no graph {unknown[0]!r}; it has {', '.join(own)}. Name some of these.")
     pixels = settings.pixels or Range(*(int(manifest.model["height"]),) * 3)
     check_pixels(pixels, manifest.model["pixels_per_latent"])
-
-    def task(spec: GraphSpec, source: str, made_from: Mapping[str, str]) -> _Task:
-        return _Task(spec, source, made_from, profile_of(spec, own, manifest.model, settings.batch, pixels))
-
-    found = {}
-    for name in graphs or own:
-        files = [path for path in manifest.files if path.startswith(own[name].path)]  # and its _data
-        found[name] = task(own[name], own[name].path, {path: manifest.files[path].sha256 for path in files})
-    if "unet" in found:  # what follows each of its calls
-        found[STEP] = task(step_spec(own["unet"]), own["unet"].path, found["unet"].made_from)
-    for plan in loops:
-        loop = loop_of(bundle, bundle, plan)
-        found[loop.spec.name] = task(loop.spec, f"plans/{plan}.json", loop.made_of)
-    return found
+    names = list(graphs or own)
+    if "unet" in names:  # what follows each of its calls
+        names.append(STEP)
+    sources = {name: source_of(bundle, name) for name in [*names, *(f"loops/{plan}" for plan in loops)]}
+    return {
+        name: _Task(source, profile_of(source.spec, own, manifest.model, settings.batch, pixels))
+        for name, source in sources.items()
+    }
 
 
 def _kept(
@@ -216,12 +205,6 @@ def _kept(
     engines = {name: engine for name, engine in found.engines.items() if name not in reasons}
     report = {name: found.report[name] for name in engines}
     return replace(target, engines=engines, report=report), ", ".join(f"{name} {why}" for name, why in reasons.items())
-
-
-def _parts(bundle: Bundle, waiting: Mapping[str, _Task]) -> list[str]:
-    """The graphs that engines are built from, in the bundle's order."""
-    of = {path for task in waiting.values() for path in task.made_from}
-    return [name for name, spec in bundle.manifest.graphs.items() if spec.path in of]
 
 
 def _check_supported(bundle: Bundle, names: Sequence[str], flavour: str) -> None:
@@ -253,19 +236,6 @@ def _free(shape: tuple[int | str, ...]) -> tuple[int, ...]:
     return tuple(-1 if isinstance(size, str) else size for size in shape)
 
 
-def _onnx(bundle: Bundle, made: Bundle, task: _Task, work: Path) -> Path:
-    """The file to build from; a loop is composed of the graphs as they were converted, a step is always in fp32."""
-    if task.spec.name == STEP:
-        file = work / f"{STEP}.onnx"
-        file.write_bytes(step_model(bundle.manifest.graphs["unet"]).SerializeToString(deterministic=True))
-        return file
-    if not is_loop(task.spec.path):
-        return made.file(task.spec.path)
-    folder = work / "loops"
-    folder.mkdir(exist_ok=True)
-    return loop_of(bundle, made, Path(task.source).stem).save(folder)
-
-
 def _put(target: EngineTarget, name: str, task: _Task, onnx: Path, report: Mapping[str, Any]) -> EngineTarget:
     """Build an engine and put it in place beside those that the target has."""
     with partial_folder(target.folder) as folder:
@@ -275,16 +245,17 @@ def _put(target: EngineTarget, name: str, task: _Task, onnx: Path, report: Mappi
         names = ("flavour", "compute_capabilities", "refittable", "stripped", "sparse")
         told = {**{key: getattr(target, key) for key in names}, "graphs": {name: graph}}
         found = in_a_process(told, f"The build of {name}")[name]
-        _check_network(name, task.spec, found, target.flavour)
+        _check_network(name, task.source.spec, found, target.flavour)
         sides = {
             side: tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in found[side])
             for side in ("inputs", "outputs")
         }
+        source = task.source
         engine = Engine(
-            f"{name}.plan", task.source, task.made_from, **sides, profile=task.profile, seconds=found["seconds"]
+            f"{name}.plan", source.path, source.made_from, **sides, profile=task.profile, seconds=found["seconds"]
         )
         told_of = {key: found[key] for key in ("layers", "precisions", "peak_rss_bytes")}
-        told_of |= {"onnx_bytes": _bytes_of(onnx), "engine_bytes": plan.stat().st_size, **report}
+        told_of |= {"onnx_bytes": bytes_of(onnx), "engine_bytes": plan.stat().st_size, **report}
         grown = replace(target, engines={**target.engines, name: engine}, report={**target.report, name: told_of})
         return _replaced(grown, folder)
 
@@ -306,6 +277,6 @@ def _as_it_is(bundle: Bundle, target: EngineTarget) -> EngineTarget:
     return made
 
 
-def _bytes_of(onnx: Path) -> int:
+def bytes_of(onnx: Path) -> int:
     """A graph's size with its weights."""
     return sum(file.stat().st_size for file in onnx.parent.iterdir() if file == onnx or file.suffix == ".onnx_data")

@@ -5,7 +5,8 @@
 
 Prints one JSON document: of each graph what the parser refused, or the network's inputs, outputs and layers. A graph
 with a ``plan`` is built, by its ``profile`` and the document's ``compute_capabilities`` and switches, and the engine
-written there. All else that is printed, by whatever library, goes to stderr.
+written there. With an ``engine`` beside it, the graph's weights are put into that one, on the first GPU, and it is
+written to ``plan`` with all of them. All else that is printed, by whatever library, goes to stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def main() -> None:
     os.dup2(2, 1)
     if told["flavour"] == "tensorrt_rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-    json.dump({name: graph_of(graph, told) for name, graph in told["graphs"].items()}, results)
+    found = {}
+    for name, graph in told["graphs"].items():
+        found[name] = refitted(graph) if "engine" in graph else graph_of(graph, told)
+    json.dump(found, results)
     results.close()
 
 
@@ -51,15 +55,46 @@ def graph_of(graph: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
             engine = engine_bytes_from_network((builder, network), lambda *_: config)
         except PolygraphyException:
             return {**document, "failed": True}
-        try:
-            with Path(graph["plan"]).open("wb") as file:
-                file.write(engine)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            return {**document, "errno": error.errno}
-        document |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+        document |= written(engine, graph["plan"], started)
     return document
+
+
+def refitted(graph: dict[str, Any]) -> dict[str, Any]:
+    """Put the weights of a graph into an engine, which must lack none then; ``refittable`` says whether it stays so."""
+    from polygraphy.backend.trt.util import get_trt_logger
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    library, logger = lazy_import_trt(), get_trt_logger()
+    started = time.perf_counter()
+    runtime = library.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(Path(graph["engine"]).read_bytes())
+    if engine is None:
+        return {"failed": True}
+    refitter = library.Refitter(engine, logger)
+    parser = library.OnnxParserRefitter(refitter, logger)
+    given = parser.refit_from_file(graph["onnx"])
+    if missing := refitter.get_missing_weights():
+        return {"missing": missing}
+    if not given or not refitter.refit_cuda_engine():
+        return {"failed": True}
+    config = engine.create_serialization_config()
+    config.clear_flag(library.SerializationFlag.EXCLUDE_WEIGHTS)  # which a stripped engine's has at first
+    if graph["refittable"]:
+        config.set_flag(library.SerializationFlag.INCLUDE_REFIT)
+    serialised = engine.serialize_with_config(config)
+    return {"failed": True} if serialised is None else written(serialised, graph["plan"], started)
+
+
+def written(engine: Any, plan: str, started: float) -> dict[str, Any]:
+    """Write a serialised engine; says what making it took, or the number of the system's error."""
+    try:
+        with Path(plan).open("wb") as file:
+            file.write(engine)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return {"errno": error.errno}
+    return {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
 
 
 def config_of(builder: Any, network: Any, profile: dict[str, Any], told: dict[str, Any]) -> Any:

@@ -50,6 +50,9 @@ def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
             raise OSError(graph["errno"], os.strerror(graph["errno"]))
         if "failed" in graph:
             raise ExportError(f"{what} failed{f': {words}' if words else ''}. {_advice(told)}")
+        if "missing" in graph:
+            lacking = f"{graph['missing'][0]!r} and {len(graph['missing']) - 1} more of its weights"
+            raise ExportError(f"{what} failed: the graph does not give {lacking}. Nothing was kept; build anew.")
     return found
 
 
@@ -70,6 +73,6 @@ def _ended(code: int) -> str:
 
 
 def _advice(told: Mapping[str, Any]) -> str:
-    if told["refittable"] or told["stripped"]:
+    if told.get("refittable") or told.get("stripped"):
         return "Engines that can be refitted are built where there is a GPU; else leave --refit and --strip out."
     return "Nothing was kept."

@@ -9,26 +9,27 @@ is what `Half` itself makes sure of.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir
-import onnxruntime
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec
+from ldm_export.contract import STEP, GraphSpec, step_spec
 from ldm_export.errors import InputError, ParityError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.loop import Loop, build_loop
 from ldm_export.export.onnx import random_inputs
-from ldm_export.export.parity import largest_error
+from ldm_export.export.parity import graph_session, largest_error
+from ldm_export.export.step import step_model
 from ldm_export.graph.base import Array, GraphPass, Inputs
 from ldm_export.graph.files import load, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
+from ldm_export.manifest import is_loop
 from ldm_export.plan import Plan
 
 PRECISIONS: dict[str, GraphPass | None] = {"fp32": None, "fp16": Half(), "int8": QuantizeWeights()}
@@ -37,6 +38,60 @@ TIMESTEPS = (999.0, 500.0, 1.0)
 CALIBRATED = {"batch": 2, "height": 16, "width": 16}
 COMPARED = {"batch": 3, "height": 21, "width": 15}
 """Sizes of the inputs, in latents, that a conversion sees, and that it is judged on: odd, so that halvings round."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an engine is made of: of what graph it is, which of the bundle's files says so, and all that go into it."""
+
+    spec: GraphSpec
+    path: str
+    made_from: Mapping[str, str]
+
+
+def source_of(bundle: Bundle, name: str) -> Source:
+    """Of one of a bundle's graphs, of ``step``, or of ``loops/<plan>``.
+
+    Raises
+    ------
+    InputError
+        If there is no such graph or plan.
+    """
+    if is_loop(name):
+        loop = loop_of(bundle, bundle, Path(name).name)
+        return Source(loop.spec, f"plans/{Path(name).name}.json", loop.made_of)
+    own = {graph: spec for graph, spec in bundle.manifest.graphs.items() if not is_loop(spec.path)}
+    graph = "unet" if name == STEP else name
+    if graph not in own:
+        raise InputError(f"{bundle.path} has no graph {graph!r}; it has {', '.join(own)}. Name some of these.")
+    path, files = own[graph].path, bundle.manifest.files
+    made_from = {file: files[file].sha256 for file in files if file.startswith(path)}  # and its _data
+    return Source(step_spec(own[graph]) if name == STEP else own[graph], path, made_from)
+
+
+def parts_of(bundle: Bundle, sources: Iterable[Source]) -> list[str]:
+    """The graphs that go into some engines, in the bundle's order."""
+    of = {path for source in sources for path in source.made_from}
+    return [name for name, spec in bundle.manifest.graphs.items() if spec.path in of]
+
+
+def onnx_of(bundle: Bundle, made: Bundle, source: Source, work: Path) -> Path:
+    """The file to build from; a loop is composed of the graphs as they were converted, a step is always in fp32.
+
+    Parameters
+    ----------
+    made : the bundle as `converted` gave it
+    work : where what is not a file of ``made`` is written
+    """
+    if source.spec.name == STEP:
+        file = work / f"{STEP}.onnx"
+        file.write_bytes(step_model(bundle.manifest.graphs["unet"]).SerializeToString(deterministic=True))
+        return file
+    if not is_loop(source.spec.path):
+        return made.file(source.spec.path)
+    folder = work / "loops"
+    folder.mkdir(exist_ok=True)
+    return loop_of(bundle, made, Path(source.path).stem).save(folder)
 
 
 def converted(
@@ -107,7 +162,7 @@ def example_calls(bundle: Bundle, graph: GraphSpec, sizes: Mapping[str, int]) ->
     call = drawn(graph)
     if "encoder_hidden_states" in call and "text_encoder" in graphs:
         encoder = graphs["text_encoder"]
-        (states,) = _session(bundle.file(encoder.path)).run(["last_hidden_state"], drawn(encoder))
+        (states,) = graph_session(bundle.file(encoder.path)).run(["last_hidden_state"], drawn(encoder))
         if states.shape == call["encoder_hidden_states"].shape:  # SDXL's are of two encoders
             call["encoder_hidden_states"] = states
     if "time_ids" in call:
@@ -127,15 +182,9 @@ def _words(bundle: Bundle, encoder: str) -> int:
 def _difference(bundle: Bundle, made: Bundle, graph: GraphSpec) -> float:
     calls = example_calls(bundle, graph, COMPARED)
     names = [tensor.name for tensor in graph.outputs]
-    plain = _session(bundle.file(graph.path))
+    plain = graph_session(bundle.file(graph.path))
     expected = [plain.run(names, dict(call)) for call in calls]
     del plain
-    other = _session(made.file(graph.path))
+    other = graph_session(made.file(graph.path))
     results = [other.run(names, dict(call)) for call in calls]
     return float(np.max([largest_error(*pair) for pair in zip(expected, results, strict=True)]))
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
