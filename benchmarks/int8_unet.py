@@ -43,6 +43,7 @@ from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.running import outputs_of, worst_error
 from ldm_export.recipe.settings import read_recipe
 from ldm_export.runtime import Pipeline
+from ldm_export.target import ORT_CPU
 
 PASSES: dict[str, tuple[GraphPass, ...]] = {
     "static Conv, dynamic MatMul": (QuantizeStatic(operators=("Conv",), graphs=("unet",)), QuantizeDynamic()),
@@ -111,6 +112,8 @@ def prepared(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, An
     folder = options.folder or Path("build/peers") / options.workload
     work = options.work or Path("build/int8") / options.workload
     plain = Bundle.open(folder / "bundle")
+    if ORT_CPU not in Pipeline.open(plain.path, backend="cpu").backend:
+        sys.exit(f"{plain.path} has no target for this machine. Run: ldm-export build {plain.path} --target cpu")
     calls = calls_of(options.workload, folder, plain)
     judged = spread(calls, CALLS_JUDGED)
     folders, bundles, passes = {FP32: folder}, {FP32: plain}, {}
