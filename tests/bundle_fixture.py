@@ -104,6 +104,25 @@ def latent_consistency(folder: Path, tiny: Path) -> None:
     diffusers.LatentConsistencyModelPipeline(unet=unet, scheduler=scheduler, **kept, **off).save_pretrained(folder)
 
 
+def stable_diffusion_2(folder: Path, tiny: Path) -> None:
+    """As Stable Diffusion 2.1: projections are products, not convolutions; each level has its own heads; predicts v."""
+    torch.manual_seed(0)
+    two_levels = {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": [2, 4],
+    }
+    unet = diffusers.UNet2DConditionModel(
+        **{**TEXT_UNET, **two_levels}, cross_attention_dim=32, use_linear_projection=True
+    )
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    scheduler = diffusers.DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction")
+    kept = {name: base.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+    off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    diffusers.StableDiffusionPipeline(unet=perturb(unet), scheduler=scheduler, **kept, **off).save_pretrained(folder)
+
+
 def stable_diffusion_xl(folder: Path, tiny: Path) -> None:
     """Two text encoders, the second with a projection; pooled text and picture sizes go into the UNet."""
     torch.manual_seed(0)
@@ -134,6 +153,7 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "class-conditional": class_conditional,
     "inpainting": inpainting,
     "lcm": latent_consistency,
+    "sd2": stable_diffusion_2,
     "sdxl": stable_diffusion_xl,
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""

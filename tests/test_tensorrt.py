@@ -146,7 +146,7 @@ def test_a_graph_that_differs_too_much_is_not_built(bundle: Path, monkeypatch: p
     assert contents(bundle) == before
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sdxl"])
+@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sd2", "sdxl"])
 def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str) -> None:
     assert kind in KINDS
     copy = Path(shutil.copytree(kinds(kind)[1], tmp_path / "bundle"))
@@ -155,10 +155,8 @@ def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_pa
     expected = {"lcm": {"timestep_cond"}, "sdxl": {"text_embeds", "time_ids"}, "class-conditional": {"class_labels"}}
     assert expected.get(kind, set()) <= names
     rows = engines_of(copy).engines["unet"].profile["sample"]
-    assert (rows.min[0], rows.max[0]) == (
-        1,
-        8 if kind in ("sdxl", "inpainting") and "encoder_hidden_states" in names else 4,
-    )
+    guided = kind in ("sd2", "sdxl", "inpainting") and "encoder_hidden_states" in names
+    assert (rows.min[0], rows.max[0]) == (1, 8 if guided else 4)
 
 
 # --- what is there is not built again -------------------------------------------------------------------------------
