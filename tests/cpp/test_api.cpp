@@ -223,7 +223,7 @@ TEST_CASE("A pipeline that was closed or is in use is refused", "[bundle]") {
         ldm_info info;
         info.struct_size = sizeof info;
         CHECK(ldm_pipeline_info(static_cast<ldm_pipeline *>(user), &info) == LDM_ERROR_INPUT);
-        CHECK(says("in use"));
+        CHECK(says(step->index <= 1 ? "in use" : "was closed"));
         if (step->index == 1) ldm_pipeline_close(static_cast<ldm_pipeline *>(user));  // it goes once the drawing is over
         return 0;
     };
@@ -235,7 +235,10 @@ TEST_CASE("Running out of memory is a status", "[bundle]") {
     Opened opened;
     size_t count = 0;
     std::int64_t ids[16];
-    ldm_status status = LDM_ERROR_MEMORY;
+    // the files are read before: the JSON parser's destructors allocate, and so cannot run without memory
+    ldm_status status = ldm_tokenize(opened.handle, "", ids, &(count = 16));
+    REQUIRE(status == LDM_OK);
+    status = LDM_ERROR_MEMORY;
     long allowed = 0;
     for (; status != LDM_OK; ++allowed) {
         count = 16;

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <fstream>
-#include <regex>
 #include <set>
 #include <system_error>
 
@@ -23,11 +22,16 @@ BundleError bad(const fs::path &folder, const std::string &what, const char *rem
 
 // Folders that an export fills before it renames them (ldm_export/partial.py).
 bool is_partial(const fs::path &folder) {
-    static const std::regex left(R"(\..+\.partial-[0-9]+-[0-9a-f]+)");
+    constexpr std::string_view mark = ".partial-", digits = "0123456789", hex = "0123456789abcdef";
     std::error_code ignored;
     const fs::path whole = fs::weakly_canonical(folder, ignored);
     const std::string name = (whole.has_filename() ? whole : whole.parent_path()).filename().string();
-    return std::regex_match(name, left);
+    const std::size_t at = name.rfind(mark);
+    if (at == std::string::npos || at < 2 || name[0] != '.') return false;
+    const std::string number = name.substr(at + mark.size());  // of a process, a dash, and some hex digits
+    const std::size_t dash = number.find_first_not_of(digits);
+    return dash != 0 && dash != std::string::npos && number[dash] == '-' && dash + 1 < number.size() &&
+           number.find_first_not_of(hex, dash + 1) == std::string::npos;
 }
 
 std::map<std::string, std::int64_t> checked_walk(const fs::path &folder) {
