@@ -7,6 +7,7 @@ asked and not looked up. Run again when the tests say that a new release of ``to
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -80,11 +81,15 @@ def ranges(points: Iterable[int]) -> Iterator[tuple[int, int]]:
     yield from runs
 
 
-def table(declaration: str, rows: Iterable[tuple[int, ...]]) -> None:
+def braced(row: tuple[Any, ...]) -> str:
+    return "{" + ",".join(braced(cell) if isinstance(cell, tuple) else f"0x{cell:x}" for cell in row) + "}"
+
+
+def table(declaration: str, rows: Iterable[tuple[Any, ...]]) -> None:
     print(f"{declaration}[] = {{")
     line = "   "
     for row in rows:
-        cell = " {" + ",".join(f"0x{value:x}" for value in row) + "},"
+        cell = f" {braced(row)},"
         if len(line) + len(cell) > 118:
             print(line)
             line = "   "
@@ -94,7 +99,7 @@ def table(declaration: str, rows: Iterable[tuple[int, ...]]) -> None:
 
 
 def mapping(name: str, texts: dict[int, str], longest: int) -> None:
-    rows = ((c, *(ord(ch) for ch in text), *[0] * (longest - len(text))) for c, text in texts.items())
+    rows = ((c, (*map(ord, text), *[0] * (longest - len(text)))) for c, text in texts.items())
     assert all(len(text) <= longest for text in texts.values())
     table(f"constexpr Mapping<{longest}> {name}", rows)
 
