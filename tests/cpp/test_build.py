@@ -183,7 +183,8 @@ def test_a_thousand_lives(build: Callable[..., Path], bundle: Path, tmp_path: Pa
 
 SANITIZERS = {
     "address,undefined": {"ASAN_OPTIONS": "detect_leaks=1:alloc_dealloc_mismatch=0:allocator_may_return_null=1"},
-    "thread": {"TSAN_OPTIONS": f"suppressions={TESTS / 'tsan.supp'}"},
+    # of ONNX Runtime's own mutexes it sees the unlocking and not the locking
+    "thread": {"TSAN_OPTIONS": f"suppressions={TESTS / 'tsan.supp'}:report_mutex_bugs=0"},
 }
 
 
