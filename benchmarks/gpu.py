@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.peer import STEPS, Setup
-from benchmarks.peers.run import CPU, OURS, REFERENCE, Peer, Table, in_turn
+from benchmarks.peers.run import OURS, REFERENCE, Peer, Table, in_turn, python_peer
 from benchmarks.peers.workloads import WORKLOADS, make_workload
 from ldm_export.bench.harness import write_document
 from ldm_export.bench.likeness import LARGEST
@@ -180,7 +180,7 @@ def reference_of(kind: str, place: Path) -> Figures:
     if file.exists():
         return {}
     started = time.perf_counter()
-    peer = Peer(REFERENCE, kind, place, sys.executable, setup=CPU)
+    peer = python_peer(REFERENCE, kind, place)
     try:
         peer.ask("open")
         peer.ask(f"save 2 {file.with_suffix('.partial.npy')}")
@@ -242,7 +242,7 @@ def figures_of(row: Row, ours: Row | None, kind: str, place: Path, rounds: int) 
     table = Table({}, None)
     pair = {each.name: each for each in (row, ours) if each is not None}
     starts = {
-        name: partial(Peer, each.peer, kind, place, sys.executable, name, each.setup) for name, each in pair.items()
+        name: partial(python_peer, each.peer, kind, place, row=name, setup=each.setup) for name, each in pair.items()
     }
     with tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / "result.npy"

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.peer import TIMESTEPS, unet_inputs
-from benchmarks.peers.run import Peer, Table, in_turn
+from benchmarks.peers.run import Peer, Table, in_turn, python_peer
 from ldm_export.bench.calibration import calibration_calls, calibration_conditions
 from ldm_export.bench.child import peak_rss_bytes
 from ldm_export.bench.machine import cpu
@@ -135,10 +135,10 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
         folders, passes, facts = apart.submit(prepared, options).result()
     starts: dict[str, Callable[[], Peer]] = {}
     for peer in ("diffusers eager", "PyTorch quantize_dynamic"):
-        starts[peer] = partial(Peer, peer, "int8", folders[FP32], sys.executable)
+        starts[peer] = partial(python_peer, peer, "int8", folders[FP32])
     for name, folder in folders.items():
         for how, peer in HOW.items():
-            starts[f"{name}, {how}"] = partial(Peer, peer, "int8", folder, sys.executable, f"{name}, {how}")
+            starts[f"{name}, {how}"] = partial(python_peer, peer, "int8", folder, row=f"{name}, {how}")
     table = Table({}, None)
     in_turn(starts, table, options.rounds, options.one_at_a_time)
     rows = [{"name": name, **row, **facts.get(name, {})} for name, row in table.rows.items()]

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,15 +35,13 @@ REFERENCE = "diffusers eager"
 
 
 class Peer:
-    """A child process; see ``peer.py`` for what it is told. In tables it is called ``row``, by default as the peer."""
+    """A child process that takes the commands of ``peer.py``. In tables it is called ``name``."""
 
-    def __init__(self, name: str, kind: str, folder: Path, python: str, row: str = "", setup: Setup = CPU):
-        self.name = row or name
-        script = [python, str(Path(__file__).with_name("peer.py")), name, kind, str(folder)]
-        script.append(json.dumps(asdict(setup)))
+    def __init__(self, name: str, command: Sequence[str | Path]):
+        self.name = name
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
 
     def ask(self, command: str) -> dict[str, Any]:
@@ -65,6 +63,14 @@ class Peer:
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def python_peer(
+    peer: str, kind: str, folder: Path, python: str = sys.executable, row: str = "", setup: Setup = CPU
+) -> Peer:
+    """``peer.py`` as a child, called ``row`` in tables, by default as the peer."""
+    script = Path(__file__).with_name("peer.py")
+    return Peer(row or peer, [python, script, peer, kind, folder, json.dumps(asdict(setup))])
 
 
 class Table:
@@ -161,7 +167,7 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
 
         def start(name: str) -> Peer:
             python = options.optimum if name == "optimum-onnx" and options.kind == "picture" else sys.executable
-            return Peer(name, options.kind, folder, python)
+            return python_peer(name, options.kind, folder, python)
 
         def finish(peer: Peer) -> None:
             if not saved[peer.name].exists():
