@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from ldm_export.errors import ExportError, InputError
 from ldm_export.export.chain import Progress, parity_runs, tolerances
 from ldm_export.export.parity import check_parity, compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
-from ldm_export.graph.files import load, save
+from ldm_export.graph.files import load_outside, save
 from ldm_export.manifest import MANIFEST, is_loop, is_target
 
 CALIBRATION = "calibration"
@@ -65,8 +66,9 @@ def change_graphs(
             graph, calls = graphs[name], calibration[name]
             file = writer.path / graph.path
             progress(f"{name}: {step.name}")
-            change = step.apply(load(bundle.file(graph.path)), calls)
-            save(onnx_ir.from_proto(change.model), file)
+            with tempfile.TemporaryDirectory(prefix=".weights.", dir=output.parent) as outside:
+                change = step.apply(load_outside(bundle.file(graph.path), Path(outside)), calls)
+                save(onnx_ir.from_proto(change.model), file)
             reports[name] = dict(change.report)
             del change  # a large network takes its place
             try:

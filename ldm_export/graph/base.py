@@ -35,7 +35,7 @@ class GraphChange:
 
 
 class GraphPass(Protocol):
-    """A technique that changes graphs.
+    """A technique that changes graphs, whose weights may lie outside (:mod:`ldm_export.graph.files`).
 
     Attributes
     ----------

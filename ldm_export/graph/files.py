@@ -1,6 +1,6 @@
-"""Graphs as files: the weights of a large one lie outside, in one file beside it, and stay there while it is changed.
+"""Graphs as files: the weights of a large one lie outside, in one file beside it; those of any do while it is changed.
 
-A protobuf message cannot be written with 2 GiB in it, and a copy of a graph should not copy gigabytes. In memory, a
+A protobuf message cannot be written with 2 GiB in it, and a copy of a graph should not copy its weights. In memory, a
 tensor that lies outside has the whole path of its file for its ``location``; in a file, its name alone.
 """
 
@@ -24,6 +24,15 @@ def load(file: Path) -> onnx.ModelProto:
     for entry in _locations(model):
         entry.value = str(file.resolve().parent / entry.value)
     return model
+
+
+def load_outside(file: Path, folder: Path) -> onnx.ModelProto:
+    """A graph whose weights all lie outside: of one that holds them itself, in ``folder``, which must outlive it."""
+    model = load(file)
+    if _locations(model):
+        return model
+    ir.save(ir.from_proto(model), folder / file.name, external_data=f"{file.name}_data")
+    return load(folder / file.name)
 
 
 def save(model: ir.Model, file: Path) -> None:

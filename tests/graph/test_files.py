@@ -14,7 +14,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.graphs import change_graphs
 from ldm_export.graph import files
 from ldm_export.graph.base import GraphPass
-from ldm_export.graph.files import load, save
+from ldm_export.graph.files import load, load_outside, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.integers import array, initializers
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
@@ -67,6 +67,16 @@ def test_a_loaded_graph_holds_none_of_them_and_runs(outside: Path) -> None:
     assert model == before
     outside.with_name("model.onnx_data").unlink()
     assert len(initializers(load(outside))) == len(network().graph.initializer)
+
+
+def test_weights_that_lie_inside_are_put_outside_for_a_while(outside: Path, tmp_path: Path) -> None:
+    folder, inside = tmp_path / "folder", tmp_path / "inside.onnx"
+    folder.mkdir()
+    onnx.save(network(), inside)
+    model = load_outside(inside, folder)
+    assert max(len(weight.raw_data) for weight in model.graph.initializer) <= 256  # bytes; not worth a place outside
+    np.testing.assert_array_equal(session(model).run(None, CALLS[0]), session(network()).run(None, CALLS[0]))
+    assert load_outside(outside, folder) == load(outside)  # which does already
 
 
 @pytest.mark.parametrize("step", [STATIC, QuantizeDynamic(smallest=1), QuantizeWeights(smallest=1), Half(loss=0.2)])

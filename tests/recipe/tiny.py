@@ -18,6 +18,7 @@ from ldm_export.bench.latency import Latency
 from ldm_export.bundle import Bundle
 from ldm_export.errors import ExportError
 from ldm_export.graph.base import GraphChange, Inputs, Purpose
+from ldm_export.graph.integers import array
 from ldm_export.recipe import Recipe, read_recipe, score
 from ldm_export.runtime import Pipeline
 
@@ -118,7 +119,7 @@ class Scale:
     def apply(self, model: onnx.ModelProto, calibration: Sequence[Inputs]) -> GraphChange:
         for tensor in model.graph.initializer:
             if len(tensor.dims) == 4:
-                changed = numpy_helper.to_array(tensor) * np.float32(self.factor)
+                changed = array(tensor) * np.float32(self.factor)
                 tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
         return GraphChange(model, {"factor": self.factor})
 
@@ -169,7 +170,7 @@ def break_graph(model: onnx.ModelProto) -> None:
 def lose_numbers(model: onnx.ModelProto) -> None:
     for tensor in model.graph.initializer:
         if len(tensor.dims) == 4:
-            changed = np.full_like(numpy_helper.to_array(tensor), np.nan)
+            changed = np.full_like(array(tensor), np.nan)
             tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
 
 
