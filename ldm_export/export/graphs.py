@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ldm_export.export.parity import check_parity, compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.graph.files import load_outside, save
 from ldm_export.manifest import MANIFEST, is_loop, is_target
+from ldm_export.partial import partial_folder
 
 CALIBRATION = "calibration"
 """In a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
@@ -66,8 +66,8 @@ def change_graphs(
             graph, calls = graphs[name], calibration[name]
             file = writer.path / graph.path
             progress(f"{name}: {step.name}")
-            with tempfile.TemporaryDirectory(prefix=".weights.", dir=output.parent) as outside:
-                change = step.apply(load_outside(bundle.file(graph.path), Path(outside)), calls)
+            with partial_folder(output.with_name(f"{output.name}.weights")) as outside:
+                change = step.apply(load_outside(bundle.file(graph.path), outside), calls)
                 save(onnx_ir.from_proto(change.model), file)
             reports[name] = dict(change.report)
             del change  # a large network takes its place
