@@ -585,6 +585,15 @@ print(np.abs(one - two).max() / np.abs(one).max() < 1e-5)
     assert in_a_process(code, built) == "True\n"
 
 
+def test_the_application_s_arithmetic_stays_as_it_is(built: Path) -> None:
+    code = """
+subnormal = np.full(8, 1e-40, np.float32)
+draw()
+print((subnormal * np.float32(1)).any())
+"""
+    assert in_a_process(code, built) == "True\n"
+
+
 def test_the_one_pool_of_the_application_is_used(built: Path, plain: Pipeline) -> None:
     code = """
 import os

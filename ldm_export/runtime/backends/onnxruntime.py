@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from ldm_export.bundle import Bundle
@@ -191,12 +193,35 @@ class OnnxRuntimeBackend(Backend):
             providers = None if self._plugged else self._provider.chain(self._bundle, cache_folder())
         fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
-            return self._library.InferenceSession(file, self._options(), providers, **fallback)
+            return _elsewhere(partial(self._library.InferenceSession, file, self._options(), providers, **fallback))
         except Exception as error:  # its exceptions have no common base class
             if self._own_threads and "global thread pool" in str(error):
                 self._own_threads = False  # the application has one pool for all sessions
                 return self._session(file, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
+
+
+def _elsewhere(make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, from another thread.
+
+    The thread that opens a process's first session rounds subnormals to zero from then on, which the application's
+    arithmetic would suffer from.
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((make(), None))
+        except Exception as error:  # for the thread that waits
+            outcome.extend((None, error))
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    made, error = outcome
+    if error is not None:
+        raise error
+    return made
 
 
 def _signature(values: Any) -> Signature:
