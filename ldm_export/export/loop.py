@@ -31,6 +31,7 @@ from ldm_export.contract import GraphSpec, TensorSpec, loop_spec
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.splicing import GraphWriter, Weights
 from ldm_export.export.step import guide, update
+from ldm_export.graph.files import check_links
 from ldm_export.plan import Plan
 
 WEIGHTS = "loops/weights.onnx_data"
@@ -99,6 +100,8 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     ------
     InputError
         If the model is of a kind that loops cannot be made for, such as SDXL.
+    BundleError
+        If a graph's weights lie in a file of several hard links.
     """
     files, graphs, facts = bundle.manifest.files, bundle.manifest.graphs, bundle.manifest.model
     empty = bool(facts.get("zeros_for_empty_prompt"))
@@ -109,6 +112,8 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     draws = sum(bool(row.noise) for row in plan.rows)
     spec = loop_spec(Path(plan.file_name).stem, graphs, guided=guided, draws=draws)
     parts = {name: bundle.file(graphs[name].path) for name in _parts(reads_text)}
+    for path in parts.values():
+        check_links(path)
     models = {name: onnx.load(str(path), load_external_data=False) for name, path in parts.items()}
     weights = Weights(Path(WEIGHTS).name)
 

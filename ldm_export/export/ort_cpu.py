@@ -32,6 +32,7 @@ from ldm_export.graph.cpu.deepcache import cut_deep
 from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
+from ldm_export.graph.files import check_links
 from ldm_export.manifest import is_loop
 from ldm_export.partial import move_into_place, partial_folder
 from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
@@ -55,6 +56,8 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
     ------
     ExportError
         If a rewritten graph differs from the plain one by more than the plain one may from PyTorch.
+    BundleError
+        If a graph's weights lie in a file of several hard links.
     """
     target = folder_of(bundle, ORT_CPU)
     started = time.perf_counter()
@@ -76,6 +79,7 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
 
 def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[TargetGraph, dict[str, Any]]:
     plain = bundle.file(spec.path)
+    check_links(plain)
     model = ir.load(plain)
     model.opset_imports.setdefault(CONTRIB, 1)
     ShapeInferencePass()(model)

@@ -11,15 +11,40 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from ldm_export.errors import BundleError
 from ldm_export.graph.base import copied
+from ldm_export.onnx_wire import external_data_from_onnx
 
 EXTERNAL_DATA_ABOVE_BYTES = 1_500_000_000
 """Weights beyond this go to one external file."""
 LOCATION = "location"
 
 
+def check_links(file: Path) -> None:
+    """Check that onnx reads what lies outside of a graph.
+
+    Raises
+    ------
+    BundleError
+        If it lies in a file of several hard links, which onnx refuses.
+    """
+    for data in {file.parent / each.location for each in external_data_from_onnx(file)}:
+        if data.exists() and (links := data.stat().st_nlink) > 1:
+            raise BundleError(
+                f"{data} has {links} hard links, and onnx reads no weights from such a file. Copy the whole bundle "
+                "(cp -r), and use the copy."
+            )
+
+
 def load(file: Path) -> onnx.ModelProto:
-    """A graph; what lies outside of its file is not read."""
+    """A graph; what lies outside of its file is not read.
+
+    Raises
+    ------
+    BundleError
+        As `check_links`.
+    """
+    check_links(file)
     model = onnx.load(str(file), load_external_data=False)
     for entry in _locations(model):
         entry.value = str(file.resolve().parent / entry.value)

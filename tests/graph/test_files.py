@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.errors import BundleError
 from ldm_export.export.graphs import change_graphs
 from ldm_export.graph import files
 from ldm_export.graph.base import GraphPass
@@ -67,6 +69,12 @@ def test_a_loaded_graph_holds_none_of_them_and_runs(outside: Path) -> None:
     assert model == before
     outside.with_name("model.onnx_data").unlink()
     assert len(initializers(load(outside))) == len(network().graph.initializer)
+
+
+def test_weights_of_several_hard_links_are_refused(outside: Path, tmp_path: Path) -> None:
+    os.link(f"{outside}_data", tmp_path / "another")
+    with pytest.raises(BundleError, match=r"model.onnx_data has 2 hard links.*Copy the whole bundle"):
+        load(outside)
 
 
 def test_weights_that_lie_inside_are_put_outside_for_a_while(outside: Path, tmp_path: Path) -> None:
