@@ -77,14 +77,22 @@ def _is_large(path: Path) -> bool:
     return sum(file.stat().st_size for file in path.parent.iterdir()) > LARGE_BYTES
 
 
-def graph_session(path: Path) -> onnxruntime.InferenceSession:
-    """A graph in ONNX Runtime on the CPU; a large one without a second, packed copy of its weights."""
+def graph_session(path: Path, *, rewritten: bool = True) -> onnxruntime.InferenceSession:
+    """A graph in ONNX Runtime on the CPU; a large one without a second, packed copy of its weights.
+
+    Parameters
+    ----------
+    rewritten : for speed; what is not, rounds to fp16 at the same places wherever a graph is part of another
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if _is_large(path):
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
+    large = _is_large(path)
+    if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
+    if large or not rewritten:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
