@@ -181,7 +181,8 @@ def test_a_loop_takes_no_other_plan(base: Path, other: Path) -> None:
     document["engines"] = {name: document["engines"][NAME] | {"source": plan, "made_from": made_from}}
     file.write_text(json.dumps(document))
     opened = Bundle.open(other)
-    opened.add_file(plan, opened.file("plans/plms-10.json").read_bytes())
+    changed = json.loads(opened.file(plan).read_text()) | {"init_scale": 1.5}
+    opened.add_file(plan, json.dumps(changed).encode())
     before = contents(other)
     with pytest.raises(
         InputError, match=rf"^{plan} is another plan in \S+base, and the engine {name} has it in it\. Build {name} anew"

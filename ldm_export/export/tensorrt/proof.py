@@ -88,7 +88,9 @@ def compare_step(spec: GraphSpec, file: Path) -> Comparison:
     for rows in (2, 4):
         sizes = {"batch": 2, "rows": rows, "height": 5, "width": 7}
         given = {
-            tensor.name: random.standard_normal([sizes.get(str(size), size) for size in tensor.shape], np.float32)
+            tensor.name: random.standard_normal(
+                [sizes[size] if isinstance(size, str) else size for size in tensor.shape], np.float32
+            )
             for tensor in spec.inputs
         }
         given["row"][STEP_CELLS.index("clip")] = 1.0  # which clips some

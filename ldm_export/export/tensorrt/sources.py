@@ -15,7 +15,7 @@ import onnx_ir
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import STEP, GraphSpec, step_spec
-from ldm_export.errors import InputError
+from ldm_export.errors import BundleError, InputError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.loop import build_loop
 from ldm_export.export.step import step_model
@@ -144,6 +144,8 @@ def plan_of(bundle: Bundle, name: str) -> Plan:
     ------
     InputError
         If there is no such plan.
+    BundleError
+        If its file is of another.
     """
     path = f"plans/{name}.json"
     if path not in bundle.manifest.files:
@@ -151,7 +153,12 @@ def plan_of(bundle: Bundle, name: str) -> Plan:
             f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle))}. Use one of these, or add it "
             "with ldm-export plan."
         )
-    return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
+    plan = Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
+    if Path(path).name != plan.file_name:
+        raise BundleError(
+            f"{path} of {bundle.path} is of the plan {Path(plan.file_name).stem}. Export the bundle anew."
+        )
+    return plan
 
 
 def plans_of(bundle: Bundle) -> list[str]:
