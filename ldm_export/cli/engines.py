@@ -11,17 +11,18 @@ from ldm_export.engines import EngineTarget
 
 def print_engine(target: EngineTarget, name: str, took: str, *, kinds: bool = False) -> None:
     """Print the size and layers by precision, with ``kinds`` also by kind, and what the graph was held against."""
-    report = target.report[name]
+    size_mb = target.files[target.engines[name].path].size_bytes / 1e6
+    _line(name, f"{size_mb:8.1f} MB, {took}")
+    report = target.report.get(name, {})
+    if "compared" not in report:  # of an ldm_export that did not compare
+        return
     counts = Counter[str]()
     for by_precision in report["layers"].values():
         counts.update(by_precision)
-    listed = ", ".join(f"{precision} {count}" for precision, count in counts.most_common())
-    size_mb = report["engine_bytes"] / 1e6
-    _line(name, f"{size_mb:8.1f} MB, {took}; {counts.total()} layers: {listed}")
-    if kinds:
-        for precision in counts:
-            of = {kind: found[precision] for kind, found in report["layers"].items() if precision in found}
-            _line("", f"{precision}: {', '.join(f'{kind} {count}' for kind, count in sorted(of.items()))}")
+    _line("", f"{counts.total()} layers: {', '.join(f'{key} {count}' for key, count in counts.most_common())}")
+    for precision in counts if kinds else ():
+        of = {kind: found[precision] for kind, found in report["layers"].items() if precision in found}
+        _line("", f"{precision}: {', '.join(f'{kind} {count}' for kind, count in sorted(of.items()))}")
     if kept := report.get("kept_in_fp32"):
         _line("", f"in fp32: {', '.join(kept)}")
     _line("", "; ".join(map(_sentence, report["compared"])))
