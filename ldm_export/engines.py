@@ -211,6 +211,7 @@ def _target_of(found: Any, folder: Path) -> EngineTarget:
         check_type(capability, str, "compute_capabilities")
     if flavour not in FLAVOURS or engine_kind(flavour, tuple(capabilities), precision) != folder.name:
         raise MalformedError(f"it is for {flavour}, {', '.join(capabilities)} in {precision}")
+    report = field(found, "report", dict)
     return EngineTarget(
         folder=folder,
         kind=folder.name,
@@ -222,7 +223,7 @@ def _target_of(found: Any, folder: Path) -> EngineTarget:
         stripped=field(found, "stripped", bool),
         sparse=field(found, "sparse", bool),
         engines={name: _engine(entry, f"engines[{name!r}]") for name, entry in field(found, "engines", dict).items()},
-        report=field(found, "report", dict),
+        report={name: field(report, name, dict, "report") for name in report},
         files=files_of(found),
     )
 
