@@ -124,8 +124,9 @@ def test_build_engines(run: Run, bundle: Path) -> None:
     done = run("build", bundle, *options)
     assert done.exit_code == 0, done.output
     says = (
-        r"^text_encoder +\d\.\d MB, built in \d+\.\d s\n +\d+ layers: .*HALF \d+.*\n( +in fp32: .*\n)? +text_encoder differs "
-        r"from PyTorch by \S+ \(1e-04 allowed\); text_encoder in fp16 differs from the plain graph by \S+ \(2e-02 allowed\)$"
+        r"^text_encoder +\d\.\d MB, built in \d+\.\d s\n +\d+ layers: .*HALF \d+.*\n( +in fp32: .*\n)?"
+        r" +text_encoder differs from PyTorch by \S+ \(1e-04 allowed\); "
+        r"text_encoder in fp16 differs from the plain graph by \S+ \(2e-02 allowed\)$"
     )
     assert re.search(says, done.stdout, re.MULTILINE)
     end = rf"targets/rtx-sm86-sm89-fp16: tensorrt_rtx {library.__version__} for compute capability 8\.6 and 8\.9$"
