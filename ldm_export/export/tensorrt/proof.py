@@ -100,7 +100,7 @@ def compare_step(spec: GraphSpec, file: Path) -> Comparison:
     return _checked(spec.name, "its formula in float64", error, STEP_TOLERANCE, "Report it.")
 
 
-_session = partial(graph_session, rewritten=False)
+_session = partial(graph_session, as_written=True)
 
 
 def _called_one_by_one(made: Bundle, plan: Plan, given: Inputs) -> list[Array]:
