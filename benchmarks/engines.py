@@ -51,9 +51,8 @@ def rows_of(case: str, folder: Path) -> list[dict[str, Any]]:
         common = {"case": case, "precision": settings.precision, "sm": list(settings.models)}
         for name, engine in made.target.engines.items():
             report = made.target.report[name]
-            kept = {
-                key: report[key] for key in ("onnx_bytes", "engine_bytes", "peak_rss_bytes", "error") if key in report
-            }
+            kept = {key: report[key] for key in ("onnx_bytes", "engine_bytes", "peak_rss_bytes")}
+            kept |= {key: report["compared"][-1].get(key) for key in ("against", "error")}
             rows.append({**common, "engine": name, "seconds": engine.seconds, **kept})
         rows.append({**common, "engine": "all", "seconds": total_s, "seconds_unchanged": again_s})
     return rows
@@ -77,7 +76,7 @@ def main(bundles: Path, cases: list[str]) -> None:
             if "engine_bytes" in row
             else f"again {row['seconds_unchanged']:.2f} s"
         )
-        error = f"{row['error']:8.1e}" if "error" in row else ""
+        error = "" if row.get("error") is None else f"{row['error']:8.1e}"
         print(f"{row['case']:8} {row['precision']:4} {row['engine']:14} {row['seconds']:8.1f} {text} {error}")
     print(json.dumps(document))
 

@@ -41,7 +41,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.tensorrt.build import Settings, build_engines
-from ldm_export.export.tensorrt.sources import CALIBRATED, example_calls
+from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
 from ldm_export.graph.half import Half
 from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import ENGINES, one_line

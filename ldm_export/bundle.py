@@ -15,7 +15,7 @@ import os
 import posixpath
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +75,18 @@ class Bundle:
         if relative not in self.manifest.files:
             raise BundleError(f"Bundle {self.path} has no {relative}; it has {', '.join(sorted(self.manifest.files))}.")
         return self.path / relative
+
+    def check_hashes(self, files: Iterable[str]) -> None:
+        """Raise `BundleError` unless some listed files are still those that the manifest has the hashes of."""
+        for relative in sorted(files):
+            expected = self.manifest.files[relative].sha256
+            try:
+                actual = sha256_of(self.path / relative)
+            except OSError as exc:
+                raise _bad(self.path, f"{relative} cannot be read ({exc})") from exc
+            if actual != expected:
+                found = f"its SHA-256 is {actual}, {MANIFEST} says {expected}"
+                raise _bad(self.path, f"{relative} has been altered: {found}")
 
     def add_file(
         self,
@@ -248,12 +260,13 @@ def _opened(folder: Path, verify: bool) -> Bundle:
     graphs = {graph.path for graph in manifest.graphs.values()}
     for relative in sorted(graphs | {relative for relative in manifest.files if relative.lower().endswith(".onnx")}):
         _check_external_data(folder, relative, manifest)
+    bundle = Bundle(folder, manifest, verify)
     if verify:
-        _check_hashes(folder, manifest)
+        bundle.check_hashes(manifest.files)
         strays = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
         if strays:
             raise _bad(folder, f"{strays[0]!r} is not listed in {MANIFEST}", "Delete it, or export the bundle anew.")
-    return Bundle(folder, manifest, verify)
+    return bundle
 
 
 def _walk(folder: Path, leave_out: str = "") -> dict[str, int]:
@@ -298,16 +311,6 @@ def _check_external_data(folder: Path, relative: str, manifest: Manifest) -> Non
         size = manifest.files[seen[data.location]].size_bytes
         if data.offset + (data.length or 0) > size:
             raise _bad(folder, f"{relative} reads tensor {data.tensor!r} beyond the {size} bytes of {data.location!r}")
-
-
-def _check_hashes(folder: Path, manifest: Manifest) -> None:
-    for relative, entry in sorted(manifest.files.items()):
-        try:
-            actual = sha256_of(folder / relative)
-        except OSError as exc:
-            raise _bad(folder, f"{relative} cannot be read ({exc})") from exc
-        if actual != entry.sha256:
-            raise _bad(folder, f"{relative} has been altered: its SHA-256 is {actual}, {MANIFEST} says {entry.sha256}")
 
 
 def sha256_of(path: Path) -> str:

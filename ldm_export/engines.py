@@ -13,7 +13,10 @@ unsaid. Beside the format and the files, which are those of every target (``ldm_
                           "profile": {"sample": {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [8, 4, 16, 16]}, ...},
                           "seconds": 12.3},
                  "loops/ddim-20": {"path": "loops/ddim-20.plan", ...}},
-     "report": {"unet": {...}, ...}}                            free: parity, what stayed in fp32, layers
+     "report": {"unet": {"compared": [{"graph": "unet", "against": "PyTorch", "error": 3e-6, "allowed": 1e-4}, ...],
+                         "layers": {"CONVOLUTION": {"HALF": 60, "FLOAT": 2}, ...}, ...}, ...}}    free
+
+A report says what the graph that went in was compared with; its ``layers`` are counted by kind and precision.
 
 All this is checked without deserialising an engine, which takes a GPU.
 """
@@ -29,7 +32,7 @@ from typing import Any
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
 from ldm_export.fields import FileEntry, MalformedError, check_type, field, files_of
-from ldm_export.target import kinds_of, sound, texts, write_document
+from ldm_export.target import kinds_of, listed, sound, texts, write_document
 
 FLAVOURS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 """Libraries that engines are for, by the name that they are imported by, and what kinds are called after."""
@@ -83,7 +86,7 @@ class EngineTarget:
     stripped : whether the engines have no weights, so that they must be refitted before they run
     sparse : whether 2:4 sparse kernels may have been chosen
     engines : by the name of their graph, such as ``unet`` or ``loops/ddim-20``; not always all graphs of the bundle
-    report : free
+    report : by the name of the graph: what the graph that went in was compared with, layers, bytes; free
     files : every file, by its path in the folder
     """
 
@@ -108,15 +111,19 @@ class EngineTarget:
         return self.folder / relative
 
     def fault(self) -> str:
-        for name, engine in self.engines.items():
-            if engine.source not in engine.made_from:
-                return f"its {name} does not say what it was made from"
-            free = {tensor.name: tensor.shape for tensor in engine.inputs if -1 in tensor.shape}
-            if engine.profile.keys() != free.keys():
-                return f"its {name} has a profile for {sorted(engine.profile)}, and free sizes in {sorted(free)}"
-            for tensor, shape in free.items():
-                if not fits(shape, sizes := engine.profile[tensor]):
-                    return f"its {name} takes {tensor} of {shape}, and has a profile of {sizes} for it"
+        return next(filter(None, map(self.fault_of, self.engines)), "")
+
+    def fault_of(self, name: str) -> str:
+        """Say what is wrong with what is said of one engine; empty if nothing is."""
+        engine = self.engines[name]
+        if engine.source not in engine.made_from:
+            return f"its {name} does not say what it was made from"
+        free = {tensor.name: tensor.shape for tensor in engine.inputs if -1 in tensor.shape}
+        if engine.profile.keys() != free.keys():
+            return f"its {name} has a profile for {sorted(engine.profile)}, and free sizes in {sorted(free)}"
+        for tensor, shape in free.items():
+            if not fits(shape, sizes := engine.profile[tensor]):
+                return f"its {name} takes {tensor} of {shape}, and has a profile of {sizes} for it"
         return ""
 
 
@@ -169,6 +176,11 @@ def sound_engine_target(bundle: Bundle, kind: str) -> EngineTarget | str | None:
     return sound(bundle, kind, _target_of)
 
 
+def listed_engine_target(bundle: Bundle, kind: str) -> EngineTarget | str | None:
+    """The bundle's engines of a kind, each yet to be checked; why their ``target.json`` is of no use; or None."""
+    return listed(bundle, kind, _target_of)
+
+
 def is_current(engine: Engine, bundle: Bundle) -> bool:
     """Whether a bundle's files are still those that an engine was made from."""
     now = {path: entry.sha256 for path, entry in bundle.manifest.files.items()}
@@ -199,6 +211,7 @@ def _target_of(found: Any, folder: Path) -> EngineTarget:
         check_type(capability, str, "compute_capabilities")
     if flavour not in FLAVOURS or engine_kind(flavour, tuple(capabilities), precision) != folder.name:
         raise MalformedError(f"it is for {flavour}, {', '.join(capabilities)} in {precision}")
+    report = field(found, "report", dict)
     return EngineTarget(
         folder=folder,
         kind=folder.name,
@@ -210,7 +223,7 @@ def _target_of(found: Any, folder: Path) -> EngineTarget:
         stripped=field(found, "stripped", bool),
         sparse=field(found, "sparse", bool),
         engines={name: _engine(entry, f"engines[{name!r}]") for name, entry in field(found, "engines", dict).items()},
-        report=field(found, "report", dict),
+        report={name: field(report, name, dict, "report") for name in report},
         files=files_of(found),
     )
 

@@ -234,6 +234,14 @@ def sound(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Fou
     ----------
     parse : takes the document and the folder; raises ValueError, with what is wrong
     """
+    target = listed(bundle, kind, parse)
+    if target is None or isinstance(target, str):
+        return target
+    return _unlike_listed(target) or target.fault() or (_altered(target) if bundle.verified else "") or target
+
+
+def listed(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Found | str | None:
+    """A target as `sound` gives it, whatever has become of the files that it lists."""
     folder = folder_of(bundle, kind)
     if not os.path.lexists(folder):
         return None
@@ -247,12 +255,32 @@ def sound(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Fou
             raise MalformedError(f"it has format_version {version}; this ldm_export reads {FORMAT_VERSION}")
         if (named := field(document, "kind", str)) != kind:
             raise MalformedError(f"it is of the kind {named!r}")
-        target = parse(document, folder)
-        return _unlike_listed(target) or target.fault() or (_altered(target) if bundle.verified else "") or target
+        return parse(document, folder)
     except FileNotFoundError as error:
         return f"its {Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
         return f"its {TARGET} cannot be read ({error})"
+
+
+def damage(target: AnyTarget, name: str, *, verified: bool) -> str:
+    """Say what is wrong with one file of a target: missing, cut short or, if its hash is to be ``verified``, altered;
+    empty if nothing is."""
+    file = target.folder / name
+    if name not in target.files or not file.is_file():
+        return f"its {name} is missing"
+    if (size := file.stat().st_size) != target.files[name].size_bytes:
+        return f"its {name} has {size} bytes, and {target.files[name].size_bytes} are listed"
+    try:
+        altered = verified and sha256_of(file) != target.files[name].sha256
+    except OSError as error:
+        return f"its {name} cannot be read ({error.strerror})"
+    return f"its {name} has been altered" if altered else ""
+
+
+def strays(target: AnyTarget) -> list[str]:
+    """Files in a target's folder that it does not list."""
+    present = {path.relative_to(target.folder).as_posix() for path in target.folder.rglob("*") if path.is_file()}
+    return sorted(present - target.files.keys() - {TARGET})
 
 
 def _target_of(found: Any, folder: Path) -> Target:
@@ -300,21 +328,14 @@ def _unlike_files(folder: Path) -> str:
 def _unlike_listed(target: AnyTarget) -> str:
     """Say which file is not as listed, or is opened and not listed; empty if none is."""
     for name in sorted(target.paths | target.files.keys()):
-        if name not in target.files or not (target.folder / name).is_file():
-            return f"its {name} is missing"
-        if (size := (target.folder / name).stat().st_size) != target.files[name].size_bytes:
-            return f"its {name} has {size} bytes, and {target.files[name].size_bytes} are listed"
-    present = {path.relative_to(target.folder).as_posix() for path in target.folder.rglob("*") if path.is_file()}
-    if strays := sorted(present - target.files.keys() - {TARGET}):
-        return f"its {strays[0]} is not listed"
-    return ""
+        if fault := damage(target, name, verified=False):
+            return fault
+    return f"its {unlisted[0]} is not listed" if (unlisted := strays(target)) else ""
 
 
 def _altered(target: AnyTarget) -> str:
     """Say which file has another hash than is listed; empty if none has."""
-    names = (name for name, entry in sorted(target.files.items()) if sha256_of(target.folder / name) != entry.sha256)
-    name = next(names, None)
-    return f"its {name} has been altered" if name else ""
+    return next(filter(None, (damage(target, name, verified=True) for name in sorted(target.files))), "")
 
 
 def _listed(names: Iterable[str]) -> str:

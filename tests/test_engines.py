@@ -150,6 +150,10 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a profile of nothing": (with_profile(min=[0, 4, 8, 8]), "its unet takes sample of (-1, 4, -1, -1)"),
     "a profile of too few sizes": (with_profile(opt=[2, 4, 8]), "its unet takes sample of (-1, 4, -1, -1)"),
     "a size that is no number": (with_profile(opt=[2, 4, 8, "8"]), "its target.json cannot be read (engines['unet']"),
+    "a report that is none": (
+        lambda bundle: changed(bundle, lambda document: document.update(report={"unet": 1})),
+        "its target.json cannot be read (report.unet is of type int; dict is needed)",
+    ),
     "a switch that is no switch": (
         lambda bundle: changed(bundle, lambda document: document.update(stripped="no")),
         "its target.json cannot be read (stripped is of type str; bool is needed)",

@@ -6,7 +6,9 @@ GPU makes of real ones is in ``tests/runtime/test_gpu.py``.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -170,6 +172,38 @@ def test_another_network_is_refused_before_a_gpu_is_asked_for(base: Path, other:
     assert contents(other) == before
 
 
+def test_a_loop_takes_no_other_plan(base: Path, other: Path) -> None:
+    """The plan is in the engine, and its numbers are no weights."""
+    name, plan = "loops/ddim-10", "plans/ddim-10.json"
+    file = base / "targets" / KIND / "target.json"
+    document = json.loads(file.read_text())
+    made_from = {plan: Bundle.open(base).manifest.files[plan].sha256}
+    document["engines"] = {name: document["engines"][NAME] | {"source": plan, "made_from": made_from}}
+    file.write_text(json.dumps(document))
+    opened = Bundle.open(other)
+    changed = json.loads(opened.file(plan).read_text()) | {"init_scale": 1.5}
+    opened.add_file(plan, json.dumps(changed).encode())
+    before = contents(other)
+    with pytest.raises(
+        InputError, match=rf"^{plan} is another plan in \S+base, and the engine {name} has it in it\. Build {name} anew"
+    ):
+        refit_engines(Bundle.open(other), KIND, nowhere, Bundle.open(base))
+    assert contents(other) == before
+
+
+def test_a_full_disk_leaves_what_was_there(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says(base, stripped=True)
+    before = contents(base)
+
+    def full(told: Any, what: str) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(refit, "in_a_process", full)
+    with pytest.raises(ExportError, match=r"^The disk is full: .*rtx-sm89 could not be written; .* Make room\.$"):
+        refit_engines(Bundle.open(base), KIND, here)
+    assert contents(base) == before
+
+
 def test_other_values_are_the_same_network(base: Path, other: Path) -> None:
     change(other, lambda graph: rewrite(weight_of(graph), lambda weight: weight + 1))
     check_same_networks(Bundle.open(other), Bundle.open(base), [NAME, "unet"], "here", "there")
@@ -222,4 +256,5 @@ def test_the_command_says_that_there_is_no_driver(base: Path) -> None:
     done = CliRunner().invoke(main, ["refit", str(base), "--target", KIND])
     assert done.exit_code == 2
     assert "NVIDIA's driver is missing" in done.stderr
+    assert "backend" not in done.stderr
     assert "Traceback" not in done.output

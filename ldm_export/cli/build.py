@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ldm_export.bundle import Bundle
+from ldm_export.cli.engines import print_engine
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
 from ldm_export.errors import InputError
 from ldm_export.target import Target
@@ -90,14 +91,9 @@ def _build_engines(bundle: Bundle, flavour: str, given: dict[str, Any], as_json:
         print_json({**document, "seconds": seconds, "version": target.version})
         return
     if made.because:
-        console.print(f"What was there is not used: {made.because}.", markup=False)
+        console.print(f"Not all that was there is used, since {made.because}.", markup=False)
     for name, engine in target.engines.items():
-        report = target.report[name]
-        took = f"built in {engine.seconds:.1f} s" if name in made.built else "unchanged"
-        error = f"; differs from the plain graph by {report['error']:.1e}" if "error" in report else ""
-        kept = f"; in fp32: {', '.join(report['kept_in_fp32'])}" if report.get("kept_in_fp32") else ""
-        size_mb = report["engine_bytes"] / 1e6
-        console.print(f"{name:15} {size_mb:8.1f} MB, {sum(report['layers'].values())} layers, {took}{error}{kept}")
+        print_engine(target, name, f"built in {engine.seconds:.1f} s" if name in made.built else "unchanged")
     able = " and ".join(target.compute_capabilities)
     console.print(f"{target.folder}: {target.flavour} {target.version} for compute capability {able}")
 

@@ -15,7 +15,7 @@ from ldm_export.engines import FLAVOURS, EngineTarget
 from ldm_export.errors import BackendError
 from ldm_export.runtime.backends.cuda import driver_version, gpus
 from ldm_export.runtime.backends.engine import EXTRAS
-from ldm_export.runtime.backends.tensorrt import build_command, engine_fits
+from ldm_export.runtime.backends.tensorrt import engine_fits, remedy
 from ldm_export.target import ORT_CPU, needs_of, read_target
 
 PACKAGES = {
@@ -72,8 +72,8 @@ def targets_of(bundle: Bundle, found: dict[str, Any]) -> dict[str, str]:
         installed = found["packages"][flavour.replace("_", "-")]
         for kind, target in engine_fits(bundle, flavour, installed, capability).items():
             if not isinstance(target, EngineTarget):
-                rebuild = f". Run: {build_command(bundle, flavour, capability)}" if capability else ""
-                told[kind] = f"{target}{rebuild}"
+                run = f". Run: {remedy(bundle, kind, target, flavour, capability)}" if capability else ""
+                told[kind] = f"{target}{run}"
             elif installed is None:
                 told[kind] = f"{flavour} is not installed. Run: pip install 'ldm_export[{EXTRAS[flavour]}]'"
             else:

@@ -6,9 +6,11 @@ import click
 from rich.table import Table
 
 from ldm_export.bundle import Bundle
+from ldm_export.cli.engines import print_engine
 from ldm_export.cli.options import bundle_argument, console, json_option
 from ldm_export.cli.passes import print_passes
 from ldm_export.contract import TensorSpec
+from ldm_export.engines import EngineTarget, engine_targets, sound_engine_target
 
 
 def _tensors(tensors: tuple[TensorSpec, ...]) -> str:
@@ -19,8 +21,9 @@ def _tensors(tensors: tuple[TensorSpec, ...]) -> str:
 @bundle_argument
 @json_option
 def command(bundle: Path, as_json: bool) -> None:
-    """Show what BUNDLE holds: the model, its graphs, plans, passes and parity record."""
-    manifest = Bundle.open(bundle).manifest
+    """Show what BUNDLE holds: the model, its graphs, plans, passes, parity record and TensorRT engines."""
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
     if as_json:
         click.echo(manifest.to_json(), nl=False)
         return
@@ -47,3 +50,11 @@ def command(bundle: Path, as_json: bool) -> None:
     console.print(f"plans: {', '.join(plans)}", markup=False)
     if manifest.passes:
         print_passes(manifest.passes)
+    for kind in engine_targets(opened):
+        target = sound_engine_target(opened, kind)
+        if not isinstance(target, EngineTarget):
+            console.print(f"targets/{kind} is damaged: {target}", markup=False)
+            continue
+        console.print(f"targets/{kind}: {target.flavour} {target.version}", markup=False)
+        for name, engine in target.engines.items():
+            print_engine(target, name, f"built in {engine.seconds:.1f} s", kinds=True)

@@ -6,6 +6,7 @@ import click
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
+from ldm_export.engines import engine_targets, sound_engine_target
 from ldm_export.errors import BundleError
 from ldm_export.manifest import stale_loops
 from ldm_export.runtime.backends import open_backend
@@ -31,7 +32,11 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
                 "with: ldm-export plan --loop"
             )
         progress("targets")
-        targets = {kind: sound_target(opened, kind) for kind in kinds_of(opened)}
+        engines = engine_targets(opened)
+        targets = {
+            kind: sound_engine_target(opened, kind) if kind in engines else sound_target(opened, kind)
+            for kind in kinds_of(opened)
+        }
         faults = {kind: found for kind, found in targets.items() if isinstance(found, str)}
         backend = open_backend(opened, "cpu", None)
         for name in opened.manifest.graphs:

@@ -77,14 +77,24 @@ def _is_large(path: Path) -> bool:
     return sum(file.stat().st_size for file in path.parent.iterdir()) > LARGE_BYTES
 
 
-def graph_session(path: Path) -> onnxruntime.InferenceSession:
-    """A graph in ONNX Runtime on the CPU; a large one without a second, packed copy of its weights."""
+def graph_session(path: Path, *, as_written: bool = False) -> onnxruntime.InferenceSession:
+    """A graph in ONNX Runtime on the CPU; a large one without a second, packed copy of its weights.
+
+    Parameters
+    ----------
+    as_written : values are rounded where the graph says so, and not where rewriting it for speed would, so that a graph
+        gives the same bits alone and within another
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if _is_large(path):
+    large = _is_large(path)
+    if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
+    if as_written:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
+    if large or as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 

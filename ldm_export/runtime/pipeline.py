@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 class Timings:
     """Wall-clock milliseconds of one generation, by stage.
 
-    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and what a backend needs to prepare
-    the UNet for a size that is new to it; it is not part of the total.
+    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and what engines need to be prepared
+    for a size that is new to them; it is not part of the total. ``text_ms`` is the prompts, up to the first call of the
+    UNet, with what of the UNet depends on them alone.
     ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
     """
 
@@ -280,7 +281,8 @@ class Pipeline:
         scale = request.guidance if guided else None
         run = Run(trajectory.rows, latents, conditions, scale, draw, request.deepcache)
         sampling = self._backend.sampling(unet, run)
-        timings.text_ms += _since(started)  # what of the UNet depends on the prompt alone may be computed here
+        timings.load_ms += sampling.load_ms
+        timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here
         try:
             for index, row in enumerate(trajectory.rows):
                 started = time.perf_counter()

@@ -54,7 +54,9 @@ class Run:
 
 
 class Sampling(Protocol):
-    """A loop that runs."""
+    """A loop that runs; ``load_ms`` is what of making it was for a size that is new to its backend."""
+
+    load_ms: float
 
     def step(self) -> float:
         """Make the next network call and the update that follows it, in ``Run.latents``; gives the call's time, ms."""
@@ -68,6 +70,8 @@ class Sampling(Protocol):
 class HostSampling:
     """The loop in numpy. Latents, the UNet's input and its output stay where they are, and the UNet reads and writes
     them in place."""
+
+    load_ms = 0.0
 
     def __init__(self, unet: Graph, run: Run):
         self._run = run

@@ -123,13 +123,25 @@ def test_build_engines(run: Run, bundle: Path) -> None:
     options = ["--target", "rtx", "--sm", "89,86", "--precision", "fp16", "--graphs", "text_encoder", "--batch", "2"]
     done = run("build", bundle, *options)
     assert done.exit_code == 0, done.output
-    says = r"^text_encoder +\d\.\d MB, \d+ layers, built in \d+\.\d s; differs from the plain graph by \S+"
+    says = (
+        r"^text_encoder +\d\.\d MB, built in \d+\.\d s\n +\d+ layers: .*HALF \d+.*\n( +in fp32: .*\n)?"
+        r" +text_encoder differs from PyTorch by \S+ \(1e-04 allowed\); "
+        r"text_encoder in fp16 differs from the plain graph by \S+ \(2e-02 allowed\)$"
+    )
     assert re.search(says, done.stdout, re.MULTILINE)
     end = rf"targets/rtx-sm86-sm89-fp16: tensorrt_rtx {library.__version__} for compute capability 8\.6 and 8\.9$"
     assert re.search(end, done.stdout, re.MULTILINE)
     again = json.loads(run("build", bundle, *options, "--json").stdout)
     assert again["target"] == str(bundle / "targets" / "rtx-sm86-sm89-fp16")
     assert (again["built"], set(again["engines"])) == ([], {"text_encoder"})
+    assert again["engines"]["text_encoder"]["layers"]["SOFTMAX"]
+    assert re.search(r"^ +HALF: .*MATRIX_MULTIPLY \d+", run("inspect", bundle).stdout, re.MULTILINE)
+    assert json.loads(run("verify", bundle, "--json").stdout)["targets"]["rtx-sm86-sm89-fp16"] is None
+    (bundle / "targets" / "rtx-sm86-sm89-fp16" / "text_encoder.plan").write_bytes(b"short")
+    assert "is damaged: its text_encoder.plan has 5 bytes" in run("inspect", bundle).stdout
+    assert run("verify", bundle).exit_code == 1
+    says = "Not all that was there is used, since its text_encoder.plan has 5 bytes, and"
+    assert says in run("build", bundle, *options).stdout
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,9 @@ def test_doctor_knows_a_gpu(run: Run, bundle: Path, flavour: str, monkeypatch: p
         monkeypatch.setattr(doctor, "_version", lambda package: "1.1")
         told = run("doctor", bundle).stdout
         assert re.search(rf"targets/{kind} +does not run here: .* this is 1\.1\. Run: ldm-export build ", told)
+        monkeypatch.setattr(doctor, "_version", lambda package: VERSION)
+        file = bundle / "targets" / kind / "target.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"stripped": True}))
+        told = run("doctor", bundle).stdout
+        refit = f"ldm-export refit {bundle} --target {kind}"
+        assert re.search(rf"targets/{kind} +does not run here: its engines have no weights\. Run: {refit}$", told, re.M)

@@ -153,7 +153,7 @@ class HostEngine:
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.io = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         self.inputs = [value.name for value in self.session.get_inputs()]
-        self.cache, self.compiled, self.contexts = self, b"", 0
+        self.compiled, self.contexts, self.strategy = b"", 0, "static"
 
     @property
     def num_io_tensors(self) -> int:
@@ -174,9 +174,13 @@ class HostEngine:
     def get_tensor_shape(self, name: str) -> list[int]:
         return [size if isinstance(size, int) else -1 for size in self.io[name].shape]
 
-    def create_execution_context(self, config: object = None) -> HostContext:
+    def create_execution_context(self, config: object) -> HostContext:
+        assert (self.strategy if config is self else config) == "user managed"
         self.contexts += 1
         return HostContext(self)
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
 
     def create_runtime_config(self) -> HostEngine:
         return self
@@ -206,6 +210,7 @@ class HostContext:
         self.engine = engine
         self.shapes = {name: tuple(engine.get_tensor_shape(name)) for name in engine.inputs}
         self.addresses: dict[str, int] = {}
+        self.scratch = self.scratch_bytes = 0
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -221,6 +226,16 @@ class HostContext:
         (result,) = self.engine.session.run([name], zeros)
         return tuple(result.shape)
 
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert not self.infer_shapes()
+        self.scratch_bytes = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return self.scratch_bytes
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert memory % 256 == 0
+        assert size >= self.scratch_bytes
+        self.scratch = memory
+
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.addresses[name] = memory
         return memory % 256 == 0
@@ -235,6 +250,7 @@ class HostContext:
 
     def _execute(self, addresses: dict[str, int]) -> None:
         self.engine.compiled += b"." * (not self.engine.compiled)
+        ctypes.memset(self.scratch, 0xFF, self.scratch_bytes)  # whoever reads it instead of what was computed sees NaN
         given = {name: self._array(addresses[name], name, shape).copy() for name, shape in self.shapes.items()}
         names = [name for name in self.engine.io if name not in self.shapes]
         for name, result in zip(names, self.engine.session.run(names, given), strict=True):
@@ -261,6 +277,7 @@ def host_library(gpu: HostCuda, flavour: str, opened: list[HostEngine]) -> Libra
         CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE=1, DISABLED=0),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER=1),
         EngineValidity=SimpleNamespace(INVALID=2),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
     )
     runtime = SimpleNamespace(deserialize_cuda_engine=deserialize, get_engine_validity=lambda _: (0, 0))
     return Library(flavour, module, runtime, [])

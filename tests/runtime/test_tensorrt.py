@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from ldm_export.target import TARGET
 from tests.scheduler_configs import relative_error
 
 pytest.importorskip("cuda.bindings.runtime", reason="CUDA's bindings (extra rtx) are not installed")
+from tests.runtime import host_gpu as stand_in
 from tests.runtime.host_gpu import CAPABILITY, VERSION, HostEngine, add_engines, host_gpu
 
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
@@ -125,8 +127,37 @@ def test_two_loops_at_once_and_one_after_another(looped: Bundle, flavour: str) -
             np.testing.assert_array_equal(step.latents, alone.latents)
         unet = next(found for found in opened if "timestep" in found.io)
         assert unet.contexts == 2  # as many as were in use at once
-        pipeline.generate(**DRAWN["other size"])
-        assert unet.contexts == 2  # another size takes over what is idle
+
+
+def test_memory_is_of_the_size_that_is_drawn(looped: Bundle, flavour: str) -> None:
+    """Neither of the largest that the engines take, nor of sizes that were drawn before."""
+
+    def held(*sizes: int) -> int:
+        with host_gpu(flavour) as (gpu, _), Pipeline(looped, NAMES[flavour]) as pipeline:
+            for size in sizes:
+                pipeline.generate("a red circle", height=size, width=size, steps=10)
+                gc.collect()
+            return stand_in.MEMORY - gpu.memory_left
+
+    assert held(16) < held(32)
+    assert held(32, 16) == held(16)
+    assert held(16, 32) == held(32)
+
+
+def test_preparing_for_a_size_is_loading(looped: Bundle, flavour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only preparing an engine moves on."""
+    prepare, clock = engine.BoundEngine.prepare, [0.0]
+
+    def takes_a_second(bound: engine.BoundEngine) -> None:
+        prepare(bound)
+        clock[0] += 1.0
+
+    monkeypatch.setattr(engine.BoundEngine, "prepare", takes_a_second)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    with host_gpu(flavour), Pipeline(looped, NAMES[flavour]) as pipeline:
+        first, again = (pipeline.generate("a red circle", steps=10).timings for _ in range(2))
+    assert (first.load_ms, first.text_ms) == (3000.0, 0.0)  # the UNet, and the step to and fro
+    assert (again.load_ms, again.text_ms) == (0.0, 0.0)
 
 
 def test_without_an_engine_for_the_steps_the_host_steps(bundle: Bundle, flavour: str) -> None:
@@ -276,7 +307,8 @@ def test_engines_that_do_not_fit(
     with pytest.raises(BackendError) as raised:
         fitting_target(bundle, "tensorrt_rtx", *here)
     assert f"(targets/rtx-sm89 does not fit: {why}" in str(raised.value)
-    assert str(raised.value).endswith(f"Run: ldm-export build {bundle.path} --target rtx --sm {sm}")
+    build, refit = f"build {bundle.path} --target rtx --sm {sm}", f"refit {bundle.path} --target rtx-sm89"
+    assert str(raised.value).endswith(f". Run: ldm-export {refit if 'weights' in why else build}")
 
 
 def test_engines_of_another_graph_or_cut_short(bundle: Bundle) -> None:
@@ -346,7 +378,9 @@ def test_a_loop_that_has_no_engine(bundle: Bundle, flavour: str) -> None:
 @needs_rtx
 @without_a_gpu
 def test_without_a_driver_it_is_one_sentence(looped: Bundle) -> None:
-    with pytest.raises(BackendError, match=r"^CUDA does not run here: NVIDIA's driver is missing, .* backend cpu\.$"):
+    with pytest.raises(
+        BackendError, match=r"^CUDA does not run here: NVIDIA's driver is missing, .* Or use the backend cpu\.$"
+    ):
         open_backend(looped, "tensorrt-rtx", None)
 
 
@@ -388,16 +422,20 @@ def test_a_real_engine_without_a_driver() -> None:
 def test_the_stand_in_has_the_calls_of_the_real_one(kind: Any) -> None:
     import tensorrt_rtx as trt
 
-    from tests.runtime import host_gpu as stand_in
-
     if kind is HostEngine:
         there = {*dir(trt.ICudaEngine), *dir(trt.IRuntimeConfig), *dir(trt.IRuntimeCache)}
     else:
         kind, there = stand_in.HostContext, {*dir(trt.IExecutionContext)}
     assert {name for name in vars(kind) if not name.startswith("_")} <= there
-    for name, member in vars(trt).items():
-        if name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy", "EngineValidity"):
-            assert {"DISABLED", "EAGER", "INVALID"} & set(member.__members__)
+    members = {
+        "CudaGraphStrategy": {"DISABLED", "WHOLE_GRAPH_CAPTURE"},
+        "DynamicShapesKernelSpecializationStrategy": {"EAGER"},
+        "EngineValidity": {"INVALID"},
+        "ExecutionContextAllocationStrategy": {"USER_MANAGED"},
+        "TensorIOMode": {"INPUT"},
+        "TensorLocation": {"DEVICE"},
+    }
+    assert all(names <= set(getattr(trt, name).__members__) for name, names in members.items())
 
 
 # --- auto -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Builds a bundle's TensorRT engines, each in a process of its own, and puts them under ``targets/``.
 
 What is there and still holds (the graph, the release, the devices, precision, shapes and switches, and the file itself,
-by its hash) is not built again. Each engine is put in place as soon as it is done: the whole folder is made anew beside
-the old one and renamed, so that an interrupted build leaves the engines before, and nothing half-written.
+by its hash) is not built again; of several engines only those that do not hold are. Each engine is put in place as soon
+as it is done: the whole folder is made anew beside the old one and renamed, so that an interrupted build leaves the
+engines before, and nothing half-written.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +24,8 @@ from ldm_export.engines import (
     ShapeRange,
     engine_kind,
     is_current,
+    listed_engine_target,
     read_engine_target,
-    sound_engine_target,
     write_engine_target,
 )
 from ldm_export.errors import ExportError, InputError
@@ -34,7 +36,7 @@ from ldm_export.export.tensorrt.sources import PRECISIONS, Source, converted, on
 from ldm_export.manifest import is_loop
 from ldm_export.options import check_one_of
 from ldm_export.partial import move_into_place, partial_folder
-from ldm_export.target import folder_of
+from ldm_export.target import damage, folder_of, strays
 
 DEFAULT_BATCH = Range(1, 1, 4)
 
@@ -118,11 +120,13 @@ def build_engines(
         For a device, size, graph or plan that there is not.
     BackendError
         If the flavour is not installed, or needs a GPU.
+    BundleError
+        If a graph's file was altered.
     ExportError
         If the parser refuses a graph, which is known before anything is built; a build fails or is killed; the disk is
         full.
     ParityError
-        If a graph in another precision differs too much from the plain one.
+        If a graph, converted or composed, differs too much from what it shall compute.
     """
     wanted = _target(bundle, settings)
     tasks = _tasks(bundle, settings, graphs, loops)
@@ -138,8 +142,7 @@ def build_engines(
             made, reports = converted(bundle, parts, settings.precision, work, progress)
             for number, (name, task) in enumerate(waiting.items(), 1):
                 progress(f"{name}: building, {number} of {len(waiting)}")
-                onnx = onnx_of(bundle, made, task.source, work)
-                target = _put(target, name, task, onnx, reports.get(name, {}))
+                target = _put(target, name, task, *onnx_of(bundle, made, task.source, reports, work))
             if not waiting:
                 target = _replaced(target, work)
     except OSError as error:
@@ -186,7 +189,7 @@ def _kept(
     target: EngineTarget, bundle: Bundle, tasks: Mapping[str, _Task], again: set[str]
 ) -> tuple[EngineTarget, str]:
     """The target with the engines that are there and hold, and why others do not, in words."""
-    found = sound_engine_target(replace(bundle, verified=True), target.kind)
+    found = listed_engine_target(bundle, target.kind)
     if not isinstance(found, EngineTarget):
         return target, found or ""
     if found.version != target.version:
@@ -194,17 +197,24 @@ def _kept(
     switches = ("refittable", "stripped", "sparse")
     if any(getattr(found, switch) != getattr(target, switch) for switch in switches):
         return target, "it was made with other switches"
-    reasons = {}
+    engines, reasons = {}, [f"its {path} is not listed" for path in strays(found)]
     for name, engine in found.engines.items():
         if name in again:
-            reasons[name] = "is to be built again"
+            reason = f"its {name} is to be built again"
         elif not is_current(engine, bundle):
-            reasons[name] = "was made from other graphs"
+            reason = f"its {name} was made from other graphs"
         elif name in tasks and engine.profile != tasks[name].profile:
-            reasons[name] = "was made for other shapes"
-    engines = {name: engine for name, engine in found.engines.items() if name not in reasons}
+            reason = f"its {name} was made for other shapes"
+        elif "compared" not in found.report.get(name, {}):
+            reason = f"it does not say what its {name} was compared with"
+        else:
+            reason = found.fault_of(name) or damage(found, engine.path, verified=True)
+        if reason:
+            reasons.append(reason)
+        else:
+            engines[name] = engine
     report = {name: found.report[name] for name in engines}
-    return replace(target, engines=engines, report=report), ", ".join(f"{name} {why}" for name, why in reasons.items())
+    return replace(target, engines=engines, report=report), "; ".join(reasons)
 
 
 def _check_supported(bundle: Bundle, names: Sequence[str], flavour: str) -> None:
@@ -254,7 +264,7 @@ def _put(target: EngineTarget, name: str, task: _Task, onnx: Path, report: Mappi
         engine = Engine(
             f"{name}.plan", source.path, source.made_from, **sides, profile=task.profile, seconds=found["seconds"]
         )
-        told_of = {key: found[key] for key in ("layers", "precisions", "peak_rss_bytes")}
+        told_of = {key: found[key] for key in ("layers", "peak_rss_bytes")}
         told_of |= {"onnx_bytes": bytes_of(onnx), "engine_bytes": plan.stat().st_size, **report}
         grown = replace(target, engines={**target.engines, name: engine}, report={**target.report, name: told_of})
         return _replaced(grown, folder)
@@ -265,10 +275,18 @@ def _replaced(target: EngineTarget, folder: Path) -> EngineTarget:
     for engine in target.engines.values():
         if not (folder / engine.path).exists():
             (folder / engine.path).parent.mkdir(parents=True, exist_ok=True)
-            os.link(target.file(engine.path), folder / engine.path)
+            _linked(target.file(engine.path), folder / engine.path)
     write_engine_target(replace(target, folder=folder))
     move_into_place(folder, target.folder)
     return target
+
+
+def _linked(file: Path, other: Path) -> None:
+    """The same file by another name or, where the file system has no such thing, a copy."""
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
 
 
 def _as_it_is(bundle: Bundle, target: EngineTarget) -> EngineTarget:

@@ -132,18 +132,20 @@ def refusals(parser: Any) -> list[dict[str, str]]:
 
 
 def described(network: Any, library: Any) -> dict[str, Any]:
-    """A parsed network's inputs and outputs, free sizes being -1, and how many layers of what kind and precision."""
+    """A parsed network's inputs and outputs, free sizes being -1, and how many layers of each kind and precision."""
 
     def tensor(value: Any) -> dict[str, Any]:
         dtype = library.nptype(value.dtype)
         return {"name": value.name, "dtype": dtype.__name__, "shape": list(value.shape)}
 
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    layers: dict[str, Counter[str]] = {}
+    for layer in map(network.get_layer, range(network.num_layers)):
+        precision = layer.get_output(0).dtype.name if layer.num_outputs else "none"
+        layers.setdefault(layer.type.name, Counter())[precision] += 1
     return {
         "inputs": [tensor(network.get_input(index)) for index in range(network.num_inputs)],
         "outputs": [tensor(network.get_output(index)) for index in range(network.num_outputs)],
-        "layers": dict(Counter(layer.type.name for layer in layers)),
-        "precisions": dict(Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)),
+        "layers": layers,
     }
 
 

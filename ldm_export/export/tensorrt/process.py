@@ -15,6 +15,7 @@ from ldm_export.errors import ExportError
 from ldm_export.processes import environment
 
 CHILD = (sys.executable, "-m", "ldm_export.export.tensorrt.child")
+_NO_MEMORY = re.compile(r"bad_alloc|out ?of ?memory|MemoryError", re.IGNORECASE)
 _CLUTTER = re.compile(r"\x1b\[[0-9;]*m|\[[A-Z!]\]\s+|\s*\bIn \w+ at \S+|^Internal Error: ")
 
 
@@ -28,7 +29,7 @@ def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
     Raises
     ------
     ExportError
-        If the process crashes or is killed, or TensorRT fails; with its last words.
+        If the process crashes, is killed or runs out of memory, or TensorRT fails; with its last words.
     OSError
         If an engine cannot be written.
     """
@@ -40,11 +41,17 @@ def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
             process.kill()
             raise
     words = last_words(errors)
+    found: dict[str, Any] = {} if process.returncode else json.loads(output)
+    unfinished = process.returncode or any(graph.keys() & {"failed", "refused"} for graph in found.values())
+    if unfinished and _NO_MEMORY.search(errors):
+        raise ExportError(
+            f"{what} ran out of memory, saying: {words}. Nothing was kept. End other programs, or build for fewer or "
+            "smaller pictures with --batch and --size."
+        )
     if process.returncode:
         raise ExportError(
             f"{what} {_ended(process.returncode)}{f', saying: {words}' if words else ''}. Nothing was kept."
         )
-    found: dict[str, Any] = json.loads(output)
     for graph in found.values():
         if "errno" in graph:
             raise OSError(graph["errno"], os.strerror(graph["errno"]))

@@ -57,7 +57,7 @@ def refit_engines(
     BackendError
         If TensorRT, NVIDIA's driver or the GPU that the engines are for is missing.
     ParityError
-        If a graph in the target's precision differs too much from the plain one.
+        If a graph, converted or composed, differs too much from what it shall compute.
     ExportError
         If TensorRT refuses; the disk is full.
     """
@@ -81,11 +81,11 @@ def refit_engines(
             engines, report = {}, {}
             for number, (name, engine) in enumerate(target.engines.items(), 1):
                 progress(f"{name}: refitting, {number} of {len(target.engines)}")
-                onnx = onnx_of(bundle, made, sources[name], work)
+                onnx, told = onnx_of(bundle, made, sources[name], reports, work)
                 plan = full / engine.path
                 engines[name] = _refitted(target, name, onnx, plan, sources[name])
                 sizes = {"onnx_bytes": bytes_of(onnx), "engine_bytes": plan.stat().st_size}
-                report[name] = {**target.report[name], **reports.get(name, {}), **sizes}
+                report[name] = {**target.report[name], **told, **sizes}
             filled = replace(target, folder=full, stripped=False, engines=engines, report=report)
             write_engine_target(filled)
             move_into_place(full, folder)

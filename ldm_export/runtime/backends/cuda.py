@@ -84,12 +84,9 @@ def sentence_of(status: Any, function: str) -> str:
     runtime = cuda_runtime()
     if status.name in REMEDIES:
         version = _version(runtime.cudaRuntimeGetVersion()[1])
-        return f"CUDA does not run here: {REMEDIES[status.name].format(runtime=version)}, or use the backend cpu."
+        return f"CUDA does not run here: {REMEDIES[status.name].format(runtime=version)}."
     text = runtime.cudaGetErrorString(status)[1].decode()
-    return (
-        f"CUDA's {function} failed: {text} ({status.name}). Start anew; if it fails again, use the backend cpu and "
-        "report it."
-    )
+    return f"CUDA's {function} failed: {text} ({status.name}). Start anew, and report it if it fails again."
 
 
 def driver_is_there() -> bool:

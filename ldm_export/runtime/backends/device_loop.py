@@ -79,17 +79,12 @@ class DeviceLoop:
     def fits(self, run: Run) -> bool:
         return self.key == _key(run)
 
-    def release(self) -> None:
-        """Give the engines' contexts back."""
-        for bound in (self.unet, *self.steps):
-            bound.release()
-
 
 class DeviceSampling:
     """A loop that runs; see :class:`ldm_export.runtime.sampling.Sampling`."""
 
-    def __init__(self, loop: DeviceLoop, run: Run, close: Callable[[], None]):
-        self._loop, self._run, self._close = loop, run, close
+    def __init__(self, loop: DeviceLoop, run: Run, load_ms: float, close: Callable[[], None]):
+        self._loop, self._run, self.load_ms, self._close = loop, run, load_ms, close
         self._index = 0
         self._before, self._after = Event(), Event()
         table = table_of(run.rows, run.guidance)

@@ -140,7 +140,6 @@ class Engine:
         self._check_contract()
         self._cache_file, self._cached = cache_file, b""
         self._config = self._runtime_config() if library.is_rtx else None
-        self._contexts: list[Any] = []
 
     @property
     def records(self) -> bool:
@@ -166,12 +165,7 @@ class Engine:
             If the device has no memory for them.
         """
         self.check_shapes(shapes)
-        context = self._contexts.pop() if self._contexts else self._context()
-        return BoundEngine(self, context, shapes, given or {})
-
-    def take_back(self, context: Any) -> None:
-        """Keep a context, whose memory is of the largest shapes, for the next that needs one."""
-        self._contexts.append(context)
+        return BoundEngine(self, self._context(), shapes, given or {})
 
     def remember(self) -> None:
         """Write what was compiled for this device to the cache, if that is new; pictures are drawn without it, too."""
@@ -192,6 +186,7 @@ class Engine:
         config.cuda_graph_strategy = (
             strategy.WHOLE_GRAPH_CAPTURE if CUDA_GRAPHS and self._repeated else strategy.DISABLED
         )
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # else it runs with slower kernels, compiles better ones meanwhile, and may change to them within a picture
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         cache = config.create_runtime_cache()
@@ -203,11 +198,9 @@ class Engine:
         return config
 
     def _context(self) -> Any:
-        made = (
-            self._engine.create_execution_context(self._config)
-            if self._config is not None
-            else self._engine.create_execution_context()
-        )
+        """A context without memory: `BoundEngine` gives it what its shapes take, not what the largest would."""
+        user_managed = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        made = self._engine.create_execution_context(self._config or user_managed)
         if made is None:
             raise self.library.failed(f"make room for {self.spec.path} on the GPU")
         return made
@@ -227,7 +220,7 @@ class Engine:
 
 
 class BoundEngine:
-    """An engine with shapes and memory; ``buffers`` are its inputs and outputs by name."""
+    """An engine with shapes and memory, which goes with it; ``buffers`` are its inputs and outputs by name."""
 
     def __init__(
         self, engine: Engine, context: Any, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Buffer]
@@ -240,6 +233,8 @@ class BoundEngine:
                 raise engine.library.failed(f"take {tensor!r} of shape {shapes[tensor]} in {name}")
         if unknown := context.infer_shapes():
             raise engine.library.failed(f"tell the shapes of {', '.join(unknown)} of {name}")
+        self._scratch = Buffer((context.update_device_memory_size_for_shapes(),), np.uint8, engine.stream)
+        context.set_device_memory(self._scratch.address, self._scratch.size_bytes)
         self.buffers = dict(given)
         for spec in (*engine.spec.inputs, *engine.spec.outputs):
             if spec.name not in self.buffers:
@@ -262,12 +257,6 @@ class BoundEngine:
             self._enqueue()
         else:
             self._recorded.launch()
-
-    def release(self) -> None:
-        """Give the context back; this cannot be launched anymore."""
-        self._recorded = None
-        self.engine.take_back(self._context)
-        self._context = None
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self.engine.stream.handle)):

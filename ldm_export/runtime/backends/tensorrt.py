@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ldm_export.bundle import Bundle
@@ -28,6 +30,7 @@ PRECISIONS = ("fp16", "int8", "fp32")
 """Which of several targets that fit is taken, the fastest first."""
 REPEATED = ("unet", STEP)
 """Graphs that are launched many times for a picture."""
+NO_WEIGHTS = "its engines have no weights"
 
 
 def build_command(bundle: Bundle, flavour: str, compute_capability: str, precision: str = "fp32") -> str:
@@ -35,6 +38,14 @@ def build_command(bundle: Bundle, flavour: str, compute_capability: str, precisi
     models = f" --sm {compute_capability.replace('.', '')}" if flavour == "tensorrt_rtx" else ""
     other = f" --precision {precision}" if precision != "fp32" else ""
     return f"ldm-export build {bundle.path} --target {FLAVOURS[flavour]}{models}{other}"
+
+
+def remedy(bundle: Bundle, kind: str, why: str, flavour: str, compute_capability: str) -> str:
+    """What to type where engines of a kind do not fit such a device."""
+    if why == NO_WEIGHTS:
+        return f"ldm-export refit {bundle.path} --target {kind}"
+    precision = kind.rpartition("-")[2]
+    return build_command(bundle, flavour, compute_capability, precision if precision in PRECISIONS else "fp32")
 
 
 def engine_fits(
@@ -57,7 +68,7 @@ def engine_fits(
             if missing:
                 target = f"it has no engine of {' and '.join(missing)}"
             elif target.stripped:
-                target = "its engines have no weights"
+                target = NO_WEIGHTS
         found[kind] = target or "it is gone"
     return found
 
@@ -74,10 +85,12 @@ def fitting_target(bundle: Bundle, flavour: str, version: str, compute_capabilit
     fitting = [target for target in found.values() if isinstance(target, EngineTarget)]
     if fitting:
         return min(fitting, key=lambda target: PRECISIONS.index(target.precision))
-    reasons = "; ".join(f"targets/{kind} does not fit: {why}" for kind, why in found.items())
+    unfit = {kind: why for kind, why in found.items() if isinstance(why, str)}
+    reasons = "; ".join(f"targets/{kind} does not fit: {why}" for kind, why in unfit.items())
+    kind = min(unfit, key=lambda kind: unfit[kind] != NO_WEIGHTS, default="")  # refitting is quicker than building
     raise BackendError(
         f"{bundle.path} has no {flavour} engines for this GPU{f' ({reasons})' if reasons else ''}. "
-        f"Run: {build_command(bundle, flavour, compute_capability)}"
+        f"Run: {remedy(bundle, kind, unfit.get(kind, ''), flavour, compute_capability)}"
     )
 
 
@@ -101,7 +114,10 @@ class TensorRtBackend(Backend):
     def __init__(self, bundle: Bundle, flavour: str):
         self._bundle = bundle
         self._library = open_library(flavour)
-        self._gpu = gpus()[0]
+        try:
+            self._gpu = gpus()[0]
+        except BackendError as error:
+            raise BackendError(f"{error} Or use the backend cpu.") from error
         capability = self._gpu.compute_capability
         self._target = fitting_target(bundle, flavour, self._library.version, capability)
         self._rebuild = build_command(bundle, flavour, capability, self._target.precision)
@@ -129,18 +145,22 @@ class TensorRtBackend(Backend):
         """A loop on the device, where the target has an engine for its steps."""
         if STEP not in self._target.engines:
             return super().sampling(unet, run)
+        started = time.perf_counter()
         engines = self._engines["unet"], self._engine(STEP, step_spec(unet.spec))
         loop = next((idle for idle in self._idle if idle.fits(run)), None)
         if loop is not None:
             self._idle.remove(loop)
         else:
-            while self._idle:  # its memory is needed before other memory is taken
-                self._idle.pop().release()
+            self._stream.wait()  # engines must not go while they run
+            self._idle.clear()  # their memory is needed before other memory is taken
             loop = DeviceLoop(*engines, self._stream, run)
-        return DeviceSampling(loop, run, lambda: self._idle.append(loop))
+        load_ms = (time.perf_counter() - started) * 1000.0
+        return DeviceSampling(loop, run, load_ms, lambda: self._idle.append(loop))
 
     def close(self) -> None:
         """Give back the GPU's memory."""
+        with suppress(BackendError):  # of what failed before
+            self._stream.wait()
         self._idle.clear()
         self._engines.clear()
 
@@ -216,9 +236,8 @@ class EngineGraph:
 
     def _bind_anew(self, shapes: Mapping[str, tuple[int, ...]]) -> BoundEngine:
         self._engine.check_shapes(shapes)
-        if self._bound is not None:
-            self._bound.release()
-            self._bound = None
+        self._engine.stream.wait()
+        self._bound = None  # its memory is needed before other memory is taken
         self._bound = self._engine.bound(shapes)
         return self._bound
 

@@ -1,0 +1,163 @@
+"""What engines are built from, held against what it shall compute before anything is built of it, in ONNX Runtime.
+
+A plain graph was held against PyTorch when it was exported: its files have the hashes that the bundle's parity record
+is of. A converted graph is held against the plain one, on other values and sizes than it was calibrated with; a loop
+against the graphs that it is composed of, called one by one; ``step`` against its formula in float64. On a CPU that
+computes fp16 in fp32, this proves graphs and weights; that rounding what lies between costs little is what `Half`
+itself makes sure of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm_export.bundle import Bundle
+from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec
+from ldm_export.errors import ParityError
+from ldm_export.export.parity import TOLERANCE, graph_session, largest_error
+from ldm_export.export.tensorrt.calls import drawn, example_calls
+from ldm_export.graph.base import Array, Inputs
+from ldm_export.passes.distill_guidance import guidance_embedding
+from ldm_export.plan import Plan, Stepper
+
+COMPARED = {"batch": 3, "height": 21, "width": 15}
+"""Sizes of a graph's inputs, in latents: odd, so that halvings round."""
+LOOP_SIZES = {"batch": 2, "height": 16, "width": 8}
+GUIDANCE = 4.0
+LOOP_TOLERANCES = {"images": 2 / 255, "latents": TOLERANCE}
+"""Of pictures a value that is rounded the other way, and one to spare."""
+STEP_TOLERANCE = 1e-5
+"""Of ``step``: float32 sums of some ten terms."""
+Comparison = dict[str, Any]
+"""Which ``graph`` was held ``against`` what, its ``error`` as a share of the largest value, and what is ``allowed``."""
+
+
+def recorded(bundle: Bundle, graph: str) -> Comparison:
+    """What the bundle says of one of its graphs: the worst of its outputs."""
+    records = [record for record in bundle.manifest.parity if record["graph"] == graph]
+    if not records:
+        return {"graph": graph, "against": "nothing, since the bundle has no record of it"}
+    worst = max(records, key=lambda record: record["max_error"] / record["tolerance"])
+    return {"graph": graph, "against": "PyTorch", "error": worst["max_error"], "allowed": worst["tolerance"]}
+
+
+def compare_converted(bundle: Bundle, made: Bundle, graph: GraphSpec, precision: str, allowed: float) -> Comparison:
+    """A converted graph, of the bundle ``made``, against the plain one; one of the two is in memory at a time.
+
+    Raises
+    ------
+    ParityError
+        If it differs by more than is allowed; so do the others.
+    """
+    calls = example_calls(bundle, graph, COMPARED)
+    names = [tensor.name for tensor in graph.outputs]
+
+    def results(of: Bundle) -> list[Array]:
+        session = _session(of.file(graph.path))
+        return [array for call in calls for array in session.run(names, dict(call))]
+
+    error = largest_error(results(bundle), results(made))
+    return _checked(f"{graph.name} in {precision}", "the plain graph", error, allowed, "Use another precision.")
+
+
+def compare_loop(bundle: Bundle, made: Bundle, spec: GraphSpec, plan: Plan, file: Path) -> list[Comparison]:
+    """A loop graph against its plan and the graphs of ``made``, of which it is composed."""
+    given = drawn(bundle, spec, LOOP_SIZES)
+    if "guidance_scale" in given:
+        given["guidance_scale"] = np.array(GUIDANCE, np.float32)
+    expected = _called_one_by_one(made, plan, given)
+    results = _session(file).run(list(LOOP_TOLERANCES), given)
+    against, remedy = "its graphs, called one by one", "Leave the loop out."
+    return [
+        _checked(f"{output} of {spec.name}", against, largest_error([a], [b]), allowed, remedy)
+        for (output, allowed), a, b in zip(LOOP_TOLERANCES.items(), expected, results, strict=True)
+    ]
+
+
+def compare_step(spec: GraphSpec, file: Path) -> Comparison:
+    """The graph ``step`` against its formula (``ldm_export.plan.table``), on random values, guided and not."""
+    random, session = np.random.default_rng(0), _session(file)
+    names = [tensor.name for tensor in spec.outputs]
+    expected, results = [], []
+    for rows in (2, 4):
+        sizes = {"batch": 2, "rows": rows, "height": 5, "width": 7}
+        given = {
+            tensor.name: random.standard_normal(
+                [sizes[size] if isinstance(size, str) else size for size in tensor.shape], np.float32
+            )
+            for tensor in spec.inputs
+        }
+        given["row"][STEP_CELLS.index("clip")] = 1.0  # which clips some
+        expected += _stepped({name: array.astype(np.float64) for name, array in given.items()})
+        results += session.run(names, given)
+    error = largest_error(expected, results)
+    return _checked(spec.name, "its formula in float64", error, STEP_TOLERANCE, "Report it.")
+
+
+_session = partial(graph_session, as_written=True)
+
+
+def _called_one_by_one(made: Bundle, plan: Plan, given: Inputs) -> list[Array]:
+    """The pictures and latents that a loop shall give; one graph is in memory at a time."""
+    graphs, guided = made.manifest.graphs, "negative_input_ids" in given
+
+    def both(value: Array) -> Array:
+        return np.concatenate([value, value]) if guided else value
+
+    def run(name: str, output: str, **inputs: Array) -> Array:
+        result: Array = _session(made.file(graphs[name].path)).run([output], inputs)[0]
+        return result
+
+    told = {tensor.name: tensor for tensor in graphs["unet"].inputs}
+    latents = given["noise"] * np.float32(plan.init_scale)
+    conditions = {}
+    if "input_ids" in given:
+        ids = [given[name] for name in ("negative_input_ids", "input_ids") if name in given]
+        conditions["encoder_hidden_states"] = run("text_encoder", "last_hidden_state", input_ids=np.concatenate(ids))
+    if "class_labels" in given:
+        conditions["class_labels"] = both(given["class_labels"])
+    if "timestep_cond" in told:
+        scales = torch.full((len(latents),), GUIDANCE)
+        conditions["timestep_cond"] = guidance_embedding(scales, int(told["timestep_cond"].shape[1])).numpy()
+    unet, noise = _session(made.file(graphs["unet"].path)), iter(given.get("step_noise", ()))
+    stepper, sample = Stepper(plan.rows, latents), np.empty_like(latents)
+    for row in plan.rows:
+        stepper.network_input(out=sample)
+        call = {"sample": both(sample), "timestep": np.array(row.timestep, np.float32), **conditions}
+        out = unet.run(["out_sample"], call)[0]
+        if guided:
+            negative, prompted = np.split(out, 2)
+            out = negative + np.float32(GUIDANCE) * (prompted - negative)
+        stepper.advance(out, lambda: next(noise))
+    del unet
+    unscaled = latents / np.float32(made.manifest.model["scaling_factor"])
+    pictures = run("vae_decoder", "sample", latent_sample=unscaled).transpose(0, 2, 3, 1)
+    return [np.round(np.clip(pictures / 2 + 0.5, 0, 1) * 255), latents]
+
+
+def _stepped(given: Mapping[str, Array]) -> list[Array]:
+    """The next latents, the next remembered values, and the UNet's next input."""
+    cell, x, batch = dict(zip(STEP_CELLS, given["row"], strict=True)), given["latents"], len(given["latents"])
+    negative, prompted = given["out_sample"][:batch], given["out_sample"][-batch:]
+    out = negative + cell["guidance_scale"] * (prompted - negative)
+    newest = np.clip(cell["from_sample"] * x + cell["from_output"] * out, -cell["clip"], cell["clip"])
+    h = [newest, *given["remembered"]]
+    following = cell["keep"] * x + cell["direct"] * out + cell["noise"] * given["noise"]
+    following += sum(cell[f"weight_{age}"] * value for age, value in enumerate(h))
+    sample = cell["next_input_scale"] * following
+    return [following, np.stack(h[:REMEMBERED]), np.concatenate([sample] * (len(given["out_sample"]) // batch))]
+
+
+def _checked(graph: str, against: str, error: float, allowed: float, remedy: str) -> Comparison:
+    if not error <= allowed:  # NaN is not, either
+        raise ParityError(
+            f"{graph} differs from {against} by {error:.2g} of its largest value; {allowed:g} is allowed. "
+            f"Nothing was kept. {remedy}"
+        )
+    return {"graph": graph, "against": against, "error": error, "allowed": allowed}
