@@ -218,7 +218,7 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
 Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     if (!request.loop.empty()) return draw_whole(model, request, on_step);
     const Graph &unet = model.graph("unet");
-    model.graph("vae_decoder");
+    model.graph("vae_decoder").check_shape("latent_sample", latents_shape(model, request));
     if (request.deepcache > 1 && !unet.can_skip())
         throw InputError(join("deepcache ", request.deepcache, " was asked for, and ", model.backend(),
                               " has no outermost blocks of this UNet apart. Run: ldm-export build ",

@@ -42,4 +42,12 @@ std::string listed(const Items &items, const char *if_none = "") {
     return text.empty() ? if_none : text;
 }
 
+// Another library's text without line breaks.
+inline std::string one_line(const char *text) {
+    std::istringstream words(text);
+    std::string line;
+    for (std::string word; words >> word;) line += (line.empty() ? "" : " ") + word;
+    return line;
+}
+
 }  // namespace ldm::runtime

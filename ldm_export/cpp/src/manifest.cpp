@@ -95,6 +95,19 @@ Manifest manifest_from_json(std::string_view text) {
     }
 }
 
+bool agree(const std::vector<TensorSpec> &declared, const std::vector<TensorSpec> &there) {
+    const auto has = [&](const TensorSpec &tensor) {
+        const auto found =
+            std::find_if(there.begin(), there.end(), [&](const TensorSpec &one) { return one.name == tensor.name; });
+        if (found == there.end() || found->dtype != tensor.dtype || found->shape.size() != tensor.shape.size()) return false;
+        for (std::size_t k = 0; k < tensor.shape.size(); ++k)
+            if (!tensor.shape[k].is_free() && (found->shape[k].is_free() || found->shape[k].size != tensor.shape[k].size))
+                return false;
+        return true;
+    };
+    return declared.size() == there.size() && std::all_of(declared.begin(), declared.end(), has);
+}
+
 bool is_loop(std::string_view relative) { return begins_with(relative, "loops"); }
 
 }  // namespace ldm::runtime
