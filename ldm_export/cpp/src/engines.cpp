@@ -47,6 +47,13 @@ std::vector<TensorSpec> tensors_of(const Json &entry, const char *side, const st
     return tensors;
 }
 
+// As target.json has them, -1 if free.
+Shape sizes_in(const TensorSpec &tensor) {
+    Shape shape;
+    for (const Dimension &size : tensor.shape) shape.push_back(size.is_free() ? -1 : size.size);
+    return shape;
+}
+
 bool is_free(const TensorSpec &tensor) {
     return std::any_of(tensor.shape.begin(), tensor.shape.end(), [](const Dimension &size) { return size.is_free(); });
 }
@@ -88,8 +95,8 @@ void check_profile(const std::string &name, const Engine &engine) {
         if (!is_free(tensor)) continue;
         const ShapeRange &range = engine.profile.at(tensor.name);
         if (!fits(tensor, range))
-            throw PassedOver(join("its ", name, " has a profile for ", tensor.name, " of ", sizes_of(range.min), ", ",
-                                  sizes_of(range.opt), " and ", sizes_of(range.max), ", which that cannot have"));
+            throw PassedOver(join("its ", name, " takes ", tensor.name, " of ", sizes_of(sizes_in(tensor)), ", and has a profile of ",
+                                  sizes_of(range.min), ", ", sizes_of(range.opt), " and ", sizes_of(range.max), " for it"));
     }
 }
 

@@ -16,7 +16,7 @@ struct Flavour {
     const char *kind;     // what its targets are called after, and LDM_TENSORRT is set to
     bool any_device;      // builds for devices that are not there, and is told which
 };
-constexpr std::array<Flavour, 2> FLAVOURS{
+inline constexpr std::array<Flavour, 2> FLAVOURS{
     {{"tensorrt-rtx", "tensorrt_rtx", "rtx", true}, {"tensorrt", "tensorrt", "tensorrt", false}}};
 
 // The flavour of a backend, or null.

@@ -183,7 +183,8 @@ class EngineGraph : public Graph {
 
     Call bind(const TensorRefs &inputs, const TensorRefs &outputs, std::size_t) const override {
         const std::shared_ptr<Bound> bound = bind_memory(inputs);
-        for (const auto &[name, tensor] : inputs) bound->upload(name, *tensor);
+        for (const auto &[name, tensor] : inputs)
+            if (!changes(name)) bound->upload(name, *tensor);
         return [bound, inputs, outputs] {
             for (const auto &[name, tensor] : inputs)
                 if (changes(name)) bound->upload(name, *tensor);
@@ -201,9 +202,9 @@ class EngineGraph : public Graph {
     // Memory and a context for such inputs that nothing else uses meanwhile; those of an earlier call, if they are idle.
     std::shared_ptr<Bound> bind_memory(const TensorRefs &inputs) const {
         Shapes shapes;
-        for (const auto &[name, tensor] : inputs) {
-            check_shape(name, tensor->shape);
-            shapes.emplace(name, tensor->shape);
+        for (const TensorSpec &input : spec().inputs) {
+            const Shape &shape = shapes[input.name] = inputs.at(input.name)->shape;
+            check_shape(input.name, shape);
         }
         std::unique_ptr<Bound> bound = idle(shapes);
         if (bound->shapes() != shapes) bound->take(shapes);
