@@ -89,7 +89,9 @@ TEST_CASE("Every field of a target.json of engines is needed, and of its kind") 
             CHECK_THROWS_AS(read(found), MalformedError);
             for (const Json &other : {Json(nullptr), Json(false), Json("no"), Json(1), Json::array({1}), Json{{"a", 1}}}) {
                 found[holder][key] = other;
-                if (other.type() != whole[holder][key].type()) CHECK_THROWS_AS(read(found), MalformedError);
+                const Json &right = whole[holder][key];
+                if (other.type() != right.type() && !(other.is_number() && right.is_number()))
+                    CHECK_THROWS_AS(read(found), MalformedError);
             }
         }
     };

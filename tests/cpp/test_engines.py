@@ -1,5 +1,5 @@
-"""TensorRT engines in C++: Python's pictures on a GPU that is the host (``host_gpu/``), what is refused and how it is said.
-Where NVIDIA's headers and library are, ``TENSORRT_ROOT``, the library is built with them, and opens engines on a GPU."""
+"""TensorRT engines in C++: Python's pictures on a GPU that is the host (``host_gpu/``), what is refused and how it is
+said. Where ``TENSORRT_ROOT`` names NVIDIA's headers and library, the library is built with them, and draws on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ldm_export.manifest import MANIFEST
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import cuda
 from ldm_export.target import TARGET
-from tests.cpp.conftest import SOURCES
+from tests.cpp.conftest import SOURCES, run
+from tests.cpp.test_build import SANITIZERS, tested
 from tests.test_engines import DOES_NOT_FIT, KIND
 from tests.test_engines import bundle as one_engine  # a fixture
 
@@ -223,7 +224,9 @@ def test_a_loop_without_an_engine(host: Host, engined: Path, binding: ModuleType
     change_target(engines_of(folder), lambda found: found["files"].pop("loops/ddim-10.plan"))
     (engines_of(folder) / "loops" / "ddim-10.plan").unlink()
     for backend in (BACKENDS[host.flavour], b"auto"):
-        with pytest.raises(binding.LdmError, match=r"has no engine of loops/ddim-10\. Run: .* --loop ddim-10$") as caught:
+        with pytest.raises(
+            binding.LdmError, match=r"has no engine of loops/ddim-10\. Run: .* --loop ddim-10$"
+        ) as caught:
             draw(host.open(folder, backend), PROMPTS, sampler="ddim", whole=1)
         assert caught.value.status == STATUS_BACKEND
 
@@ -248,7 +251,7 @@ def test_sizes_that_no_engine_was_built_for(
 
 
 @pytest.mark.parametrize("case", DOES_NOT_FIT)
-def test_engines_that_do_not_fit(host: Host, binding: ModuleType, one_engine: Path, case: str) -> None:  # noqa: F811
+def test_engines_that_do_not_fit(host: Host, binding: ModuleType, one_engine: Path, case: str) -> None:
     if host.flavour == "tensorrt":
         pytest.skip("the target is of the other flavour")
     damage, reason = DOES_NOT_FIT[case]
@@ -332,6 +335,16 @@ def test_a_full_gpu(host: Host, engined: Path, binding: ModuleType) -> None:
     assert_same(draw(pipeline, **DRAWN["guided"]), by_python(engined, **DRAWN["guided"]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_under_sanitizers(build: Callable[..., Path], bundle: Path, tmp_path: Path, sanitizer: str) -> None:
+    flags = f"-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize={sanitizer} -fno-sanitize-recover=all"
+    program = tested(build, tmp_path / "build", "-DLDM_TENSORRT=rtx", flags)
+    folder = with_engines(bundle, tmp_path / "bundle", "rtx")
+    tests = "[threads]" if sanitizer == "thread" else "[threads],A callback cancels*,A step shows*"
+    run(program, tests, LDM_TEST_BUNDLE=str(folder), **SANITIZERS[sanitizer])
+
+
 @pytest.mark.parametrize("flavour", BACKENDS)
 def test_without_the_option(ldm: Any, binding: ModuleType, bundle: Path, flavour: str) -> None:
     with pytest.raises(binding.LdmError, match=f"built without it.* -DLDM_TENSORRT={flavour}") as caught:
@@ -353,13 +366,17 @@ def test_an_unknown_flavour(sdk: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def nvidias(build: Callable[..., Path], binding: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+def nvidias(
+    build: Callable[..., Path], binding: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Any]:
     """A flavour that NVIDIA's headers and library are there of, and the library built with them."""
     root = os.environ.get("TENSORRT_ROOT")
     if root is None:
         pytest.skip("TENSORRT_ROOT names no folder of TensorRT's or TensorRT-RTX's release archive")
     flavour = "rtx" if list(Path(root).glob("lib*/libtensorrt_rtx*")) else "tensorrt"
-    folder = build(SOURCES, tmp_path_factory.mktemp("nvidia"), f"-DLDM_TENSORRT={flavour}", "-DCMAKE_BUILD_TYPE=Release")
+    folder = build(
+        SOURCES, tmp_path_factory.mktemp("nvidia"), f"-DLDM_TENSORRT={flavour}", "-DCMAKE_BUILD_TYPE=Release"
+    )
     return flavour, binding.load(str(folder / "libldm.so"))
 
 
