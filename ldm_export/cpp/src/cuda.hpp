@@ -38,6 +38,8 @@ struct Gpu {
 };
 
 inline Gpu first_gpu() {
+    int count = 0;  // asked for the error that says why there is none
+    check_cuda(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
     cudaDeviceProp facts{};
     check_cuda(cudaGetDeviceProperties(&facts, 0), "cudaGetDeviceProperties");
     return {facts.name, join(facts.major, ".", facts.minor)};

@@ -24,6 +24,7 @@ extern "C" {
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDriverGetVersion(int *version);
+cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *facts, int device);
 cudaError_t cudaMalloc(void **address, std::size_t bytes);
 cudaError_t cudaFree(void *address);
