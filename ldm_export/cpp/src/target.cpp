@@ -58,22 +58,6 @@ std::map<std::string, std::string> sources_of(const Bundle &bundle) {
     return sources;
 }
 
-Target target_of(const Json &document, const fs::path &folder) {
-    if (const Json &version = field(document, "format_version", Kind::integer); version != FORMAT_VERSION)
-        throw MalformedError(join("it has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION));
-    if (const Json &kind = field(document, "kind", Kind::text); kind != folder.filename().string())
-        throw MalformedError("it is of the kind " + kind.dump());
-    Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
-    for (const auto &[name, entry] : field(document, "graphs", Kind::object).items()) {
-        const std::string where = "graphs['" + name + "']";
-        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where), texts_of(entry, "once", where),
-                                                field(entry, "shallow", Kind::text, where),
-                                                field(entry, "deep_channels", Kind::integer, where)});
-    }
-    field(document, "report", Kind::object);
-    return target;
-}
-
 void check_files(const Target &target, const std::map<std::string, std::int64_t> &present, bool verify) {
     std::set<std::string> opened;
     for (const auto &[_, graph] : target.graphs)
@@ -104,7 +88,7 @@ Target sound_target(const Bundle &bundle, const fs::path &folder) {
     try {
         const std::map<std::string, std::int64_t> present = walk(folder);
         if (present.count(TARGET) == 0) throw PassedOver(join("its ", TARGET, " is missing"));
-        Target target = target_of(parsed(read_text(folder / TARGET), Repeats::refused), folder);
+        Target target = target_from_json(read_text(folder / TARGET), folder);
         check_files(target, present, bundle.verified);
         return target;
     } catch (const UnlikeFile &found) {
@@ -146,6 +130,24 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
     if (names_of(target.graphs) != own)
         throw PassedOver(join("it has the graphs ", listed(names_of(target.graphs), "nothing"), ", and the bundle ",
                               listed(own, "nothing")));
+    return target;
+}
+
+Target target_from_json(std::string_view text, const fs::path &folder) {
+    const Json document = parsed(text, Repeats::refused);
+    if (const Json &version = field(document, "format_version", Kind::integer); version.integer() != FORMAT_VERSION)
+        throw MalformedError(join("it has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION));
+    if (const Json &kind = field(document, "kind", Kind::text); kind.text() != folder.filename().string())
+        throw MalformedError("it is of the kind " + kind.dump());
+    Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
+    for (const auto &[name, entry] : field(document, "graphs", Kind::object).object()) {
+        const std::string where = "graphs['" + name + "']";
+        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where).text(),
+                                                texts_of(entry, "once", where),
+                                                field(entry, "shallow", Kind::text, where).text(),
+                                                field(entry, "deep_channels", Kind::integer, where).integer()});
+    }
+    field(document, "report", Kind::object);
     return target;
 }
 

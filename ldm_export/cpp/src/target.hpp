@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string_view>
 
 namespace ldm::runtime {
 
@@ -35,6 +36,9 @@ struct PassedOver : std::runtime_error {
 
 // The bundle's target for this machine and this release of ONNX Runtime, or none; throws PassedOver.
 std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime);
+
+// A target's target.json, read and not yet held against its files; throws MalformedError.
+Target target_from_json(std::string_view text, const fs::path &folder);
 
 // The kind of processor from the text of Linux's /proc/cpuinfo; empty if that names no vector instructions.
 std::string cpu_level(const std::string &cpuinfo);
