@@ -15,25 +15,31 @@ namespace {
 
 const Flavour &RTX = *flavour_of("tensorrt-rtx");
 const std::string SOURCE_SHA(64, 'a');
-const std::string EMPTY_SHA = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+#define SHA "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+const std::string EMPTY_SHA = SHA;
 
-// A target of a UNet's engine, and its target.json.
+// A target of a UNet's engine, as its target.json.
 Json document(const std::string &kind, const std::string &precision) {
-    Json found = parsed(R"({"format_version": 1, "flavour": "tensorrt_rtx", "version": "1.7.1.116", "refittable": false,
-        "compute_capabilities": ["8.6", "12.0"], "stripped": false, "sparse": false, "report": {},
-        "engines": {"unet": {"path": "unet.plan", "source": "unet/model.onnx", "seconds": 1.5, "made_from": {},
+    return parsed(R"({"format_version": 1, "flavour": "tensorrt_rtx", "version": "1.7.1.116", "refittable": false,
+        "compute_capabilities": ["8.6", "12.0"], "stripped": false, "sparse": false, "report": {}, "kind": ")" + kind +
+        R"(", "precision": ")" + precision + R"(", "files": {"unet.plan": {"size_bytes": 0, "sha256": ")" + EMPTY_SHA + R"("}},
+        "engines": {"unet": {"path": "unet.plan", "source": "unet/model.onnx", "seconds": 1.5,
+            "made_from": {"unet/model.onnx": ")" + SOURCE_SHA + R"("},
             "inputs": [{"name": "sample", "dtype": "float32", "shape": [-1, 4, -1, -1]},
                        {"name": "timestep", "dtype": "float32", "shape": []}],
             "outputs": [{"name": "out_sample", "dtype": "float32", "shape": [-1, 4, -1, -1]}],
             "profile": {"sample": {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [8, 4, 16, 16]}}}}})", Repeats::refused);
-    found["kind"] = kind;
-    found["precision"] = precision;
-    found["engines"]["unet"]["made_from"]["unet/model.onnx"] = SOURCE_SHA;
-    found["files"]["unet.plan"] = {{"size_bytes", 0}, {"sha256", EMPTY_SHA}};
-    return found;
 }
 
 Json fp16() { return document("rtx-sm86-sm120-fp16", "fp16"); }
+
+// What lies at a path, such as "engines/unet/inputs/0".
+Json &at(Json &found, std::string_view path) {
+    if (path.empty()) return found;
+    const std::string key(path.substr(0, path.find('/')));
+    Json &next = found.is(Kind::array) ? found.array().at(std::stoul(key)) : found.object()[key];
+    return at(next, path.size() == key.size() ? "" : path.substr(key.size() + 1));
+}
 
 EngineTarget read(const Json &found) { return engines_from_json(found.dump(), "targets/rtx-sm86-sm120-fp16"); }
 
@@ -46,9 +52,9 @@ struct Folder {
     ~Folder() { fs::remove_all(bundle.path); }
 
     void add(const Json &found) const {
-        const fs::path target = bundle.path / TARGETS / found["kind"].get<std::string>();
+        const fs::path target = bundle.path / TARGETS / found["kind"].text();
         fs::create_directories(target);
-        std::ofstream(target / "target.json") << found;
+        std::ofstream(target / "target.json") << found.dump();
         std::ofstream(target / "unet.plan").flush();
     }
     std::string why(const std::string &version = "1.7.1.116", const std::string &capability = "8.6") const {
@@ -81,37 +87,37 @@ TEST_CASE("What a target.json says of engines is read") {
 }
 
 TEST_CASE("Every field of a target.json of engines is needed, and of its kind") {
-    const Json whole = fp16();
-    const auto refuse_without = [&](const Json::json_pointer &holder) {
-        for (const auto &[key, _] : whole[holder].items()) {
+    for (const std::string holder : {"", "engines/unet", "engines/unet/inputs/0", "engines/unet/profile/sample"}) {
+        Json whole = fp16();
+        const Json::Object members = at(whole, holder).object();
+        for (const auto &[key, right] : members) {
             Json found = whole;
-            found[holder].erase(key);
+            at(found, holder).object().erase(key);
             CHECK_THROWS_AS(read(found), MalformedError);
-            for (const Json &other : {Json(nullptr), Json(false), Json("no"), Json(1), Json::array({1}), Json{{"a", 1}}}) {
-                found[holder][key] = other;
-                const Json &right = whole[holder][key];
-                if (other.type() != right.type() && !(other.is_number() && right.is_number()))
-                    CHECK_THROWS_AS(read(found), MalformedError);
+            for (const Json &other : {Json(), Json(false), Json("no"), Json(std::int64_t{1}), Json(Json::Array{Json(1.5)}),
+                                      Json(Json::Object{{"a", Json(1.5)}})}) {
+                if (std::string(other.type()) == right.type() || (other.is(Kind::number) && right.is(Kind::number))) continue;
+                at(found, holder).object()[key] = other;
+                CHECK_THROWS_AS(read(found), MalformedError);
             }
         }
-    };
-    for (const char *holder : {"", "/engines/unet", "/engines/unet/inputs/0", "/engines/unet/profile/sample"})
-        refuse_without(Json::json_pointer(holder));
-    const auto refuse = [&](const char *at, const Json &value) {
-        Json found = whole;
-        found[Json::json_pointer(at)] = value;
+    }
+    for (const auto &[path, value] : std::vector<std::pair<const char *, const char *>>{
+             {"format_version", "2"},
+             {"kind", R"("rtx-sm86")"},
+             {"precision", R"("fp32")"},
+             {"flavour", R"("trt")"},
+             {"compute_capabilities", R"(["8.6"])"},
+             {"compute_capabilities/0", "8.6"},
+             {"engines/unet/inputs/0/shape/0", "-2"},
+             {"engines/unet/inputs/0/shape/0", R"("batch")"},
+             {"engines/unet/profile/sample/min/0", "1.5"},
+             {"files", R"({"../unet.plan": {"size_bytes": 0, "sha256": ")" SHA R"("}})"}}) {
+        INFO(path << " is " << value);
+        Json found = fp16();
+        at(found, path) = parsed(value, Repeats::refused);
         CHECK_THROWS_AS(read(found), MalformedError);
-    };
-    refuse("/format_version", 2);
-    refuse("/kind", "rtx-sm86");
-    refuse("/precision", "fp32");
-    refuse("/flavour", "trt");
-    refuse("/compute_capabilities", {"8.6"});
-    refuse("/compute_capabilities/0", 8.6);
-    refuse("/engines/unet/inputs/0/shape/0", -2);
-    refuse("/engines/unet/inputs/0/shape/0", "batch");
-    refuse("/engines/unet/profile/sample/min/0", 1.0);
-    refuse("/files/..~1unet.plan", {{"size_bytes", 0}, {"sha256", EMPTY_SHA}});
+    }
 }
 
 TEST_CASE("An engine says of which shapes it takes no input") {
@@ -143,23 +149,23 @@ TEST_CASE("The fastest engines that fit are taken, and of the others it is said 
     CHECK(says(folder.why("1.7.1.116", "8.9"), "it was made for compute capability 8.6, 12.0, and this device has 8.9"));
     CHECK(says(folder.why("1.7.1.116", "8.9"), "--target rtx --sm 89"));
     Json found = fp16();
-    found["stripped"] = true;
+    at(found, "stripped") = Json(true);
     folder.add(found);
     CHECK(fitting_engines(folder.bundle, RTX, "1.7.1.116", "8.6").precision == "fp32");
-    for (const auto &[change, reason] : std::vector<std::pair<Json, std::string>>{
-             {{{"path", "../../unet/model.onnx"}}, "its ../../unet/model.onnx is missing"},
-             {{{"made_from", {{"unet/model.onnx", "b"}}}}, "its unet was made from other graphs"},
-             {{{"made_from", Json::object()}}, "its unet does not say what it was made from"},
-             {{{"profile", Json::object()}}, "its unet has a profile for nothing, and free sizes in sample"}}) {
-        found = document("rtx-sm86-sm120", "fp32");
-        found["engines"]["unet"].update(change);
-        folder.add(found);
+    const auto refuse = [&](const char *path, const char *value, const std::string &reason) {
+        Json changed = document("rtx-sm86-sm120", "fp32");
+        at(changed, path) = parsed(value, Repeats::refused);
+        folder.add(changed);
         CHECK(says(folder.why(), "targets/rtx-sm86-sm120 does not fit: " + reason));
-    }
-    found = document("rtx-sm86-sm120", "fp32");
-    found["files"]["unet.plan"]["sha256"] = SOURCE_SHA;
-    folder.add(found);
-    CHECK(says(folder.why(), "its unet.plan has been altered"));
+    };
+    refuse("engines/unet/path", R"("../../unet/model.onnx")", "its ../../unet/model.onnx is missing");
+    refuse("engines/unet/made_from", R"({"unet/model.onnx": "b"})", "its unet was made from other graphs");
+    refuse("engines/unet/made_from", "{}", "its unet does not say what it was made from");
+    refuse("engines/unet/profile", "{}", "its unet has a profile for nothing, and free sizes in sample");
+    refuse("engines/unet/profile/sample/min/0", "3", "its unet takes sample of (-1, 4, -1, -1), and has a profile of (3, 4, 8, 8)");
+    refuse("files/unet.plan/size_bytes", "7", "its unet.plan has 0 bytes, and 7 are listed");
+    const std::string other = '"' + SOURCE_SHA + '"';
+    refuse("files/unet.plan/sha256", other.c_str(), "its unet.plan has been altered");
     fs::remove(folder.bundle.path / TARGETS / "rtx-sm86-sm120" / "unet.plan");
     CHECK(says(folder.why(), "its unet.plan is missing"));
     fs::create_symlink("/etc/passwd", folder.bundle.path / TARGETS / "rtx-sm86-sm120" / "unet.plan");

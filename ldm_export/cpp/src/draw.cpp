@@ -97,8 +97,11 @@ Tensor encode(Model &model, Tensor &image, const Shape &shape, Noise &noise) {
     return latents;
 }
 
-// Rows of equal shape as one array (B, ...).
+// Rows as one array (B, ...).
 Tensor stacked(const std::vector<const Tensor *> &rows) {
+    for (const Tensor *row : rows)
+        if (row->shape != rows[0]->shape)
+            throw BundleError("The text encoder gives another size from prompt to prompt. Export the bundle anew.");
     Shape shape = rows[0]->shape;
     shape.insert(shape.begin(), static_cast<std::int64_t>(rows.size()));
     Tensor whole = Tensor::zeros<float>(shape);

@@ -25,9 +25,9 @@ std::string sizes_of(const Shape &shape) {
 
 Shape shape_of(const Json &holder, const char *key, const std::string &where) {
     Shape shape;
-    for (const Json &size : field(holder, key, Kind::array, where)) {
+    for (const Json &size : field(holder, key, Kind::array, where).array()) {
         check_kind(size, Kind::integer, join(where, ".", key));
-        shape.push_back(size);
+        shape.push_back(size.integer());
     }
     return shape;
 }
@@ -35,8 +35,8 @@ Shape shape_of(const Json &holder, const char *key, const std::string &where) {
 std::vector<TensorSpec> tensors_of(const Json &entry, const char *side, const std::string &engine) {
     const std::string where = join(engine, ".", side);
     std::vector<TensorSpec> tensors;
-    for (const Json &found : field(entry, side, Kind::array, engine)) {
-        TensorSpec tensor{field(found, "name", Kind::text, where), field(found, "dtype", Kind::text, where), {}};
+    for (const Json &found : field(entry, side, Kind::array, engine).array()) {
+        TensorSpec tensor{field(found, "name", Kind::text, where).text(), field(found, "dtype", Kind::text, where).text(), {}};
         for (const std::int64_t size : shape_of(found, "shape", where)) {
             if (size < -1) throw MalformedError(join(where, " has a size of ", size, "; sizes are from 0, or -1 if free"));
             const std::string name = size < 0 ? join(tensor.name, ".", tensor.shape.size()) : "";
@@ -71,10 +71,10 @@ bool fits(const TensorSpec &tensor, const ShapeRange &range) {
 }
 
 Engine engine_of(const Json &entry, const std::string &where) {
-    Engine engine{field(entry, "path", Kind::text, where), field(entry, "source", Kind::text, where),
-                  texts_of(entry, "made_from", where),     tensors_of(entry, "inputs", where),
-                  tensors_of(entry, "outputs", where),     {}};
-    for (const auto &[name, range] : field(entry, "profile", Kind::object, where).items()) {
+    Engine engine{field(entry, "path", Kind::text, where).text(), field(entry, "source", Kind::text, where).text(),
+                  texts_of(entry, "made_from", where),            tensors_of(entry, "inputs", where),
+                  tensors_of(entry, "outputs", where),            {}};
+    for (const auto &[name, range] : field(entry, "profile", Kind::object, where).object()) {
         const std::string at = where + ".profile['" + name + "']";
         engine.profile.emplace(name, ShapeRange{shape_of(range, "min", at), shape_of(range, "opt", at), shape_of(range, "max", at)});
     }
@@ -167,12 +167,12 @@ EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
     const Json document = target_document(text, folder);
     EngineTarget target;
     target.folder = folder;
-    target.flavour = field(document, "flavour", Kind::text);
-    target.version = field(document, "version", Kind::text);
-    target.precision = field(document, "precision", Kind::text);
-    for (const Json &capability : field(document, "compute_capabilities", Kind::array)) {
+    target.flavour = field(document, "flavour", Kind::text).text();
+    target.version = field(document, "version", Kind::text).text();
+    target.precision = field(document, "precision", Kind::text).text();
+    for (const Json &capability : field(document, "compute_capabilities", Kind::array).array()) {
         check_kind(capability, Kind::text, "compute_capabilities");
-        target.compute_capabilities.push_back(capability);
+        target.compute_capabilities.push_back(capability.text());
     }
     if (std::none_of(FLAVOURS.begin(), FLAVOURS.end(), [&](const Flavour &one) {
             return target.flavour == one.library && kind_of(one, target) == target.kind();
@@ -180,8 +180,8 @@ EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
         throw MalformedError(join("it is for ", target.flavour, ", ", listed(target.compute_capabilities), " in ",
                                   target.precision));
     for (const char *name : {"refittable", "sparse"}) field(document, name, Kind::boolean);
-    target.stripped = field(document, "stripped", Kind::boolean);
-    for (const auto &[name, entry] : field(document, "engines", Kind::object).items())
+    target.stripped = field(document, "stripped", Kind::boolean).boolean();
+    for (const auto &[name, entry] : field(document, "engines", Kind::object).object())
         target.engines.emplace(name, engine_of(entry, "engines['" + name + "']"));
     field(document, "report", Kind::object);
     target.files = files_of(document);

@@ -115,11 +115,12 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
 Target target_from_json(std::string_view text, const fs::path &folder) {
     const Json document = target_document(text, folder);
     Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
-    for (const auto &[name, entry] : field(document, "graphs", Kind::object).items()) {
+    for (const auto &[name, entry] : field(document, "graphs", Kind::object).object()) {
         const std::string where = "graphs['" + name + "']";
-        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where), texts_of(entry, "once", where),
-                                                field(entry, "shallow", Kind::text, where),
-                                                field(entry, "deep_channels", Kind::integer, where)});
+        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where).text(),
+                                                texts_of(entry, "once", where),
+                                                field(entry, "shallow", Kind::text, where).text(),
+                                                field(entry, "deep_channels", Kind::integer, where).integer()});
     }
     field(document, "report", Kind::object);
     return target;

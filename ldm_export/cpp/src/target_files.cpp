@@ -34,9 +34,9 @@ void check_files(const Listing &listing, const fs::path &folder, const std::map<
 
 Json target_document(std::string_view text, const fs::path &folder) {
     Json document = parsed(text, Repeats::refused);
-    if (const Json &version = field(document, "format_version", Kind::integer); version != FORMAT_VERSION)
+    if (const Json &version = field(document, "format_version", Kind::integer); version.integer() != FORMAT_VERSION)
         throw MalformedError(join("it has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION));
-    if (const Json &kind = field(document, "kind", Kind::text); kind != folder.filename().string())
+    if (const Json &kind = field(document, "kind", Kind::text); kind.text() != folder.filename().string())
         throw MalformedError("it is of the kind " + kind.dump());
     return document;
 }
