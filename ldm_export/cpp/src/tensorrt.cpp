@@ -43,6 +43,10 @@ class Log : public nvinfer1::ILogger {
         const std::lock_guard<std::mutex> lock(mutex_);
         return last_;
     }
+    void clear() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        last_.clear();
+    }
 
   private:
     mutable std::mutex mutex_;
@@ -238,7 +242,7 @@ class EngineGraph : public Graph {
 
 #if LDM_TENSORRT_RTX
 // Throws BackendError where TensorRT-RTX knows that an engine cannot run here, in its own words.
-void check_validity(const Library &library, std::string_view plan, const std::string &path, const std::string &rebuild) {
+void check_validity(Library &library, std::string_view plan, const std::string &path, const std::string &rebuild) {
     using Reason = nvinfer1::EngineInvalidityDiagnostics;
     constexpr std::pair<Reason, const char *> reasons[] = {{Reason::kVERSION_MISMATCH, "version mismatch"},
                                                            {Reason::kUNSUPPORTED_CC, "unsupported cc"},
@@ -247,12 +251,14 @@ void check_validity(const Library &library, std::string_view plan, const std::st
                                                            {Reason::kINSUFFICIENT_GPU_MEMORY, "insufficient gpu memory"},
                                                            {Reason::kMALFORMED_ENGINE, "malformed engine"},
                                                            {Reason::kCUDA_ERROR, "cuda error"}};
+    library.log.clear();
     std::uint64_t bits = 0;
     const auto size = static_cast<std::int64_t>(plan.size());
     if (library.runtime->getEngineValidity(plan.data(), size, &bits) != nvinfer1::EngineValidity::kINVALID) return;
     std::vector<std::string> why;
     for (const auto &[reason, words] : reasons)
         if ((bits & static_cast<std::uint64_t>(reason)) != 0) why.push_back(words);
+    if (const std::string last = library.log.last(); why.empty() && !last.empty()) why.push_back(last);
     throw BackendError(join(BUILT.library, " ", version(), " cannot run ", path, " here (",
                             listed(why, "it does not say why"), "). Update NVIDIA's driver, or run: ", rebuild));
 }
@@ -315,7 +321,7 @@ class OpenedEngines : public Engines {
     Gpu gpu_;
     EngineTarget target_;
     std::string rebuild_;
-    std::shared_ptr<const Library> library_ = std::make_shared<const Library>();
+    std::shared_ptr<Library> library_ = std::make_shared<Library>();
 };
 
 }  // namespace
