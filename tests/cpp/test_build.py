@@ -165,20 +165,20 @@ def test_other_examples(examples: Path, bundle: Path, tmp_path: Path, program: s
     assert np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - expected).max() <= 1
 
 
-def tested(build: Callable[..., Path], folder: Path, *options: str) -> Path:
+def unit_program(build: Callable[..., Path], folder: Path, *options: str) -> Path:
     need(installed("catch2/catch.hpp"), "Catch2 2")
     return build(TESTS, folder, "-DCMAKE_BUILD_TYPE=Debug", *options) / "ldm_unit"
 
 
 def test_its_own_tests(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
-    program = tested(build, tmp_path / "build")
+    program = unit_program(build, tmp_path / "build")
     print(run(program, "--rng-seed", "0", LDM_TEST_BUNDLE=str(bundle)))
     print(run(program, "[life]", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="50"))
 
 
 @pytest.mark.slow
 def test_a_thousand_lives(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
-    print(run(tested(build, tmp_path / "build"), "[life]", LDM_TEST_BUNDLE=str(bundle)))
+    print(run(unit_program(build, tmp_path / "build"), "[life]", LDM_TEST_BUNDLE=str(bundle)))
 
 
 SANITIZERS = {
@@ -192,7 +192,7 @@ SANITIZERS = {
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_under_sanitizers(build: Callable[..., Path], bundle: Path, tmp_path: Path, sanitizer: str) -> None:
     flags = f"-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize={sanitizer} -fno-sanitize-recover=all"
-    program = tested(build, tmp_path / "build", flags)
+    program = unit_program(build, tmp_path / "build", flags)
     tests = "[threads]" if sanitizer == "thread" else "~[life]"
     print(run(program, tests, LDM_TEST_BUNDLE=str(bundle), **SANITIZERS[sanitizer]))
 

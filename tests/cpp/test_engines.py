@@ -24,8 +24,8 @@ from ldm_export.manifest import MANIFEST
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import cuda
 from ldm_export.target import TARGET
+from tests.cpp import test_build
 from tests.cpp.conftest import SOURCES, run
-from tests.cpp.test_build import SANITIZERS, tested
 from tests.test_engines import DOES_NOT_FIT, KIND
 from tests.test_engines import bundle as one_engine  # a fixture
 
@@ -336,13 +336,13 @@ def test_a_full_gpu(host: Host, engined: Path, binding: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("sanitizer", test_build.SANITIZERS)
 def test_under_sanitizers(build: Callable[..., Path], bundle: Path, tmp_path: Path, sanitizer: str) -> None:
     flags = f"-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize={sanitizer} -fno-sanitize-recover=all"
-    program = tested(build, tmp_path / "build", "-DLDM_TENSORRT=rtx", flags)
+    program = test_build.unit_program(build, tmp_path / "build", "-DLDM_TENSORRT=rtx", flags)
     folder = with_engines(bundle, tmp_path / "bundle", "rtx")
     tests = "[threads]" if sanitizer == "thread" else "[threads],A callback cancels*,A step shows*"
-    run(program, tests, LDM_TEST_BUNDLE=str(folder), **SANITIZERS[sanitizer])
+    run(program, tests, LDM_TEST_BUNDLE=str(folder), **test_build.SANITIZERS[sanitizer])
 
 
 @pytest.mark.parametrize("flavour", BACKENDS)
