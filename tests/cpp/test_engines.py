@@ -339,10 +339,11 @@ def test_a_full_gpu(host: Host, engined: Path, binding: ModuleType) -> None:
 @pytest.mark.parametrize("sanitizer", test_build.SANITIZERS)
 def test_under_sanitizers(build: Callable[..., Path], bundle: Path, tmp_path: Path, sanitizer: str) -> None:
     flags = f"-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize={sanitizer} -fno-sanitize-recover=all"
-    program = test_build.unit_program(build, tmp_path / "build", "-DLDM_TENSORRT=rtx", flags)
+    test_build.need(test_build.installed("catch2/catch.hpp"), "Catch2 2")
+    programs = build(HOST_GPU.parent, tmp_path / "build", "-DCMAKE_BUILD_TYPE=Debug", "-DLDM_TENSORRT=rtx", flags)
     folder = with_engines(bundle, tmp_path / "bundle", "rtx")
     tests = "[threads]" if sanitizer == "thread" else "[threads],A callback cancels*,A step shows*"
-    run(program, tests, LDM_TEST_BUNDLE=str(folder), **test_build.SANITIZERS[sanitizer])
+    run(programs / "ldm_unit", tests, LDM_TEST_BUNDLE=str(folder), **test_build.SANITIZERS[sanitizer])
 
 
 @pytest.mark.parametrize("flavour", BACKENDS)

@@ -4,9 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <cmath>
 #include <cstdio>
-#include <limits>
 
 namespace ldm::runtime {
 
@@ -31,7 +29,7 @@ class Builder {
   public:
     explicit Builder(Repeats repeats) : repeats_(repeats) {}
 
-    bool null() { return add(Json()); }
+    bool null() { return add(std::monostate()); }
     bool boolean(bool value) { return add(value); }
     bool number_integer(std::int64_t value) { return add(value); }
     bool number_unsigned(std::uint64_t value) {
@@ -57,19 +55,23 @@ class Builder {
     Json whole;
 
   private:
-    Json &put(Json value) {
-        if (open_.empty()) return whole = std::move(value);
+    // Where the next value belongs.
+    Json &place() {
+        if (open_.empty()) return whole;
         Json &holder = *open_.back();
-        if (holder.is(Kind::array)) return holder.array().emplace_back(std::move(value));
-        return holder.object().insert_or_assign(key_, std::move(value)).first->second;
+        return holder.is(Kind::array) ? holder.array().emplace_back() : holder.object()[key_];
     }
-    bool add(Json value) {
-        put(std::move(value));
+    template <class Value>
+    bool add(Value value) {
+        place().assign(std::move(value));
         return true;
     }
-    bool open(Json container) {
+    template <class Container>
+    bool open(Container empty) {
         if (open_.size() >= DEEPEST) throw MalformedError("not JSON that can be read: it is nested too deep");
-        open_.push_back(&put(std::move(container)));
+        Json &container = place();
+        container.assign(std::move(empty));
+        open_.push_back(&container);
         return true;
     }
     bool close() {

@@ -36,6 +36,12 @@ class Json {
     Json(Array value) : value_(std::move(value)) {}
     Json(Object value) : value_(std::move(value)) {}
 
+    // Hold another value.
+    template <class Value>
+    void assign(Value value) {
+        value_ = std::move(value);
+    }
+
     bool is(Kind kind) const;
     bool is_null() const { return value_.index() == 0; }
     const char *type() const;  // such as "an object", for messages
