@@ -22,7 +22,8 @@ const std::string EMPTY_SHA = SHA;
 Json document(const std::string &kind, const std::string &precision) {
     return parsed(R"({"format_version": 1, "flavour": "tensorrt_rtx", "version": "1.7.1.116", "refittable": false,
         "compute_capabilities": ["8.6", "12.0"], "stripped": false, "sparse": false, "report": {}, "kind": ")" + kind +
-        R"(", "precision": ")" + precision + R"(", "files": {"unet.plan": {"size_bytes": 0, "sha256": ")" + EMPTY_SHA + R"("}},
+        R"(", "precision": ")" + precision + R"(", "files": {"unet.plan": {"size_bytes": 0, "sha256": ")" + EMPTY_SHA +
+        R"("}},
         "engines": {"unet": {"path": "unet.plan", "source": "unet/model.onnx", "seconds": 1.5,
             "made_from": {"unet/model.onnx": ")" + SOURCE_SHA + R"("},
             "inputs": [{"name": "sample", "dtype": "float32", "shape": [-1, 4, -1, -1]},
@@ -96,7 +97,8 @@ TEST_CASE("Every field of a target.json of engines is needed, and of its kind") 
             CHECK_THROWS_AS(read(found), MalformedError);
             for (const Json &other : {Json(), Json(false), Json("no"), Json(std::int64_t{1}), Json(Json::Array{Json(1.5)}),
                                       Json(Json::Object{{"a", Json(1.5)}})}) {
-                if (std::string(other.type()) == right.type() || (other.is(Kind::number) && right.is(Kind::number))) continue;
+                const bool alike = std::string(other.type()) == right.type();
+                if (alike || (other.is(Kind::number) && right.is(Kind::number))) continue;
                 at(found, holder).object()[key] = other;
                 CHECK_THROWS_AS(read(found), MalformedError);
             }
@@ -125,12 +127,13 @@ TEST_CASE("An engine says of which shapes it takes no input") {
     CHECK_NOTHROW(engine.check_shape("sample", {1, 4, 8, 8}, ""));
     CHECK_NOTHROW(engine.check_shape("sample", {8, 4, 16, 16}, ""));
     CHECK_NOTHROW(engine.check_shape("timestep", {}, ""));
-    for (const Shape &shape : {Shape{9, 4, 8, 8}, Shape{1, 4, 7, 8}, Shape{1, 4, 8, 17}, Shape{1, 4, 8}, Shape{1, 4, 8, 8, 1}})
+    for (const Shape &shape :
+         {Shape{9, 4, 8, 8}, Shape{1, 4, 7, 8}, Shape{1, 4, 8, 17}, Shape{1, 4, 8}, Shape{1, 4, 8, 8, 1}})
         CHECK_THROWS_AS(engine.check_shape("sample", shape, ""), InputError);
     CHECK_THROWS_WITH(engine.check_shape("sample", {9, 4, 8, 8}, "ldm-export build"),
-                      "unet.plan would be given 'sample' of shape (9, 4, 8, 8); it was built for (1, 4, 8, 8) to (8, 4, 16, 16). "
-                      "Ask for pictures of such a size and number, use another backend, or run, with a larger --batch or "
-                      "--size: ldm-export build");
+                      "unet.plan would be given 'sample' of shape (9, 4, 8, 8); it was built for (1, 4, 8, 8) to "
+                      "(8, 4, 16, 16). Ask for pictures of such a size and number, use another backend, or run, with a "
+                      "larger --batch or --size: ldm-export build");
 }
 
 TEST_CASE("The fastest engines that fit are taken, and of the others it is said why not") {
@@ -144,7 +147,9 @@ TEST_CASE("The fastest engines that fit are taken, and of the others it is said 
     CHECK(engine_targets(folder.bundle, *flavour_of("tensorrt")).empty());
     CHECK(fitting_engines(folder.bundle, RTX, "1.7.1.116", "12.0").precision == "fp16");
 
-    const auto says = [](const std::string &sentence, const std::string &part) { return sentence.find(part) != std::string::npos; };
+    const auto says = [](const std::string &sentence, const std::string &part) {
+        return sentence.find(part) != std::string::npos;
+    };
     CHECK(says(folder.why("1.8"), "fp16 does not fit: it was made with tensorrt_rtx 1.7.1.116, and this is 1.8"));
     CHECK(says(folder.why("1.7.1.116", "8.9"), "it was made for compute capability 8.6, 12.0, and this device has 8.9"));
     CHECK(says(folder.why("1.7.1.116", "8.9"), "--target rtx --sm 89"));
@@ -162,7 +167,8 @@ TEST_CASE("The fastest engines that fit are taken, and of the others it is said 
     refuse("engines/unet/made_from", R"({"unet/model.onnx": "b"})", "its unet was made from other graphs");
     refuse("engines/unet/made_from", "{}", "its unet does not say what it was made from");
     refuse("engines/unet/profile", "{}", "its unet has a profile for nothing, and free sizes in sample");
-    refuse("engines/unet/profile/sample/min/0", "3", "its unet takes sample of (-1, 4, -1, -1), and has a profile of (3, 4, 8, 8)");
+    refuse("engines/unet/profile/sample/min/0", "3",
+           "its unet takes sample of (-1, 4, -1, -1), and has a profile of (3, 4, 8, 8)");
     refuse("files/unet.plan/size_bytes", "7", "its unet.plan has 0 bytes, and 7 are listed");
     const std::string other = '"' + SOURCE_SHA + '"';
     refuse("files/unet.plan/sha256", other.c_str(), "its unet.plan has been altered");

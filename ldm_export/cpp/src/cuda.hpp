@@ -1,5 +1,5 @@
-// The few parts of CUDA that running engines takes; as ldm_export/runtime/backends/cuda.py. The device is CUDA's first, which
-// CUDA_VISIBLE_DEVICES chooses.
+// The few parts of CUDA that running engines takes; as ldm_export/runtime/backends/cuda.py. The device is CUDA's first,
+// which CUDA_VISIBLE_DEVICES chooses.
 #pragma once
 
 #include "error.hpp"

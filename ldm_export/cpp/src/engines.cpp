@@ -36,7 +36,8 @@ std::vector<TensorSpec> tensors_of(const Json &entry, const char *side, const st
     const std::string where = join(engine, ".", side);
     std::vector<TensorSpec> tensors;
     for (const Json &found : field(entry, side, Kind::array, engine).array()) {
-        TensorSpec tensor{field(found, "name", Kind::text, where).text(), field(found, "dtype", Kind::text, where).text(), {}};
+        TensorSpec tensor{
+            field(found, "name", Kind::text, where).text(), field(found, "dtype", Kind::text, where).text(), {}};
         for (const std::int64_t size : shape_of(found, "shape", where)) {
             if (size < -1) throw MalformedError(join(where, " has a size of ", size, "; sizes are from 0, or -1 if free"));
             const std::string name = size < 0 ? join(tensor.name, ".", tensor.shape.size()) : "";
@@ -76,7 +77,8 @@ Engine engine_of(const Json &entry, const std::string &where) {
                   tensors_of(entry, "outputs", where),            {}};
     for (const auto &[name, range] : field(entry, "profile", Kind::object, where).object()) {
         const std::string at = where + ".profile['" + name + "']";
-        engine.profile.emplace(name, ShapeRange{shape_of(range, "min", at), shape_of(range, "opt", at), shape_of(range, "max", at)});
+        engine.profile.emplace(
+            name, ShapeRange{shape_of(range, "min", at), shape_of(range, "opt", at), shape_of(range, "max", at)});
     }
     field(entry, "seconds", Kind::number, where);
     return engine;
@@ -95,8 +97,9 @@ void check_profile(const std::string &name, const Engine &engine) {
         if (!is_free(tensor)) continue;
         const ShapeRange &range = engine.profile.at(tensor.name);
         if (!fits(tensor, range))
-            throw PassedOver(join("its ", name, " takes ", tensor.name, " of ", sizes_of(sizes_in(tensor)), ", and has a profile of ",
-                                  sizes_of(range.min), ", ", sizes_of(range.opt), " and ", sizes_of(range.max), " for it"));
+            throw PassedOver(join("its ", name, " takes ", tensor.name, " of ", sizes_of(sizes_in(tensor)),
+                                  ", and has a profile of ", sizes_of(range.min), ", ", sizes_of(range.opt), " and ",
+                                  sizes_of(range.max), " for it"));
     }
 }
 

@@ -1,4 +1,4 @@
-// TensorRT engines of a bundle, under targets/<kind>/, and when they may be run; as ldm_export/engines.py. Takes no TensorRT.
+// TensorRT engines of a bundle, under targets/<kind>/, and when they may be run, without TensorRT; as ldm_export/engines.py.
 #pragma once
 
 #include "error.hpp"

@@ -1,5 +1,5 @@
-// A GPU that is the host, as tests/runtime/host_gpu.py: CUDA's calls on the host's memory, and TensorRT's on ONNX Runtime, so
-// that what the library does over those calls is run. Engines are ONNX files. Work waits until its stream is waited for;
+// A GPU that is the host, as tests/runtime/host_gpu.py: CUDA's calls on the host's memory, and TensorRT's on ONNX Runtime,
+// so that what the library does over those calls is run. Engines are ONNX files. Work waits until its stream is waited for;
 // memory is handed out full of NaN; what is not given back, and what is copied up, is counted.
 #include <NvInferRuntime.h>
 
@@ -245,7 +245,8 @@ struct HostContext : IExecutionContext, Counted {
     }
 
   private:
-    std::map<std::string, Ort::Value> run(const std::map<std::string, void *> &where, const std::map<std::string, Dims> &of) {
+    std::map<std::string, Ort::Value> run(const std::map<std::string, void *> &where,
+                                          const std::map<std::string, Dims> &of) {
         const auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeCPUInput);
         std::vector<const char *> inputs, outputs;
         std::vector<Ort::Value> values;
