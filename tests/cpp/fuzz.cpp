@@ -1,25 +1,94 @@
 // What a bundle or a caller may hold that this library parses itself: no input may crash it. The first byte chooses.
-#include "error.hpp"
-#include "manifest.hpp"
+#include "engines.hpp"
+#include "json.hpp"
 #include "onnx_wire.hpp"
-#include "plan.hpp"
+#include "request.hpp"
+#include "target.hpp"
 #include "tokenizer.hpp"
+#include "unicode.hpp"
 
+#include <array>
+#include <cmath>
 #include <cstdlib>
+#include <fstream>
+
+#include <unistd.h>
 
 using namespace ldm::runtime;
+
+namespace {
+
+void require(bool holds) {
+    if (!holds) std::abort();
+}
+
+// A manifest, its facts, and a request for what it says of itself.
+void read_manifest(std::string_view text) {
+    const Bundle bundle{"/nowhere", manifest_from_json(text), false};
+    const Facts facts = facts_of(bundle);
+    const char *prompt = "a";
+    const std::int64_t label = 0;
+    ldm_draw_options options{};
+    options.guidance = std::nan("");
+    options.deepcache = 1;
+    if (facts.takes_classes) options.class_labels = &label;
+    checked_request(bundle, facts, facts.reads_text ? &prompt : nullptr, 1, options);
+}
+
+// A plan, run from each of its steps.
+void run_plan(std::string_view text) {
+    const Plan plan = plan_from_json(text);
+    constexpr std::size_t count = 3;
+    const std::array<float, count> output{1.0f, -2.0f, 0.5f};
+    for (std::size_t start = 0; start < plan.num_inference_steps; ++start) {
+        std::array<float, count> latents = output;
+        const Trajectory run = plan.starting_at(start);
+        Stepper stepper(run.rows, latents.data(), count);
+        for (const Row &row : run.rows) stepper.advance(row, output.data(), [&] { return output.data(); });
+    }
+}
+
+void tokenize(const Tokenizer &tokenizer, std::string_view prompt) {
+    const std::vector<TokenId> ids = tokenizer(prompt, [](const std::string &told) { require(is_utf8(told)); });
+    require(ids.size() == tokenizer.max_length());
+}
+
+// A prompt and the files of a tokenizer, a zero byte before each; one that is empty is not there.
+void read_tokenizer(std::string_view text) {
+    static const fs::path folder = fs::temp_directory_path() / join("ldm_fuzz.", ::getpid());
+    fs::create_directories(folder);
+    const auto next = [&] {
+        const std::string_view piece = text.substr(0, text.find('\0'));
+        text.remove_prefix(std::min(piece.size() + 1, text.size()));
+        return piece;
+    };
+    const std::string_view prompt = next();
+    for (const char *name : {"tokenizer_config.json", "merges.txt", "vocab.json", "special_tokens_map.json",
+                             "added_tokens.json", "tokenizer.json"}) {
+        const std::string_view content = next();
+        if (content.empty())
+            fs::remove(folder / name);
+        else
+            std::ofstream(folder / name, std::ios::binary) << content;
+    }
+    tokenize(Tokenizer(folder), prompt);
+}
+
+}  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size) {
     static const Tokenizer tokenizer(std::getenv("LDM_TEST_TOKENIZER"));
     if (size == 0) return 0;
     const std::string_view text(reinterpret_cast<const char *>(data) + 1, size - 1);
     try {
-        switch (data[0] % 4) {
-            case 0: manifest_from_json(text); break;
-            case 1: plan_from_json(text).for_strength(0.5); break;
+        switch (data[0] % 7) {
+            case 0: read_manifest(text); break;
+            case 1: run_plan(text); break;
             case 2: external_data_from_bytes(text); break;
-            default:
-                if (tokenizer(text, [](const std::string &) {}).size() != tokenizer.max_length()) std::abort();
+            case 3: target_from_json(text, "targets/ort-cpu"); break;
+            case 4: read_tokenizer(text); break;
+            case 5: tokenize(tokenizer, text); break;
+            default: engines_from_json(text, "targets/rtx-sm89");
         }
     } catch (const Error &) {
     } catch (const MalformedError &) {

@@ -18,6 +18,7 @@ import ldm_export
 from ldm_export.cli import cmake_dir
 from ldm_export.runtime import Pipeline
 from tests.cpp.conftest import SOURCES, run
+from tests.cpp.fuzz_seeds import write_seeds
 
 TESTS = Path(__file__).parent
 HEADER = SOURCES / "include" / "ldm" / "ldm.h"
@@ -167,22 +168,26 @@ def test_other_examples(examples: Path, bundle: Path, tmp_path: Path, program: s
 
 def tested(build: Callable[..., Path], folder: Path, *options: str) -> Path:
     need(installed("catch2/catch.hpp"), "Catch2 2")
-    return build(TESTS, folder, "-DCMAKE_BUILD_TYPE=Debug", *options) / "ldm_unit"
+    return build(TESTS, folder, "-DCMAKE_BUILD_TYPE=Debug", *options)
 
 
 def test_its_own_tests(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
-    program = tested(build, tmp_path / "build")
-    print(run(program, "--rng-seed", "0", LDM_TEST_BUNDLE=str(bundle)))
-    print(run(program, "[life]", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="50"))
+    programs = tested(build, tmp_path / "build")
+    print(run(programs / "ldm_unit", "--rng-seed", "0", LDM_TEST_BUNDLE=str(bundle)))
+    print(run(programs / "ldm_unit", "[life]", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="50"))
+    print(run(programs / "ldm_memory", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="50"))
 
 
 @pytest.mark.slow
 def test_a_thousand_lives(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
-    print(run(tested(build, tmp_path / "build"), "[life]", LDM_TEST_BUNDLE=str(bundle)))
+    programs = tested(build, tmp_path / "build")
+    print(run(programs / "ldm_unit", "[life]", LDM_TEST_BUNDLE=str(bundle)))
+    print(run(programs / "ldm_memory", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="1000"))
 
 
+CHECKED = "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -D_GLIBCXX_ASSERTIONS"
 SANITIZERS = {
-    "address,undefined": {"ASAN_OPTIONS": "detect_leaks=1:alloc_dealloc_mismatch=0:allocator_may_return_null=1"},
+    "address,undefined": {"ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1"},
     # of ONNX Runtime's own mutexes it sees the unlocking and not the locking
     "thread": {"TSAN_OPTIONS": f"suppressions={TESTS / 'tsan.supp'}:report_mutex_bugs=0"},
 }
@@ -191,24 +196,31 @@ SANITIZERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_under_sanitizers(build: Callable[..., Path], bundle: Path, tmp_path: Path, sanitizer: str) -> None:
-    flags = f"-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize={sanitizer} -fno-sanitize-recover=all"
-    program = tested(build, tmp_path / "build", flags)
-    tests = "[threads]" if sanitizer == "thread" else "~[life]"
-    print(run(program, tests, LDM_TEST_BUNDLE=str(bundle), **SANITIZERS[sanitizer]))
+    programs = tested(build, tmp_path / "build", CHECKED.replace("address,undefined", sanitizer))
+    settings = {"LDM_TEST_BUNDLE": str(bundle), "LDM_TEST_ROUNDS": "50"} | SANITIZERS[sanitizer]
+    if sanitizer == "thread":
+        print(run(programs / "ldm_unit", "[threads]", **settings))
+    else:
+        print(run(programs / "ldm_unit", **settings))
+        print(run(programs / "ldm_memory", **settings))
 
 
 @pytest.mark.slow
 def test_fuzzing(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
     need(shutil.which("clang++") is not None, "clang++")
     compilers = ("-DCMAKE_C_COMPILER=clang", "-DCMAKE_CXX_COMPILER=clang++", "-DLDM_FUZZ=ON")
-    program = build(TESTS, tmp_path / "build", *compilers, "-DCMAKE_CXX_FLAGS=-O1 -g -fsanitize=address,undefined")
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number, file in enumerate(
-        (bundle / "manifest.json", bundle / "plans" / "ddim-10.json", bundle / "unet" / "model.onnx")
-    ):
-        (corpus / file.name.replace("/", "-")).write_bytes(bytes([number]) + file.read_bytes()[: 1 << 16])
-    (corpus / "prompt").write_bytes(b"\x03it's <|endoftext|> e\xcc\x81")
+    program = build(TESTS, tmp_path / "build", *compilers, CHECKED)
+    write_seeds(bundle, tmp_path / "seeds")
+    (tmp_path / "corpus").mkdir()
     seconds = os.environ.get("LDM_FUZZ_SECONDS", "60")
+    limits = (f"-max_total_time={seconds}", "-max_len=20000", "-timeout=600", f"-dict={TESTS / 'fuzz.dict'}")
     tokenizer = str(bundle / "tokenizer")
-    run(program / "ldm_fuzz", corpus, f"-max_total_time={seconds}", "-max_len=20000", LDM_TEST_TOKENIZER=tokenizer)
+    run(
+        program / "ldm_fuzz",
+        tmp_path / "corpus",
+        tmp_path / "seeds",
+        *limits,
+        f"-artifact_prefix={tmp_path}/",
+        LDM_TEST_TOKENIZER=tokenizer,
+        TMPDIR=str(tmp_path),
+    )

@@ -10,6 +10,7 @@
 #include <catch2/catch.hpp>
 
 #include <cmath>
+#include <locale>
 
 using namespace ldm::runtime;
 
@@ -33,13 +34,39 @@ TEST_CASE("SHA-256 of FIPS 180-4's examples and of every length around a block")
 
 TEST_CASE("JSON that is ambiguous or deep is refused") {
     CHECK_THROWS_AS(parsed(R"({"a": 1, "a": 2})", Repeats::refused), MalformedError);
-    CHECK(parsed(R"({"a": 1, "a": 2})", Repeats::allowed)["a"] == 2);
+    CHECK(parsed(R"({"a": 1, "a": 2})", Repeats::allowed)["a"].integer() == 2);
     for (const char *text : {"", "{", "NaN", "[Infinity]", "1e400", "\xEF\xBB\xBF{}", "\"\\ud800\"", "\"\xff\"", "{} {}"})
         CHECK_THROWS_AS(parsed(text, Repeats::refused), MalformedError);
     CHECK_THROWS_AS(parsed(std::string(100000, '['), Repeats::refused), MalformedError);
+    CHECK_NOTHROW(parsed(std::string(500, '[') + std::string(500, ']'), Repeats::refused));
+    CHECK_THROWS_AS(parsed(std::string(501, '[') + std::string(501, ']'), Repeats::refused), MalformedError);
     CHECK_THROWS_AS(field(parsed(R"({"a": true})", Repeats::refused), "a", Kind::integer), MalformedError);
     CHECK_THROWS_AS(field(parsed(R"({"a": 1.0})", Repeats::refused), "a", Kind::integer), MalformedError);
     CHECK_THROWS_AS(field(parsed(R"({"a": 18446744073709551615})", Repeats::refused), "a", Kind::integer), MalformedError);
+}
+
+TEST_CASE("JSON is read and written as it was") {
+    for (const char *text : {"null", "true", "false", "0", "-9223372036854775808", "9223372036854775807", "0.5", "\"\"", "[]", "{}",
+                             R"({"a":[1,-2.5,"x\"\\\u0001é",{}],"b":{"c":null}})", R"("\u0000")"})
+        CHECK(parsed(text, Repeats::refused).dump() == text);
+    const Json whole = parsed(R"({"a": {"b": [7]}, "c": 18446744073709551615})", Repeats::refused);
+    CHECK(whole["a"]["b"].array()[0].integer() == 7);
+    CHECK(whole["x"]["b"].is_null());
+    CHECK(whole["a"]["b"]["c"].is_null());
+    CHECK(whole["c"].number() == 18446744073709551615.0);
+    CHECK(parsed(R"({"a": [1, 2], "a": {}})", Repeats::allowed).dump() == R"({"a":{}})");
+    CHECK(std::string(whole["c"].type()) == "a number");
+}
+
+TEST_CASE("Numbers are written alike in every locale") {
+    struct Grouped : std::numpunct<char> {
+        char do_thousands_sep() const override { return '.'; }
+        std::string do_grouping() const override { return "\3"; }
+    };
+    const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Grouped));
+    const std::string text = join(1000, " ", 0.5);
+    std::locale::global(before);
+    CHECK(text == "1000 0.5");
 }
 
 TEST_CASE("Paths stay inside the folder") {
@@ -97,6 +124,7 @@ TEST_CASE("A plan is checked whole") {
                R"(, "init_scale": 1, "rows": [)" + text +
                R"(], "entries": [{"image_scale": 1, "noise_scale": 1, "warmup": [], "resume": )" + resume + "}]}";
     };
+    CHECK(plan_from_json(plan("[0.5]")).for_strength(1).rows.size() == 1);
     CHECK(plan_from_json(plan("[0.5]")).rows[0].weights == std::vector<double>{0.5});
     for (const std::string &text : {plan("[1, 1]"), plan("[1e400]"), plan("1"), plan("[true]"), plan("[]", "1"), plan("[]", "2"),
                                     plan("[]", "-1"), plan("[]", "0", "2"), plan("[]", "0", "0"), plan("[]", "0", "1e3"),

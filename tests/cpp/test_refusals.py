@@ -10,13 +10,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
 import pytest
 
 from ldm_export.manifest import MANIFEST
 from tests.test_bundle import DEEP_LIES, LIES, make
 from tests.test_target import DOES_NOT_FIT
 
-STATUS_INPUT, STATUS_BUNDLE = 1, 2
+STATUS_INPUT, STATUS_BUNDLE, STATUS_BACKEND = 1, 2, 3
 PROMPT = "a red circle"
 IN_PYTHONS_WORDS = re.compile(r"of type|shape|cannot be read|, which$")
 """Messages that name Python's types or quote as Python does."""
@@ -90,3 +91,66 @@ def test_another_model_is_refused(
     with pytest.raises(binding.LdmError, match="an inpainting model") as caught:
         open_cpp(kinds("inpainting")[1]).draw([PROMPT])
     assert caught.value.status == STATUS_INPUT
+
+
+UNET = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[batch, 4, height, width] sample, float timestep, float[batch, tokens, 32] encoder_hidden_states)
+  => (TYPE[batch, 4, height, width] out_sample) { out_sample = NODE }"""
+GRAPHS_THAT_LIE = {
+    "more tokens for a prompt than for none": (
+        "text_encoder",
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (int64[batch, 16] input_ids) => (float[batch, 16, 32] last_hidden_state, float[batch, 32] pooler_output)
+        <int64[1] most = {600}, int64[1] one = {1}, int64[1] width = {32}> {
+            least = ReduceMin <keepdims = 0> (input_ids)
+            row = Reshape (least, one)
+            tokens = Sub (most, row)
+            all = Shape (input_ids)
+            start = Constant <value = int64[1] {0}> ()
+            batch = Gather (all, start)
+            sizes = Concat <axis = 0> (batch, tokens, width)
+            last_hidden_state = ConstantOfShape (sizes)
+            pooled = Concat <axis = 0> (batch, width)
+            pooler_output = ConstantOfShape (pooled)
+        }""",
+        STATUS_BUNDLE,
+    ),
+    "a prediction of another type": (
+        "unet",
+        UNET.replace("TYPE", "float16").replace("NODE", "Cast <to = 10> (sample)"),
+        STATUS_BACKEND,
+    ),
+    "a prediction of another size": (
+        "unet",
+        UNET.replace("TYPE", "float").replace("NODE", "Concat <axis = 3> (sample, sample)"),
+        STATUS_BACKEND,
+    ),
+    "pictures of the latents' size": (
+        "vae_decoder",
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[batch, 4, height, width] latent_sample) => (float[batch, 3, image_height, image_width] sample) {
+            channels = Constant <value = int64[2] {3, 1}> ()
+            sample, rest = Split <axis = 1> (latent_sample, channels)
+        }""",
+        STATUS_BUNDLE,
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", GRAPHS_THAT_LIE)
+def test_a_graph_that_gives_what_it_must_not_is_refused(
+    open_cpp: Callable[..., Any], binding: ModuleType, tiny_bundle: Path, tmp_path: Path, lie: str
+) -> None:
+    name, text, status = GRAPHS_THAT_LIE[lie]
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    model = onnx.parser.parse_model(text)
+    (folder / name / "model.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][f"{name}/model.onnx"]["size_bytes"] = model.ByteSize()
+    for output, told in zip(manifest["graphs"][name]["outputs"], model.graph.output, strict=True):
+        output["dtype"] = onnx.helper.tensor_dtype_to_np_dtype(told.type.tensor_type.elem_type).name
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    pipeline = open_cpp(folder)
+    with pytest.raises(binding.LdmError) as caught:
+        pipeline.draw([PROMPT], steps=10)
+    assert caught.value.status == status, str(caught.value)

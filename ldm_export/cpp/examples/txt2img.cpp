@@ -20,7 +20,7 @@ namespace {
 constexpr const char *USAGE =
     "usage: txt2img BUNDLE PROMPT... -o OUT.png [--sampler S] [--steps N] [--guidance W] [--negative TEXT] [--seed N]\n"
     "               [--image IN.png] [--strength X] [--size HxW] [--class-label N]... [--count N] [--deepcache N]\n"
-    "               [--backend auto|cpu|cuda] [--threads N] [--latents OUT.npy]\n";
+    "               [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt] [--threads N] [--latents OUT.npy]\n";
 
 struct UsageError : std::runtime_error {
     using std::runtime_error::runtime_error;

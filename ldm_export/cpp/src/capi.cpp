@@ -13,6 +13,7 @@
 #include <exception>
 #include <mutex>
 #include <new>
+#include <set>
 #include <unordered_map>
 #include <utility>
 
@@ -26,7 +27,7 @@ struct ldm_pipeline {
 
     std::shared_ptr<Model> model;
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
-    std::string backend;  // what ldm_info points to
+    std::set<std::string> backends;  // what ldm_info has pointed to
 };
 
 struct ldm_preview {
@@ -41,7 +42,7 @@ thread_local const char *message = "";
 
 ldm_status failed(ldm_status status, const char *sentence) noexcept {
     try {
-        message_text = sentence;
+        message_text = encoded(decoded(sentence));  // names of files need not be UTF-8
         message = message_text.c_str();
     } catch (...) {
         message = "Out of memory.";
@@ -120,13 +121,19 @@ T &needed(T *pointer, const char *name) {
     return *pointer;
 }
 
+// Sizes of structures of this kind, older and newer ones: none cuts through a member.
+template <class T>
+void check_size(std::size_t struct_size) {
+    if (struct_size < sizeof struct_size || struct_size > 4096 || struct_size % alignof(T) != 0)
+        throw InputError(join("struct_size is ", struct_size, "; it is sizeof the structure. Use its _init function."));
+}
+
 // The caller's structure as this library knows it: what the caller does not have stays at its default.
 template <class T>
 T completed(const T *given, const T &defaults) {
     T whole = defaults;
     if (given == nullptr) return whole;
-    if (given->struct_size < sizeof given->struct_size || given->struct_size > 4096)
-        throw InputError(join("struct_size is ", given->struct_size, "; it is sizeof the structure. Use its _init function."));
+    check_size<T>(given->struct_size);
     std::memcpy(&whole, given, std::min(given->struct_size, sizeof whole));
     return whole;
 }
@@ -134,8 +141,7 @@ T completed(const T *given, const T &defaults) {
 // Give the caller as much of a structure as it has room for.
 template <class T>
 void give(const T &whole, T *to, std::size_t struct_size) {
-    if (struct_size < sizeof struct_size || struct_size > 4096)
-        throw InputError(join("struct_size is ", struct_size, "; it is sizeof the structure."));
+    check_size<T>(struct_size);
     std::memset(to, 0, struct_size);
     std::memcpy(to, &whole, std::min(struct_size, sizeof whole));
     to->struct_size = struct_size;
@@ -158,6 +164,18 @@ ldm_draw_options draw_defaults() {
     return options;
 }
 
+// Call what the caller gave, whose exceptions must not cross C.
+template <class Action>
+auto calling(const char *which, const Action &action) {
+    try {
+        return action();
+    } catch (const std::exception &error) {
+        throw CallbackError(join("The ", which, " callback threw an exception: ", error.what(), ". Catch it there."));
+    } catch (...) {
+        throw CallbackError(join("The ", which, " callback threw an exception. Catch it there."));
+    }
+}
+
 // Tell how many there are; whether the caller wants them, and has room.
 bool wants(std::size_t count, const void *buffer, std::size_t *room, const char *unit) {
     const std::size_t there = std::exchange(*room, count);
@@ -177,14 +195,7 @@ void call_back(const ldm_draw_options &options, const Step &step, std::size_t pi
     told.latents = step.latents.as<float>();
     std::copy(step.latents.shape.begin(), step.latents.shape.end(), std::begin(told.latents_shape));
     told.preview = &preview;
-    int stop = 0;
-    try {
-        stop = options.step(&told, options.step_user);
-    } catch (const std::exception &error) {
-        throw CallbackError(join("The step callback threw an exception: ", error.what(), ". Catch it there."));
-    } catch (...) {
-        throw CallbackError("The step callback threw an exception. Catch it there.");
-    }
+    const int stop = calling("step", [&] { return options.step(&told, options.step_user); });
     if (stop != 0) throw CancelledError(join("Cancelled after step ", step.index + 1, " of ", step.count, "."));
 }
 
@@ -192,7 +203,7 @@ void call_back(const ldm_draw_options &options, const Step &step, std::size_t pi
 
 extern "C" {
 
-const char *ldm_version(void) { 
+const char *ldm_version(void) {
     return LDM_VERSION_TEXT(LDM_VERSION_MAJOR, LDM_VERSION_MINOR, LDM_VERSION_PATCH);
 }
 
@@ -211,7 +222,9 @@ ldm_status ldm_pipeline_open(const char *folder, const ldm_open_options *options
         needed(pipeline, "pipeline") = nullptr;
         const ldm_open_options asked = completed(options, open_defaults());
         const auto warn = [tell = asked.warning, user = asked.warning_user](const std::string &sentence) {
-            if (tell != nullptr) tell(sentence.c_str(), user);
+            if (tell == nullptr) return;
+            const std::string text = encoded(decoded(sentence));
+            calling("warning", [&] { tell(text.c_str(), user); });
         };
         *pipeline = registered(std::make_shared<Model>(&needed(folder, "folder"), &needed(asked.backend, "backend"),
                                                        asked.threads, asked.verify != 0, warn));
@@ -239,11 +252,11 @@ void ldm_pipeline_close(ldm_pipeline *pipeline) {
 ldm_status ldm_pipeline_info(ldm_pipeline *pipeline, ldm_info *info) {
     return guarded([&] {
         const Use use(pipeline);
+        needed(info, "info");
         const Facts &facts = use.model().facts();
         const std::vector<Tokenizer> &tokenizers = use.model().tokenizers();
-        use->backend = use.model().backend();
         ldm_info told{};
-        told.backend = use->backend.c_str();
+        told.backend = use->backends.insert(use.model().backend()).first->c_str();
         told.height = facts.height;
         told.width = facts.width;
         told.channels = facts.picture_channels;
@@ -255,7 +268,7 @@ ldm_status ldm_pipeline_info(ldm_pipeline *pipeline, ldm_info *info) {
         told.default_sampler = facts.default_sampler.c_str();
         told.default_steps = facts.default_steps;
         told.default_guidance = facts.default_guidance;
-        give(told, &needed(info, "info"), info->struct_size);
+        give(told, info, info->struct_size);
     });
 }
 

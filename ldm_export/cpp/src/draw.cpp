@@ -97,8 +97,11 @@ Tensor encode(Model &model, Tensor &image, const Shape &shape, Noise &noise) {
     return latents;
 }
 
-// Rows of equal shape as one array (B, ...).
+// Rows as one array (B, ...).
 Tensor stacked(const std::vector<const Tensor *> &rows) {
+    for (const Tensor *row : rows)
+        if (row->shape != rows[0]->shape)
+            throw BundleError("The text encoder gives another size from prompt to prompt. Export the bundle anew.");
     Shape shape = rows[0]->shape;
     shape.insert(shape.begin(), static_cast<std::int64_t>(rows.size()));
     Tensor whole = Tensor::zeros<float>(shape);
@@ -218,7 +221,7 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
 Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     if (!request.loop.empty()) return draw_whole(model, request, on_step);
     const Graph &unet = model.graph("unet");
-    model.graph("vae_decoder");
+    model.graph("vae_decoder").check_shape("latent_sample", latents_shape(model, request));
     if (request.deepcache > 1 && !unet.can_skip())
         throw InputError(join("deepcache ", request.deepcache, " was asked for, and ", model.backend(),
                               " has no outermost blocks of this UNet apart. Run: ldm-export build ",

@@ -3,6 +3,7 @@
 
 #include <ldm/ldm.h>
 
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -26,10 +27,11 @@ using CancelledError = ErrorOf<LDM_ERROR_CANCELLED>;
 using BufferError = ErrorOf<LDM_ERROR_BUFFER>;
 using CallbackError = ErrorOf<LDM_ERROR_CALLBACK>;
 
-// The parts as one text.
+// The parts as one text, numbers written alike whatever locale the application has set.
 template <class... Parts>
 std::string join(const Parts &...parts) {
     std::ostringstream text;
+    text.imbue(std::locale::classic());
     (text << ... << parts);
     return text.str();
 }
@@ -40,6 +42,14 @@ std::string listed(const Items &items, const char *if_none = "") {
     std::string text;
     for (const auto &item : items) text += (text.empty() ? "" : ", ") + std::string(item);
     return text.empty() ? if_none : text;
+}
+
+// Another library's text without line breaks.
+inline std::string one_line(const char *text) {
+    std::istringstream words(text);
+    std::string line;
+    for (std::string word; words >> word;) line += (line.empty() ? "" : " ") + word;
+    return line;
 }
 
 }  // namespace ldm::runtime

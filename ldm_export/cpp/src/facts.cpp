@@ -14,33 +14,35 @@ class Reader {
     explicit Reader(const Bundle &bundle) : bundle_(bundle), model_(bundle.manifest.model) {}
 
     std::uint32_t count(const char *key) const {
-        const Json value = model_.value(key, Json());
-        if (!is_kind(value, Kind::integer) || value < 1 || value > LARGEST) refuse(key, value);
-        return value;
+        const Json &value = model_[key];
+        if (!value.is(Kind::integer) || value.integer() < 1 || value.integer() > LARGEST) refuse(key, value);
+        return static_cast<std::uint32_t>(value.integer());
     }
 
     double positive(const char *key) const {
-        const Json value = model_.value(key, Json());
-        if (!value.is_number() || !(value > 0)) refuse(key, value);
-        return value;
+        const Json &value = model_[key];
+        if (!value.is(Kind::number) || !(value.number() > 0)) refuse(key, value);
+        return value.number();
     }
 
     std::string text(const char *key) const {
-        const Json value = model_.value(key, Json());
-        if (!value.is_string()) refuse(key, value);
-        return value;
+        const Json &value = model_[key];
+        if (!value.is(Kind::text)) refuse(key, value);
+        return value.text();
     }
 
     double number_or(const char *key, double otherwise) const {
-        const Json value = model_.value(key, Json(otherwise));
-        if (!value.is_number()) refuse(key, value);
-        return value;
+        if (model_.object().count(key) == 0) return otherwise;
+        const Json &value = model_[key];
+        if (!value.is(Kind::number)) refuse(key, value);
+        return value.number();
     }
 
     bool flag(const char *key) const {
-        const Json value = model_.value(key, Json(false));
-        if (!value.is_boolean()) refuse(key, value);
-        return value;
+        if (model_.object().count(key) == 0) return false;
+        const Json &value = model_[key];
+        if (!value.is(Kind::boolean)) refuse(key, value);
+        return value.boolean();
     }
 
     // A tensor of rank 4 whose channels are fixed.
@@ -66,7 +68,7 @@ class Reader {
                                ". Export it anew."));
     }
 
-    static constexpr std::int64_t LARGEST = 1 << 24;
+    static constexpr std::int64_t LARGEST = 1 << 20;
 
     const Bundle &bundle_;
     const Json &model_;
@@ -94,8 +96,9 @@ Facts facts_of(const Bundle &bundle) {
     facts.reads_text = unet.input("encoder_hidden_states") != nullptr;
     facts.takes_classes = unet.input("class_labels") != nullptr;
     facts.takes_scale = unet.input("timestep_cond") != nullptr;
-    const Json classes = bundle.manifest.model.value("num_class_embeds", Json());
-    facts.class_count = facts.takes_classes && is_kind(classes, Kind::integer) && classes > 0 ? reader.count("num_class_embeds") : 0;
+    const Json &classes = bundle.manifest.model["num_class_embeds"];
+    const bool told = facts.takes_classes && classes.is(Kind::integer) && classes.integer() > 0;
+    facts.class_count = told ? reader.count("num_class_embeds") : 0;
     if (facts.reads_text) reader.graph("text_encoder");
     return facts;
 }

@@ -4,10 +4,13 @@
 #include "unicode.hpp"
 
 #include <cerrno>
+#include <cstring>
 #include <fstream>
+#include <memory>
 #include <system_error>
 #include <vector>
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -19,6 +22,20 @@ namespace {
 
 [[noreturn]] void fail(const fs::path &file, int code) {
     throw std::system_error(code, std::generic_category(), file.filename().string());
+}
+
+struct Close {
+    void operator()(DIR *directory) const { ::closedir(directory); }
+};
+
+// What comes next in a directory, or null.
+const dirent *next(DIR *directory, const fs::path &folder) {
+    for (;;) {
+        errno = 0;
+        const dirent *entry = ::readdir(directory);
+        if (entry == nullptr && errno != 0) fail(folder, errno);
+        if (entry == nullptr || (std::strcmp(entry->d_name, ".") != 0 && std::strcmp(entry->d_name, "..") != 0)) return entry;
+    }
 }
 
 }  // namespace
@@ -52,16 +69,21 @@ std::map<std::string, std::int64_t> walk(const fs::path &folder, const std::stri
     while (!waiting.empty()) {
         const std::string prefix = waiting.back();
         waiting.pop_back();
-        for (const fs::directory_entry &entry : fs::directory_iterator(folder / prefix)) {
-            const std::string relative = prefix + entry.path().filename().string();
+        // std::filesystem::directory_iterator ends the process where it runs out of memory
+        const std::unique_ptr<DIR, Close> directory(::opendir((folder / prefix).c_str()));
+        if (directory == nullptr) fail(folder / prefix, errno);
+        while (const dirent *entry = next(directory.get(), folder)) {
+            const std::string relative = prefix + entry->d_name;
             if (relative == leave_out) continue;
-            const fs::file_status status = entry.symlink_status();
-            if (fs::is_directory(status))
+            struct stat status {};
+            if (::fstatat(::dirfd(directory.get()), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) != 0)
+                fail(folder / relative, errno);
+            if (S_ISDIR(status.st_mode))
                 waiting.push_back(relative + "/");
-            else if (fs::is_regular_file(status))
-                found.emplace(relative, static_cast<std::int64_t>(entry.file_size()));
+            else if (S_ISREG(status.st_mode))
+                found.emplace(relative, static_cast<std::int64_t>(status.st_size));
             else
-                throw UnlikeFile{relative, fs::is_symlink(status)};
+                throw UnlikeFile{relative, S_ISLNK(status.st_mode)};
         }
     }
     return found;

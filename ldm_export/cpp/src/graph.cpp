@@ -98,7 +98,7 @@ Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::s
     struct Bound {
         std::map<std::string, Tensors> held;  // what the parts give, by part
         Tensor deep;
-        std::vector<Call> calls;
+        Call whole, shallow;
         std::size_t turn = 0;
     };
     const auto bound = std::make_shared<Bound>();
@@ -115,14 +115,14 @@ Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::s
         bound->deep = Tensor::zeros<float>({sample[0], deep_channels_, sample[2], sample[3]});
         given[DEEP] = made[DEEP] = &bound->deep;
     }
-    bound->calls = {rest_->bind(taken(given, *rest_), made)};
-    if (every > 1) bound->calls.resize(every, shallow_->bind(taken(given, *shallow_), outputs));
-    return [this, bound, scalars] {
+    bound->whole = rest_->bind(taken(given, *rest_), made);
+    if (every > 1) bound->shallow = shallow_->bind(taken(given, *shallow_), outputs);
+    return [this, bound, scalars, every] {
         for (const auto &[name, value] : scalars) {
             const SharedTensors now = results(name, *value);
             for (auto &[output, tensor] : bound->held[name]) overwrite(tensor, now->at(output));
         }
-        bound->calls[bound->turn++ % bound->calls.size()]();
+        (bound->turn++ % every == 0 ? bound->whole : bound->shallow)();
     };
 }
 

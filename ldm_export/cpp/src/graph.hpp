@@ -26,11 +26,17 @@ class Graph {
     // Any thread may run and bind; a call that was bound is made from one at a time. Both throw BackendError.
     virtual Tensors run(const TensorRefs &inputs) const = 0;
 
-    // A call that reads `inputs` and writes `outputs` where they lie. With `every` > 1 the first and then every so many
-    // calls are of the whole graph, those between of its outermost blocks.
+    // A call that reads `inputs` and writes `outputs` where they lie. Only the inputs that `changes` names may be of other
+    // values from call to call. With `every` > 1 the first and then every so many calls are of the whole graph, those
+    // between of its outermost blocks.
     virtual Call bind(const TensorRefs &inputs, const TensorRefs &outputs, std::size_t every = 1) const = 0;
 
     virtual bool can_skip() const { return false; }  // whether `every` may be more than 1
+
+    // Throws InputError where an input cannot have this shape; most graphs take any.
+    virtual void check_shape(const std::string &, const Shape &) const {}
+
+    static bool changes(const std::string &input) { return input == "sample" || input == "timestep"; }
 
   private:
     GraphSpec spec_;

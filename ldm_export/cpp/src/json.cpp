@@ -2,14 +2,15 @@
 
 #include "error.hpp"
 
-#include <set>
-#include <vector>
+#include <nlohmann/json.hpp>
+
+#include <cstdio>
 
 namespace ldm::runtime {
 
 namespace {
 
-constexpr int DEEPEST = 500;
+constexpr std::size_t DEEPEST = 500;
 
 const char *name_of(Kind kind) {
     switch (kind) {
@@ -23,11 +24,84 @@ const char *name_of(Kind kind) {
     return "";
 }
 
+// What the parser tells, as one value.
+class Builder {
+  public:
+    explicit Builder(Repeats repeats) : repeats_(repeats) {}
+
+    bool null() { return add(std::monostate()); }
+    bool boolean(bool value) { return add(value); }
+    bool number_integer(std::int64_t value) { return add(value); }
+    bool number_unsigned(std::uint64_t value) {
+        return value <= INT64_MAX ? add(static_cast<std::int64_t>(value)) : add(static_cast<double>(value));
+    }
+    bool number_float(double value, const std::string &) { return add(value); }
+    bool string(std::string &value) { return add(std::move(value)); }
+    bool binary(nlohmann::json::binary_t &) { return false; }
+    bool start_object(std::size_t) { return open(Json::Object()); }
+    bool start_array(std::size_t) { return open(Json::Array()); }
+    bool end_object() { return close(); }
+    bool end_array() { return close(); }
+    bool key(std::string &name) {
+        key_ = std::move(name);
+        if (repeats_ == Repeats::refused && open_.back()->object().count(key_) != 0)
+            throw MalformedError("not JSON: the key " + Json(key_).dump() + " occurs twice");
+        return true;
+    }
+    bool parse_error(std::size_t, const std::string &, const nlohmann::json::exception &error) {
+        throw MalformedError(std::string("not JSON: ") + error.what());
+    }
+
+    Json whole;
+
+  private:
+    // Where the next value belongs.
+    Json &place() {
+        if (open_.empty()) return whole;
+        Json &holder = *open_.back();
+        return holder.is(Kind::array) ? holder.array().emplace_back() : holder.object()[key_];
+    }
+    template <class Value>
+    bool add(Value value) {
+        place().assign(std::move(value));
+        return true;
+    }
+    template <class Container>
+    bool open(Container empty) {
+        if (open_.size() >= DEEPEST) throw MalformedError("not JSON that can be read: it is nested too deep");
+        Json &container = place();
+        container.assign(std::move(empty));
+        open_.push_back(&container);
+        return true;
+    }
+    bool close() {
+        open_.pop_back();
+        return true;
+    }
+
+    Repeats repeats_;
+    std::vector<Json *> open_;  // the containers around what comes next; only the innermost one grows, so that none moves
+    std::string key_;
+};
+
+std::string escaped(const std::string &text) {
+    std::string json = "\"";
+    for (const char c : text) {
+        char code[8] = {c};
+        if (c == '"' || c == '\\')
+            std::snprintf(code, sizeof code, "\\%c", c);
+        else if (static_cast<unsigned char>(c) < 0x20)
+            std::snprintf(code, sizeof code, "\\u%04x", static_cast<unsigned>(c));
+        json += c == '\0' ? "\\u0000" : code;
+    }
+    return json + '"';
+}
+
 std::string named(const std::string &where) { return where.empty() ? "the whole" : where; }
 
 // In quotes, control characters escaped.
 std::string quoted(const std::string &text) {
-    std::string json = Json(text).dump();
+    std::string json = escaped(text);
     json.front() = json.back() = '\'';
     return json;
 }
@@ -40,55 +114,75 @@ bool is_plain(const std::string &part) {
 
 Json parsed(std::string_view text, Repeats repeats) {
     if (text.substr(0, 3) == "\xEF\xBB\xBF") throw MalformedError("not JSON: it begins with a byte order mark");
-    std::vector<std::set<std::string>> keys;  // of the objects that are open
-    const auto watch = [&](int depth, Json::parse_event_t event, Json &value) {
-        if (depth > DEEPEST) throw MalformedError("not JSON that can be read: it is nested too deep");
-        if (repeats == Repeats::allowed) return true;
-        if (event == Json::parse_event_t::object_start) keys.emplace_back();
-        if (event == Json::parse_event_t::object_end) keys.pop_back();
-        if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
-            throw MalformedError("not JSON: the key " + value.dump() + " occurs twice");
-        return true;
-    };
-    try {
-        return Json::parse(text, watch);
-    } catch (const Json::exception &error) {
-        throw MalformedError(std::string("not JSON: ") + error.what());
-    }
+    Builder builder(repeats);
+    nlohmann::json::sax_parse(text, &builder);
+    return std::move(builder.whole);
 }
 
-bool is_kind(const Json &value, Kind kind) {
+bool Json::is(Kind kind) const {
     switch (kind) {
-        case Kind::object: return value.is_object();
-        case Kind::array: return value.is_array();
-        case Kind::text: return value.is_string();
-        case Kind::integer:
-            return value.is_number_integer() && (!value.is_number_unsigned() || value.get<std::uint64_t>() <= INT64_MAX);
-        case Kind::number: return value.is_number();
-        case Kind::boolean: return value.is_boolean();
+        case Kind::object: return std::holds_alternative<Object>(value_);
+        case Kind::array: return std::holds_alternative<Array>(value_);
+        case Kind::text: return std::holds_alternative<std::string>(value_);
+        case Kind::integer: return std::holds_alternative<std::int64_t>(value_);
+        case Kind::number: return is(Kind::integer) || std::holds_alternative<double>(value_);
+        case Kind::boolean: return std::holds_alternative<bool>(value_);
     }
     return false;
 }
 
+const char *Json::type() const {
+    for (const Kind kind : {Kind::object, Kind::array, Kind::text, Kind::number, Kind::boolean})
+        if (is(kind)) return name_of(kind);
+    return "null";
+}
+
+double Json::number() const { return is(Kind::integer) ? static_cast<double>(integer()) : std::get<double>(value_); }
+
+const Json &Json::operator[](std::string_view key) const {
+    static const Json none;
+    if (!is(Kind::object)) return none;
+    const auto found = object().find(key);
+    return found == object().end() ? none : found->second;
+}
+
+std::string Json::dump() const {
+    if (is(Kind::text)) return escaped(text());
+    if (is(Kind::boolean)) return boolean() ? "true" : "false";
+    if (is(Kind::integer)) return std::to_string(integer());
+    if (is(Kind::number)) return join(number());
+    std::string inside;
+    if (is(Kind::array)) {
+        for (const Json &value : array()) inside += (inside.empty() ? "" : ",") + value.dump();
+        return "[" + inside + "]";
+    }
+    if (is(Kind::object)) {
+        for (const auto &[key, value] : object()) inside += (inside.empty() ? "" : ",") + escaped(key) + ":" + value.dump();
+        return "{" + inside + "}";
+    }
+    return "null";
+}
+
 void check_kind(const Json &value, Kind kind, const std::string &where) {
-    if (!is_kind(value, kind))
-        throw MalformedError(join(named(where), " is of type ", value.type_name(), "; ", name_of(kind), " is needed"));
+    if (!value.is(kind))
+        throw MalformedError(join(named(where), " is ", value.type(), "; ", name_of(kind), " is needed"));
 }
 
 const Json &field(const Json &holder, const std::string &key, Kind kind, const std::string &where) {
     check_kind(holder, Kind::object, where);
-    const auto found = holder.find(key);
-    if (found == holder.end()) throw MalformedError(join(named(where), " lacks '", key, "'"));
-    check_kind(*found, kind, where.empty() ? key : where + "." + key);
-    return *found;
+    const auto found = holder.object().find(key);
+    if (found == holder.object().end()) throw MalformedError(join(named(where), " lacks '", key, "'"));
+    check_kind(found->second, kind, where.empty() ? key : where + "." + key);
+    return found->second;
 }
 
 std::map<std::string, FileEntry> files_of(const Json &document) {
     std::map<std::string, FileEntry> files;
-    for (const auto &[path, entry] : field(document, "files", Kind::object).items()) {
+    for (const auto &[path, entry] : field(document, "files", Kind::object).object()) {
         check_path(path);
         const std::string where = "files[" + quoted(path) + "]";
-        FileEntry file{field(entry, "size_bytes", Kind::integer, where), field(entry, "sha256", Kind::text, where)};
+        FileEntry file{field(entry, "size_bytes", Kind::integer, where).integer(),
+                       field(entry, "sha256", Kind::text, where).text()};
         const bool hex = file.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
         if (file.size_bytes < 0 || file.sha256.size() != 64 || !hex)
             throw MalformedError(where + " is " + entry.dump() + "; a size from 0 and 64 hex digits are needed");
@@ -99,9 +193,9 @@ std::map<std::string, FileEntry> files_of(const Json &document) {
 
 std::map<std::string, std::string> texts_of(const Json &holder, const std::string &key, const std::string &where) {
     std::map<std::string, std::string> texts;
-    for (const auto &[name, value] : field(holder, key, Kind::object, where).items()) {
+    for (const auto &[name, value] : field(holder, key, Kind::object, where).object()) {
         check_kind(value, Kind::text, key + "." + name);
-        texts.emplace(name, value);
+        texts.emplace(name, value.text());
     }
     return texts;
 }

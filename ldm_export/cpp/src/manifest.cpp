@@ -19,14 +19,14 @@ bool begins_with(std::string_view relative, std::string_view folder) {
 
 std::vector<TensorSpec> specs_of(const Json &entry, const char *side, const std::string &where) {
     std::vector<TensorSpec> specs;
-    for (const Json &spec : field(entry, side, Kind::array, where)) {
+    for (const Json &spec : field(entry, side, Kind::array, where).array()) {
         const std::string at = join(where, ".", side, "[", specs.size(), "]");
-        TensorSpec tensor{field(spec, "name", Kind::text, at), field(spec, "dtype", Kind::text, at), {}};
-        for (const Json &size : field(spec, "shape", Kind::array, at)) {
-            if (is_kind(size, Kind::integer) && size >= 0)
-                tensor.shape.push_back({size.get<std::int64_t>()});
-            else if (size.is_string() && !size.get_ref<const std::string &>().empty())
-                tensor.shape.push_back({0, size});
+        TensorSpec tensor{field(spec, "name", Kind::text, at).text(), field(spec, "dtype", Kind::text, at).text(), {}};
+        for (const Json &size : field(spec, "shape", Kind::array, at).array()) {
+            if (size.is(Kind::integer) && size.integer() >= 0)
+                tensor.shape.push_back({size.integer()});
+            else if (size.is(Kind::text) && !size.text().empty())
+                tensor.shape.push_back({0, size.text()});
             else
                 throw MalformedError(
                     join(at, " has the shape ", spec["shape"].dump(), "; sizes are whole numbers from 0, or names"));
@@ -38,10 +38,10 @@ std::vector<TensorSpec> specs_of(const Json &entry, const char *side, const std:
 
 Manifest manifest_of(const Json &found) {
     check_kind(found, Kind::object, "");
-    if (const Json &version = field(found, "format_version", Kind::integer); version != FORMAT_VERSION)
+    if (const Json &version = field(found, "format_version", Kind::integer); version.integer() != FORMAT_VERSION)
         throw BundleError(join(MANIFEST, " has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION,
                                ". Export the bundle anew, or install the ldm_export that made it."));
-    for (const auto &[key, _] : found.items())
+    for (const auto &[key, _] : found.object())
         if (std::find(KEYS.begin(), KEYS.end(), key) == KEYS.end())
             throw MalformedError("the whole has the unknown key '" + key + "'");
     Manifest manifest{files_of(found), {}, field(found, "model", Kind::object)};
@@ -49,17 +49,17 @@ Manifest manifest_of(const Json &found) {
         if (path == MANIFEST || begins_with(path, TARGETS))
             throw MalformedError(
                 join("the path '", path, "' is listed, but ", MANIFEST, " and what is under ", TARGETS, "/ never are"));
-    for (const auto &[name, entry] : field(found, "graphs", Kind::object).items()) {
+    for (const auto &[name, entry] : field(found, "graphs", Kind::object).object()) {
         const std::string where = "graphs['" + name + "']";
-        const std::string path = field(entry, "path", Kind::text, where);
+        const std::string &path = field(entry, "path", Kind::text, where).text();
         if (manifest.files.count(path) == 0)
             throw MalformedError(where + " has the path '" + path + "', which is not among the files");
         manifest.graphs.emplace(name, GraphSpec{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)});
     }
     for (const char *key : {"passes", "parity"})
-        for (const Json &entry : field(found, key, Kind::array)) {
+        for (const Json &entry : field(found, key, Kind::array).array()) {
             check_kind(entry, Kind::object, std::string("an entry of ") + key);
-            if (entry.contains("made_of")) field(entry, "made_of", Kind::object, std::string("an entry of ") + key);
+            if (entry.object().count("made_of") != 0) field(entry, "made_of", Kind::object, std::string("an entry of ") + key);
         }
     field(found, "source", Kind::object);
     field(found, "ldm_export_version", Kind::text);
@@ -93,6 +93,19 @@ Manifest manifest_from_json(std::string_view text) {
     } catch (const MalformedError &error) {
         throw BundleError(join(MANIFEST, ": ", error.what(), ". Export the bundle anew."));
     }
+}
+
+bool agree(const std::vector<TensorSpec> &declared, const std::vector<TensorSpec> &there) {
+    const auto has = [&](const TensorSpec &tensor) {
+        const auto found =
+            std::find_if(there.begin(), there.end(), [&](const TensorSpec &one) { return one.name == tensor.name; });
+        if (found == there.end() || found->dtype != tensor.dtype || found->shape.size() != tensor.shape.size()) return false;
+        for (std::size_t k = 0; k < tensor.shape.size(); ++k)
+            if (!tensor.shape[k].is_free() && (found->shape[k].is_free() || found->shape[k].size != tensor.shape[k].size))
+                return false;
+        return true;
+    };
+    return declared.size() == there.size() && std::all_of(declared.begin(), declared.end(), has);
 }
 
 bool is_loop(std::string_view relative) { return begins_with(relative, "loops"); }

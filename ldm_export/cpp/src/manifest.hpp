@@ -34,6 +34,9 @@ struct GraphSpec {
     std::string name() const;                              // the folder, such as "unet"; of a loop its file
 };
 
+// Whether a loaded graph has what the manifest gives it: the same names, types, ranks and fixed sizes.
+bool agree(const std::vector<TensorSpec> &declared, const std::vector<TensorSpec> &there);
+
 struct Manifest {
     std::map<std::string, FileEntry> files;
     std::map<std::string, GraphSpec> graphs;

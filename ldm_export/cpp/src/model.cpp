@@ -37,8 +37,12 @@ Tensor joined(const Tensor &one, const Tensor &other) {
 }
 
 Device device_for(const std::string &backend) {
-    if (backend != "auto" && backend != "cpu" && backend != "cuda")
-        throw InputError("There is no backend '" + backend + "'; there are auto, cpu, cuda. Use one of those.");
+    if (flavour_of(backend) != nullptr) return Device::cpu;
+    if (backend != "auto" && backend != "cpu" && backend != "cuda") {
+        std::vector<std::string> there{"auto", "cpu", "cuda"};
+        for (const Flavour &flavour : FLAVOURS) there.push_back(flavour.backend);
+        throw InputError(join("There is no backend '", backend, "'; there are ", listed(there), ". Use one of those."));
+    }
     if (backend == "cpu") return Device::cpu;
     if (OnnxRuntime::has_cuda()) return Device::cuda;
     if (backend == "cuda")
@@ -56,6 +60,24 @@ Model::Model(const fs::path &folder, const std::string &backend, int threads, bo
       runtime_(threads),
       fixed_device_(backend != "auto"),
       device_(device_for(backend)) {
+    const Flavour *flavour = flavour_of(backend);
+    if (flavour != nullptr || (!fixed_device_ && may_run_engines(bundle_))) open_engines(flavour);
+    if (engines_ == nullptr) open_target();
+}
+
+void Model::open_engines(const Flavour *asked) {
+    try {
+        engines_ = runtime::open_engines(bundle_, asked);
+    } catch (const BackendError &error) {
+        if (fixed_device_) throw;
+        warn(join(error.what(), " Another backend is used."));
+        return;
+    }
+    for (const auto &[name, engine] : engines_->target().engines)  // loops that the bundle has no graph of
+        if (is_loop(name)) bundle_.manifest.graphs.emplace(name, GraphSpec{name + ".onnx", engine.inputs, engine.outputs});
+}
+
+void Model::open_target() {
     if (device_ == Device::cuda) return;
     try {
         target_ = read_target(bundle_, OnnxRuntime::version());
@@ -72,6 +94,7 @@ void Model::pass_over_target(const std::string &why) {
 
 std::string Model::backend() const {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    if (engines_ != nullptr) return engines_->name();
     const char *target = target_ ? " ort-cpu" : "";
     return join("onnxruntime ", OnnxRuntime::version(), device_ == Device::cuda ? " cuda" : " cpu", target);
 }
@@ -85,6 +108,16 @@ const Graph &Model::graph(const std::string &name) {
 
 std::unique_ptr<Graph> Model::load(const std::string &name) {
     const GraphSpec &graph = spec(name);
+    if (engines_ != nullptr) {
+        try {
+            return engines_->open(name, graph);
+        } catch (const BackendError &error) {
+            if (fixed_device_ || is_loop(name)) throw;
+            engines_.reset();
+            warn(join(error.what(), " Another backend is used."));
+            open_target();
+        }
+    }
     if (target_ && target_->graphs.count(name) != 0) {
         try {
             return load_target(target_->graphs.at(name), graph);

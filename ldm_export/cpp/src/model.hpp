@@ -6,6 +6,7 @@
 #include "graph.hpp"
 #include "session.hpp"
 #include "target.hpp"
+#include "tensorrt.hpp"
 #include "tokenizer.hpp"
 
 #include <mutex>
@@ -18,7 +19,7 @@ namespace ldm::runtime {
 
 class Model {
   public:
-    // backend: "cpu", "cuda", or "auto", CUDA where ONNX Runtime has it. Throws BundleError, BackendError, InputError.
+    // backend: as in ldm_open_options. Throws BundleError, BackendError, InputError.
     Model(const fs::path &folder, const std::string &backend, int threads, bool verify, Warn warn);
 
     const Bundle &bundle() const { return bundle_; }
@@ -35,6 +36,8 @@ class Model {
     std::vector<SharedTensors> encode(const std::vector<std::string> &prompts);
 
   private:
+    void open_engines(const Flavour *asked);
+    void open_target();
     std::unique_ptr<Graph> load(const std::string &name);
     std::unique_ptr<Graph> load_target(const TargetGraph &graph, const GraphSpec &spec) const;
     void pass_over_target(const std::string &why);
@@ -46,8 +49,9 @@ class Model {
     OnnxRuntime runtime_;
     bool fixed_device_;  // asked for by name
     Device device_;
+    std::unique_ptr<Engines> engines_;
     std::optional<Target> target_;
-    mutable std::recursive_mutex mutex_;  // of what follows, and of device_ and target_
+    mutable std::recursive_mutex mutex_;  // of what follows, and of device_, engines_ and target_
     std::map<std::string, std::unique_ptr<Graph>> graphs_;
     std::optional<std::vector<Tokenizer>> tokenizers_;
     Cache<std::string, SharedTensors> prompts_{256};  // by token ids

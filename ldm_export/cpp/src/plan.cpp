@@ -21,10 +21,10 @@ class Record {
   public:
     Record(const Json &value, const char *where, const std::set<std::string> &names) : value_(value) {
         std::set<std::string> given;
-        if (value.is_object())
-            for (const auto &[key, _] : value.items()) given.insert(key);
+        if (value.is(Kind::object))
+            for (const auto &[key, _] : value.object()) given.insert(key);
         if (given != names)
-            refuse(join(where, " holds ", value.is_object() ? listed(given) : value.type_name(), "; it must hold exactly ",
+            refuse(join(where, " holds ", value.is(Kind::object) ? listed(given) : value.type(), "; it must hold exactly ",
                         listed(names)));
     }
 
@@ -32,19 +32,20 @@ class Record {
 
     std::size_t index(const char *name) const {
         const Json &value = value_[name];
-        if (!is_kind(value, Kind::integer) || value < 0)
+        if (!value.is(Kind::integer) || value.integer() < 0)
             refuse(join("a plan has ", name, " = ", value.dump(), "; it must be a whole number from 0"));
-        return value;
+        return static_cast<std::size_t>(value.integer());
     }
 
     std::string text(const char *name) const {
-        if (!value_[name].is_string()) refuse(join("a plan has ", name, " = ", value_[name].dump(), "; it must be text"));
-        return value_[name];
+        const Json &value = value_[name];
+        if (!value.is(Kind::text)) refuse(join("a plan has ", name, " = ", value.dump(), "; it must be text"));
+        return value.text();
     }
 
-    const Json &list(const char *name) const {
-        if (!value_[name].is_array()) refuse(join("a plan has ", name, " that is no list"));
-        return value_[name];
+    const Json::Array &list(const char *name) const {
+        if (!value_[name].is(Kind::array)) refuse(join("a plan has ", name, " that is no list"));
+        return value_[name].array();
     }
 
     std::vector<double> numbers(const char *name) const {
@@ -55,9 +56,9 @@ class Record {
 
   private:
     static double finite(const Json &value, const char *name) {
-        if (!value.is_number() || !std::isfinite(value.get<double>()))
+        if (!value.is(Kind::number) || !std::isfinite(value.number()))
             refuse(join("a plan has ", name, " = ", value.dump(), "; it must be a finite number"));
-        return value;
+        return value.number();
     }
 
     const Json &value_;
@@ -85,7 +86,7 @@ Row row_of(const Json &value) {
     return row;
 }
 
-std::vector<Row> rows_of(const Json &list) {
+std::vector<Row> rows_of(const Json::Array &list) {
     std::vector<Row> rows;
     for (const Json &value : list) rows.push_back(row_of(value));
     return rows;
@@ -97,12 +98,16 @@ Entry entry_of(const Json &value) {
             record.index("resume")};
 }
 
-void check(const Trajectory &trajectory) {
-    if (trajectory.rows.empty()) refuse("a plan starts with 0 rows; rows must be at least 1");
-    for (std::size_t made = 1; made <= std::min(trajectory.rows.size(), MAX_HISTORY); ++made)
-        if (const std::size_t weighed = trajectory.rows[made - 1].weights.size(); weighed > made)
-            refuse(join("network call ", made, " of a plan weighs ", weighed, " remembered values; only ", made,
+// A run of some warm-up rows, then of a plan's from `resume` on, may weigh only what is remembered by then.
+void check(const std::vector<Row> &warmup, const std::vector<Row> &rows, std::size_t resume) {
+    const std::size_t count = warmup.size() + rows.size() - resume;
+    if (count == 0) refuse("a plan starts with 0 rows; rows must be at least 1");
+    for (std::size_t made = 1; made <= std::min(count, MAX_HISTORY); ++made) {
+        const Row &row = made <= warmup.size() ? warmup[made - 1] : rows[resume + made - 1 - warmup.size()];
+        if (row.weights.size() > made)
+            refuse(join("network call ", made, " of a plan weighs ", row.weights.size(), " remembered values; only ", made,
                         " exist by then"));
+    }
 }
 
 void check(const Plan &plan) {
@@ -111,12 +116,12 @@ void check(const Plan &plan) {
         refuse(join("a plan of ", steps, " steps has ", rows, " rows; a step is one or two network calls"));
     if (plan.entries.size() != steps)
         refuse(join("a plan of ", steps, " steps has ", plan.entries.size(), " entries; it needs one a step"));
-    check(plan.from_noise());
+    check({}, plan.rows, 0);
     for (std::size_t start = 0; start < steps; ++start) {
-        if (plan.entries[start].resume > rows)
-            refuse(join("entry ", start, " of a plan resumes at row ", plan.entries[start].resume, "; it has rows 0 to ",
-                        rows));
-        check(plan.starting_at(start));
+        const Entry &entry = plan.entries[start];
+        if (entry.resume > rows)
+            refuse(join("entry ", start, " of a plan resumes at row ", entry.resume, "; it has rows 0 to ", rows));
+        check(entry.warmup, plan.rows, entry.resume);
     }
 }
 
@@ -147,11 +152,11 @@ Plan plan_from_json(std::string_view text) {
     } catch (const MalformedError &error) {
         throw InputError(join("a plan file is ", error.what(), ". Compile the plan again."));
     }
-    const Json version = document.is_object() ? document.value("format_version", Json()) : Json();
-    if (!is_kind(version, Kind::integer) || version != FORMAT_VERSION)
+    const Json version = document["format_version"];
+    if (!version.is(Kind::integer) || version.integer() != FORMAT_VERSION)
         throw InputError(join("a plan file has format_version ", version.dump(), "; this package reads ", FORMAT_VERSION,
                               ". Compile the plan again with this version."));
-    document.erase("format_version");
+    document.object().erase("format_version");
     const Record record(document, "a plan", {"sampler", "num_inference_steps", "init_scale", "rows", "entries"});
     Plan plan;
     plan.sampler = record.text("sampler");

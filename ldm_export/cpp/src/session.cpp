@@ -6,7 +6,6 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
-#include <sstream>
 
 #include <unistd.h>
 #if defined(__linux__)
@@ -33,13 +32,6 @@ const Type *type_of(ONNXTensorElementDataType type) {
     for (const Type &known : TYPES)
         if (known.type == type) return &known;
     return nullptr;
-}
-
-std::string one_line(const char *text) {
-    std::istringstream words(text);
-    std::string line;
-    for (std::string word; words >> word;) line += (line.empty() ? "" : " ") + word;
-    return line;
 }
 
 // Do what calls ONNX Runtime to run a graph, and turn what it throws into one sentence.
@@ -89,20 +81,6 @@ std::vector<TensorSpec> specs_of(const Ort::Session &session, bool inputs) {
         specs.push_back(std::move(spec));
     }
     return specs;
-}
-
-// Whether a loaded graph has what the manifest gives it: the same names, types, ranks and fixed sizes.
-bool agree(const std::vector<TensorSpec> &declared, const std::vector<TensorSpec> &there) {
-    const auto has = [&](const TensorSpec &tensor) {
-        const auto found =
-            std::find_if(there.begin(), there.end(), [&](const TensorSpec &one) { return one.name == tensor.name; });
-        if (found == there.end() || found->dtype != tensor.dtype || found->shape.size() != tensor.shape.size()) return false;
-        for (std::size_t k = 0; k < tensor.shape.size(); ++k)
-            if (!tensor.shape[k].is_free() && (found->shape[k].is_free() || found->shape[k].size != tensor.shape[k].size))
-                return false;
-        return true;
-    };
-    return declared.size() == there.size() && std::all_of(declared.begin(), declared.end(), has);
 }
 
 Ort::Value value_at(Tensor &tensor) {

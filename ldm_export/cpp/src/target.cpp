@@ -8,16 +8,12 @@
 #include <iterator>
 #include <set>
 #include <sstream>
-#include <system_error>
 
 #include <sys/utsname.h>
 
 namespace ldm::runtime {
 
 namespace {
-
-constexpr const char *TARGET = "target.json";
-constexpr std::int64_t FORMAT_VERSION = 1;
 
 std::vector<std::string> names_of(const std::map<std::string, TargetGraph> &graphs) {
     std::vector<std::string> names;
@@ -58,64 +54,31 @@ std::map<std::string, std::string> sources_of(const Bundle &bundle) {
     return sources;
 }
 
-Target target_of(const Json &document, const fs::path &folder) {
-    if (const Json &version = field(document, "format_version", Kind::integer); version != FORMAT_VERSION)
-        throw MalformedError(join("it has format_version ", version.dump(), "; this ldm_export reads ", FORMAT_VERSION));
-    if (const Json &kind = field(document, "kind", Kind::text); kind != folder.filename().string())
-        throw MalformedError("it is of the kind " + kind.dump());
-    Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
-    for (const auto &[name, entry] : field(document, "graphs", Kind::object).items()) {
-        const std::string where = "graphs['" + name + "']";
-        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where), texts_of(entry, "once", where),
-                                                field(entry, "shallow", Kind::text, where),
-                                                field(entry, "deep_channels", Kind::integer, where)});
+// The weights that its graphs read must be listed too.
+void check_external_data(const Target &target, const std::set<std::string> &graphs) {
+    for (const std::string &name : graphs) {
+        try {
+            for (const ExternalData &data : external_data_from_onnx(target.file(name)))
+                if (target.files.count(data.location) == 0)
+                    throw PassedOver(
+                        join("its ", name, " reads weights from '", data.location, "', which it does not list"));
+        } catch (const BundleError &error) {
+            throw PassedOver(join("one of its graphs cannot be read (", error.what(), ")"));
+        }
     }
-    field(document, "report", Kind::object);
-    return target;
-}
-
-void check_files(const Target &target, const std::map<std::string, std::int64_t> &present, bool verify) {
-    std::set<std::string> opened;
-    for (const auto &[_, graph] : target.graphs)
-        for (const std::string &path : graph.paths()) opened.insert(path);
-    std::set<std::string> wanted = opened;
-    for (const auto &[name, _] : target.files) wanted.insert(name);
-    for (const std::string &name : wanted) {
-        const auto listed = target.files.find(name);
-        const auto there = present.find(name);
-        if (listed == target.files.end() || there == present.end()) throw PassedOver("its " + name + " is missing");
-        if (there->second != listed->second.size_bytes)
-            throw PassedOver(
-                join("its ", name, " has ", there->second, " bytes, and ", listed->second.size_bytes, " are listed"));
-    }
-    for (const auto &[name, _] : present)
-        if (name != TARGET && target.files.count(name) == 0) throw PassedOver("its " + name + " is not listed");
-    for (const std::string &name : opened)
-        for (const ExternalData &data : external_data_from_onnx(target.file(name)))
-            if (target.files.count(data.location) == 0)
-                throw PassedOver(join("its ", name, " reads weights from '", data.location, "', which it does not list"));
-    if (verify)
-        for (const auto &[name, entry] : target.files)
-            if (sha256_of(target.file(name)) != entry.sha256) throw PassedOver("its " + name + " has been altered");
 }
 
 Target sound_target(const Bundle &bundle, const fs::path &folder) {
-    if (fs::is_symlink(folder) || fs::is_symlink(folder.parent_path())) throw PassedOver("its folder is a link");
-    try {
-        const std::map<std::string, std::int64_t> present = walk(folder);
-        if (present.count(TARGET) == 0) throw PassedOver(join("its ", TARGET, " is missing"));
-        Target target = target_of(parsed(read_text(folder / TARGET), Repeats::refused), folder);
-        check_files(target, present, bundle.verified);
-        return target;
-    } catch (const UnlikeFile &found) {
-        throw PassedOver("its " + found.relative + " is a link or a device");
-    } catch (const BundleError &error) {
-        throw PassedOver(join("one of its graphs cannot be read (", error.what(), ")"));
-    } catch (const MalformedError &error) {
-        throw PassedOver(join("its ", TARGET, " cannot be read (", error.what(), ")"));
-    } catch (const std::system_error &error) {
-        throw PassedOver(join("its ", TARGET, " cannot be read (", error.what(), ")"));
-    }
+    Target target;
+    std::set<std::string> opened;
+    read_target_files(bundle, folder, [&](const std::string &text) {
+        target = target_from_json(text, folder);
+        for (const auto &[_, graph] : target.graphs)
+            for (const std::string &path : graph.paths()) opened.insert(path);
+        return Listing{target.files, opened};
+    });
+    check_external_data(target, opened);
+    return target;
 }
 
 }  // namespace
@@ -146,6 +109,20 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
     if (names_of(target.graphs) != own)
         throw PassedOver(join("it has the graphs ", listed(names_of(target.graphs), "nothing"), ", and the bundle ",
                               listed(own, "nothing")));
+    return target;
+}
+
+Target target_from_json(std::string_view text, const fs::path &folder) {
+    const Json document = target_document(text, folder);
+    Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
+    for (const auto &[name, entry] : field(document, "graphs", Kind::object).object()) {
+        const std::string where = "graphs['" + name + "']";
+        target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where).text(),
+                                                texts_of(entry, "once", where),
+                                                field(entry, "shallow", Kind::text, where).text(),
+                                                field(entry, "deep_channels", Kind::integer, where).integer()});
+    }
+    field(document, "report", Kind::object);
     return target;
 }
 

@@ -1,10 +1,10 @@
 // The target ort-cpu, which is made of a bundle for one kind of machine, and when it may be used; as ldm_export/target.py.
 #pragma once
 
-#include "bundle.hpp"
+#include "target_files.hpp"
 
 #include <optional>
-#include <stdexcept>
+#include <string_view>
 
 namespace ldm::runtime {
 
@@ -28,13 +28,11 @@ struct Target {
     fs::path file(const std::string &relative) const { return folder / relative; }
 };
 
-// Why a target is not used: words that go on from "since". Nothing that is wrong with one is wrong with the bundle.
-struct PassedOver : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
 // The bundle's target for this machine and this release of ONNX Runtime, or none; throws PassedOver.
 std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime);
+
+// A target's target.json, read and not yet held against its files; throws MalformedError.
+Target target_from_json(std::string_view text, const fs::path &folder);
 
 // The kind of processor from the text of Linux's /proc/cpuinfo; empty if that names no vector instructions.
 std::string cpu_level(const std::string &cpuinfo);

@@ -14,8 +14,8 @@ namespace {
 
 constexpr const char *END_OF_WORD = "</w>";
 constexpr const char *CONFIG = "tokenizer_config.json";
-constexpr std::int64_t DEFAULT_MAX_LENGTH = 77;
-constexpr std::int64_t LONGEST = 1 << 20;  // transformers writes 10**30 for "no limit"
+constexpr std::size_t DEFAULT_MAX_LENGTH = 77;
+constexpr double LONGEST = 1 << 20;  // transformers writes 10**30 for "no limit"
 
 struct Named {
     const char *role, *token;
@@ -26,8 +26,9 @@ constexpr std::array<Named, 4> NAMED{{{"bos_token", "<|startoftext|>"},
                                       {"pad_token", "<|endoftext|>"}}};
 
 bool is_empty(const Json &value) {  // what Python takes for false
-    return value.is_null() || (is_kind(value, Kind::text) && value.get_ref<const std::string &>().empty()) ||
-           ((value.is_structured()) && value.empty()) || value == false || (value.is_number() && value == 0);
+    return value.is_null() || (value.is(Kind::text) && value.text().empty()) ||
+           (value.is(Kind::object) && value.object().empty()) || (value.is(Kind::array) && value.array().empty()) ||
+           (value.is(Kind::boolean) && !value.boolean()) || (value.is(Kind::number) && value.number() == 0);
 }
 
 std::optional<TokenId> id_of(const std::string &digits) {
@@ -42,12 +43,13 @@ class Reader {
     TokenizerFiles read() const {
         const Json whole = json("tokenizer.json");
         Json config = json(CONFIG);
-        if (config.is_null()) config = Json::object();
-        if (!config.contains("added_tokens_decoder"))
-            if (const Json special = json("special_tokens_map.json"); special.is_object()) config.update(special);
+        if (config.is_null()) config = Json::Object();
+        if (config.object().count("added_tokens_decoder") == 0)
+            if (const Json special = json("special_tokens_map.json"); !special.is_null())
+                for (const auto &[key, value] : special.object()) config.object().insert_or_assign(key, value);
         TokenizerFiles files;
         for (std::size_t role = 0; role < NAMED.size(); ++role) {
-            const Json value = config.value(NAMED[role].role, Json());
+            const Json &value = config[NAMED[role].role];
             files.named[role] = token(NAMED[role].role, is_empty(value) ? Json(NAMED[role].token) : value, true);
         }
         read_vocabulary(whole, files);
@@ -76,7 +78,7 @@ class Reader {
 
     // The object in a file, or null if there is no such file.
     Json json(const std::string &name) const {
-        if (!fs::exists(folder_ / name)) return nullptr;
+        if (!fs::exists(folder_ / name)) return Json();
         Json found;
         const std::string content = text(name);
         try {
@@ -84,7 +86,7 @@ class Reader {
         } catch (const MalformedError &error) {
             bad(name, join("is ", error.what()));
         }
-        if (!found.is_object()) bad(name, join("holds a JSON ", found.type_name(), "; an object is needed"));
+        if (!found.is(Kind::object)) bad(name, join("holds ", found.type(), "; an object is needed"));
         return found;
     }
 
@@ -95,18 +97,18 @@ class Reader {
             vocabulary = json(name);
             if (vocabulary.is_null()) bad(name, "is missing");
         } else {
-            const Json model = whole.value("model", Json());
-            if (!model.is_object() || model.value("end_of_word_suffix", Json()) != END_OF_WORD)
+            const Json &model = whole["model"], &suffix = model["end_of_word_suffix"];
+            if (!suffix.is(Kind::text) || suffix.text() != END_OF_WORD)
                 bad(name, join("is not CLIP's, which has a BPE model with end_of_word_suffix '", END_OF_WORD, "'"));
-            vocabulary = model.value("vocab", Json());
+            vocabulary = model["vocab"];
         }
-        if (!vocabulary.is_object()) bad(name, "lacks the vocabulary or the merges");
+        if (!vocabulary.is(Kind::object)) bad(name, "lacks the vocabulary or the merges");
         std::set<TokenId> numbers;
-        for (const auto &[token, number] : vocabulary.items()) {
-            if (!is_kind(number, Kind::integer) || number < 0 || number > INT32_MAX)
+        for (const auto &[token, number] : vocabulary.object()) {
+            if (!number.is(Kind::integer) || number.integer() < 0 || number.integer() > INT32_MAX)
                 bad(name, join("gives '", token, "' the id ", number.dump(), "; ids are whole numbers from 0"));
-            if (!numbers.insert(number.get<TokenId>()).second) bad(name, "gives two tokens the same id");
-            files.vocabulary.emplace(token, number.get<TokenId>());
+            if (!numbers.insert(number.integer()).second) bad(name, "gives two tokens the same id");
+            files.vocabulary.emplace(token, number.integer());
         }
     }
 
@@ -122,16 +124,17 @@ class Reader {
             }
             return;
         }
-        const Json merges = whole["model"].value("merges", Json());
-        if (!merges.is_array()) bad(name, "lacks the vocabulary or the merges");
-        for (const Json &merge : merges) {
-            if (merge.is_string()) {
-                add_merge(name, merge.get<std::string>(), files);
+        const Json &merges = whole["model"]["merges"];
+        if (!merges.is(Kind::array)) bad(name, "lacks the vocabulary or the merges");
+        for (const Json &merge : merges.array()) {
+            if (merge.is(Kind::text)) {
+                add_merge(name, merge.text(), files);
                 continue;
             }
-            if (!merge.is_array() || merge.size() != 2 || !merge[0].is_string() || !merge[1].is_string())
+            const Json::Array pair = merge.is(Kind::array) ? merge.array() : Json::Array();
+            if (pair.size() != 2 || !pair[0].is(Kind::text) || !pair[1].is(Kind::text))
                 bad(name, join("has the merge ", merge.dump(), "; a merge is two tokens"));
-            add_merge(name, merge[0], merge[1], files);
+            add_merge(name, pair[0].text(), pair[1].text(), files);
         }
     }
 
@@ -157,34 +160,37 @@ class Reader {
             if (!id) bad(name, join("gives an added token the id ", number, "; ids are whole numbers from 0"));
             files.added[*id] = token(name, value, false);
         };
-        if (config.contains("added_tokens_decoder")) {
+        if (config.object().count("added_tokens_decoder") != 0) {
             const Json &decoder = config["added_tokens_decoder"];
-            if (!decoder.is_object()) bad(CONFIG, join("has the added tokens ", decoder.dump(), "; an object is needed"));
-            for (const auto &[number, value] : decoder.items()) add(CONFIG, number, value);
+            if (!decoder.is(Kind::object)) bad(CONFIG, join("has the added tokens ", decoder.dump(), "; an object is needed"));
+            for (const auto &[number, value] : decoder.object()) add(CONFIG, number, value);
             return;
         }
         const char *name = "added_tokens.json or tokenizer.json";
-        if (const Json older = json("added_tokens.json"); older.is_object()) {
-            for (const auto &[content, number] : older.items()) {
+        if (const Json older = json("added_tokens.json"); !older.is_null()) {
+            for (const auto &[content, number] : older.object()) {
                 const bool special = std::any_of(files.named.begin(), files.named.end(),
                                                  [&text = content](const AddedToken &t) { return t.content == text; });
-                add(name, number.dump(), {{"content", content}, {"special", special}, {"normalized", !special}});
+                add(name, number.dump(),
+                    Json::Object{{"content", content}, {"special", special}, {"normalized", !special}});
             }
         }
-        const Json newer = whole.is_object() ? whole.value("added_tokens", Json()) : Json();
-        if (!is_empty(newer) && !newer.is_array()) bad(name, join("has the added tokens ", newer.dump()));
-        for (const Json &value : newer)
-            add(name, value.is_object() ? value.value("id", Json()).dump() : "null", value);
+        const Json &newer = whole["added_tokens"];
+        if (is_empty(newer)) return;
+        if (!newer.is(Kind::array)) bad(name, join("has the added tokens ", newer.dump(), "; a list is needed"));
+        for (const Json &value : newer.array()) add(name, value["id"].dump(), value);
     }
 
     void read_extra(const Json &config, TokenizerFiles &files) const {
-        Json extra = config.value("extra_special_tokens", Json());
-        if (is_empty(extra)) extra = config.value("additional_special_tokens", Json());
-        if (!is_empty(extra) && !extra.is_structured())
+        const Json &newer = config["extra_special_tokens"];
+        const Json &extra = is_empty(newer) ? config["additional_special_tokens"] : newer;
+        if (!is_empty(extra) && !extra.is(Kind::array) && !extra.is(Kind::object))
             bad(CONFIG, join("has the extra special tokens ", extra.dump(), "; a list is needed"));
         std::vector<AddedToken> later(files.named.begin(), files.named.end());
-        if (!is_empty(extra))
-            for (const Json &value : extra) later.push_back(token(CONFIG, value, true));
+        if (extra.is(Kind::array))
+            for (const Json &value : extra.array()) later.push_back(token(CONFIG, value, true));
+        if (extra.is(Kind::object))
+            for (const auto &[_, value] : extra.object()) later.push_back(token(CONFIG, value, true));
         std::set<std::string> listed, special;
         for (const auto &[number, token] : files.added) listed.insert(token.content);
         for (const AddedToken &token : files.named) special.insert(token.content);
@@ -196,14 +202,14 @@ class Reader {
 
     // A token given as text, or as an object with "content" and how it is to be matched.
     AddedToken token(const std::string &name, const Json &value, bool special) const {
-        if (value.is_string() && !is_empty(value)) return {value.get<std::string>(), true};
-        const Json content = value.is_object() ? value.value("content", Json()) : Json();
-        bool fits = content.is_string() && !is_empty(content);
+        if (value.is(Kind::text) && !is_empty(value)) return {value.text(), true};
+        const Json &content = value["content"];
+        bool fits = content.is(Kind::text) && !is_empty(content);
         AddedToken token;
         const auto flag = [&](const char *key) -> std::optional<bool> {
-            if (!fits || !value.contains(key)) return std::nullopt;
-            fits = value[key].is_boolean();
-            return fits ? std::optional<bool>(value[key].get<bool>()) : std::nullopt;
+            if (!fits || value.object().count(key) == 0) return std::nullopt;
+            fits = value[key].is(Kind::boolean);
+            return fits ? std::optional<bool>(value[key].boolean()) : std::nullopt;
         };
         token.single_word = flag("single_word").value_or(false);
         token.lstrip = flag("lstrip").value_or(false);
@@ -211,21 +217,23 @@ class Reader {
         token.normalized = flag("normalized");
         if (!fits)
             bad(name, join("is ", value.dump(), "; a token is text, or an object with 'content' and true/false flags"));
-        token.content = content.get<std::string>();
-        token.special = special || value.value("special", Json()) == true;
+        token.content = content.text();
+        const Json &own = value["special"];
+        token.special = special || (own.is(Kind::boolean) && own.boolean());
         return token;
     }
 
     std::size_t max_length(const Json &config) const {
-        Json length = config.value("model_max_length", Json());
-        if (is_empty(length)) length = DEFAULT_MAX_LENGTH;
-        for (const char *side : {"padding_side", "truncation_side"})
-            if (const Json given = config.value(side, Json("right")); given != "right")
-                bad(CONFIG, join("has ", side, " ", given.dump(), "; only 'right' is known"));
-        const bool whole = length.is_number() && length.get<double>() == std::floor(length.get<double>());
-        if (!whole || length < 2)
+        for (const char *side : {"padding_side", "truncation_side"}) {
+            const Json &given = config[side];
+            const bool right = config.object().count(side) == 0 || (given.is(Kind::text) && given.text() == "right");
+            if (!right) bad(CONFIG, join("has ", side, " ", given.dump(), "; only 'right' is known"));
+        }
+        const Json &length = config["model_max_length"];
+        if (is_empty(length)) return DEFAULT_MAX_LENGTH;
+        if (!length.is(Kind::number) || length.number() != std::floor(length.number()) || length.number() < 2)
             bad(CONFIG, join("has model_max_length ", length.dump(), "; a whole number from 2 is needed"));
-        return static_cast<std::size_t>(length > LONGEST ? DEFAULT_MAX_LENGTH : length.get<std::int64_t>());
+        return length.number() > LONGEST ? DEFAULT_MAX_LENGTH : static_cast<std::size_t>(length.number());
     }
 
     fs::path folder_;

@@ -51,7 +51,7 @@ typedef enum ldm_status {
     LDM_OK = 0,
     LDM_ERROR_INPUT = 1,     /* an argument that cannot be used: unknown sampler, odd size, text that is not UTF-8 */
     LDM_ERROR_BUNDLE = 2,    /* a bundle that cannot be trusted: missing, altered, reaching outside its folder */
-    LDM_ERROR_BACKEND = 3,   /* ONNX Runtime cannot run here what was asked for */
+    LDM_ERROR_BACKEND = 3,   /* what was asked for cannot run here */
     LDM_ERROR_CANCELLED = 4, /* the callback asked to stop */
     LDM_ERROR_BUFFER = 5,    /* the buffer is too small; the size that is needed has been written */
     LDM_ERROR_MEMORY = 6,    /* out of memory */
@@ -82,7 +82,8 @@ typedef void (*ldm_warning_callback)(const char *sentence, void *user);
 
 typedef struct ldm_open_options {
     size_t struct_size;
-    const char *backend; /* "cpu", "cuda", or "auto": CUDA where ONNX Runtime has it; "auto" */
+    const char *backend; /* "cpu", "cuda", "tensorrt-rtx" or "tensorrt", or "auto": engines that fit, where the library is
+                            built with TensorRT, else CUDA where ONNX Runtime has it, else the CPU; "auto" */
     int32_t threads;     /* for one operator; 0: one a physical core that this process may use */
     int32_t verify;      /* 1: check every file's SHA-256 too; 0 */
     ldm_warning_callback warning;

@@ -77,7 +77,7 @@ class Step {
 
 // Called after each step; false cancels. What it throws comes out of Pipeline::draw.
 using OnStep = std::function<bool(const Step &)>;
-using OnWarning = std::function<void(const char *sentence)>;
+using OnWarning = std::function<void(const char *sentence)>;  // what it throws becomes an Error
 
 struct OpenOptions {
     std::string backend = "auto";
@@ -169,7 +169,7 @@ class Pipeline {
 
     explicit Pipeline(std::shared_ptr<OnWarning> warning) : warning_(std::move(warning)) {}
 
-    static void tell(const char *sentence, void *warning) noexcept { (*static_cast<OnWarning *>(warning))(sentence); }
+    static void tell(const char *sentence, void *warning) { (*static_cast<OnWarning *>(warning))(sentence); }
 
     static int watch(const ldm_step *step, void *user) noexcept {
         Watch &watch = *static_cast<Watch *>(user);

@@ -1,0 +1,71 @@
+// TensorRT engines of a bundle, under targets/<kind>/, and when they may be run, without TensorRT; as ldm_export/engines.py.
+#pragma once
+
+#include "error.hpp"
+#include "target_files.hpp"
+#include "tensor.hpp"
+
+#include <array>
+
+namespace ldm::runtime {
+
+// A library that engines are for.
+struct Flavour {
+    const char *backend;  // what users call it
+    const char *library;  // its name
+    const char *kind;     // what its targets are called after, and LDM_TENSORRT is set to
+    bool any_device;      // builds for devices that are not there, and is told which
+};
+inline constexpr std::array<Flavour, 2> FLAVOURS{
+    {{"tensorrt-rtx", "tensorrt_rtx", "rtx", true}, {"tensorrt", "tensorrt", "tensorrt", false}}};
+
+// The flavour of a backend, or null.
+const Flavour *flavour_of(const std::string &backend);
+
+// The error for a flavour that this library was built without.
+BackendError not_built_with(const Flavour &flavour);
+
+// Of an input with free sizes: the smallest and largest shape that it may have, and the one that the engine is tuned for.
+struct ShapeRange {
+    Shape min, opt, max;
+};
+
+struct Engine {
+    std::string path;                              // in the target's folder
+    std::string source;                            // what it was built from: a graph of the bundle, or a loop's plan
+    std::map<std::string, std::string> made_from;  // SHA-256 of each file of the bundle that it was made from
+    std::vector<TensorSpec> inputs, outputs;       // each free size has a name of its own
+    std::map<std::string, ShapeRange> profile;     // of each input with a free size
+
+    // Throws InputError, which ends in what to run, unless the engine was built for this shape of an input.
+    void check_shape(const std::string &input, const Shape &shape, const std::string &rebuild) const;
+};
+
+struct EngineTarget {
+    fs::path folder;
+    std::string flavour, version, precision;  // the library's name and whole version; fp32, fp16 or int8
+    std::vector<std::string> compute_capabilities;
+    bool stripped = false;  // whether the engines have no weights
+    std::map<std::string, Engine> engines;  // by graph, such as "unet" or "loops/ddim-20"
+    std::map<std::string, FileEntry> files;
+
+    std::string kind() const { return folder.filename().string(); }
+    fs::path file(const std::string &relative) const { return folder / relative; }
+};
+
+// A target.json of engines, read and not yet held against its files; throws MalformedError.
+EngineTarget engines_from_json(std::string_view text, const fs::path &folder);
+
+// The kinds of a flavour's targets that a bundle has, whether they fit or not.
+std::vector<std::string> engine_targets(const Bundle &bundle, const Flavour &flavour);
+
+// What to type for engines that run on such a device.
+std::string build_command(const Bundle &bundle, const Flavour &flavour, const std::string &compute_capability,
+                          const std::string &precision = "fp32");
+
+// The engines to run with this release on this device: sound, and of all graphs but loops. Throws BackendError where there
+// are none; it says why of each target, and what to type.
+EngineTarget fitting_engines(const Bundle &bundle, const Flavour &flavour, const std::string &version,
+                             const std::string &compute_capability);
+
+}  // namespace ldm::runtime
