@@ -112,6 +112,12 @@ TEST_CASE("Structures of other sizes are taken as far as they go, and nonsense i
     ldm_pipeline *none = nullptr;
     CHECK(ldm_pipeline_open(bundle(), &unknown, &none) == LDM_ERROR_INPUT);
     CHECK(says("no backend 'magic'"));
+    for (const std::int32_t threads : {-1, 1025}) {
+        REQUIRE(ldm_open_options_init(&unknown, sizeof unknown) == LDM_OK);
+        unknown.threads = threads;
+        CHECK(ldm_pipeline_open(bundle(), &unknown, &none) == LDM_ERROR_INPUT);
+        CHECK(says("threads is"));
+    }
 }
 
 TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
