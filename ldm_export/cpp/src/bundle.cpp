@@ -5,6 +5,7 @@
 #include "sha256.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <fstream>
 #include <set>
 #include <system_error>

@@ -37,6 +37,8 @@ struct ldm_preview {
 
 namespace {
 
+constexpr std::int32_t MOST_THREADS = 1024;  // ONNX Runtime starts as many as it is told, for each graph
+
 thread_local std::string message_text;
 thread_local const char *message = "";
 
@@ -221,6 +223,9 @@ ldm_status ldm_pipeline_open(const char *folder, const ldm_open_options *options
     return guarded([&] {
         needed(pipeline, "pipeline") = nullptr;
         const ldm_open_options asked = completed(options, open_defaults());
+        if (asked.threads < 0 || asked.threads > MOST_THREADS)
+            throw InputError(join("threads is ", asked.threads, "; give 0, which is one a physical core, to ", MOST_THREADS,
+                                  "."));
         const auto warn = [tell = asked.warning, user = asked.warning_user](const std::string &sentence) {
             if (tell == nullptr) return;
             const std::string text = encoded(decoded(sentence));

@@ -6,6 +6,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <cfenv>
 
 #include <unistd.h>
 #if defined(__linux__)
@@ -149,6 +150,18 @@ class SessionGraph : public Graph {
     mutable Ort::Session session_;  // running one changes nothing that shows
 };
 
+// Puts a thread's arithmetic back as it was: one that opens a process's first session rounds subnormals to zero after it.
+class Arithmetic {
+  public:
+    Arithmetic() { std::fegetenv(&before_); }
+    ~Arithmetic() { std::fesetenv(&before_); }
+    Arithmetic(const Arithmetic &) = delete;
+    Arithmetic &operator=(const Arithmetic &) = delete;
+
+  private:
+    std::fenv_t before_{};
+};
+
 }  // namespace
 
 struct OnnxRuntime::Settings {
@@ -197,6 +210,7 @@ std::unique_ptr<Graph> OnnxRuntime::open(const fs::path &file, const std::string
     } catch (const Ort::Exception &error) {
         throw BackendError(join("ONNX Runtime does not start: ", one_line(error.what()), ". Check its installation."));
     }
+    const Arithmetic kept;
     try {
         Ort::Session session(settings_->env, file.c_str(), options);
         GraphSpec there{path, specs_of(session, true), specs_of(session, false)};

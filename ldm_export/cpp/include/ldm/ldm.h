@@ -84,7 +84,7 @@ typedef struct ldm_open_options {
     size_t struct_size;
     const char *backend; /* "cpu", "cuda", "tensorrt-rtx" or "tensorrt", or "auto": engines that fit, where the library is
                             built with TensorRT, else CUDA where ONNX Runtime has it, else the CPU; "auto" */
-    int32_t threads;     /* for one operator; 0: one a physical core that this process may use */
+    int32_t threads;     /* for one operator, to 1024; 0: one a physical core that this process may use */
     int32_t verify;      /* 1: check every file's SHA-256 too; 0 */
     ldm_warning_callback warning;
     void *warning_user;
