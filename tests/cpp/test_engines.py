@@ -48,7 +48,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "other size": {"prompts": PROMPTS[:1], "height": 24, "width": 32},
     "from a picture": {"prompts": PROMPTS[:1], "image": np.full((16, 16, 3), 99, np.uint8)},
 }
-IN_PYTHONS_WORDS = {"no profile", "a switch that is no switch"}
+IN_PYTHONS_WORDS = {"no profile", "a switch that is no switch", "a report that is none"}
 
 
 @dataclass

@@ -186,7 +186,8 @@ EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
     target.stripped = field(document, "stripped", Kind::boolean).boolean();
     for (const auto &[name, entry] : field(document, "engines", Kind::object).object())
         target.engines.emplace(name, engine_of(entry, "engines['" + name + "']"));
-    field(document, "report", Kind::object);
+    for (const auto &[graph, report] : field(document, "report", Kind::object).object())
+        check_kind(report, Kind::object, "report." + graph);
     target.files = files_of(document);
     return target;
 }
