@@ -104,7 +104,12 @@ def test_an_installed_library_is_found_and_draws(
     pixels = np.frombuffer(drawn.stdout, np.uint8)
     assert drawn.stderr == b""
     assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
-    assert list((tmp_path / "prefix").glob("lib/**/pkgconfig/ldm.pc"))
+    (told,) = (tmp_path / "prefix").glob("lib/**/pkgconfig/ldm.pc")
+    if shutil.which("pkg-config") is not None:
+        (tmp_path / "prefix").rename(tmp_path / "moved")
+        folder = tmp_path / "moved" / told.parent.relative_to(tmp_path / "prefix")
+        includes = run("pkg-config", "--variable=includedir", "ldm", PKG_CONFIG_PATH=str(folder)).strip()
+        assert (Path(includes) / "ldm" / "ldm.h").is_file()
 
 
 @pytest.fixture(scope="module")

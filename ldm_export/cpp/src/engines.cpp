@@ -193,12 +193,10 @@ EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
 }
 
 std::vector<std::string> engine_targets(const Bundle &bundle, const Flavour &flavour) {
-    std::set<std::string> kinds;
-    std::error_code ignored;  // without targets, or where they cannot be read, there are none
-    for (const fs::directory_entry &entry : fs::directory_iterator(bundle.path / TARGETS, ignored))
-        if (const std::string name = entry.path().filename().string(); name.rfind(join(flavour.kind, "-sm"), 0) == 0)
-            kinds.insert(name);
-    return {kinds.begin(), kinds.end()};
+    std::vector<std::string> kinds;
+    for (const std::string &name : names_in(bundle.path / TARGETS))
+        if (name.rfind(join(flavour.kind, "-sm"), 0) == 0) kinds.push_back(name);
+    return kinds;
 }
 
 std::string build_command(const Bundle &bundle, const Flavour &flavour, const std::string &compute_capability,

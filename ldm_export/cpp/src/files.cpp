@@ -24,6 +24,7 @@ namespace {
     throw std::system_error(code, std::generic_category(), file.filename().string());
 }
 
+// With readdir, since std::filesystem::directory_iterator ends the process where it runs out of memory.
 struct Close {
     void operator()(DIR *directory) const { ::closedir(directory); }
 };
@@ -63,13 +64,20 @@ MappedFile::MappedFile(const fs::path &file) {
 
 MappedFile::~MappedFile() { ::munmap(start_, size_); }
 
+std::set<std::string> names_in(const fs::path &folder) {
+    std::set<std::string> names;
+    const std::unique_ptr<DIR, Close> directory(::opendir(folder.c_str()));
+    if (directory == nullptr) return names;
+    while (const dirent *entry = next(directory.get(), folder)) names.insert(entry->d_name);
+    return names;
+}
+
 std::map<std::string, std::int64_t> walk(const fs::path &folder, const std::string &leave_out) {
     std::map<std::string, std::int64_t> found;
     std::vector<std::string> waiting{""};
     while (!waiting.empty()) {
         const std::string prefix = waiting.back();
         waiting.pop_back();
-        // std::filesystem::directory_iterator ends the process where it runs out of memory
         const std::unique_ptr<DIR, Close> directory(::opendir((folder / prefix).c_str()));
         if (directory == nullptr) fail(folder / prefix, errno);
         while (const dirent *entry = next(directory.get(), folder)) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -27,6 +28,9 @@ class MappedFile {
     void *start_;
     std::size_t size_;
 };
+
+// What lies in a folder; nothing where that cannot be opened.
+std::set<std::string> names_in(const fs::path &folder);
 
 // The size of every file below a folder by its path with /, without what lies in `leave_out`.
 //
