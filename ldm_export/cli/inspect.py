@@ -44,7 +44,8 @@ def command(bundle: Path, as_json: bool) -> None:
     console.print(graphs)
     parity = Table("graph", "output", "max error", "allowed")
     for record in manifest.parity:
-        parity.add_row(*(str(record.get(key, "")) for key in ("graph", "output", "max_error", "tolerance")))
+        told = [record.get(key, "") for key in ("graph", "output", "max_error", "tolerance")]
+        parity.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in told))
     console.print(parity)
     plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
     console.print(f"plans: {', '.join(plans)}", markup=False)
