@@ -3,15 +3,14 @@
 Errors say what is wrong with the document; who reads it says which it is and what to do.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_export.documents import MalformedError, parsed
 
-class MalformedError(ValueError):
-    """What is wrong with a document."""
+__all__ = ["FileEntry", "MalformedError", "check_path", "check_type", "field", "files_of", "parsed"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +19,6 @@ class FileEntry:
 
     size_bytes: int
     sha256: str
-
-
-def parsed(text: str) -> Any:
-    """Parse JSON; a key that occurs twice, and NaN and infinity, are refused."""
-    try:
-        return json.loads(text, object_pairs_hook=_object_without_repeats, parse_constant=_no_number)
-    except (ValueError, RecursionError) as exc:
-        raise MalformedError(f"not JSON: {exc}") from exc
 
 
 def field(holder: object, key: str, kind: type, where: str = "") -> Any:
@@ -64,14 +55,3 @@ def check_path(relative: str) -> None:
         raise MalformedError(f"the path {relative!r} is not a plain one inside the folder")
     if re.search(r'[\x00-\x1f\\:*?"<>|\ud800-\udfff]', relative):
         raise MalformedError(f"the path {relative!r} has a character that is not the same on every system")
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key occurs twice among {[key for key, _ in pairs]}")
-    return found
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")

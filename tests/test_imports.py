@@ -15,14 +15,15 @@ import ldm_export.runtime
 ROOT = Path(__file__).parents[1]
 SOURCES = {"ldm_export": ROOT / "ldm_export", "ldm_reference": ROOT / "reference" / "ldm_reference"}
 
-BASE = {"errors", "contract", "plan"}
+BASE = {"errors", "contract", "documents", "plan"}
 BUNDLE = BASE | {"fields", "partial", "onnx_wire", "manifest", "bundle"}
 MAY_IMPORT = {
     "errors": set(),
+    "documents": set(),
     "contract": {"errors"},
-    "plan": {"errors"},
+    "plan": {"documents", "errors"},
     "onnx_wire": BASE,
-    "fields": set(),
+    "fields": {"documents"},
     "partial": set(),
     "manifest": BASE | {"fields"},
     "bundle": BUNDLE,
