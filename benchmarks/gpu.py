@@ -1,6 +1,9 @@
 """All that draws on the GPU at hand, against TensorRT engines, unattended.
 
-gpu.py [WORKLOAD ...] [--device cpu] [--rounds N] [--result FILE] [--folder F]      workloads: peers/workloads.py
+gpu.py [WORKLOAD ...] [--device cpu] [--rounds N] [--result FILE] [--folder F]
+       [--kinds unet,picture] [--precisions fp32,fp16] [--seconds N]
+
+A workload is one of peers/workloads.py, or a folder in F that has a checkpoint/.
 
 Of each workload, in fp32 (without TF32) and fp16: engines are built; then one UNet call and prompt to picture are timed
 of each peer in turn with ours, the first engine that runs, each in a process of its own. Errors are against diffusers
@@ -8,7 +11,7 @@ in fp32 on the CPU; ``device_bytes`` is what the GPU holds more, a peer's CUDA c
 What cannot be made or measured is a row with the reason, and the rest goes on. Every row is written as soon as it is
 there; run again, the same command goes on, and tries again what was left out. Prints tables; the last line of the
 output is one JSON document. Without a GPU it says what is missing, and the exit code is 2. ``--device cpu`` tries all
-of it on the CPU.
+of it on the CPU. After ``--seconds`` nothing more is begun; what is left out for that reason is tried by the next run.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ PRECISIONS = ("fp32", "fp16")
 KINDS = ("unet", "picture")
 LOOP = f"ddim-{STEPS}"
 HALF = "half.bundle"
+NO_TIME = "no time was left"
 Figures = dict[str, Any]
 
 
@@ -89,10 +93,15 @@ class Kept:
     ------
     InputError
         If the file is of another machine, of other versions or rounds, or no such document.
+
+    Parameters
+    ----------
+    seconds : from now, after which nothing more is begun
     """
 
-    def __init__(self, path: Path, header: Figures):
+    def __init__(self, path: Path, header: Figures, seconds: float = math.inf):
         self.path, self.document = path, {**header, "builds": {}, "rows": {}}
+        self._deadline = time.monotonic() + seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             found = _read(path)
@@ -107,9 +116,12 @@ class Kept:
         """A row, made if it is not there, was left out, or costs nothing to make ``again``; kept at once."""
         key = " ".join(what.values())
         row: Figures = self.document[section].get(key, {"left_out": ""})
-        if again or "left_out" in row:
+        late = time.monotonic() >= self._deadline
+        if "left_out" in row or (again and not late):
             print(key, file=sys.stderr)
             try:
+                if late:
+                    raise TimeoutError(NO_TIME)
                 row = {**row, **what, **make()}
                 row.pop("left_out", None)
             except Exception as error:  # whatever it is, the others can still be measured
@@ -138,12 +150,12 @@ def run(
     capability : the GPU's compute capability, such as ``8.9``
     """
     for workload in workloads:
-        place = folder / workload
+        place, bundle = folder / workload, partial(bundle_of, workload, folder / workload, device)
 
         def build(what: str, make: Callable[[], Figures], workload: str = workload) -> Figures:
             return kept.make("builds", {"workload": workload, "what": what}, make, again=True)
 
-        if "left_out" in build("bundle", partial(bundle_of, workload, place)):
+        if "left_out" in build("bundle", bundle):
             continue
         for kind in kinds:
             build(f"reference {kind}", partial(reference_of, kind, place))
@@ -168,9 +180,10 @@ def run(
 # --- what is built --------------------------------------------------------------------------------------------------
 
 
-def bundle_of(workload: str, place: Path) -> Figures:
+def bundle_of(workload: str, place: Path, device: str) -> Figures:
+    """The workload's bundle, with the target for this CPU only where that is what is measured."""
     place.mkdir(parents=True, exist_ok=True)
-    make_workload(workload, place)
+    make_workload(workload, place, cpu_target=device == "cpu")
     return {"bytes": bytes_of(Bundle.open(place / "bundle"))}
 
 
@@ -325,19 +338,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--result", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=KINDS)
+    parser.add_argument("--precisions", type=lambda text: text.split(","), default=PRECISIONS)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     given = parser.parse_args(arguments)
-    if unknown := sorted(set(given.workloads) - set(WORKLOADS)):
+    for option, allowed in (("kinds", KINDS), ("precisions", PRECISIONS)):
+        if unknown := sorted(set(getattr(given, option)) - set(allowed)):
+            parser.error(f"--{option} has {unknown[0]!r}; there are {', '.join(allowed)}")
+    there = {*WORKLOADS, *(name for name in given.workloads if (given.folder / name / "checkpoint").is_dir())}
+    if unknown := sorted(set(given.workloads) - there):
         parser.error(f"there is no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
     if given.rounds < 1:
         parser.error(f"--rounds {given.rounds} measures nothing; give 1 or more")
     try:
         capability = gpus()[0].compute_capability if given.device == "cuda" else ""
         header = {"device": given.device, "machine": machine(), "versions": versions(), "rounds": given.rounds}
-        kept = Kept(given.result, header)
+        kept = Kept(given.result, header, given.seconds)
     except (BackendError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    run(kept, given.workloads or WORKLOADS, given.folder, given.rounds, given.device, capability)
+    run(
+        kept,
+        given.workloads or WORKLOADS,
+        given.folder,
+        given.rounds,
+        given.device,
+        capability,
+        kinds=given.kinds,
+        precisions=given.precisions,
+    )
     print_tables(kept.document)
     print(json.dumps(kept.document))
     return 0

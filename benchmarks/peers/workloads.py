@@ -88,8 +88,8 @@ def make_checkpoint(
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **index})
 
 
-def make_workload(name: str, folder: Path) -> None:
-    """Checkpoint, bundle with its target and the inputs of a call; what is there already stays."""
+def make_workload(name: str, folder: Path, *, cpu_target: bool = True) -> None:
+    """Checkpoint, bundle with its target for this CPU and the inputs of a call; what is there already stays."""
     from ldm_export.checkpoint import LatentDiffusion
     from ldm_export.export.chain import export_bundle
     from ldm_export.export.ort_cpu import build_ort_cpu
@@ -102,7 +102,9 @@ def make_workload(name: str, folder: Path) -> None:
             make_checkpoint(checkpoint, *SHAPES[name])
     model = LatentDiffusion.open(checkpoint)
     if not (folder / "bundle").is_dir():
-        build_ort_cpu(export_bundle(model, folder / "bundle", progress=print), print)
+        bundle = export_bundle(model, folder / "bundle", progress=print)
+        if cpu_target:
+            build_ort_cpu(bundle, print)
     unet = model.configs["unet"]
     rng, side = np.random.default_rng(0), unet["sample_size"]
     shapes = {"sample": (BATCH, unet["in_channels"], side, side)}

@@ -1,8 +1,9 @@
-"""Assembles what the C++ runtime is built against from packages: ``python sdk.py FOLDER``.
+"""Assembles what the C++ runtime is built against from packages: ``python sdk.py FOLDER [HEADERS]``.
 
-For those who have no release archive of ONNX Runtime: its library from the installed Python package ``onnxruntime``,
-its headers from an npm package, and the header-only JSON parser from PyPI. FOLDER is then laid out as such an archive
-is, ``include/`` and ``lib/``, and is what CMake is given as ``ONNXRUNTIME_ROOT``.
+For those who have no release archive of ONNX Runtime: its library from the installed Python package ``onnxruntime`` or
+``onnxruntime-gpu``, its headers from an npm package, and the header-only JSON parser from PyPI. FOLDER is then laid out
+as such an archive is, ``include/`` and ``lib/``, and is what CMake is given as ``ONNXRUNTIME_ROOT``. HEADERS is the
+``include/`` of such a folder that is there already, for a machine without a network.
 """
 
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from importlib.metadata import files
+from importlib.util import find_spec
 from pathlib import Path
 
 HEADERS = "com.github.asus4.onnxruntime@0.4.9"
@@ -20,8 +21,12 @@ JSON = "nlohmann-json==3.12.0"
 JSON_FOLDER = "nlohmann_json/include/"
 
 
-def assemble(sdk: Path) -> None:
+def assemble(sdk: Path, headers: Path | None = None) -> None:
     """Make the folder ``sdk``, whole or not at all.
+
+    Parameters
+    ----------
+    headers : the ``include/`` folder to copy; by default it is made from packages, which takes a network
 
     Raises
     ------
@@ -30,13 +35,16 @@ def assemble(sdk: Path) -> None:
     """
     partial = sdk.with_name(f".{sdk.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "include").mkdir(parents=True)
-    (partial / "lib").mkdir()
+    (partial / "lib").mkdir(parents=True)
     try:
         _copy_library(partial / "lib")
-        with tempfile.TemporaryDirectory() as scratch:
-            _copy_headers(Path(scratch), partial / "include")
-            _copy_json(Path(scratch), partial / "include")
+        if headers is not None:
+            shutil.copytree(headers, partial / "include")
+        else:
+            (partial / "include").mkdir()
+            with tempfile.TemporaryDirectory() as scratch:
+                _copy_headers(Path(scratch), partial / "include")
+                _copy_json(Path(scratch), partial / "include")
         shutil.rmtree(sdk, ignore_errors=True)
         partial.rename(sdk)
     finally:
@@ -44,15 +52,11 @@ def assemble(sdk: Path) -> None:
 
 
 def _copy_library(folder: Path) -> None:
-    try:
-        listed = files("onnxruntime") or []
-    except ImportError:
-        raise SystemExit(
-            "onnxruntime is not installed, and its library is needed. Run: pip install onnxruntime"
-        ) from None
-    libraries = [file for file in listed if file.name.startswith("libonnxruntime") and ".so" in file.name]
-    for library in libraries:
-        shutil.copy2(str(library.locate()), folder)
+    package = find_spec("onnxruntime")
+    if package is None or package.origin is None:
+        raise SystemExit("onnxruntime is not installed, and its library is needed. Run: pip install onnxruntime")
+    for library in (Path(package.origin).parent / "capi").glob("libonnxruntime*.so*"):
+        shutil.copy2(library, folder)
     for copied in folder.glob("libonnxruntime.so.*"):
         for link in ("libonnxruntime.so.1", "libonnxruntime.so"):
             (folder / link).symlink_to(copied.name)
@@ -90,6 +94,6 @@ def _run(*command: str, cwd: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python sdk.py FOLDER")
-    assemble(Path(sys.argv[1]).absolute())
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit("usage: python sdk.py FOLDER [HEADERS]")
+    assemble(*(Path(argument).absolute() for argument in sys.argv[1:]))

@@ -59,7 +59,9 @@ def test_without_a_gpu_nothing_is_done(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["sd16"], ["--rounds", "0"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["sd16"], ["--rounds", "0"], ["--device", "tpu"], ["--kinds", "vae"], ["--precisions", "fp32,fp8"]]
+)
 def test_what_cannot_be_measured(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         gpu.main(arguments)
@@ -132,6 +134,15 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     assert Kept(tmp_path / "gpu.json", HEADER).document["rows"] == {"a": {"name": "a", "ms": [1.0]}}
 
 
+def test_after_its_time_nothing_is_begun(tmp_path: Path) -> None:
+    late = Kept(tmp_path / "gpu.json", HEADER, seconds=0)
+    assert late.make("rows", {"name": "a"}, lambda: {"ms": [1.0]}) == {"name": "a", "left_out": "no time was left"}
+    again = Kept(tmp_path / "gpu.json", HEADER)
+    assert again.make("rows", {"name": "a"}, lambda: {"ms": [1.0]}) == {"name": "a", "ms": [1.0]}
+    again._deadline = 0.0
+    assert again.make("rows", {"name": "a"}, lambda: {}) == {"name": "a", "ms": [1.0]}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({**HEADER, "rounds": 3, "builds": {}, "rows": {}})])
 def test_another_result_stays(tmp_path: Path, text: str) -> None:
     (tmp_path / "gpu.json").write_text(text)
@@ -151,7 +162,7 @@ def test_a_workload_that_cannot_be_made_leaves_the_others(tmp_path: Path) -> Non
 def test_engines_and_halves_are_built(folder: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     place = folder / "tiny"
-    bundle_of("tiny", place)
+    bundle_of("tiny", place, "cpu")
     built = engines_of(place, "fp32", "tensorrt_rtx", "8.9")
     assert built["engines"].keys() == {"text_encoder", "unet", "step", "vae_decoder", "vae_encoder"}
     assert built["bytes"] == sum(engine["engine_bytes"] for engine in built["engines"].values())
@@ -161,7 +172,7 @@ def test_engines_and_halves_are_built(folder: Path) -> None:
     with pytest.raises(InputError, match="H100 needs the data-centre flavour"):
         engines_of(place, "fp32", "tensorrt_rtx", "9.0")
     half = half_of(place)
-    assert half["bytes"] < 0.7 * bundle_of("tiny", place)["bytes"]
+    assert half["bytes"] < 0.7 * bundle_of("tiny", place, "cpu")["bytes"]
     assert half_of(place) == {"bytes": half["bytes"]}
     drawn = [Pipeline.open(place / name, backend="cpu").generate("red", steps=10).latents for name in (HALF, "bundle")]
     assert 0 < np.abs(drawn[0] - drawn[1]).max() < 0.05 * np.abs(drawn[1]).max()
