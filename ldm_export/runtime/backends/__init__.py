@@ -59,6 +59,9 @@ class Backend:
         """A loop over a loaded UNet."""
         return HostSampling(unet, run)
 
+    def interrupt(self) -> None:
+        """End what another thread runs or loads, where the library can; it then raises there."""
+
     def close(self) -> None:
         """Give back what is held outside of Python; nothing can be loaded or run afterwards."""
 
