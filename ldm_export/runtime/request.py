@@ -185,7 +185,8 @@ def checked_request(
             f"this model takes {wants or 'neither: give seed a list, one a picture'}."
         )
     labels = None if given_labels is None else labels_for(given_labels, unet_inputs["class_labels"], model)
-    seeds: Any = listed("seed", seed) if np.iterable(seed) else seed
+    several = hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "ndim", 1)
+    seeds: Any = listed("seed", seed) if several else seed
     batch = len(texts) if reads_text else np.size(seeds) if labels is None else len(labels)
     if labels is not None and len(labels) != batch:
         raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
@@ -264,8 +265,8 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
         samplers = sorted({name.rpartition("-")[0] for name in there})
         has = f"{', '.join(kin)}" if kin else f"plans for {', '.join(samplers) or 'no sampler'}"
         raise InputError(
-            f"This bundle has no plan for {sampler!r} with {steps} steps; it has {has}. "
-            f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
+            f"This bundle has no plan for {sampler[:60]!r} with {steps} steps; it has {has}. "
+            f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler[:60]} --steps {steps}"
         )
     return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
 
