@@ -7,7 +7,8 @@
     ├── ExportError         an export that could not be finished: full disk, unsupported operator
     ├── ParityError         a graph that does not compute what the PyTorch model computes
     ├── BackendError        a backend that is not installed or cannot run here
-    └── CancelledError      a generation that its callback stopped
+    ├── NumericalError      latents or pixels that are no finite numbers, of which no picture can be made
+    └── CancelledError      a generation that its callback, or an interruption, stopped
 
 A message is one to three short sentences: what was given; what is allowed; what to do. The command line prints it
 without a traceback and exits with ``exit_code``: 2 for wrong input, 1 where a check ran and failed.
@@ -46,7 +47,11 @@ class BackendError(LdmExportError):
     """A backend that is not installed or cannot run on this machine."""
 
 
+class NumericalError(LdmExportError):
+    """Latents or pixels that are no finite numbers."""
+
+
 class CancelledError(LdmExportError):
-    """A generation that its callback stopped."""
+    """A generation that its callback, or an interruption, stopped."""
 
     exit_code = 1

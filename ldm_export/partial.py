@@ -1,6 +1,6 @@
-"""Folders that are there whole or not at all.
+"""Files and folders that are there whole or not at all.
 
-One grows as a hidden sibling, ``.NAME.partial-<pid>-<random>``, and is renamed into place when it is complete; what was
+A folder grows as a hidden sibling, ``.NAME.partial-<pid>-<random>``, and is renamed into place when it is complete; what was
 there before is ``.NAME.old-<pid>-<random>`` for as long as that takes. A process that is killed leaves such a folder
 behind. The next one that makes a folder of that name removes it, once the process whose number it has is gone.
 """
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_unfinished: set[Path] = set()
+"""What this process is making."""
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<what>partial|old)-(?P<pid>\d+)-[0-9a-f]+")
 
 
@@ -44,12 +46,50 @@ def partial_folder(target: Path) -> Iterator[Path]:
         If it cannot be made.
     """
     partial = sibling(target, "partial")
+    _unfinished.add(partial)
     try:
         partial.mkdir(parents=True)
         _remove_abandoned(target)
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _unfinished.discard(partial)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, and its folder, whole or not at all: what is there stays as it is until all is written beside it.
+
+    A link is followed, permissions of a file that is there are kept, and a device or a pipe is written to as it is.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[:30]}.partial-{os.getpid()}-{secrets.token_hex(4)}")  # a name has 255 bytes
+    _unfinished.add(partial)
+    try:
+        partial.write_bytes(data)
+        if path.exists():
+            shutil.copymode(path, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        _unfinished.discard(partial)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process has begun and not completed, before it leaves without an orderly end."""
+    for path in list(_unfinished):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def move_into_place(partial: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weight
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.judge import open_pictures
-from ldm_export.runtime.pipeline import Timings
+from ldm_export.runtime.results import Timings
 
 FORMAT = 1
 PROCESSES = 3

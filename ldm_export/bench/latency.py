@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends.auto import SETTLE_S
-from ldm_export.runtime.pipeline import Timings
+from ldm_export.runtime.results import Timings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.export.chain import copy_tokenizer
 from ldm_export.runtime import Pipeline, Tokenizer
-from ldm_export.runtime.pipeline import Step, Timings
+from ldm_export.runtime.results import Step, Timings
 from ldm_export.torch_reference import TorchReference
 
 Array = npt.NDArray[Any]

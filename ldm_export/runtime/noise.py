@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldm_export.errors import InputError
+from ldm_export.runtime.values import whole_number
 
 _BLOCK = 16
 _TWO_PI = np.float32(2 * math.pi)
@@ -60,12 +61,7 @@ class Generator:
     """
 
     def __init__(self, seed: int) -> None:
-        try:
-            number = operator.index(seed)
-        except TypeError:
-            raise InputError(f"The seed is {seed!r}; a whole number is needed.") from None
-        if isinstance(seed, bool) or not -(2**63) <= number < 2**64:
-            raise InputError(f"The seed is {seed!r}; allowed are whole numbers from -2**63 to 2**64 - 1.")
+        number = whole_number("seed", seed, -(2**63), 2**64 - 1)
         self._twister = np.random.RandomState(number & 0xFFFFFFFF)
         self._spare: float | None = None
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.errors import CancelledError, InputError
+from ldm_export.errors import CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.request import (
+    DEFAULT_GUIDANCE,
     Options,
     Request,
     check_drawable,
@@ -31,79 +31,24 @@ from ldm_export.runtime.request import (
     latents_image,
     picture_channels,
 )
-from ldm_export.runtime.sampling import Run
+from ldm_export.runtime.results import Generation, Step, Timings
+from ldm_export.runtime.sampling import Run, Sampling
+from ldm_export.runtime.values import flag, shown, whole_number
 from ldm_export.runtime.whole import loop_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
-@dataclass
-class Timings:
-    """Wall-clock milliseconds of one generation, by stage.
-
-    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and what engines need to be prepared
-    for a size that is new to them; it is not part of the total. ``text_ms`` is the prompts, up to the first call of the
-    UNet, with what of the UNet depends on them alone.
-    ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
-    """
-
-    load_ms: float = 0.0
-    text_ms: float = 0.0
-    encode_ms: float = 0.0
-    unet_ms: list[float] = field(default_factory=list)
-    loop_ms: float = 0.0
-    decode_ms: float = 0.0
-
-    @property
-    def total_ms(self) -> float:
-        return self.text_ms + self.encode_ms + sum(self.unet_ms) + self.loop_ms + self.decode_ms
-
-
-@dataclass(frozen=True)
-class Step:
-    """The state after one network call.
-
-    Attributes
-    ----------
-    index, count : 0-based number of the call, and how many there are
-    timestep : what the network was given
-    latents : float32 (B, C, h, w), the live buffer: copy it to keep it
-    """
-
-    index: int
-    count: int
-    timestep: float
-    latents: Array
-    _decode: Callable[[Array], Array] = field(repr=False)
-
-    def decode(self) -> Array:
-        """The latents as pictures, uint8 (B, H, W, C): a preview, and after the last step the result."""
-        return self._decode(self.latents)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What :meth:`Pipeline.generate` gives.
-
-    Attributes
-    ----------
-    images : uint8 (B, H, W, C), C being 3, or 1 for grey models
-    latents : float32 (B, C, h, w), scaled by the model's ``scaling_factor`` as the UNet sees them
-    seeds : one a picture
-    timings : by stage
-    backend : what ran the graphs
-    """
-
-    images: Array
-    latents: Array
-    seeds: tuple[int, ...]
-    timings: Timings
-    backend: str
+MOST_THREADS = 1024
+_REMEDY = (
+    "The bundle's graphs overflow or are damaged: compare them with `ldm-export verify BUNDLE --against CHECKPOINT`, "
+    "and where they are in half precision (fp16) use the bundle without that."
+)
 
 
 class Pipeline:
-    """An opened bundle. Use it from one thread at a time. ``backend`` is a name, or a backend that is open already.
+    """An opened bundle. Use it from one thread at a time, but for `interrupt`. ``backend`` is a name, or a backend that
+    is open already.
 
     Attributes
     ----------
@@ -113,7 +58,11 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, backend: str | Backend = "auto", *, threads: int | None = None):
         check_drawable(bundle)
+        if not isinstance(backend, (str, Backend)):
+            raise InputError(f"backend is {shown(backend)}; give the name of one, such as 'auto' or 'cpu'.")
+        threads = None if threads is None else whole_number("threads", threads, 1, MOST_THREADS)
         self.bundle = bundle
+        self._interrupted = False
         self._backend = open_backend(bundle, backend, threads) if isinstance(backend, str) else backend
         self.requested_backend = backend if isinstance(backend, str) else backend.name
         self._graphs: dict[str, Graph] = {}
@@ -141,7 +90,9 @@ class Pipeline:
         ------
         BundleError, BackendError, InputError
         """
-        return cls(Bundle.open(path, verify=verify), backend, threads=threads)
+        if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+            raise InputError(f"path is {shown(path)}; give the folder of a bundle.")
+        return cls(Bundle.open(path, verify=flag("verify", verify)), backend, threads=threads)
 
     @property
     def backend(self) -> str:
@@ -168,10 +119,14 @@ class Pipeline:
         ------
         InputError
             For anything that this bundle cannot draw; the message says what it can.
+        NumericalError
+            If latents or pixels are no finite numbers.
         CancelledError
-            If the callback returned ``False``.
+            If the callback returned ``False``, or `interrupt` was called.
         """
-        request = checked_request(self.bundle, prompts, **options)
+        request = self._request(prompts, options)
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback is {shown(callback)}; give a function of one step.")
         timings = Timings()
         step: Step | None = None
         with closing(self._sample(request, timings)) as steps:
@@ -180,9 +135,19 @@ class Pipeline:
                     raise CancelledError(f"Cancelled after step {step.index + 1} of {step.count}.")
         assert step is not None
         started = time.perf_counter()
-        images = step.decode()
+        with self._interruptible():
+            images = step.decode()
         timings.decode_ms = _since(started)
         return Generation(images, step.latents, request.seeds, timings, self.backend)
+
+    def interrupt(self) -> None:
+        """End what this pipeline runs in another thread, which then raises CancelledError; may be called from any.
+
+        ONNX Runtime stops within a graph, in milliseconds, and so does its opening of one. OpenVINO and TensorRT end
+        the call that they are in, one step of the loop at most. Where nothing runs, nothing happens.
+        """
+        self._interrupted = True
+        self._backend.interrupt()
 
     def load(self) -> None:
         """Open what drawing from noise takes, which the first drawing else does.
@@ -221,7 +186,7 @@ class Pipeline:
         InputError
             At the call, before the first step, for anything that this bundle cannot draw.
         """
-        return self._sample(checked_request(self.bundle, prompts, **options), Timings())
+        return self._sample(self._request(prompts, options), Timings())
 
     def reconstruct(self, images: Array) -> Array:
         """Pictures uint8 (B, H, W, C) through the autoencoder and back, by the mean of its latents.
@@ -230,11 +195,37 @@ class Pipeline:
         ------
         InputError
             If their sides are no multiples of the model's pixels per latent, or their channels not the model's.
+        NumericalError
+            If what the autoencoder gives are no finite numbers.
+        CancelledError
+            If `interrupt` was called.
         """
-        check_size(images.shape[1], images.shape[2], self.bundle.manifest.model["pixels_per_latent"])
-        sample = latents_image(images, len(images), picture_channels(self.bundle))
-        mean, _ = np.split(self._graph("vae_encoder").run({"sample": sample})["latent_parameters"], 2, axis=1)
-        return self._decode(mean * np.float32(self.bundle.manifest.model["scaling_factor"]))
+        sample = latents_image(images, None, picture_channels(self.bundle))
+        check_size(sample.shape[2], sample.shape[3], self.bundle.manifest.model["pixels_per_latent"])
+        self._interrupted = False
+        with self._interruptible():
+            mean, _ = self._distribution(sample)
+            return self._decode(mean * np.float32(self.bundle.manifest.model["scaling_factor"]))
+
+    def _request(self, prompts: str | Sequence[str] | None, options: Options) -> Request:
+        """The checked request; with it a new generation begins, so earlier interruptions are forgotten."""
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise InputError(f"There is no option {min(unknown)!r}; there are {', '.join(Options.__annotations__)}.")
+        request = checked_request(self.bundle, prompts, **options)
+        self._interrupted = False
+        return request
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Raise CancelledError in place of whatever an interruption made a library raise, or of going on."""
+        try:
+            yield
+        except LdmExportError as error:
+            if not self._interrupted:
+                raise
+            raise CancelledError("Interrupted.") from error
+        if self._interrupted:
+            raise CancelledError("Interrupted.")
 
     def _graph(self, name: str) -> Graph:
         if self._closed:
@@ -245,8 +236,28 @@ class Pipeline:
 
     def _sample(self, request: Request, timings: Timings) -> Generator[Step, None, None]:
         if request.loop is not None:
-            yield self._at_once(request, request.loop, timings)
+            with self._interruptible():
+                step = self._at_once(request, request.loop, timings)
+            self._check_latents(step, request)
+            yield step
             return
+        with self._interruptible():
+            sampling, latents = self._begin(request, timings)
+        rows = request.trajectory.rows
+        try:
+            for index, row in enumerate(rows):
+                started = time.perf_counter()
+                with self._interruptible():
+                    timings.unet_ms.append(sampling.step())
+                timings.loop_ms += _since(started) - timings.unet_ms[-1]
+                step = Step(index, len(rows), row.timestep, latents, self._decode)
+                self._check_latents(step, request)
+                yield step
+        finally:
+            sampling.close()
+
+    def _begin(self, request: Request, timings: Timings) -> tuple[Sampling, Array]:
+        """The loop of a request, about to make its first step, and the latents that it will change."""
         started = time.perf_counter()
         self.load()
         unet = self._graph("unet")
@@ -283,14 +294,18 @@ class Pipeline:
         sampling = self._backend.sampling(unet, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here
-        try:
-            for index, row in enumerate(trajectory.rows):
-                started = time.perf_counter()
-                timings.unet_ms.append(sampling.step())
-                timings.loop_ms += _since(started) - timings.unet_ms[-1]
-                yield Step(index, len(trajectory.rows), row.timestep, latents, self._decode)
-        finally:
-            sampling.close()
+        return sampling, latents
+
+    def _check_latents(self, step: Step, request: Request) -> None:
+        """Raise NumericalError unless all latents are finite numbers."""
+        if np.isfinite(step.latents).all():
+            return
+        own = float(self.bundle.manifest.model.get("default_guidance", DEFAULT_GUIDANCE))
+        lower = f"Lower the guidance, which is {request.guidance:g} (the bundle's own is {own:g})"
+        raise NumericalError(
+            f"After step {step.index + 1} of {step.count} the latents are no finite numbers, so there is no picture. "
+            + (f"{lower}." if request.guidance > max(own, 1.0) else _REMEDY)
+        )
 
     def _at_once(self, request: Request, plan: str, timings: Timings) -> Step:
         """All of a drawing by the loop graph of a plan, in one call, which is timed as one of the UNet's."""
@@ -338,8 +353,7 @@ class Pipeline:
 
     def _encode(self, image: Array, draw: Callable[[], Array]) -> Array:
         """A picture's scaled latents, drawn from the encoder's distribution with the pictures' own noise."""
-        parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
-        mean, logvar = np.split(parameters, 2, axis=1)
+        mean, logvar = self._distribution(image)
         latents: Array = mean.copy()
         if logvar.max() > -30.0:  # below, as AutoencoderTiny's is, the latents are certain, and take no noise
             deviation = np.exp(0.5 * np.clip(logvar, -30.0, 20.0).astype(np.float64))  # the same on every processor
@@ -347,9 +361,19 @@ class Pipeline:
         latents *= np.float32(self.bundle.manifest.model["scaling_factor"])
         return latents
 
+    def _distribution(self, image: Array) -> tuple[Array, Array]:
+        """Mean and log variance of a picture's latents, unscaled."""
+        parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
+        if not np.isfinite(parameters).all():
+            raise NumericalError(f"The VAE encoder gives values that are no finite numbers. {_REMEDY}")
+        mean, logvar = np.split(parameters, 2, axis=1)
+        return mean, logvar
+
     def _decode(self, latents: Array) -> Array:
         unscaled = latents / np.float32(self.bundle.manifest.model["scaling_factor"])
         sample = self._graph("vae_decoder").run({"latent_sample": unscaled})["sample"]
+        if not np.isfinite(sample).all():
+            raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {_REMEDY}")
         pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
         images: Array = pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
         return images

@@ -13,9 +13,15 @@ from ldm_export.contract import TensorSpec
 from ldm_export.errors import BundleError, InputError
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
+from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
+from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
 
 DEFAULT_GUIDANCE = 4.0
+LARGEST_GUIDANCE = 1e6
+LARGEST_SIDE = 1 << 20
+"""Pixels."""
+MOST_STEPS = 1 << 20
 DRAWN_WITH = ("unet", "vae_decoder", "vae_encoder")
 MODEL_FACTS: dict[str, tuple[type, ...]] = {
     "height": (int,),
@@ -51,13 +57,13 @@ class Options(TypedDict, total=False):
     Attributes
     ----------
     sampler, steps : a plan of the bundle, such as ``ddim`` and 20; by default the bundle's own choice
-    guidance : how far to go from the negative prompt's prediction to the prompt's, >= 0; 1 or less is off; the
-        bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
-    negative_prompt : one for all pictures, or one each; empty
+    guidance : how far to go from the negative prompt's prediction to the prompt's, from 0 to 1e6; 1 or less is off;
+        the bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
+    negative_prompt : one for all pictures, or one each; empty. Needs guidance above 1
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
     image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
-    strength : in (0, 1], the share of the steps that is redone on ``image``; 0.6
+    strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6
     class_labels : one a picture, for class-conditional models
     deepcache : run the whole UNet in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
@@ -73,7 +79,7 @@ class Options(TypedDict, total=False):
     height: int | None
     width: int | None
     image: Array | None
-    strength: float
+    strength: float | None
     class_labels: Sequence[int] | None
     deepcache: int
     whole: bool
@@ -118,6 +124,14 @@ class Request:
         factor = facts["pixels_per_latent"]
         return (facts["latent_channels"], self.height // factor, self.width // factor)
 
+    def least_bytes(self, bundle: Bundle) -> int:
+        """Memory that arrays of one generation surely take at once, whatever the networks need: the latents with their
+        noise, the UNet's input and output, and what one decoding makes of them."""
+        channels, height, width = self.latents_shape(bundle)
+        latents = self.batch * channels * height * width * 4
+        pixels = self.batch * picture_channels(bundle) * self.height * self.width
+        return max(6 * latents, latents + 9 * pixels)  # pixels: the decoder's float32, their copy in [0, 255], uint8
+
     def noise(self, shape: tuple[int, ...]) -> Callable[[], Array]:
         """A function that draws N(0, I), float32 (B, *shape), anew at each call; each picture by its own seed."""
         generators = [Generator(seed) for seed in self.seeds]
@@ -136,7 +150,7 @@ def checked_request(
     height: int | None = None,
     width: int | None = None,
     image: Array | None = None,
-    strength: float = 0.6,
+    strength: float | None = None,
     class_labels: Sequence[int] | None = None,
     deepcache: int = 1,
     whole: bool = False,
@@ -148,8 +162,6 @@ def checked_request(
     InputError
         For anything that this bundle cannot draw; the message says what it can.
     """
-    if type(deepcache) is not int or deepcache < 1:
-        raise InputError(f"deepcache is {deepcache!r}; give a whole number from 1 (off) on, such as 3.")
     model = bundle.manifest.model
     unet_inputs = {tensor.name: tensor for tensor in bundle.manifest.graphs["unet"].inputs}
     if unet_inputs["sample"].shape[1] != model["latent_channels"]:
@@ -158,60 +170,84 @@ def checked_request(
             "latents (an inpainting model); this runtime draws text-to-image and image-to-image. "
             "Run its graphs yourself."
         )
-    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
-    for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"A prompt is {text!r}, of type {type(text).__name__}; prompts are of type str.")
-    reads_text = "encoder_hidden_states" in unet_inputs
-    has_classes = "class_labels" in unet_inputs
-    if reads_text != bool(texts) or has_classes != (class_labels is not None):
+    reads_text, has_classes = "encoder_hidden_states" in unet_inputs, "class_labels" in unet_inputs
+    texts = texts_for("prompt", prompts)
+    given_labels = None if class_labels is None else listed("class_labels", class_labels)
+    if reads_text != bool(texts) or has_classes != (given_labels is not None):
         count = model.get("num_class_embeds")
         labels_it_takes = f"class_labels from 0 to {count - 1}" if count else "class_labels"
         wants = " and ".join(
             [*(["a prompt a picture"] if reads_text else []), *([labels_it_takes] if has_classes else [])]
         )
-        given = "no" if class_labels is None else len(class_labels)
+        given = "no" if given_labels is None else len(given_labels)
         raise InputError(
             f"{len(texts)} prompts and {given} class labels were given; "
             f"this model takes {wants or 'neither: give seed a list, one a picture'}."
         )
-    labels = None if class_labels is None else labels_for(class_labels, unet_inputs["class_labels"], model)
-    batch = len(texts) if reads_text else np.size(seed) if labels is None else len(labels)
+    labels = None if given_labels is None else labels_for(given_labels, unet_inputs["class_labels"], model)
+    several = hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "ndim", 1)
+    seeds: Any = listed("seed", seed) if several else seed
+    batch = len(texts) if reads_text else np.size(seeds) if labels is None else len(labels)
     if labels is not None and len(labels) != batch:
         raise InputError(f"{len(labels)} class labels were given for {batch} pictures. Give one each.")
-    scale = guidance_for(guidance, negative_prompt, model, conditioned="timestep_cond" in unet_inputs)
-    sampler, steps = sampler or model["default_sampler"], model["default_steps"] if steps is None else steps
+    negatives: Any = None if negative_prompt is None else texts_for("negative_prompt", negative_prompt)
+    if isinstance(negative_prompt, str):
+        negatives = negative_prompt
+    scale = None if guidance is None else real_number("guidance", guidance, 0.0, LARGEST_GUIDANCE)
+    scale = guidance_for(scale, negatives, model, conditioned="timestep_cond" in unet_inputs)
+    if negatives is not None and any(negatives) and not (reads_text and scale > 1):
+        why = f"guidance is {scale:g}, which is off" if reads_text else "this model reads no text"
+        raise InputError(f"A negative prompt was given, and {why}, so it would do nothing. Leave it out.")
+    sampler = model["default_sampler"] if sampler is None else text_of("sampler", sampler)
+    steps = model["default_steps"] if steps is None else whole_number("steps", steps, 1, MOST_STEPS)
+    deepcache, whole = whole_number("deepcache", deepcache, 1, MOST_STEPS), flag("whole", whole)
     plan = read_plan(bundle, sampler, steps)
     if whole and (image is not None or deepcache > 1):
         raise InputError(
             "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
             "all of the UNet each time. Leave one of them out."
         )
+    if strength is not None:
+        strength = real_number("strength", strength, 0.0, 1.0)
+        if image is None:
+            raise InputError("A strength was given without an image, of which it is a share. Leave it out.")
+    height = None if height is None else whole_number("height", height, 1, LARGEST_SIDE)
+    width = None if width is None else whole_number("width", width, 1, LARGEST_SIDE)
     sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
         sides = sample.shape[2:]
         if height not in (None, sides[0]) or width not in (None, sides[1]):
+            asked = "x".join("any" if side is None else str(side) for side in (height, width))
             raise InputError(
-                f"The size {height}x{width} was asked for with an image of {sides[0]}x{sides[1]}; "
+                f"The size {asked} was asked for with an image of {sides[0]}x{sides[1]}; "
                 "the picture has the image's size. Resize the image."
             )
         height, width = sides
     height = model["height"] if height is None else height
     width = model["width"] if width is None else width
     check_size(height, width, model["pixels_per_latent"])
-    return Request(
+    request = Request(
         prompts=texts,
-        negative_prompts=negatives_for(negative_prompt, batch) if reads_text else (),
+        negative_prompts=negatives_for(negatives, batch) if reads_text else (),
         class_labels=labels,
-        seeds=seeds_for(seed, batch),
+        seeds=seeds_for(seeds, batch),
         height=int(height),
         width=int(width),
         guidance=scale,
         image=sample,
-        trajectory=plan.from_noise() if sample is None else plan.for_strength(strength),
+        trajectory=plan.from_noise() if sample is None else plan.for_strength(0.6 if strength is None else strength),
         deepcache=deepcache,
         loop=f"{sampler}-{steps}" if whole else None,
     )
+    check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
+    return request
+
+
+def texts_for(name: str, value: Any) -> tuple[str, ...]:
+    """One text, or several, or None for none, as a tuple."""
+    if value is None:
+        return ()
+    return tuple(text_of(name, text) for text in ([value] if isinstance(value, str) else listed(f"{name}s", value)))
 
 
 def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
@@ -229,18 +265,18 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
         samplers = sorted({name.rpartition("-")[0] for name in there})
         has = f"{', '.join(kin)}" if kin else f"plans for {', '.join(samplers) or 'no sampler'}"
         raise InputError(
-            f"This bundle has no plan for {sampler!r} with {steps} steps; it has {has}. "
-            f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
+            f"This bundle has no plan for {sampler[:60]!r} with {steps} steps; it has {has}. "
+            f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler[:60]} --steps {steps}"
         )
     return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
 
 
-def seeds_for(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:
+def seeds_for(seed: int | list[int], batch: int) -> tuple[int, ...]:
     """A list as it is; one number gives picture k the seed + k. Each is one that `Generator` takes."""
     given: Any = seed
-    if np.ndim(given) == 0:
-        Generator(given)
-        given = [int(given) + k for k in range(batch)]
+    if not isinstance(seed, list):
+        Generator(seed)
+        given = [int(seed) + k for k in range(batch)]
     if len(given) != batch or not batch:
         raise InputError(
             f"{len(given)} seeds were given for {batch or 'no'} pictures. Give one number, or one seed a picture."
@@ -252,14 +288,20 @@ def seeds_for(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:
 
 def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping[str, Any]) -> Array:
     """Class labels as the UNet takes them: (B,) whole numbers below ``num_class_embeds``, or (B, F) features."""
-    labels = np.asarray(class_labels)
     count = model.get("num_class_embeds")
+    try:
+        labels = np.asarray(class_labels)
+        if accepted.dtype != "int64":
+            labels = labels.astype(accepted.dtype)
+    except (TypeError, ValueError, OverflowError):  # lists of unequal lengths, text, numbers that are none
+        raise InputError(f"class_labels is {shown(class_labels)}; give numbers, one row a picture.") from None
     if accepted.dtype != "int64":
-        labels = labels.astype(accepted.dtype)
+        if not np.isfinite(labels).all():
+            raise InputError("class_labels has values that are no finite numbers. Give finite ones.")
     elif labels.dtype.kind not in "iu" or (count and labels.size and not 0 <= labels.min() <= labels.max() < count):
         wrong = [value for value in labels.ravel().tolist() if type(value) is not int or not 0 <= value < (count or 1)]
         allowed = f"0 to {count - 1}" if count else "whole numbers"
-        raise InputError(f"class label {wrong[0] if wrong else class_labels!r} is none; this model has {allowed}.")
+        raise InputError(f"class label {shown(wrong[0] if wrong else class_labels)} is none; this model has {allowed}.")
     if labels.ndim != len(accepted.shape) or not len(labels):
         raise InputError(f"class labels have shape {labels.shape}; {accepted.shape} is needed. Give one a picture.")
     return labels.astype(accepted.dtype)
@@ -320,15 +362,21 @@ def picture_channels(bundle: Bundle) -> int:
     return int(bundle.manifest.graphs["vae_encoder"].inputs[0].shape[1])
 
 
-def latents_image(image: Array, batch: int, channels: int) -> Array:
-    """Pictures uint8 (H, W, C) or (B, H, W, C) as (B, C, H, W) float32 in [-1, 1]; one serves the whole batch."""
-    pixels = np.asarray(image)
-    pixels = pixels[None] if pixels.ndim == 3 else pixels
-    shaped = pixels.ndim == 4 and pixels.shape[3] == channels and pixels.shape[0] in (1, batch)
-    if pixels.dtype != np.uint8 or not shaped:
+def latents_image(image: Array, batch: int | None, channels: int) -> Array:
+    """Pictures uint8 (H, W, C) or (B, H, W, C) as (B, C, H, W) float32 in [-1, 1]; one serves the whole batch. Where
+    ``batch`` is None, as many as there are."""
+    try:
+        pixels = np.asarray(image)
+    except Exception as error:  # lists of unequal lengths, tensors on a GPU: what a stranger's type raises
+        raise InputError(f"image is {shown(image)}; uint8 (H, W, {channels}) is needed. Convert it.") from error
+    given, pixels = pixels.shape, pixels[None] if pixels.ndim == 3 else pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels:
         raise InputError(
-            f"image has shape {np.shape(image)} and dtype {pixels.dtype}; uint8 (H, W, {channels}), or one of those "
-            f"for each of the {batch} pictures, is needed. Convert it to {'grey' if channels == 1 else 'RGB'}."
+            f"image has shape {given} and dtype {pixels.dtype}; uint8 (H, W, {channels}), or one of those a picture, "
+            f"is needed. Convert it to {'grey' if channels == 1 else 'RGB'}."
         )
+    batch = len(pixels) if batch is None else batch
+    if not batch or len(pixels) not in (1, batch):
+        raise InputError(f"{len(pixels)} images were given for {batch or 'no'} pictures. Give one, or one each.")
     sample = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(127.5) - np.float32(1.0)
     return np.ascontiguousarray(np.broadcast_to(sample, (batch, *sample.shape[1:])))

@@ -94,12 +94,13 @@ class HostSampling:
         called = time.perf_counter()
         self._call()
         unet_ms = (time.perf_counter() - called) * 1000.0
-        if self._run.guidance is not None:  # negative + guidance * (prompt - negative)
-            prediction = out[batch:]
-            prediction -= out[:batch]
-            prediction *= self._run.guidance
-            prediction += out[:batch]
-        self._stepper.advance(out[-batch:], self._run.draw)
+        with np.errstate(over="ignore", invalid="ignore"):  # who asked for the step looks at what it gave
+            if self._run.guidance is not None:  # negative + guidance * (prompt - negative)
+                prediction = out[batch:]
+                prediction -= out[:batch]
+                prediction *= self._run.guidance
+                prediction += out[:batch]
+            self._stepper.advance(out[-batch:], self._run.draw)
         return unet_ms
 
     def close(self) -> None:

@@ -327,11 +327,11 @@ GREY = np.full((16, 16, 3), 127, np.uint8)
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown sampler": ({"sampler": "magic"}, "no plan for 'magic' with 20 steps; it has plans for ddim, ddpm"),
     "unplanned steps": ({"steps": 21}, "no plan for 'ddim' with 21 steps.*ldm-export plan .* --steps 21"),
-    "zero steps": ({"steps": 0}, "no plan for 'ddim' with 0 steps"),
+    "zero steps": ({"steps": 0}, "steps is 0 of type int; give a whole number from 1"),
     "odd size": ({"height": 17}, "17x16 does not fit; height and width must be multiples of 2. Use 16x16"),
-    "zero size": ({"width": 0}, "16x0 does not fit"),
-    "negative size": ({"height": -16}, "-16x16 does not fit"),
-    "fractional size": ({"height": 16.5}, "16.5x16 does not fit"),
+    "zero size": ({"width": 0}, "width is 0 of"),
+    "negative size": ({"height": -16}, "height is -16 of"),
+    "fractional size": ({"height": 16.5}, r"height is 16\.5 of type float; give a whole number"),
     "too few seeds": ({"seed": [1]}, "1 seeds were given for 2 pictures"),
     "seed of text": ({"seed": ["a", "b"]}, "seed"),
     "fractional seed": ({"seed": 0.5}, "seed"),
@@ -341,15 +341,15 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "guidance infinite": ({"guidance": float("inf")}, "guidance is inf"),
     "negative guidance": ({"guidance": -1.0}, r"guidance is -1\.0"),
     "no strength": ({"image": GREY, "strength": 0.0}, r"strength 0\.0"),
-    "too much strength": ({"image": GREY, "strength": 1.5}, r"strength 1\.5"),
-    "strength NaN": ({"image": GREY, "strength": float("nan")}, "strength nan"),
+    "too much strength": ({"image": GREY, "strength": 1.5}, r"strength is 1\.5 of type float; give a number from 0 to 1"),
+    "strength NaN": ({"image": GREY, "strength": float("nan")}, "strength is nan"),
     "strength below a step": ({"image": GREY, "strength": 0.01}, "leaves nothing to run"),
     "image of floats": ({"image": GREY / 255}, r"shape \(16, 16, 3\) and dtype float64"),
     "grey image": ({"image": GREY[..., 0]}, r"shape \(16, 16\)"),
     "image with alpha": ({"image": np.zeros((16, 16, 4), np.uint8)}, "Convert it to RGB"),
-    "too many images": ({"image": np.stack([GREY] * 3)}, "2 pictures"),
-    "no images": ({"image": np.zeros((0, 16, 16, 3), np.uint8)}, r"shape \(0, 16, 16, 3\)"),
-    "image of another size": ({"image": GREY, "height": 32}, "32x.*16x16.*Resize"),
+    "too many images": ({"image": np.stack([GREY] * 3)}, "3 images were given for 2 pictures"),
+    "no images": ({"image": np.zeros((0, 16, 16, 3), np.uint8)}, "0 images were given for 2 pictures"),
+    "image of another size": ({"image": GREY, "height": 32}, "32xany .*16x16.*Resize"),
     "odd image": ({"image": GREY[:15]}, "15x16 does not fit"),
     "class labels": ({"class_labels": [0, 1]}, "2 prompts and 2 class labels"),
 }
@@ -372,7 +372,7 @@ def test_a_text_model_needs_prompts(pipeline: Pipeline, prompts: Sequence[str] |
 
 
 def test_a_prompt_is_text(pipeline: Pipeline) -> None:
-    with pytest.raises(InputError, match="A prompt is 7, of type int"):
+    with pytest.raises(InputError, match="prompt is 7 of type int; give text"):
         pipeline.steps(["a red circle", 7])  # type: ignore[list-item]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 
@@ -14,20 +13,3 @@ def cache_folder() -> Path | None:
         return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "ldm_export"
     except RuntimeError:
         return None
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write a file, and its folder, whole or not at all.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

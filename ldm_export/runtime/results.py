@@ -1,0 +1,81 @@
+"""What drawing gives: pictures and latents, the state after each step, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Timings:
+    """Wall-clock milliseconds of one generation, by stage.
+
+    ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and what engines need to be prepared
+    for a size that is new to them; it is not part of the total. ``text_ms`` is the prompts, up to the first call of the
+    UNet, with what of the UNet depends on them alone.
+    ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
+    """
+
+    load_ms: float = 0.0
+    text_ms: float = 0.0
+    encode_ms: float = 0.0
+    unet_ms: list[float] = field(default_factory=list)
+    loop_ms: float = 0.0
+    decode_ms: float = 0.0
+
+    @property
+    def total_ms(self) -> float:
+        return self.text_ms + self.encode_ms + sum(self.unet_ms) + self.loop_ms + self.decode_ms
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one network call.
+
+    Attributes
+    ----------
+    index, count : 0-based number of the call, and how many there are
+    timestep : what the network was given
+    latents : float32 (B, C, h, w), the live buffer: copy it to keep it
+    """
+
+    index: int
+    count: int
+    timestep: float
+    latents: Array
+    _decode: Callable[[Array], Array] = field(repr=False)
+
+    def decode(self) -> Array:
+        """The latents as pictures, uint8 (B, H, W, C): a preview, and after the last step the result.
+
+        Raises
+        ------
+        NumericalError
+            If what is decoded has values that are no finite numbers.
+        """
+        return self._decode(self.latents)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What :meth:`Pipeline.generate` gives.
+
+    Attributes
+    ----------
+    images : uint8 (B, H, W, C), C being 3, or 1 for grey models
+    latents : float32 (B, C, h, w), scaled by the model's ``scaling_factor`` as the UNet sees them
+    seeds : one a picture
+    timings : by stage
+    backend : what ran the graphs
+    """
+
+    images: Array
+    latents: Array
+    seeds: tuple[int, ...]
+    timings: Timings
+    backend: str
