@@ -27,7 +27,7 @@ spacings = st.sampled_from(["leading", "trailing", "linspace"])
 
 
 def test_the_public_surface() -> None:
-    names = "Entry FORMAT_VERSION MAX_HISTORY Plan Row SAMPLERS Stepper Trajectory compile_plan"
+    names = "Entry FORMAT_VERSION MAX_HISTORY Plan Row SAMPLERS Stepper Trajectory compile_plan sampler_of"
     assert sorted(public.__all__) == names.split()
 
 

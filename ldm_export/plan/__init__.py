@@ -9,10 +9,11 @@
         stepper.advance(network(buffer, row.timestep), draw)
 
 `table` has the format and its executor, `schedule` the noise levels, `onestep` and `multistep` the samplers' formulas,
-`compiler` the list of samplers. numpy and the standard library only.
+`samplers` the list of samplers, `compiler` what makes a plan of one. numpy and the standard library only.
 """
 
-from ldm_export.plan.compiler import SAMPLERS, compile_plan
+from ldm_export.plan.compiler import compile_plan
+from ldm_export.plan.samplers import SAMPLERS, sampler_of
 from ldm_export.plan.table import FORMAT_VERSION, MAX_HISTORY, Entry, Plan, Row, Stepper, Trajectory
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "Stepper",
     "Trajectory",
     "compile_plan",
+    "sampler_of",
 ]

@@ -5,10 +5,15 @@ be right:
 
 - PLMS from an image starts at the step asked for and doubles it (see `multistep.plms`). It has no Runge-Kutta start:
   ``skip_prk_steps`` is not read, the sampler's name says it.
-- ``rescale_betas_zero_snr`` describes the network, so PLMS, Heun and DEIS read it too.
+- ``rescale_betas_zero_snr`` describes the network, so PLMS, Heun and DEIS read it too, unless the config is of their
+  own class, which does not.
 - Every schedule, ``sigmoid`` included, and every prediction type goes with every sampler.
 - DPM-Solver++ with Karras noise on the cosine schedule rounds its timesteps, as UniPC does; diffusers truncates them.
 - DEIS with Karras noise and a single step denoises; in diffusers that step goes nowhere.
+- A key that the config leaves out and that says how the network was trained (``beta_start``, ``beta_end``,
+  ``beta_schedule``) has the default of the config's own class, which ``_class_name`` names, not of the sampler's.
+- ``clip_sample`` is off where the config leaves it out and its own class does not clip; diffusers' DDIM and DDPM made
+  from such a config clip.
 - UniPC with ``solver_type`` bh1 and a last step to zero noise gives numbers; diffusers multiplies infinity by zero.
 """
 
@@ -16,108 +21,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from ldm_export.errors import InputError
-from ldm_export.plan import multistep, onestep
-from ldm_export.plan.schedule import (
-    Grid,
-    SchedulerConfig,
-    chained_grid,
-    consistency_grid,
-    interpolated_grid,
-    open_ended_grid,
-    solver_grid,
-    strided_grid,
-)
+from ldm_export.plan.samplers import SAMPLERS, Sampler, as_trained
+from ldm_export.plan.schedule import Grid, SchedulerConfig
 from ldm_export.plan.table import MAX_HISTORY, Entry, Plan, Row
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How one sampler is compiled.
-
-    ``rows(config, grid, step, age)`` gives the one or two rows of a step that was preceded by ``age`` others (counted
-    up to `MAX_HISTORY`: older ones are forgotten). ``defaults`` are the keys of the config that it reads besides the
-    shared ones, with the defaults of ``diffusers_class``; ``solver_types`` the words it knows for one of them, any
-    other meaning the first, and ``orders`` how many solver orders it has. ``edm_scale`` says that its latents are
-    x0 + ratio * eps instead of alpha * x0 + sigma * eps.
-    """
-
-    diffusers_class: str
-    grid: Callable[[SchedulerConfig, int], Grid]
-    rows: Callable[[SchedulerConfig, Grid, int, int], list[Row]]
-    defaults: Mapping[str, Any]
-    edm_scale: bool = False
-    solver_types: tuple[str, ...] = ("midpoint",)
-    orders: int = 3
-
-
-LEADING: Mapping[str, Any] = {"timestep_spacing": "leading"}
-LINSPACE: Mapping[str, Any] = {"timestep_spacing": "linspace"}
-CLIP: Mapping[str, Any] = {"clip_sample": True, "clip_sample_range": 1.0}
-NO_CLIP: Mapping[str, Any] = {"clip_sample": False, "clip_sample_range": 1.0}
-KARRAS: Mapping[str, Any] = {"use_karras_sigmas": False}
-SOLVER: Mapping[str, Any] = {**LINSPACE, **KARRAS, "solver_order": 2, "lower_order_final": True}
-FINAL: Mapping[str, Any] = {"final_sigmas_type": "zero"}
-STABLE_DIFFUSION: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
-
-SAMPLERS: Mapping[str, Sampler] = {
-    "ddpm": Sampler("DDPMScheduler", chained_grid, onestep.ddpm, {**LEADING, **CLIP, "variance_type": "fixed_small"}),
-    "ddim": Sampler("DDIMScheduler", strided_grid, onestep.ddim, {**LEADING, **CLIP, "set_alpha_to_one": True}),
-    "plms": Sampler("PNDMScheduler", strided_grid, multistep.plms, {**LEADING, "set_alpha_to_one": False}),
-    "lcm": Sampler(
-        "LCMScheduler",
-        consistency_grid,
-        onestep.lcm,
-        {
-            **STABLE_DIFFUSION,
-            **NO_CLIP,
-            "beta_schedule": "scaled_linear",
-            "original_inference_steps": 50,
-            "timestep_scaling": 10.0,
-        },
-    ),
-    "euler": Sampler(
-        "EulerDiscreteScheduler", interpolated_grid, onestep.euler, {**LINSPACE, **KARRAS, **FINAL}, edm_scale=True
-    ),
-    "euler-ancestral": Sampler(
-        "EulerAncestralDiscreteScheduler", interpolated_grid, onestep.euler_ancestral, LINSPACE, edm_scale=True
-    ),
-    "heun": Sampler(
-        "HeunDiscreteScheduler",
-        interpolated_grid,
-        multistep.heun,
-        {**LINSPACE, **KARRAS, **NO_CLIP, **STABLE_DIFFUSION},
-        edm_scale=True,
-    ),
-    "dpmpp-2m": Sampler(
-        "DPMSolverMultistepScheduler",
-        solver_grid,
-        multistep.dpm_solver_2m,
-        {**SOLVER, **FINAL, "solver_type": "midpoint", "euler_at_final": False},
-        solver_types=("midpoint", "heun"),
-    ),
-    "dpmpp-2m-sde": Sampler(
-        "DPMSolverMultistepScheduler",
-        solver_grid,
-        multistep.dpm_solver_2m_sde,
-        {**SOLVER, **FINAL, "solver_type": "midpoint", "euler_at_final": False},
-        solver_types=("midpoint", "heun"),
-        orders=2,
-    ),
-    "unipc": Sampler(
-        "UniPCMultistepScheduler",
-        solver_grid,
-        multistep.unipc,
-        {**SOLVER, **FINAL, "solver_type": "bh2"},
-        solver_types=("bh2", "bh1"),
-    ),
-    "deis": Sampler("DEISMultistepScheduler", open_ended_grid, multistep.deis, SOLVER),
-}
-"""Every sampler by name, the diffusers class that it equals, and how it is compiled."""
 
 
 def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, eta: float = 0.0) -> Plan:
@@ -126,7 +36,8 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
     Parameters
     ----------
     config : a parsed ``scheduler/scheduler_config.json`` of diffusers. It may belong to another scheduler class: what
-        the sampler reads is taken, the rest gets the defaults of its own class, as diffusers' ``from_config`` does
+        the sampler reads is taken, the rest gets the defaults of the sampler's class, as diffusers' ``from_config``
+        does, but for the two keys that the module's docstring names
     sampler : a key of `SAMPLERS`
     num_inference_steps : 1 to ``num_train_timesteps``
     eta : DDIM's share of DDPM's noise, in [0, 1]; other samplers have none
@@ -134,12 +45,12 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
     Raises
     ------
     InputError
-        For an unknown sampler, a number of steps or a config value that cannot be used.
+        For an unknown sampler, a number of steps, a scheduler class or a config value that cannot be used.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"sampler {sampler!r} is not known; known are {', '.join(SAMPLERS)}. Use one of them.")
     spec = SAMPLERS[sampler]
-    options = _options(SchedulerConfig.from_dict(config, spec.defaults), sampler, eta)
+    options = _options(SchedulerConfig.from_dict(as_trained(config, spec), spec.defaults, spec.only), sampler, eta)
     if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= options.num_train_timesteps:
         raise InputError(
             f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {options.num_train_timesteps}, the "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,22 +33,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 """What a word of the config may be."""
 
-MUST_BE: Mapping[str, Any] = {
-    "thresholding": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "interpolation_type": "linear",
-    "timestep_type": "discrete",
-    "lambda_min_clipped": -math.inf,
-    "sigma_min": None,
-    "sigma_max": None,
-    "predict_x0": True,
-    "disable_corrector": [],
-    "solver_p": None,
-}
-"""Keys that no sampler here varies, with the value that leaves them out of the formulas."""
+MOST_TIMESTEPS = 100_000
+"""Largest ``num_train_timesteps``; a hundred times what networks are trained with."""
 
 SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
           "timestep_spacing", "steps_offset", "rescale_betas_zero_snr")  # fmt: skip
@@ -82,28 +69,42 @@ class SchedulerConfig:
     eta: float = 0.0
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> SchedulerConfig:
+    def from_dict(
+        cls,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        only: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
+    ) -> SchedulerConfig:
         """Check a parsed ``scheduler_config.json`` and keep what a sampler reads of it.
 
         Parameters
         ----------
         config : the JSON object; a key that is missing or null takes its default, a key nobody reads is left alone
         defaults : the keys that this sampler reads besides `SHARED`, with the defaults of its diffusers class
+        only : keys with the values that this sampler supports
 
         Raises
         ------
         InputError
             For a value of the wrong type, outside its range or not supported, naming what is allowed.
         """
-        for key, allowed in MUST_BE.items():
-            if config.get(key, allowed) not in (allowed, None):
-                raise InputError(_refusal(key, config[key], f"only {allowed!r} is supported"))
+        for key, allowed in only.items():
+            if config.get(key) not in (None, *allowed):
+                words = " and ".join(repr(value) for value in allowed)
+                raise InputError(_refusal(key, config[key], f"only {words} is supported"))
         taken: dict[str, Any] = dict(defaults)
         for field in fields(cls):
             value = config.get(field.name)
             if value is not None and (field.name in SHARED or field.name in defaults):
                 taken[field.name] = _checked(field.name, value, type(field.default))
-        return cls(**taken)
+        options = cls(**taken)
+        if options.num_train_timesteps > MOST_TIMESTEPS:
+            raise InputError(
+                _refusal(
+                    "num_train_timesteps", options.num_train_timesteps, f"at most {MOST_TIMESTEPS:,} are supported"
+                )
+            )
+        return options
 
     @property
     def clip(self) -> float:
@@ -172,7 +173,8 @@ class SchedulerConfig:
 
 
 def _refusal(key: str, value: Any, allowed: str) -> str:
-    return f"the scheduler config has {key} = {value!r}; {allowed}. Change it or choose another sampler."
+    remedy = "Use the config that the network was trained with." if key in SHARED else "Choose another sampler."
+    return f"the scheduler config has {key} = {value!r}; {allowed}. {remedy}"
 
 
 def _checked(key: str, value: Any, kind: type) -> Any:
