@@ -14,6 +14,9 @@ A message is one to three short sentences: what was given; what is allowed; what
 without a traceback and exits with ``exit_code``: 2 for wrong input, 1 where a check ran and failed.
 """
 
+import sys
+import warnings
+
 
 class LdmExportError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -55,3 +58,11 @@ class CancelledError(LdmExportError):
     """A generation that its callback, or an interruption, stopped."""
 
     exit_code = 1
+
+
+def warn(message: str) -> None:
+    """Give a UserWarning that names the caller's line: that of the first frame outside this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ldm_export":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

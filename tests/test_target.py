@@ -421,16 +421,20 @@ def test_altered_bytes_are_seen_when_hashes_are_checked(bundle: Path, plain: Pip
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert Bundle.open(bundle, verify=True).verified
-    with pytest.warns(UserWarning, match=rf"is passed over, since its {file} has been altered; the plain graphs run"):
+    with pytest.warns(
+        UserWarning, match=rf"is passed over, since its {file} has been altered; the plain graphs run"
+    ) as warned:
         pipeline = Pipeline.open(bundle, backend="cpu", verify=True)
+    assert [warning.filename for warning in warned] == [__file__]
     assert pipeline.backend == plain.backend
 
 
 def test_another_graph_without_parts_is_passed_over(bundle: Path) -> None:
     changed(bundle, lambda document: document["graphs"]["vae_decoder"].update(path="unet.shallow.onnx"))
     backend = open_backend(Bundle.open(bundle), "cpu", None)
-    with pytest.warns(UserWarning, match="is passed over, since ONNX Runtime refuses its vae_decoder"):
+    with pytest.warns(UserWarning, match="is passed over, since ONNX Runtime refuses its vae_decoder") as warned:
         graph = backend.load("vae_decoder")
+    assert [warning.filename for warning in warned] == [__file__]
     assert [tensor.name for tensor in graph.spec.inputs] == ["latent_sample"]
     assert not backend.name.endswith("ort-cpu")
 

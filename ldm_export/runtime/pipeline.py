@@ -308,7 +308,7 @@ class Pipeline:
         )
 
     def _at_once(self, request: Request, plan: str, timings: Timings) -> Step:
-        """All of a drawing by the loop graph of a plan, in one call, which is timed as one of the UNet's."""
+        """All of a drawing by the loop graph of a plan, in one call."""
         name = f"loops/{plan}"
         graphs = {*self.bundle.manifest.graphs, *self._backend.own_graphs}
         if name not in graphs:
@@ -326,7 +326,7 @@ class Pipeline:
         timings.loop_ms = _since(started)
         started = time.perf_counter()
         results = loop.run(inputs)
-        timings.unet_ms.append(_since(started))
+        timings.whole_ms = _since(started)
         return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
 
     def _conditions(self, request: Request, unet: Graph) -> tuple[dict[str, Array], bool]:

@@ -19,6 +19,7 @@ class Timings:
     for a size that is new to them; it is not part of the total. ``text_ms`` is the prompts, up to the first call of the
     UNet, with what of the UNet depends on them alone.
     ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
+    ``whole_ms`` is the one call of a loop graph, from the text encoder to the pictures; then there are no network calls.
     """
 
     load_ms: float = 0.0
@@ -27,10 +28,11 @@ class Timings:
     unet_ms: list[float] = field(default_factory=list)
     loop_ms: float = 0.0
     decode_ms: float = 0.0
+    whole_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
-        return self.text_ms + self.encode_ms + sum(self.unet_ms) + self.loop_ms + self.decode_ms
+        return self.text_ms + self.encode_ms + sum(self.unet_ms) + self.loop_ms + self.decode_ms + self.whole_ms
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ The result equals that of transformers' ``CLIPTokenizer`` on the same folder.
 """
 
 import json
-import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from ldm_export.errors import BundleError, InputError
+from ldm_export.errors import BundleError, InputError, warn
 
 _END_OF_WORD = "</w>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -121,11 +120,9 @@ class Tokenizer:
             text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             body = self._backend.encode(text, add_special_tokens=False).ids
             if len(body) > room:
-                warnings.warn(
+                warn(
                     f"The prompt has {len(body)} tokens; this model reads {room}. "
-                    f"Cut off: {self._text(body[room:])!r}. Shorten the prompt.",
-                    UserWarning,
-                    stacklevel=2,
+                    f"Cut off: {self._text(body[room:])!r}. Shorten the prompt."
                 )
                 body = body[:room]
             row[0] = self.bos_token_id

@@ -423,8 +423,9 @@ def test_any_unicode_is_a_prompt(pipeline: Pipeline, prompt: str) -> None:
 
 
 def test_a_long_prompt_is_cut_with_a_warning(pipeline: Pipeline) -> None:
-    with pytest.warns(UserWarning, match="token"):
+    with pytest.warns(UserWarning, match="token") as warned:
         long = pipeline.generate("red circle " * 40, steps=STEPS)
+    assert {warning.filename for warning in warned} == {__file__}
     with pytest.warns(UserWarning, match="token"):
         longer = pipeline.generate("red circle " * 50, steps=STEPS)
     np.testing.assert_array_equal(long.latents, longer.latents)

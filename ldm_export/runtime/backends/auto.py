@@ -18,7 +18,6 @@ import logging
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +28,7 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
 from ldm_export.engines import FLAVOURS, engine_targets
-from ldm_export.errors import BackendError, LdmExportError
+from ldm_export.errors import BackendError, LdmExportError, warn
 from ldm_export.runtime.backends import Array, Backend, allowed_threads
 from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -97,7 +96,7 @@ def open_engines(bundle: Bundle) -> Backend | None:
                 return TensorRtBackend(bundle, flavour)
             except BackendError as error:
                 reasons.append(str(error))
-    warnings.warn(f"{' '.join(reasons)} Another backend is used.", stacklevel=5)
+    warn(f"{' '.join(reasons)} Another backend is used.")
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
-from ldm_export.errors import BackendError, BundleError, CancelledError
+from ldm_export.errors import BackendError, BundleError, CancelledError, warn
 from ldm_export.runtime.backends import (
     Array,
     Backend,
@@ -125,10 +124,9 @@ class OnnxRuntimeBackend(Backend):
         return found if isinstance(found, Target) else None
 
     def _say_passed_over(self, why: str) -> None:
-        warnings.warn(
+        warn(
             f"targets/{ORT_CPU} of {self._bundle.path} is passed over, since {why}; the plain graphs run. "
-            f"For its speed run: ldm-export build {self._bundle.path} --target cpu",
-            stacklevel=6,
+            f"For its speed run: ldm-export build {self._bundle.path} --target cpu"
         )
 
     def load(self, graph: str) -> Graph:
@@ -155,7 +153,7 @@ class OnnxRuntimeBackend(Backend):
                 raise BackendError(self._does_not_start())
             self._provider = None
             self.name = self.name.replace("cuda", "cpu")
-            warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
+            warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.")
         check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
         return OnnxRuntimeGraph(session, spec, self._provider, self._running)
 
