@@ -1,25 +1,21 @@
 // The bundle on disk. Opening one trusts nothing in it; as ldm_export/bundle.py.
 #pragma once
 
-#include "files.hpp"
+#include "listed.hpp"
 #include "manifest.hpp"
 
 namespace ldm::runtime {
 
 struct Bundle {
-    fs::path path;
     Manifest manifest;
-    bool verified;
+    ListedFiles files;  // those of the manifest
 
     // Throws BundleError if anything is missing, altered, malformed or reaches outside the folder; `verify` hashes every
-    // listed file too, and refuses files that are not listed.
+    // listed file too, and refuses files that are not listed, but for hidden ones and README.md.
     static Bundle open(const fs::path &folder, bool verify);
 
-    bool has(const std::string &relative) const { return manifest.files.count(relative) != 0; }
-    fs::path file(const std::string &relative) const { return path / relative; }
+    const fs::path &path() const { return files.folder().path(); }
+    bool verified() const { return files.verified(); }
 };
-
-// A file's SHA-256; throws std::system_error.
-std::string sha256_of(const fs::path &file);
 
 }  // namespace ldm::runtime

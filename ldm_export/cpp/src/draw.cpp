@@ -225,7 +225,7 @@ Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     if (request.deepcache > 1 && !unet.can_skip())
         throw InputError(join("deepcache ", request.deepcache, " was asked for, and ", model.backend(),
                               " has no outermost blocks of this UNet apart. Run: ldm-export build ",
-                              model.bundle().path.string(), " --target cpu; if that says so, leave deepcache out."));
+                              model.bundle().path().string(), " --target cpu; if that says so, leave deepcache out."));
     const bool guided = !request.prompts.empty() && request.guidance > 1 && !model.facts().takes_scale;
     Tensors inputs = conditions(model, request, guided);
 

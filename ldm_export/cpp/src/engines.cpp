@@ -108,7 +108,7 @@ std::string without_dots(std::string text) {
     return text;
 }
 
-std::string kind_of(const Flavour &flavour, const EngineTarget &target) {
+std::string kind_of(const Flavour &flavour, const EngineDocument &target) {
     std::string kind = flavour.kind;
     for (const std::string &capability : target.compute_capabilities) kind += "-sm" + without_dots(capability);
     return target.precision == "fp32" ? kind : kind + "-" + target.precision;
@@ -117,13 +117,13 @@ std::string kind_of(const Flavour &flavour, const EngineTarget &target) {
 // Throws PassedOver unless the target is sound and of this bundle, release and device.
 EngineTarget read_engines(const Bundle &bundle, const std::string &kind, const std::string &version,
                           const std::string &compute_capability) {
-    EngineTarget target;
-    read_target_files(bundle, bundle.path / TARGETS / kind, [&](const std::string &text) {
-        target = engines_from_json(text, bundle.path / TARGETS / kind);
-        std::set<std::string> opened;
-        for (const auto &[_, engine] : target.engines) opened.insert(engine.path);
-        return Listing{target.files, opened};
+    EngineDocument target;
+    ListedFiles files = read_target_files(bundle, kind, [&](const std::string &text) {
+        target = engines_from_json(text, kind);
+        return target.files;
     });
+    for (const auto &[_, engine] : target.engines)
+        if (!files.has(engine.path)) throw PassedOver("its " + engine.path + " is missing");
     for (const auto &[name, engine] : target.engines) check_profile(name, engine);
     if (target.version != version)
         throw PassedOver(join("it was made with ", target.flavour, " ", target.version, ", and this is ", version));
@@ -133,12 +133,12 @@ EngineTarget read_engines(const Bundle &bundle, const std::string &kind, const s
             join("it was made for compute capability ", listed(able), ", and this device has ", compute_capability));
     for (const auto &[name, engine] : target.engines)
         for (const auto &[path, sha256] : engine.made_from)
-            if (!bundle.has(path) || bundle.manifest.files.at(path).sha256 != sha256)
+            if (!bundle.files.has(path) || bundle.manifest.files.at(path).sha256 != sha256)
                 throw PassedOver("its " + name + " was made from other graphs");
     for (const auto &[name, graph] : bundle.manifest.graphs)
         if (!is_loop(graph.path) && target.engines.count(name) == 0) throw PassedOver("it has no engine of " + name);
     if (target.stripped) throw PassedOver("its engines have no weights");
-    return target;
+    return {std::move(target), std::move(files)};
 }
 
 }  // namespace
@@ -166,10 +166,10 @@ void Engine::check_shape(const std::string &input, const Shape &shape, const std
                               "another backend, or run, with a larger --batch or --size: ", rebuild));
 }
 
-EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
-    const Json document = target_document(text, folder);
-    EngineTarget target;
-    target.folder = folder;
+EngineDocument engines_from_json(std::string_view text, const std::string &kind) {
+    const Json document = target_document(text, kind);
+    EngineDocument target;
+    target.kind = kind;
     target.flavour = field(document, "flavour", Kind::text).text();
     target.version = field(document, "version", Kind::text).text();
     target.precision = field(document, "precision", Kind::text).text();
@@ -178,7 +178,7 @@ EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
         target.compute_capabilities.push_back(capability.text());
     }
     if (std::none_of(FLAVOURS.begin(), FLAVOURS.end(), [&](const Flavour &one) {
-            return target.flavour == one.library && kind_of(one, target) == target.kind();
+            return target.flavour == one.library && kind_of(one, target) == target.kind;
         }))
         throw MalformedError(join("it is for ", target.flavour, ", ", listed(target.compute_capabilities), " in ",
                                   target.precision));
@@ -194,7 +194,7 @@ EngineTarget engines_from_json(std::string_view text, const fs::path &folder) {
 
 std::vector<std::string> engine_targets(const Bundle &bundle, const Flavour &flavour) {
     std::vector<std::string> kinds;
-    for (const std::string &name : names_in(bundle.path / TARGETS))
+    for (const std::string &name : names_in(bundle.path() / TARGETS))
         if (name.rfind(join(flavour.kind, "-sm"), 0) == 0) kinds.push_back(name);
     return kinds;
 }
@@ -202,7 +202,7 @@ std::vector<std::string> engine_targets(const Bundle &bundle, const Flavour &fla
 std::string build_command(const Bundle &bundle, const Flavour &flavour, const std::string &compute_capability,
                           const std::string &precision) {
     const std::string models = flavour.any_device ? " --sm " + without_dots(compute_capability) : "";
-    return join("ldm-export build ", bundle.path.string(), " --target ", flavour.kind, models,
+    return join("ldm-export build ", bundle.path().string(), " --target ", flavour.kind, models,
                 precision == "fp32" ? "" : " --precision " + precision);
 }
 
@@ -218,11 +218,11 @@ EngineTarget fitting_engines(const Bundle &bundle, const Flavour &flavour, const
         }
     }
     if (fitting.empty())
-        throw BackendError(join(bundle.path.string(), " has no ", flavour.library, " engines for this GPU",
+        throw BackendError(join(bundle.path().string(), " has no ", flavour.library, " engines for this GPU",
                                 reasons.empty() ? "" : " (" + listed(reasons) + ")", ". Run: ",
                                 build_command(bundle, flavour, compute_capability)));
     const auto rank = [](const EngineTarget &target) {
-        return std::find(PRECISIONS.begin(), PRECISIONS.end(), target.precision) - PRECISIONS.begin();
+        return std::find(PRECISIONS.begin(), PRECISIONS.end(), target.document.precision) - PRECISIONS.begin();
     };
     return *std::min_element(fitting.begin(), fitting.end(),
                              [&](const EngineTarget &one, const EngineTarget &other) { return rank(one) < rank(other); });

@@ -41,20 +41,22 @@ struct Engine {
     void check_shape(const std::string &input, const Shape &shape, const std::string &rebuild) const;
 };
 
-struct EngineTarget {
-    fs::path folder;
-    std::string flavour, version, precision;  // the library's name and whole version; fp32, fp16 or int8
+// What target.json says.
+struct EngineDocument {
+    std::string kind, flavour, version, precision;  // the library's name and whole version; fp32, fp16 or int8
     std::vector<std::string> compute_capabilities;
     bool stripped = false;  // whether the engines have no weights
     std::map<std::string, Engine> engines;  // by graph, such as "unet" or "loops/ddim-20"
     std::map<std::string, FileEntry> files;
-
-    std::string kind() const { return folder.filename().string(); }
-    fs::path file(const std::string &relative) const { return folder / relative; }
 };
 
-// A target.json of engines, read and not yet held against its files; throws MalformedError.
-EngineTarget engines_from_json(std::string_view text, const fs::path &folder);
+struct EngineTarget {
+    EngineDocument document;
+    ListedFiles files;
+};
+
+// A target.json of engines, not yet held against the files beside it; throws MalformedError.
+EngineDocument engines_from_json(std::string_view text, const std::string &kind);
 
 // The kinds of a flavour's targets that a bundle has, whether they fit or not.
 std::vector<std::string> engine_targets(const Bundle &bundle, const Flavour &flavour);

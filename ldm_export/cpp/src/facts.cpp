@@ -49,7 +49,7 @@ class Reader {
     std::uint32_t channels(const char *graph, const TensorSpec *tensor) const {
         if (tensor == nullptr || tensor->shape.size() != 4 || tensor->shape[1].is_free() || tensor->shape[1].size < 1 ||
             tensor->shape[1].size > LARGEST)
-            throw BundleError(join("Bundle ", bundle_.path.string(), ": manifest.json does not say of ", graph,
+            throw BundleError(join("Bundle ", bundle_.path().string(), ": manifest.json does not say of ", graph,
                                    " what drawing needs. Export it anew."));
         return static_cast<std::uint32_t>(tensor->shape[1].size);
     }
@@ -57,14 +57,14 @@ class Reader {
     const GraphSpec &graph(const char *name) const {
         const auto found = bundle_.manifest.graphs.find(name);
         if (found == bundle_.manifest.graphs.end())
-            throw BundleError(join("Bundle ", bundle_.path.string(), " has no graph ", name,
+            throw BundleError(join("Bundle ", bundle_.path().string(), " has no graph ", name,
                                    ", so nothing can be drawn. Export it anew."));
         return found->second;
     }
 
   private:
     [[noreturn]] void refuse(const char *key, const Json &value) const {
-        throw BundleError(join("Bundle ", bundle_.path.string(), ": manifest.json has model.", key, " = ", value.dump(),
+        throw BundleError(join("Bundle ", bundle_.path().string(), ": manifest.json has model.", key, " = ", value.dump(),
                                ". Export it anew."));
     }
 

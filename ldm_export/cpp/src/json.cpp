@@ -114,6 +114,8 @@ bool is_plain(const std::string &part) {
 
 Json parsed(std::string_view text, Repeats repeats) {
     if (text.substr(0, 3) == "\xEF\xBB\xBF") throw MalformedError("not JSON: it begins with a byte order mark");
+    if (text.find('\0') != std::string_view::npos)  // which ends the text for the parser
+        throw MalformedError("not JSON: it has the character NUL");
     Builder builder(repeats);
     nlohmann::json::sax_parse(text, &builder);
     return std::move(builder.whole);

@@ -63,6 +63,10 @@ Model::Model(const fs::path &folder, const std::string &backend, int threads, bo
     const Flavour *flavour = flavour_of(backend);
     if (flavour != nullptr || (!fixed_device_ && may_run_engines(bundle_))) open_engines(flavour);
     if (engines_ == nullptr) open_target();
+    if (!verify) return;
+    tokenizers();
+    for (const auto &[name, spec] : bundle_.manifest.graphs)
+        if (!is_loop(spec.path)) graph(name);
 }
 
 void Model::open_engines(const Flavour *asked) {
@@ -73,7 +77,7 @@ void Model::open_engines(const Flavour *asked) {
         warn(join(error.what(), " Another backend is used."));
         return;
     }
-    for (const auto &[name, engine] : engines_->target().engines)  // loops that the bundle has no graph of
+    for (const auto &[name, engine] : engines_->target().document.engines)  // loops that the bundle has no graph of
         if (is_loop(name)) bundle_.manifest.graphs.emplace(name, GraphSpec{name + ".onnx", engine.inputs, engine.outputs});
 }
 
@@ -88,8 +92,8 @@ void Model::open_target() {
 
 void Model::pass_over_target(const std::string &why) {
     target_.reset();
-    warn(join("targets/", ORT_CPU, " of ", bundle_.path.string(), " is passed over, since ", why,
-              "; the plain graphs run. For its speed run: ldm-export build ", bundle_.path.string(), " --target cpu"));
+    warn(join("targets/", ORT_CPU, " of ", bundle_.path().string(), " is passed over, since ", why,
+              "; the plain graphs run. For its speed run: ldm-export build ", bundle_.path().string(), " --target cpu"));
 }
 
 std::string Model::backend() const {
@@ -126,34 +130,51 @@ std::unique_ptr<Graph> Model::load(const std::string &name) {
         }
     }
     try {
-        return runtime_.open(bundle_.file(graph.path), graph.path, &graph, device_);
+        return open(bundle_.files, graph.path, &graph);
     } catch (const BackendError &error) {
         if (fixed_device_ || device_ == Device::cpu) throw;
         device_ = Device::cpu;
         warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.");
-        return runtime_.open(bundle_.file(graph.path), graph.path, &graph, device_);
+        return open(bundle_.files, graph.path, &graph);
     }
 }
 
-std::unique_ptr<Graph> Model::load_target(const TargetGraph &graph, const GraphSpec &spec) const {
-    const auto open = [&](const std::string &path) {
-        return runtime_.open(target_->file(path), path, nullptr, Device::cpu);
-    };
-    if (graph.once.empty() && graph.shallow.empty())
-        return runtime_.open(target_->file(graph.path), graph.path, &spec, Device::cpu);
+std::unique_ptr<Graph> Model::open(const ListedFiles &files, const std::string &path, const GraphSpec *spec) {
+    const GraphFiles found = files.graph(path);
+    std::unique_ptr<Graph> graph = runtime_.open(found, path, spec, device_);
+    watched_.insert(watched_.end(), found.watched.begin(), found.watched.end());
+    return graph;
+}
+
+void Model::check_unchanged() const {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    for (const Watched &watched : watched_)
+        if (const std::optional<Identity> now = identity_of(watched.file); !now || !(*now == watched.identity))
+            throw BundleError(join(watched.file.string(), " has changed since the bundle was opened. Open the bundle anew."));
+}
+
+std::unique_ptr<Graph> Model::load_target(const TargetGraph &graph, const GraphSpec &spec) {
+    const auto part = [&](const std::string &path) { return open(target_->files, path, nullptr); };
+    if (graph.once.empty() && graph.shallow.empty()) return open(target_->files, graph.path, &spec);
     OnceGraph::Parts parts;
-    for (const auto &[input, path] : graph.once) parts.emplace(input, open(path));
-    return std::make_unique<OnceGraph>(spec, open(graph.path), std::move(parts),
-                                       graph.shallow.empty() ? nullptr : open(graph.shallow), graph.deep_channels);
+    for (const auto &[input, path] : graph.once) parts.emplace(input, part(path));
+    return std::make_unique<OnceGraph>(spec, part(graph.path), std::move(parts),
+                                       graph.shallow.empty() ? nullptr : part(graph.shallow), graph.deep_channels);
 }
 
 const std::vector<Tokenizer> &Model::tokenizers() {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     if (!tokenizers_) {
+        const auto read_below = [this](const std::string &folder) {
+            return [this, folder](const std::string &name) {
+                const std::string path = folder + name;
+                return bundle_.files.has(path) ? std::optional<std::string>(bundle_.files.text(path)) : std::nullopt;
+            };
+        };
         std::vector<Tokenizer> found;
         for (const char *suffix : {"", "_2"})
             if (facts_.reads_text && has(join("text_encoder", suffix)))
-                found.emplace_back(bundle_.file(join("tokenizer", suffix)));
+                found.emplace_back(join(bundle_.path().string(), "/tokenizer", suffix), read_below(join("tokenizer", suffix, "/")));
         tokenizers_ = std::move(found);
     }
     return *tokenizers_;

@@ -29,7 +29,10 @@ class Model {
     void warn(const std::string &sentence) const { warn_(sentence); }
     std::string backend() const;  // what really runs, such as "onnxruntime 1.32.0 cpu ort-cpu"
 
-    const Graph &graph(const std::string &name);  // opened when it is first asked for
+    const Graph &graph(const std::string &name);  // opened when it is first asked for, or, to be verified, with the model
+
+    // Throws BundleError where a file changed that an opened graph has its weights in: reading it could end the process.
+    void check_unchanged() const;
     const std::vector<Tokenizer> &tokenizers();   // one, or SDXL's two; none for a model that reads no text
 
     // The UNet's inputs from text, of one prompt: encoder_hidden_states (L, C) and, for SDXL, text_embeds (P).
@@ -39,7 +42,8 @@ class Model {
     void open_engines(const Flavour *asked);
     void open_target();
     std::unique_ptr<Graph> load(const std::string &name);
-    std::unique_ptr<Graph> load_target(const TargetGraph &graph, const GraphSpec &spec) const;
+    std::unique_ptr<Graph> load_target(const TargetGraph &graph, const GraphSpec &spec);
+    std::unique_ptr<Graph> open(const ListedFiles &files, const std::string &path, const GraphSpec *spec);
     void pass_over_target(const std::string &why);
     std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids);
 
@@ -53,6 +57,7 @@ class Model {
     std::optional<Target> target_;
     mutable std::recursive_mutex mutex_;  // of what follows, and of device_, engines_ and target_
     std::map<std::string, std::unique_ptr<Graph>> graphs_;
+    std::vector<Watched> watched_;
     std::optional<std::vector<Tokenizer>> tokenizers_;
     Cache<std::string, SharedTensors> prompts_{256};  // by token ids
 };

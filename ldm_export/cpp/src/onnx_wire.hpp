@@ -1,8 +1,6 @@
 // Which files an ONNX model reads its weights from, found without reading the weights; as ldm_export/onnx_wire.py.
 #pragma once
 
-#include "files.hpp"
-
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -18,10 +16,10 @@ struct ExternalData {
     std::optional<std::uint64_t> length;  // none: to the end of the file
 };
 
-// Every reference in the bytes of a model, in order; throws MalformedError if they are no ONNX model.
+// Every reference in the bytes of a model, in order.
+//
+// Throws MalformedError where they are no ONNX model, where two readers of protobuf could take them for different ones, and
+// where the model has more than ten million nodes once its functions are inlined, as ONNX Runtime does it.
 std::vector<ExternalData> external_data_from_bytes(std::string_view model);
-
-// The same of a file; throws BundleError.
-std::vector<ExternalData> external_data_from_onnx(const fs::path &file);
 
 }  // namespace ldm::runtime

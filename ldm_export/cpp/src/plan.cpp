@@ -148,7 +148,7 @@ Trajectory Plan::for_strength(double strength) const {
 Plan plan_from_json(std::string_view text) {
     Json document;
     try {
-        document = parsed(text, Repeats::allowed);
+        document = parsed(text, Repeats::refused);
     } catch (const MalformedError &error) {
         throw InputError(join("a plan file is ", error.what(), ". Compile the plan again."));
     }

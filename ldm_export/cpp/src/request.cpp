@@ -122,17 +122,7 @@ void check_size(std::uint32_t height, std::uint32_t width, std::uint32_t multipl
 
 Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
     const std::string path = join("plans/", sampler, "-", steps, ".json");
-    if (bundle.has(path)) {
-        try {
-            return plan_from_json(read_text(bundle.file(path)));
-        } catch (const std::system_error &error) {
-            throw BundleError(join("Bundle ", bundle.path.string(), ": ", path, " cannot be read (", error.what(),
-                                   "). Export the bundle anew."));
-        } catch (const MalformedError &error) {
-            throw BundleError(join("Bundle ", bundle.path.string(), ": ", path, " is ", error.what(),
-                                   ". Export the bundle anew."));
-        }
-    }
+    if (bundle.files.has(path)) return plan_from_json(bundle.files.text(path));
     std::set<std::string> kin, samplers;
     for (const auto &[name, _] : bundle.manifest.files) {
         if (name.rfind("plans/", 0) != 0) continue;
@@ -143,7 +133,7 @@ Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t s
     }
     throw InputError(join("This bundle has no plan for '", sampler, "' with ", steps, " steps; it has ",
                           kin.empty() ? "plans for " + listed(samplers, "no sampler") : listed(kin),
-                          ". Use one of those, or run: ldm-export plan ", bundle.path.string(), " --sampler ", sampler,
+                          ". Use one of those, or run: ldm-export plan ", bundle.path().string(), " --sampler ", sampler,
                           " --steps ", steps));
 }
 
@@ -157,7 +147,7 @@ std::string loop(const Bundle &bundle, const std::string &sampler, std::uint32_t
     for (const auto &[graph, _] : bundle.manifest.graphs)
         if (is_loop(graph)) there.push_back(graph.substr(graph.find('/') + 1));
     throw InputError(join("This bundle has no loop ", sampler, "-", steps, "; it has ", listed(there, "none"),
-                          ". Run: ldm-export plan ", bundle.path.string(), " --sampler ", sampler, " --steps ", steps,
+                          ". Run: ldm-export plan ", bundle.path().string(), " --sampler ", sampler, " --steps ", steps,
                           " --loop"));
 }
 

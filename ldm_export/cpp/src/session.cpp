@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cfenv>
+#include <cstdlib>
 
+#include <strings.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
@@ -18,6 +20,7 @@ namespace ldm::runtime {
 namespace {
 
 constexpr const char *CUDA = "CUDAExecutionProvider";
+constexpr const char *YES[] = {"1", "true", "yes", "on"};  // what ONNX Runtime takes for yes in its environment variables
 
 struct Type {
     ONNXTensorElementDataType type;
@@ -56,7 +59,19 @@ int allowed_threads() {
     return 0;
 }
 
+// ONNX Runtime's releases from 1.29 on send telemetry, and write a number of the device below the home directory. What the
+// user has set holds where it turns that off too.
+void turn_telemetry_off() {
+    constexpr const char *name = "ORT_DISABLE_TELEMETRY";
+    const char *value = std::getenv(name);
+    const bool off = value != nullptr && std::any_of(std::begin(YES), std::end(YES), [&](const char *yes) {
+        return ::strcasecmp(value, yes) == 0;
+    });
+    if (!off) ::setenv(name, "1", 1);
+}
+
 void initialise() {
+    turn_telemetry_off();
     const OrtApi *api = OrtGetApiBase()->GetApi(ORT_API_VERSION);
     if (api == nullptr)
         throw BackendError(join("The ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " that was loaded is older than ",
@@ -150,6 +165,20 @@ class SessionGraph : public Graph {
     mutable Ort::Session session_;  // running one changes nothing that shows
 };
 
+// Have a model's weights taken from memory, and from no file.
+void give_weights(const GraphFiles &files, Ort::SessionOptions &options) {
+    std::vector<std::string> names;
+    std::vector<char *> bytes;
+    std::vector<std::size_t> sizes;
+    for (const auto &[location, data] : files.data) {
+        names.push_back(location);
+        bytes.push_back(const_cast<char *>(data.data()));  // they are only read
+        sizes.push_back(data.size());
+    }
+    options.AddExternalInitializersFromFilesInMemory(names, bytes, sizes);
+    options.AddConfigEntry("session.model_external_initializers_file_folder_path", "/dev/null");
+}
+
 // Puts a thread's arithmetic back as it was: one that opens a process's first session rounds subnormals to zero after it.
 class Arithmetic {
   public:
@@ -202,17 +231,20 @@ bool OnnxRuntime::has_cuda() {
     return std::find(providers.begin(), providers.end(), CUDA) != providers.end();
 }
 
-std::unique_ptr<Graph> OnnxRuntime::open(const fs::path &file, const std::string &path, const GraphSpec *spec,
+std::unique_ptr<Graph> OnnxRuntime::open(const GraphFiles &files, const std::string &path, const GraphSpec *spec,
                                          Device device) const {
     Ort::SessionOptions options{nullptr};
     try {
         options = settings_->options(device);
+        if (files.in_memory) give_weights(files, options);
     } catch (const Ort::Exception &error) {
         throw BackendError(join("ONNX Runtime does not start: ", one_line(error.what()), ". Check its installation."));
     }
     const Arithmetic kept;
     try {
-        Ort::Session session(settings_->env, file.c_str(), options);
+        Ort::Session session = files.in_memory
+                                   ? Ort::Session(settings_->env, files.model.data(), files.model.size(), options)
+                                   : Ort::Session(settings_->env, files.file.c_str(), options);
         GraphSpec there{path, specs_of(session, true), specs_of(session, false)};
         if (spec != nullptr && !(agree(spec->inputs, there.inputs) && agree(spec->outputs, there.outputs)))
             throw BundleError(path + " has other inputs or outputs than manifest.json says. Export the bundle anew.");

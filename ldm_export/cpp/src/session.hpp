@@ -1,8 +1,8 @@
 // ONNX Runtime: sessions on the CPU or, where its CUDA provider works, on an NVIDIA GPU. No other file knows its types.
 #pragma once
 
-#include "files.hpp"
 #include "graph.hpp"
+#include "listed.hpp"
 
 #include <memory>
 #include <string>
@@ -25,7 +25,7 @@ class OnnxRuntime {
 
     // Open a graph. Without a spec it is what the session says; else they must agree, or BundleError is thrown, as it is
     // where ONNX Runtime refuses the graph. Throws BackendError where CUDA does not start.
-    std::unique_ptr<Graph> open(const fs::path &file, const std::string &path, const GraphSpec *spec, Device device) const;
+    std::unique_ptr<Graph> open(const GraphFiles &files, const std::string &path, const GraphSpec *spec, Device device) const;
 
   private:
     struct Settings;

@@ -1,7 +1,6 @@
 #include "target.hpp"
 
 #include "error.hpp"
-#include "onnx_wire.hpp"
 
 #include <algorithm>
 #include <fstream>
@@ -54,33 +53,6 @@ std::map<std::string, std::string> sources_of(const Bundle &bundle) {
     return sources;
 }
 
-// The weights that its graphs read must be listed too.
-void check_external_data(const Target &target, const std::set<std::string> &graphs) {
-    for (const std::string &name : graphs) {
-        try {
-            for (const ExternalData &data : external_data_from_onnx(target.file(name)))
-                if (target.files.count(data.location) == 0)
-                    throw PassedOver(
-                        join("its ", name, " reads weights from '", data.location, "', which it does not list"));
-        } catch (const BundleError &error) {
-            throw PassedOver(join("one of its graphs cannot be read (", error.what(), ")"));
-        }
-    }
-}
-
-Target sound_target(const Bundle &bundle, const fs::path &folder) {
-    Target target;
-    std::set<std::string> opened;
-    read_target_files(bundle, folder, [&](const std::string &text) {
-        target = target_from_json(text, folder);
-        for (const auto &[_, graph] : target.graphs)
-            for (const std::string &path : graph.paths()) opened.insert(path);
-        return Listing{target.files, opened};
-    });
-    check_external_data(target, opened);
-    return target;
-}
-
 }  // namespace
 
 std::vector<std::string> TargetGraph::paths() const {
@@ -91,9 +63,21 @@ std::vector<std::string> TargetGraph::paths() const {
 }
 
 std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime) {
-    const fs::path folder = bundle.path / TARGETS / ORT_CPU;
-    if (fs::symlink_status(folder).type() == fs::file_type::not_found) return std::nullopt;
-    Target target = sound_target(bundle, folder);
+    if (fs::symlink_status(bundle.path() / TARGETS / ORT_CPU).type() == fs::file_type::not_found) return std::nullopt;
+    TargetDocument target;
+    ListedFiles files = read_target_files(bundle, ORT_CPU, [&](const std::string &text) {
+        target = target_from_json(text);
+        return target.files;
+    });
+    for (const auto &[_, graph] : target.graphs)
+        for (const std::string &path : graph.paths()) {
+            if (!files.has(path)) throw PassedOver("its " + path + " is missing");
+            try {
+                files.check_graph(path);
+            } catch (const BundleError &error) {
+                throw PassedOver(error.what());
+            }
+        }
     if (target.made_from != sources_of(bundle)) throw PassedOver("it was made from other graphs");
     const std::map<std::string, std::string> has{{"cpu", this_cpu()}, {"onnxruntime", onnxruntime}};
     if (target.needs.size() != has.size()) throw PassedOver("it says not just of cpu and onnxruntime what it needs");
@@ -109,12 +93,12 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
     if (names_of(target.graphs) != own)
         throw PassedOver(join("it has the graphs ", listed(names_of(target.graphs), "nothing"), ", and the bundle ",
                               listed(own, "nothing")));
-    return target;
+    return Target{std::move(target.graphs), std::move(files)};
 }
 
-Target target_from_json(std::string_view text, const fs::path &folder) {
-    const Json document = target_document(text, folder);
-    Target target{folder, {}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
+TargetDocument target_from_json(std::string_view text) {
+    const Json document = target_document(text, ORT_CPU);
+    TargetDocument target{{}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
     for (const auto &[name, entry] : field(document, "graphs", Kind::object).object()) {
         const std::string where = "graphs['" + name + "']";
         target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where).text(),

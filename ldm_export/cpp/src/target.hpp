@@ -19,20 +19,23 @@ struct TargetGraph {
     std::vector<std::string> paths() const;
 };
 
-struct Target {
-    fs::path folder;
+// What target.json says.
+struct TargetDocument {
     std::map<std::string, TargetGraph> graphs;
     std::map<std::string, std::string> needs, made_from;
     std::map<std::string, FileEntry> files;
+};
 
-    fs::path file(const std::string &relative) const { return folder / relative; }
+struct Target {
+    std::map<std::string, TargetGraph> graphs;
+    ListedFiles files;
 };
 
 // The bundle's target for this machine and this release of ONNX Runtime, or none; throws PassedOver.
 std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime);
 
-// A target's target.json, read and not yet held against its files; throws MalformedError.
-Target target_from_json(std::string_view text, const fs::path &folder);
+// A target.json, not yet held against the files beside it; throws MalformedError.
+TargetDocument target_from_json(std::string_view text);
 
 // The kind of processor from the text of Linux's /proc/cpuinfo; empty if that names no vector instructions.
 std::string cpu_level(const std::string &cpuinfo);

@@ -4,7 +4,6 @@
 #include "bundle.hpp"
 
 #include <functional>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -16,18 +15,14 @@ struct PassedOver : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The text of a target.json as JSON; throws MalformedError unless it is of this format and names its folder's kind.
-Json target_document(std::string_view text, const fs::path &folder);
+// The text of a target.json as JSON; throws MalformedError unless it is of this format and of this kind, its folder's name.
+Json target_document(std::string_view text, const std::string &kind);
 
-// What a target.json says of the files beside it.
-struct Listing {
-    std::map<std::string, FileEntry> files;
-    std::set<std::string> opened;  // of those that it lists, or should
-};
+constexpr const char *TARGET = "target.json";
 
-// Have `parse` read the text of a target's target.json, and hold the files that are there against what it gives. Throws
-// PassedOver, also for what `parse` throws of a malformed text.
-void read_target_files(const Bundle &bundle, const fs::path &folder,
-                       const std::function<Listing(const std::string &text)> &parse);
+// Have `parse` read the text of a target's target.json, which gives the files that it lists, and hold those that are there
+// against it. Throws PassedOver, also for what `parse` throws of a malformed text.
+ListedFiles read_target_files(const Bundle &bundle, const std::string &kind,
+                              const std::function<std::map<std::string, FileEntry>(const std::string &text)> &parse);
 
 }  // namespace ldm::runtime

@@ -1,13 +1,11 @@
 #include "tensorrt.hpp"
 
 #include "cuda.hpp"
-#include "files.hpp"
 
 #include <NvInferRuntime.h>
 
 #include <algorithm>
 #include <mutex>
-#include <system_error>
 
 // Exported by every release, declared by not every one.
 extern "C" {
@@ -284,31 +282,31 @@ class OpenedEngines : public Engines {
   public:
     explicit OpenedEngines(const Bundle &bundle)
         : gpu_(first_gpu()), target_(fitting_engines(bundle, BUILT, version(), gpu_.compute_capability)),
-          rebuild_(build_command(bundle, BUILT, gpu_.compute_capability, target_.precision)) {
+          rebuild_(build_command(bundle, BUILT, gpu_.compute_capability, target_.document.precision)) {
         if (library_->runtime == nullptr) throw library_->failed("start");
     }
 
-    std::string name() const override { return join(BUILT.library, " ", version(), " ", target_.kind(), " ", gpu_.name); }
+    std::string name() const override { return join(BUILT.library, " ", version(), " ", target_.document.kind, " ", gpu_.name); }
     const EngineTarget &target() const override { return target_; }
 
     std::unique_ptr<Graph> open(const std::string &graph, const GraphSpec &spec) const override {
-        const auto found = target_.engines.find(graph);
-        if (found == target_.engines.end()) {
+        const auto found = target_.document.engines.find(graph);
+        if (found == target_.document.engines.end()) {
             const std::string loop = is_loop(graph) ? " --loop " + graph.substr(graph.find('/') + 1) : "";
-            throw BackendError(join(target_.folder.string(), " has no engine of ", graph, ". Run: ", rebuild_, loop));
+            throw BackendError(join(join(TARGETS, "/", target_.document.kind), " has no engine of ", graph, ". Run: ", rebuild_, loop));
         }
         Engine told = found->second;
-        const fs::path file = target_.file(told.path);
-        told.path = join(TARGETS, "/", target_.kind(), "/", told.path);  // what errors call it
+        const std::string file = told.path;
+        told.path = join(TARGETS, "/", target_.document.kind, "/", told.path);  // what errors call it
         std::unique_ptr<nvinfer1::ICudaEngine> engine;
         try {
-            const MappedFile plan(file);
+            const Content plan = target_.files.content(file);
 #if LDM_TENSORRT_RTX
             check_validity(*library_, plan.bytes(), told.path, rebuild_);
 #endif
             engine.reset(library_->runtime->deserializeCudaEngine(plan.bytes().data(), plan.bytes().size()));
-        } catch (const std::system_error &error) {
-            throw BackendError(join(told.path, " cannot be read (", error.what(), "). Run: ", rebuild_));
+        } catch (const BundleError &error) {
+            throw BackendError(join(told.path, " cannot be used, since ", error.what(), ". Run: ", rebuild_));
         }
         if (engine == nullptr) throw library_->failed("open " + told.path);
         if (!agree(spec.inputs, specs_of(*engine, nvinfer1::TensorIOMode::kINPUT)) ||

@@ -51,10 +51,10 @@ std::size_t word_length(std::u32string_view text) {
 
 }  // namespace
 
-Tokenizer::Tokenizer(const fs::path &folder) {
-    const TokenizerFiles files = read_tokenizer_files(folder);
+Tokenizer::Tokenizer(const std::string &folder, const ReadText &read) {
+    const TokenizerFiles files = read_tokenizer_files(folder, read);
     const auto bad = [&](const std::string &what) {
-        throw BundleError(join("Tokenizer folder ", folder.string(), ": ", what, ". Export the bundle anew."));
+        throw BundleError(join("Tokenizer folder ", folder, ": ", what, ". Export the bundle anew."));
     };
     max_length_ = files.max_length;
     for (const auto &[token, id] : files.vocabulary) texts_.emplace(id, token);

@@ -18,7 +18,7 @@ using Warn = std::function<void(const std::string &sentence)>;
 class Tokenizer {
   public:
     // Throws BundleError if a file is missing, is not what it should be, or contradicts another.
-    explicit Tokenizer(const fs::path &folder);
+    Tokenizer(const std::string &folder, const ReadText &read);
 
     // The ids of a prompt, max_length of them; `warn` is told what is cut off. Throws InputError unless it is UTF-8.
     std::vector<TokenId> operator()(std::string_view prompt, const Warn &warn) const;

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
-#include <system_error>
 
 namespace ldm::runtime {
 
@@ -38,7 +37,7 @@ std::optional<TokenId> id_of(const std::string &digits) {
 
 class Reader {
   public:
-    explicit Reader(fs::path folder) : folder_(std::move(folder)) {}
+    Reader(const std::string &folder, const ReadText &read) : folder_(folder), read_(read) {}
 
     TokenizerFiles read() const {
         const Json whole = json("tokenizer.json");
@@ -62,27 +61,16 @@ class Reader {
 
   private:
     [[noreturn]] void bad(const std::string &name, const std::string &what) const {
-        throw BundleError(join("Tokenizer folder ", folder_.string(), ": ", name, " ", what, ". Export the bundle anew."));
-    }
-
-    std::string text(const std::string &name) const {
-        if (!fs::exists(folder_ / name)) bad(name, "is missing");
-        try {
-            return read_text(folder_ / name);
-        } catch (const std::system_error &error) {
-            bad(name, join("cannot be read as UTF-8 text (", error.what(), ")"));
-        } catch (const MalformedError &error) {
-            bad(name, join("cannot be read as UTF-8 text (", error.what(), ")"));
-        }
+        throw BundleError(join("Tokenizer folder ", folder_, ": ", name, " ", what, ". Export the bundle anew."));
     }
 
     // The object in a file, or null if there is no such file.
     Json json(const std::string &name) const {
-        if (!fs::exists(folder_ / name)) return Json();
+        const std::optional<std::string> content = read_(name);
+        if (!content) return Json();
         Json found;
-        const std::string content = text(name);
         try {
-            found = parsed(content, Repeats::allowed);
+            found = parsed(*content, Repeats::allowed);
         } catch (const MalformedError &error) {
             bad(name, join("is ", error.what()));
         }
@@ -115,7 +103,9 @@ class Reader {
     void read_merges(const Json &whole, TokenizerFiles &files) const {
         const char *name = whole.is_null() ? "merges.txt" : "tokenizer.json";
         if (whole.is_null()) {
-            const std::string lines = text(name);
+            const std::optional<std::string> content = read_(name);
+            if (!content) bad(name, "is missing");
+            const std::string &lines = *content;
             for (std::size_t start = 0, end; start < lines.size(); start = end + 1) {
                 end = std::min(lines.find('\n', start), lines.size());
                 std::string line = lines.substr(start, end - start);
@@ -236,11 +226,12 @@ class Reader {
         return length.number() > LONGEST ? DEFAULT_MAX_LENGTH : static_cast<std::size_t>(length.number());
     }
 
-    fs::path folder_;
+    const std::string &folder_;
+    const ReadText &read_;
 };
 
 }  // namespace
 
-TokenizerFiles read_tokenizer_files(const fs::path &folder) { return Reader(folder).read(); }
+TokenizerFiles read_tokenizer_files(const std::string &folder, const ReadText &read) { return Reader(folder, read).read(); }
 
 }  // namespace ldm::runtime

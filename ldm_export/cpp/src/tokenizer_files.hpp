@@ -2,9 +2,9 @@
 #pragma once
 
 #include "bpe.hpp"
-#include "files.hpp"
 
 #include <array>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -36,7 +36,10 @@ struct TokenizerFiles {
     std::size_t max_length;
 };
 
-// Throws BundleError, with the file's name.
-TokenizerFiles read_tokenizer_files(const fs::path &folder);
+// The UTF-8 text of a file of the folder, none if it has no such file.
+using ReadText = std::function<std::optional<std::string>(const std::string &name)>;
+
+// Throws BundleError, with the file's name. folder: what errors call it.
+TokenizerFiles read_tokenizer_files(const std::string &folder, const ReadText &read);
 
 }  // namespace ldm::runtime
