@@ -22,10 +22,10 @@ from ldm_export.errors import CancelledError, InputError
 from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
+from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.request import (
     Options,
     Request,
-    check_drawable,
     check_size,
     checked_request,
     latents_image,
@@ -119,6 +119,10 @@ class Pipeline:
         self._graphs: dict[str, Graph] = {}
         self._prompts: PromptEncoder | None = None
         self._closed = False
+        if bundle.verified:  # what changes on the disk from now on is not used
+            for name in bundle.manifest.graphs:
+                self._graph(name)
+            self.load()
 
     @classmethod
     def open(
@@ -339,6 +343,8 @@ class Pipeline:
     def _encode(self, image: Array, draw: Callable[[], Array]) -> Array:
         """A picture's scaled latents, drawn from the encoder's distribution with the pictures' own noise."""
         parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
+        factor, graph = self.bundle.manifest.model["pixels_per_latent"], self.bundle.manifest.graphs["vae_encoder"]
+        check_pictures(image.shape, parameters.shape, factor, graph)
         mean, logvar = np.split(parameters, 2, axis=1)
         latents: Array = mean.copy()
         if logvar.max() > -30.0:  # below, as AutoencoderTiny's is, the latents are certain, and take no noise
@@ -350,6 +356,8 @@ class Pipeline:
     def _decode(self, latents: Array) -> Array:
         unscaled = latents / np.float32(self.bundle.manifest.model["scaling_factor"])
         sample = self._graph("vae_decoder").run({"latent_sample": unscaled})["sample"]
+        factor, graph = self.bundle.manifest.model["pixels_per_latent"], self.bundle.manifest.graphs["vae_decoder"]
+        check_pictures(sample.shape, latents.shape, factor, graph)
         pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
         images: Array = pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
         return images

@@ -16,33 +16,6 @@ from ldm_export.runtime.backends import Array
 from ldm_export.runtime.noise import Generator
 
 DEFAULT_GUIDANCE = 4.0
-DRAWN_WITH = ("unet", "vae_decoder", "vae_encoder")
-MODEL_FACTS: dict[str, tuple[type, ...]] = {
-    "height": (int,),
-    "width": (int,),
-    "latent_channels": (int,),
-    "pixels_per_latent": (int,),
-    "scaling_factor": (int, float),
-    "default_sampler": (str,),
-    "default_steps": (int,),
-}
-"""What the manifest's ``model`` must say of a bundle that is drawn with."""
-GUIDANCE_FACTS: dict[str, tuple[type, ...]] = {"default_guidance": (int, float), "guidance_folded": (bool,)}
-"""What it may say."""
-
-
-def check_drawable(bundle: Bundle) -> None:
-    """Raise BundleError unless the bundle has the graphs and says the facts that drawing needs."""
-    for name in DRAWN_WITH:
-        if name not in bundle.manifest.graphs:
-            raise BundleError(f"Bundle {bundle.path} has no graph {name}, so nothing can be drawn. Export it anew.")
-    for key, kinds in MODEL_FACTS.items():
-        value: Any = bundle.manifest.model.get(key)
-        if type(value) not in kinds or (not isinstance(value, str) and not value > 0):
-            raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
-    for key, kinds in GUIDANCE_FACTS.items():
-        if key in bundle.manifest.model and type(value := bundle.manifest.model[key]) not in kinds:
-            raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
 
 
 class Options(TypedDict, total=False):
@@ -232,7 +205,10 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
             f"This bundle has no plan for {sampler!r} with {steps} steps; it has {has}. "
             f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
         )
-    return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
+    plan = Plan.from_json(bundle.read(path))
+    if plan.file_name != f"{sampler}-{steps}.json":
+        raise BundleError(f"Bundle {bundle.path}: {path} has the plan of {plan.file_name}. Export the bundle anew.")
+    return plan
 
 
 def seeds_for(seed: int | Sequence[int], batch: int) -> tuple[int, ...]:

@@ -63,10 +63,18 @@ class OpenVinoBackend(Backend):
         BundleError
             If OpenVINO refuses the graph.
         """
-        spec, files = self._bundle.manifest.graphs[graph], self._bundle.manifest.files
-        size_bytes = sum(entry.size_bytes for path, entry in files.items() if path.startswith(f"{spec.name}/"))
+        spec = self._bundle.manifest.graphs[graph]
+        files = self._bundle.graph_files(spec.path)
+        if files.data:
+            raise BackendError(
+                f"{spec.path} keeps weights in files of their own, which OpenVINO does not take from memory; a bundle "
+                "that is verified, or in the Hub's cache, is opened from there. Use the backend cpu."
+            )
+        size_bytes = sum(
+            entry.size_bytes for path, entry in self._bundle.manifest.files.items() if path.startswith(f"{spec.name}/")
+        )
         try:
-            model = self._core.read_model(self._bundle.file(spec.path))
+            model = self._core.read_model(files.path if files.model is None else files.model)
             loaded = OpenVinoGraph(self, model, spec, kept=max(1, KEPT_BYTES // max(1, size_bytes)))
             if graph != "unet":
                 loaded.compiled()
