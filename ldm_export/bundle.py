@@ -38,7 +38,7 @@ from ldm_export.manifest import (
     is_target,
     manifest_from_json,
 )
-from ldm_export.partial import is_partial, move_into_place, partial_folder, sibling, sync
+from ldm_export.partial import is_partial, locked, move_into_place, partial_folder, sibling, sync
 
 __all__ = ["Bundle", "BundleWriter", "FileEntry", "Manifest", "create_bundle"]
 
@@ -140,7 +140,8 @@ class Bundle:
         """Add a file, or replace one, and return the bundle as it then is.
 
         Each write is atomic, and a file is never listed before it is whole: a kill in between leaves a bundle that
-        opens, with or without the file. Meant for plans and loops; a graph's weights are not to be replaced so.
+        opens, with or without the file. Processes that add files at the same time wait for one another. Meant for plans
+        and loops; a graph's weights are not to be replaced so.
 
         Parameters
         ----------
@@ -161,34 +162,45 @@ class Bundle:
             If the file cannot be written.
         """
         check_relative(relative)
-        manifest = _opened(self.path, verify=False).manifest
-        others = {name: old for name, old in manifest.files.items() if name != relative}
-        graphs = {name: old for name, old in manifest.graphs.items() if old.path != relative}
-        dropped = manifest.graphs.keys() - graphs.keys()
-        records = [record for record in manifest.parity if record.get("graph") not in dropped]
-        target = self.path / relative
         size_bytes = 0
         try:
             size_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
             sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_of(data)
-            entry = FileEntry(size_bytes, sha256)
-            if manifest.files.get(relative, entry) != entry:
-                without = replace(manifest, files=others, graphs=graphs, parity=records)
-                _write(self.path / MANIFEST, without.to_json().encode())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, data)
-            manifest = replace(manifest, files=others | {relative: entry})
-            if graph is not None:
-                manifest = replace(manifest, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
-            if relative.lower().endswith(".onnx"):
-                ListedFiles(self.listed.folder, manifest.files, MANIFEST, verified=False).check_graph(relative)
-            _write(self.path / MANIFEST, manifest.to_json().encode())
+            with locked(self.path):
+                self._add(relative, data, FileEntry(size_bytes, sha256), graph, parity)
+                return _opened(self.path, verify=False)
         except OSError as exc:
             raise export_error(exc, self.path, size_bytes) from exc
+
+    def _add(
+        self,
+        relative: str,
+        data: bytes | Path,
+        entry: FileEntry,
+        graph: GraphSpec | None,
+        parity: Sequence[Mapping[str, Any]],
+    ) -> None:
+        manifest = _opened(self.path, verify=False).manifest
+        others = {name: old for name, old in manifest.files.items() if name != relative}
+        graphs = {name: old for name, old in manifest.graphs.items() if old.path != relative}
+        dropped = manifest.graphs.keys() - graphs.keys()
+        records = [record for record in manifest.parity if record["graph"] not in dropped]
+        target = self.path / relative
+        if manifest.files.get(relative, entry) != entry:
+            without = replace(manifest, files=others, graphs=graphs, parity=records)
+            _write(self.path / MANIFEST, without.to_json().encode())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, data)
+        manifest = replace(manifest, files=others | {relative: entry})
+        if graph is not None:
+            manifest = replace(manifest, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
+        try:
+            if relative.lower().endswith(".onnx"):
+                ListedFiles(self.listed.folder, manifest.files, MANIFEST, verified=False).check_graph(relative)
         except MalformedError as exc:
             target.unlink()
             raise _bad(self.path, str(exc)) from exc
-        return _opened(self.path, verify=False)
+        _write(self.path / MANIFEST, manifest.to_json().encode())
 
 
 class BundleWriter:
@@ -391,7 +403,9 @@ def _is_full_disk(exc: Exception) -> bool:
 def export_error(exc: Exception, target: Path, needed_bytes: int | None) -> ExportError:
     """What is to be raised where ``target`` could not be written."""
     if not _is_full_disk(exc):
-        return ExportError(f"{target} cannot be written: {exc}. Choose another folder.")
+        return ExportError(
+            f"{target} cannot be written: {exc}. Choose another folder, or copy the bundle to one that can be written."
+        )
     needed = f", {needed_bytes / 1e9:.2f} GB are needed" if needed_bytes is not None else ""
     existing = next(parent for parent in (target, *target.parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 1e9

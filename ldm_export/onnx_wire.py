@@ -227,7 +227,7 @@ class _Scan:
             return
         if location != _EXTERNAL or raw or "location" not in entries:
             raise MalformedError(
-                f"tensor {name!r} has data location {location}, {'raw' if raw else 'no raw'} data and the external data "
+                f"tensor {name!r} has data location {location}, {'raw' if raw else 'no raw'} data and external data "
                 f"{sorted(entries)}; it must have data of one kind, external ones with a location"
             )
         numbers = {key: _number(name, key, entries[key]) for key in ("offset", "length") if key in entries}
