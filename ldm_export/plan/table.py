@@ -223,7 +223,7 @@ def _record(cls: type[Record], value: Any, where: str) -> Record:
 
 def _exactly(kind: type, value: Any, name: str) -> Any:
     if type(value) is not kind:
-        raise InputError(f"a plan has {name} = {str(value)[:40]}; it must be {kind.__name__}. Compile the plan again.")
+        raise InputError(f"a plan has {name} = {repr(value)[:40]}; it must be {kind.__name__}. Compile the plan again.")
     return value
 
 

@@ -26,6 +26,7 @@ from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.request import (
     Options,
     Request,
+    check_plans,
     check_size,
     checked_request,
     latents_image,
@@ -123,6 +124,7 @@ class Pipeline:
             for name in bundle.manifest.graphs:
                 self._graph(name)
             self.load()
+            check_plans(bundle)
 
     @classmethod
     def open(

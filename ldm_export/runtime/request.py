@@ -194,6 +194,8 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     ------
     InputError
         If there is none; the message says which there are and how to add one.
+    BundleError
+        If it cannot be read, or is another.
     """
     path = f"plans/{sampler}-{steps}.json"
     if path not in bundle.manifest.files:
@@ -205,9 +207,23 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
             f"This bundle has no plan for {sampler!r} with {steps} steps; it has {has}. "
             f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler} --steps {steps}"
         )
-    plan = Plan.from_json(bundle.read(path))
-    if plan.file_name != f"{sampler}-{steps}.json":
-        raise BundleError(f"Bundle {bundle.path}: {path} has the plan of {plan.file_name}. Export the bundle anew.")
+    return _plan_of(bundle, path)
+
+
+def check_plans(bundle: Bundle) -> None:
+    """Raise BundleError unless each plan of a bundle can be read, and is what its name says."""
+    for path in bundle.manifest.files:
+        if path.startswith("plans/"):
+            _plan_of(bundle, path)
+
+
+def _plan_of(bundle: Bundle, path: str) -> Plan:
+    try:
+        plan = Plan.from_json(bundle.read(path))
+    except InputError as error:
+        raise BundleError(f"Bundle {bundle.path}: {path}: {error}") from error
+    if path != f"plans/{plan.file_name}":
+        raise BundleError(f"Bundle {bundle.path}: {path} has the plan {plan.file_name}. Export the bundle anew.")
     return plan
 
 
