@@ -17,8 +17,8 @@ from io import FileIO
 from pathlib import Path
 
 from ldm_export.documents import MOST_BYTES, MalformedError
-from ldm_export.fields import FileEntry
-from ldm_export.onnx_wire import ExternalData, external_data_from_bytes
+from ldm_export.fields import MOST_FILE_BYTES, FileEntry
+from ldm_export.onnx_wire import ExternalData, external_data_from_bytes, with_nested_data
 
 CHUNK_BYTES = 1 << 20
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -249,13 +249,13 @@ class ListedFiles:
         path = self.folder.path / self._prefix / name
         if self.verified:
             model = self.read(name, self.files[name].size_bytes)
-            data = {each: self.read(_beside(name, each), 1 << 62) for each in self._locations(name, model)}
-            return GraphFiles(path, model, data)
+            data = {each: self.read(_beside(name, each), MOST_FILE_BYTES) for each in self._locations(name, model)}
+            return _in_memory(path, model, data)
         locations = self.check_graph(name)
         opened = {each: self._opened(_beside(name, each)) for each in sorted(locations)}
         linked = any(self.folder.is_linked(self._prefix + one) for one in (name, *(_beside(name, e) for e in opened)))
         if opened and (linked or any(os.fstat(descriptor).st_nlink > 1 for descriptor in opened.values())):
-            return GraphFiles(path, self.read(name, self.files[name].size_bytes), dict(map(_mapped, opened.items())))
+            return _in_memory(path, self.read(name, self.files[name].size_bytes), dict(map(_mapped, opened.items())))
         mapped = (MappedFile(_beside(name, each), path.parent / each, opened[each]) for each in opened)
         return GraphFiles(path, None, mapped=tuple(mapped))
 
@@ -333,6 +333,14 @@ def _all_of(descriptor: int, size: int) -> bytes:
         parts.append(part)
         size -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _in_memory(path: Path, model: bytes, data: Mapping[str, bytes | mmap.mmap]) -> GraphFiles:
+    def data_of(found: ExternalData) -> bytes:
+        end = None if found.length is None else found.offset + found.length
+        return bytes(data[found.location][found.offset : end])
+
+    return GraphFiles(path, with_nested_data(model, data_of) if data else model, data)
 
 
 def _mapped(opened: tuple[str, int]) -> tuple[str, mmap.mmap]:

@@ -18,7 +18,7 @@ Sources: protobuf.dev/programming-guides/encoding; onnx.proto and docs/ExternalD
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,6 +124,21 @@ def external_data_from_bytes(data: Data) -> tuple[ExternalData, ...]:
     return tuple(scan.found)
 
 
+def with_nested_data(model: bytes, data_of: Callable[[ExternalData], bytes]) -> bytes:
+    """Return an ONNX model in which every tensor has its data but the main graph's own initializers.
+
+    ONNX Runtime takes weights' files from memory for these alone, and looks for others on the disk.
+
+    Parameters
+    ----------
+    model : bytes
+        One that `external_data_from_bytes` does not refuse.
+    data_of : callable
+        Gives the bytes that a reference means.
+    """
+    return _Scan(model).embedded("model", 0, len(model), data_of, nested=False) or model
+
+
 @dataclass
 class _Body:
     """The nodes of the main graph or of a function, with those of nested graphs; and which functions they may call."""
@@ -168,6 +183,36 @@ class _Scan:
         if texts:
             domain, name, overload = (seen.get(number, "") for number in texts)
             self._called(kind, ("" if domain == "ai.onnx" else domain, name, overload))
+
+    def embedded(
+        self, kind: str, start: int, end: int, data_of: Callable[[ExternalData], bytes], *, nested: bool
+    ) -> bytes | None:
+        """The message with the data of its nested tensors in it, or None where that is what it is."""
+        if kind == "tensor":
+            return self._tensor_with_data(start, end, data_of) if nested else None
+        parts, copied, position = [], start, start
+        for number, _, first, last in self._fields(start, end):
+            begins, position = position, last
+            if number in _INSIDE[kind]:
+                inner = _INSIDE[kind][number]
+                below = nested or inner not in ("graph", "node", "tensor")
+                new = self.embedded(inner, first, last, data_of, nested=below)
+                if new is not None:
+                    parts += [self._data[copied:begins], _field_of(number, new)]
+                    copied = last
+        return b"".join([*parts, self._data[copied:end]]) if parts else None
+
+    def _tensor_with_data(self, start: int, end: int, data_of: Callable[[ExternalData], bytes]) -> bytes | None:
+        self.found.clear()
+        self._tensor(start, end)
+        if not self.found:
+            return None
+        parts, position = [], start
+        for number, _, _, last in self._fields(start, end):
+            begins, position = position, last
+            if number not in (_TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION, _TENSOR_RAW_DATA):
+                parts.append(self._data[begins:last])
+        return b"".join([*parts, _field_of(_TENSOR_RAW_DATA, data_of(self.found[0]))])
 
     def check_size(self) -> None:
         """Raise MalformedError if functions are called without end, or make more than `MOST_NODES` nodes."""
@@ -296,6 +341,19 @@ class _Scan:
             return self._data[start:end].decode("utf-8")
         except UnicodeDecodeError:
             raise MalformedError(f"the text at byte {start} is not UTF-8") from None
+
+
+def _field_of(number: int, payload: bytes) -> bytes:
+    return _varint_of(number << 3 | _BYTES) + _varint_of(len(payload)) + payload
+
+
+def _varint_of(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def _note(seen: dict[int, str], number: int, kind: str) -> None:
