@@ -11,9 +11,9 @@ import hashlib
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 
 from ldm_export.documents import MOST_BYTES, MalformedError
@@ -155,7 +155,8 @@ class MappedFile:
 
     def __init__(self, name: str, path: Path, descriptor: int) -> None:
         self.name = name
-        self._path, self._file = path, FileIO(descriptor)
+        self._path, self._descriptor = path, descriptor
+        weakref.finalize(self, os.close, descriptor)
         self._was = self._now()
 
     def is_changed(self) -> bool:
@@ -163,10 +164,10 @@ class MappedFile:
 
     def is_in_place(self) -> bool:
         """Whether the file is still the one that has its path."""
-        return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        return os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
 
     def _now(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
+        status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
 

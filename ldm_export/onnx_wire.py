@@ -270,12 +270,13 @@ class _Scan:
                 location = first
         if location == 0 and not entries:
             return
-        if location != _EXTERNAL or raw or "location" not in entries:
-            raise MalformedError(
-                f"tensor {name!r} has data location {location}, {'raw' if raw else 'no raw'} data and external data "
-                f"{sorted(entries)}; it must have data of one kind, external ones with a location"
-            )
         numbers = {key: _number(name, key, entries[key]) for key in ("offset", "length") if key in entries}
+        if "location" not in entries:
+            raise MalformedError(f"tensor {name!r} has external data without a location")
+        if location != _EXTERNAL or raw:
+            raise MalformedError(
+                f"tensor {name!r} has external data, and {'raw data' if raw else f'the data location {location}'}"
+            )
         self.found.append(ExternalData(name, entries["location"], numbers.get("offset", 0), numbers.get("length")))
 
     def _entry(self, start: int, end: int) -> tuple[str, str]:
