@@ -33,7 +33,7 @@ from ldm_export.runtime.request import (
     picture_channels,
 )
 from ldm_export.runtime.sampling import Run
-from ldm_export.runtime.whole import loop_inputs
+from ldm_export.runtime.whole import check_results, loop_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -317,6 +317,7 @@ class Pipeline:
         timings.loop_ms = _since(started)
         started = time.perf_counter()
         results = loop.run(inputs)
+        check_results(self.bundle, loop.spec, request, results)
         timings.unet_ms.append(_since(started))
         return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
 

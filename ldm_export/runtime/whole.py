@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BundleError
 from ldm_export.runtime.backends import Array
+from ldm_export.runtime.facts import check_pictures
 from ldm_export.runtime.request import Request
 from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
 
@@ -34,3 +37,14 @@ def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, 
     if request.class_labels is not None:
         given["class_labels"] = request.class_labels
     return {name: given[name] for name in takes}
+
+
+def check_results(bundle: Bundle, loop: GraphSpec, request: Request, results: Mapping[str, Array]) -> None:
+    """Raise BundleError unless a loop gave latents and pictures of the sizes that were asked for."""
+    batch, height, width, channels = results["images"].shape
+    shape = (request.batch, *request.latents_shape(bundle))
+    if results["latents"].shape != shape:
+        raise BundleError(
+            f"{loop.path} gave latents of shape {results['latents'].shape} for {shape}. Export the bundle anew."
+        )
+    check_pictures((batch, channels, height, width), shape, bundle.manifest.model["pixels_per_latent"], loop)

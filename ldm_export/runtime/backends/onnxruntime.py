@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs
 from ldm_export.documents import MalformedError
 from ldm_export.errors import BackendError, BundleError, LdmExportError
 from ldm_export.listed import GraphFiles, MappedFile
@@ -263,10 +263,12 @@ class OnnxRuntimeGraph:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self._check_files()
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
         with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
-            return dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
+            results = dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
+        check_outputs(self.spec, results, sizes)
+        return results
 
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, check_inputs
+from ldm_export.contract import GraphSpec, check_inputs, check_outputs
 from ldm_export.errors import BackendError, BundleError
 from ldm_export.runtime.backends import (
     Array,
@@ -105,11 +105,13 @@ class OpenVinoGraph:
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         with foreign_errors("OpenVINO", self.spec.name):
             request = self.compiled().create_infer_request()
             request.infer(dict(inputs), share_inputs=True)
-            return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self.spec.outputs}
+            results = {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self.spec.outputs}
+        check_outputs(self.spec, results, sizes)
+        return results
 
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
