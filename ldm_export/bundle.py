@@ -4,17 +4,21 @@ Every file but ``manifest.json`` and those under ``targets/`` is listed. What is
 rest for one kind of machine and may be deleted and rebuilt at any time: opening a bundle does not look there, and
 ``ldm_export.target`` checks what is used.
 
-Opening a bundle trusts nothing in it: paths may not leave the folder, nothing may be a link, and an ``.onnx`` file may
-only read its weights from listed files. Making one is all or nothing: the files grow in a hidden sibling folder, which
-is renamed into place when it is complete and refused by name until then (``ldm_export.partial``).
+Opening a bundle trusts nothing in it: paths may not leave the folder, nothing may be a link (but in the Hugging Face
+Hub's cache, by the rule of ``ldm_export.listed``), and an ``.onnx`` file may only read its weights from listed files.
+What is not listed is never read. With ``verify`` each hash is taken of the very bytes that are used, and unlisted files
+are refused, but for hidden ones and a ``README.md``, which the Hub and file managers put there.
+
+Making one is all or nothing: the files grow in a hidden sibling folder, which is renamed into place when it is complete
+and refused by name until then (``ldm_export.partial``).
 """
+
+from __future__ import annotations
 
 import errno
 import hashlib
 import os
-import posixpath
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -22,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.contract import GraphSpec
+from ldm_export.documents import MOST_BYTES, MalformedError, parsed, read_descriptor
 from ldm_export.errors import BundleError, ExportError
 from ldm_export.fields import FileEntry
+from ldm_export.listed import Folder, GraphFiles, ListedFiles
 from ldm_export.manifest import (
     MANIFEST,
     TARGETS,
@@ -32,11 +38,12 @@ from ldm_export.manifest import (
     is_target,
     manifest_from_json,
 )
-from ldm_export.onnx_wire import external_data_from_onnx
-from ldm_export.partial import is_partial, move_into_place, partial_folder, sibling, sync
+from ldm_export.partial import is_partial, locked, move_into_place, partial_folder, sibling, sync
 
 __all__ = ["Bundle", "BundleWriter", "FileEntry", "Manifest", "create_bundle"]
 
+DOCUMENTS = (".json", ".txt")
+"""Endings of the files that are kept in memory once they are verified."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -46,10 +53,16 @@ class Bundle:
 
     path: Path
     manifest: Manifest
-    verified: bool = field(default=False, compare=False)
+    listed: ListedFiles = field(compare=False, repr=False)
+    _kept: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def verified(self) -> bool:
+        """Whether hashes are checked."""
+        return self.listed.verified
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> "Bundle":
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Bundle:
         """Open a bundle.
 
         Parameters
@@ -57,8 +70,9 @@ class Bundle:
         path : path
             The bundle's folder.
         verify : bool
-            Also hash every listed file, and refuse files that are not listed. Reads the whole bundle. Of targets,
-            those with altered files are passed over when they would be used.
+            Also hash every listed file, and refuse files that are not listed, but for hidden ones and ``README.md``.
+            Reads the whole bundle, and keeps its documents: `read` gives what was hashed. Of targets, those with
+            altered files are skipped when they would be used.
 
         Raises
         ------
@@ -76,17 +90,44 @@ class Bundle:
             raise BundleError(f"Bundle {self.path} has no {relative}; it has {', '.join(sorted(self.manifest.files))}.")
         return self.path / relative
 
+    def read(self, relative: str) -> bytes:
+        """Return a listed file's content: a document of at most 64 MiB, such as a plan or a tokenizer's file.
+
+        Raises
+        ------
+        BundleError
+            If it is not listed, not as it is listed, a link, too large or, with ``verify``, has another hash.
+        """
+        try:
+            return self._kept[relative] if relative in self._kept else self.listed.read(relative)
+        except MalformedError as exc:
+            raise _bad(self.path, str(exc)) from exc
+
+    def json(self, relative: str, *, constants: bool = False) -> Any:
+        """Return the value of a listed JSON file, in which with ``constants`` may be ``Infinity``; raises as `read`."""
+        try:
+            return parsed(self.read(relative), constants=constants)
+        except MalformedError as exc:
+            raise _bad(self.path, f"{relative} is {exc}") from exc
+
+    def graph_files(self, relative: str) -> GraphFiles:
+        """Return what a session of a listed ``.onnx`` file is to be opened from; raises as `read` does."""
+        try:
+            return self.listed.graph(relative)
+        except MalformedError as exc:
+            raise _bad(self.path, str(exc)) from exc
+
+    def verifying(self) -> Bundle:
+        """Return this bundle, the hash of whatever is read from now on being checked."""
+        return replace(self, listed=ListedFiles(self.listed.folder, self.manifest.files, MANIFEST, verified=True))
+
     def check_hashes(self, files: Iterable[str]) -> None:
         """Raise `BundleError` unless some listed files are still those that the manifest has the hashes of."""
-        for relative in sorted(files):
-            expected = self.manifest.files[relative].sha256
-            try:
-                actual = sha256_of(self.path / relative)
-            except OSError as exc:
-                raise _bad(self.path, f"{relative} cannot be read ({exc})") from exc
-            if actual != expected:
-                found = f"its SHA-256 is {actual}, {MANIFEST} says {expected}"
-                raise _bad(self.path, f"{relative} has been altered: {found}")
+        try:
+            for relative in sorted(files):
+                self.listed.check_hash(relative)
+        except MalformedError as exc:
+            raise _bad(self.path, str(exc)) from exc
 
     def add_file(
         self,
@@ -95,11 +136,12 @@ class Bundle:
         *,
         graph: GraphSpec | None = None,
         parity: Sequence[Mapping[str, Any]] = (),
-    ) -> "Bundle":
+    ) -> Bundle:
         """Add a file, or replace one, and return the bundle as it then is.
 
         Each write is atomic, and a file is never listed before it is whole: a kill in between leaves a bundle that
-        opens, with or without the file. Meant for plans and loops; a graph's weights are not to be replaced so.
+        opens, with or without the file. Processes that add files at the same time wait for one another. Meant for plans
+        and loops; a graph's weights are not to be replaced so.
 
         Parameters
         ----------
@@ -120,34 +162,45 @@ class Bundle:
             If the file cannot be written.
         """
         check_relative(relative)
-        manifest = _opened(self.path, verify=False).manifest
-        others = {name: old for name, old in manifest.files.items() if name != relative}
-        graphs = {name: old for name, old in manifest.graphs.items() if old.path != relative}
-        dropped = manifest.graphs.keys() - graphs.keys()
-        records = [record for record in manifest.parity if record.get("graph") not in dropped]
-        target = self.path / relative
         size_bytes = 0
         try:
             size_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
             sha256 = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else sha256_of(data)
-            entry = FileEntry(size_bytes, sha256)
-            if manifest.files.get(relative, entry) != entry:
-                without = replace(manifest, files=others, graphs=graphs, parity=records)
-                _write(self.path / MANIFEST, without.to_json().encode())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(target, data)
-            manifest = replace(manifest, files=others | {relative: entry})
-            if graph is not None:
-                manifest = replace(manifest, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
-            if relative.lower().endswith(".onnx"):
-                _check_external_data(self.path, relative, manifest)
-            _write(self.path / MANIFEST, manifest.to_json().encode())
+            with locked(self.path):
+                self._add(relative, data, FileEntry(size_bytes, sha256), graph, parity)
+                return _opened(self.path, verify=False)
         except OSError as exc:
             raise export_error(exc, self.path, size_bytes) from exc
-        except BundleError:
+
+    def _add(
+        self,
+        relative: str,
+        data: bytes | Path,
+        entry: FileEntry,
+        graph: GraphSpec | None,
+        parity: Sequence[Mapping[str, Any]],
+    ) -> None:
+        manifest = _opened(self.path, verify=False).manifest
+        others = {name: old for name, old in manifest.files.items() if name != relative}
+        graphs = {name: old for name, old in manifest.graphs.items() if old.path != relative}
+        dropped = manifest.graphs.keys() - graphs.keys()
+        records = [record for record in manifest.parity if record["graph"] not in dropped]
+        target = self.path / relative
+        if manifest.files.get(relative, entry) != entry:
+            without = replace(manifest, files=others, graphs=graphs, parity=records)
+            _write(self.path / MANIFEST, without.to_json().encode())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, data)
+        manifest = replace(manifest, files=others | {relative: entry})
+        if graph is not None:
+            manifest = replace(manifest, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
+        try:
+            if relative.lower().endswith(".onnx"):
+                ListedFiles(self.listed.folder, manifest.files, MANIFEST, verified=False).check_graph(relative)
+        except MalformedError as exc:
             target.unlink()
-            raise
-        return _opened(self.path, verify=False)
+            raise _bad(self.path, str(exc)) from exc
+        _write(self.path / MANIFEST, manifest.to_json().encode())
 
 
 class BundleWriter:
@@ -181,7 +234,7 @@ class BundleWriter:
             manifest = Manifest(self._files(), graphs, model, source, passes, parity)
             _write(self.path / MANIFEST, manifest.to_json().encode())
             _opened(self.path, verify=False)
-            for relative in _walk(self.path):
+            for relative in Folder(self.path).walk():
                 sync(self.path / relative)
                 sync((self.path / relative).parent)
             check_target(self._target, self._force)
@@ -191,7 +244,7 @@ class BundleWriter:
         return _opened(self._target, verify=False)
 
     def _files(self) -> dict[str, FileEntry]:
-        listed = (relative for relative in _walk(self.path) if relative != MANIFEST and not is_target(relative))
+        listed = (relative for relative in Folder(self.path).walk() if relative != MANIFEST and not is_target(relative))
         paths = {relative: self.path / relative for relative in listed}
         return {relative: FileEntry(path.stat().st_size, sha256_of(path)) for relative, path in paths.items()}
 
@@ -241,76 +294,59 @@ def create_bundle(
                 parent.rmdir()
 
 
-def _opened(folder: Path, verify: bool) -> Bundle:
+def _opened(path: Path, verify: bool) -> Bundle:
     """Check a folder, whatever its name, and return it as a bundle."""
-    present = _walk(folder, leave_out=TARGETS)
-    if MANIFEST not in present:
-        raise _bad(folder, f"{MANIFEST} is missing, so it is no bundle", "Give the folder that export wrote.")
+    folder = Folder(path)
     try:
-        manifest = manifest_from_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as exc:
-        raise _bad(folder, f"{MANIFEST} cannot be read as UTF-8 text ({exc})") from exc
-    except BundleError as exc:
-        raise BundleError(f"Bundle {folder}: {exc}") from exc
-    for relative, entry in manifest.files.items():
-        if relative not in present:
-            raise _bad(folder, f"{relative} is missing")
-        if present[relative] != entry.size_bytes:
-            raise _bad(folder, f"{relative} has {present[relative]} bytes; {MANIFEST} says {entry.size_bytes}")
-    graphs = {graph.path for graph in manifest.graphs.values()}
-    for relative in sorted(graphs | {relative for relative in manifest.files if relative.lower().endswith(".onnx")}):
-        _check_external_data(folder, relative, manifest)
-    bundle = Bundle(folder, manifest, verify)
-    if verify:
-        bundle.check_hashes(manifest.files)
-        strays = sorted(present.keys() - manifest.files.keys() - {MANIFEST})
-        if strays:
-            raise _bad(folder, f"{strays[0]!r} is not listed in {MANIFEST}", "Delete it, or export the bundle anew.")
-    return bundle
-
-
-def _walk(folder: Path, leave_out: str = "") -> dict[str, int]:
-    """Return the size in bytes of every file by its path with ``/``; refuse links, devices and pipes."""
-    found = {}
-    waiting = [""]
-    while waiting:
-        prefix = waiting.pop()
-        try:
-            with os.scandir(folder / prefix) as entries:
-                statuses = [(prefix + entry.name, os.lstat(entry.path)) for entry in entries]
-        except FileNotFoundError:
-            raise _bad(folder, "there is no such folder", "Check the path.") from None
-        except OSError as exc:
-            raise _bad(folder, f"the folder cannot be read ({exc})", "Check the path.") from exc
-        for relative, status in statuses:
-            if relative == leave_out:
-                continue
-            if stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", None):
-                raise _bad(folder, f"{relative!r} is a link; a bundle has none", "Put the file itself there.")
-            if stat.S_ISDIR(status.st_mode):
-                waiting.append(relative + "/")
-            elif stat.S_ISREG(status.st_mode):
-                found[relative] = status.st_size
+        present = folder.walk(leave_out=TARGETS)
+    except FileNotFoundError:
+        raise _bad(path, "there is no such folder", "Check the path.") from None
+    except OSError as exc:
+        raise _bad(path, f"the folder cannot be read ({exc})", "Check the path.") from exc
+    except MalformedError as exc:
+        raise _bad(path, str(exc), "Put the file itself there, or delete it.") from exc
+    if MANIFEST not in present:
+        raise _bad(path, f"{MANIFEST} is missing, so it is no bundle", "Give the folder that export wrote.")
+    manifest = _manifest_in(folder)
+    listed = ListedFiles(folder, manifest.files, MANIFEST, verified=verify)
+    kept = {}
+    try:
+        for relative, entry in manifest.files.items():
+            if relative not in present:
+                raise MalformedError(f"{relative} is missing")
+            if present[relative] != entry.size_bytes:
+                raise MalformedError(f"{relative} has {present[relative]} bytes; {MANIFEST} says {entry.size_bytes}")
+        models = {graph.path for graph in manifest.graphs.values()}
+        models |= {relative for relative in manifest.files if relative.lower().endswith(".onnx")}
+        for relative in sorted(models):
+            listed.check_graph(relative)
+        for relative, entry in sorted(manifest.files.items()) if verify else ():
+            if relative.endswith(DOCUMENTS) and entry.size_bytes <= MOST_BYTES:
+                kept[relative] = listed.read(relative)
             else:
-                raise _bad(folder, f"{relative!r} is neither a file nor a folder", "Delete it.")
-    return found
+                listed.check_hash(relative)
+    except MalformedError as exc:
+        raise _bad(path, str(exc)) from exc
+    strays = sorted(filter(_is_stray, present.keys() - manifest.files.keys() - {MANIFEST})) if verify else []
+    if strays:
+        raise _bad(path, f"{strays[0]!r} is not listed in {MANIFEST}", "Delete it, or export the bundle anew.")
+    return Bundle(path, manifest, listed, kept)
 
 
-def _check_external_data(folder: Path, relative: str, manifest: Manifest) -> None:
-    """Check that the weights which an ``.onnx`` file reads lie in listed files, and within them."""
-    seen: dict[str, str] = {}
-    for data in external_data_from_onnx(folder / relative):
-        if data.location not in seen:
-            joined = posixpath.normpath(posixpath.join(posixpath.dirname(relative), data.location))
-            if data.location.startswith("/") or "\\" in data.location or joined not in manifest.files:
-                raise _bad(
-                    folder,
-                    f"{relative} reads tensor {data.tensor!r} from {data.location!r}, which {MANIFEST} does not list",
-                )
-            seen[data.location] = joined
-        size = manifest.files[seen[data.location]].size_bytes
-        if data.offset + (data.length or 0) > size:
-            raise _bad(folder, f"{relative} reads tensor {data.tensor!r} beyond the {size} bytes of {data.location!r}")
+def _manifest_in(folder: Folder) -> Manifest:
+    try:
+        return manifest_from_json(read_descriptor(folder.open(MANIFEST)))
+    except OSError as exc:
+        raise _bad(folder.path, f"{MANIFEST} cannot be read ({exc})") from exc
+    except MalformedError as exc:
+        raise _bad(folder.path, f"{MANIFEST} is {exc}") from exc
+    except BundleError as exc:
+        raise BundleError(f"Bundle {folder.path}: {exc}") from exc
+
+
+def _is_stray(relative: str) -> bool:
+    """Whether a file that is not listed is none of those that file managers and the Hub put beside a bundle's."""
+    return relative != "README.md" and not any(part.startswith(".") for part in relative.split("/"))
 
 
 def sha256_of(path: Path) -> str:
@@ -367,7 +403,9 @@ def _is_full_disk(exc: Exception) -> bool:
 def export_error(exc: Exception, target: Path, needed_bytes: int | None) -> ExportError:
     """What is to be raised where ``target`` could not be written."""
     if not _is_full_disk(exc):
-        return ExportError(f"{target} cannot be written: {exc}. Choose another folder.")
+        return ExportError(
+            f"{target} cannot be written: {exc}. Choose another folder, or copy the bundle to one that can be written."
+        )
     needed = f", {needed_bytes / 1e9:.2f} GB are needed" if needed_bytes is not None else ""
     existing = next(parent for parent in (target, *target.parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 1e9

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ldm_export.errors import InputError
+from ldm_export.errors import BundleError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,8 +170,9 @@ def step_spec(unet: GraphSpec) -> GraphSpec:
     )
 
 
-def check_inputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Raise InputError unless ``arrays`` has exactly the graph's inputs, with their dtypes and shapes."""
+def check_inputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, int]:
+    """Raise InputError unless ``arrays`` has exactly the graph's inputs, with their dtypes and shapes; gives the sizes
+    of the free dimensions."""
     names = [tensor.name for tensor in graph.inputs]
     if set(arrays) != set(names):
         raise InputError(f"{graph.name} was given the inputs {sorted(arrays)}; it takes {sorted(names)}.")
@@ -187,3 +188,19 @@ def check_inputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]]) -
         if not fits:
             known = f" with {sizes}" if sizes else ""
             raise InputError(f"{given}; this bundle accepts {allowed}{known}. Give it an array of that kind.")
+    return sizes
+
+
+def check_outputs(graph: GraphSpec, arrays: Mapping[str, np.ndarray[Any, Any]], sizes: dict[str, int]) -> None:
+    """Raise BundleError unless what a graph gave is of the dtypes and shapes that it says, which ONNX Runtime does not
+    check; ``sizes`` are of the free dimensions of its inputs."""
+    for tensor in graph.outputs:
+        array = arrays[tensor.name]
+        fits = array.dtype == tensor.dtype and array.ndim == len(tensor.shape)
+        for size, dimension in zip(array.shape, tensor.shape, strict=False):
+            fits = fits and size == (sizes.setdefault(dimension, size) if isinstance(dimension, str) else dimension)
+        if not fits:
+            raise BundleError(
+                f"{graph.path} gave {tensor.name!r} of shape {array.shape} and dtype {array.dtype}; it says "
+                f"{tensor.shape} {tensor.dtype}, with {sizes}. Export the bundle anew."
+            )

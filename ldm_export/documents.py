@@ -44,7 +44,11 @@ def read_bytes(path: str | os.PathLike[str], most_bytes: int = MOST_BYTES) -> by
         If it cannot be opened or read.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)  # without O_NONBLOCK a pipe would be waited for
+    return read_descriptor(os.open(path, flags), most_bytes)  # without O_NONBLOCK a pipe would be waited for
+
+
+def read_descriptor(descriptor: int, most_bytes: int = MOST_BYTES) -> bytes:
+    """Content of the file that a descriptor is of, which is closed; raises as `read_bytes` does."""
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -31,7 +31,9 @@ from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
-from ldm_export.fields import FileEntry, MalformedError, check_type, field, files_of
+from ldm_export.documents import MalformedError
+from ldm_export.fields import FileEntry, check_type, field, files_of
+from ldm_export.listed import ListedFiles
 from ldm_export.target import kinds_of, listed, sound, texts, write_document
 
 FLAVOURS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
@@ -110,7 +112,7 @@ class EngineTarget:
     def file(self, relative: str) -> Path:
         return self.folder / relative
 
-    def fault(self) -> str:
+    def fault(self, files: ListedFiles) -> str:
         return next(filter(None, map(self.fault_of, self.engines)), "")
 
     def fault_of(self, name: str) -> str:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm_export.documents import MalformedError, parsed
+from ldm_export.documents import MalformedError
 
-__all__ = ["FileEntry", "MalformedError", "check_path", "check_type", "field", "files_of", "parsed"]
+MOST_FILE_BYTES = (1 << 63) - 1
+LONGEST_PATH = 1024
+"""Characters of a listed path."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,20 @@ def files_of(document: Mapping[str, Any]) -> dict[str, FileEntry]:
         check_path(path)
         where = f"files[{path!r}]"
         files[path] = FileEntry(field(entry, "size_bytes", int, where), field(entry, "sha256", str, where))
-        if files[path].size_bytes < 0 or not re.fullmatch(r"[0-9a-f]{64}", files[path].sha256):
-            raise MalformedError(f"{where} is {entry}; a size from 0 and 64 hex digits are needed")
+        sized = 0 <= files[path].size_bytes <= MOST_FILE_BYTES
+        if not sized or not re.fullmatch(r"[0-9a-f]{64}", files[path].sha256):
+            raise MalformedError(f"{where} is {str(entry)[:200]}; a size from 0 and 64 hex digits are needed")
     return files
 
 
 def check_path(relative: str) -> None:
     """Refuse a path unless it is relative, with ``/`` between its parts, and stays inside the folder."""
     parts = relative.split("/")
+    if len(relative) > LONGEST_PATH:
+        raise MalformedError(
+            f"the path {relative[:40]!r}... has {len(relative)} characters; {LONGEST_PATH} are allowed"
+        )
     if any(part in ("", ".", "..") or part != part.strip(" ") or part.endswith(".") for part in parts):
         raise MalformedError(f"the path {relative!r} is not a plain one inside the folder")
-    if re.search(r'[\x00-\x1f\\:*?"<>|\ud800-\udfff]', relative):
+    if re.search(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]', relative):
         raise MalformedError(f"the path {relative!r} has a character that is not the same on every system")

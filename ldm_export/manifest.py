@@ -7,25 +7,33 @@ The file is UTF-8 JSON with sorted keys and no time or machine path in it, so eq
      "files":  {"unet/model.onnx": {"size_bytes": 1234, "sha256": "…64 hex digits…"}, ...},
      "graphs": {"unet": {"path": "unet/model.onnx", "inputs": [{"name": "sample", "dtype": "float32",
                          "shape": ["batch", 4, "height", "width"]}, ...], "outputs": [...]}, ...},
-     "source": {...},  "passes": [{...}, ...],  "parity": [{...}, ...]}       free: where it comes from, what was done
+     "source": {...},  "passes": [{...}, ...],                                free: where it comes from, what was done
+     "parity": [{"graph": "unet", "output": "out_sample", "max_error": 1.2e-6, "tolerance": 1e-4, "passed": true}, ...]}
 
-No other keys are allowed. Every file but ``manifest.json`` and those under ``targets/`` is listed.
+No other keys are allowed at the top. A graph's path is its name with ``/model.onnx`` or ``.onnx``; names of its tensors
+are unique; a size is a whole number from 0 to 2**20, or the name of a free one. A record of ``parity`` is of an output
+of a graph, with numbers from 0 to 2**20, and of loops it has ``made_of``, the SHA-256 of each file that went in. Every
+file but ``manifest.json`` and those under ``targets/`` is listed.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ldm_export import __version__
 from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.documents import MalformedError, parsed
 from ldm_export.errors import BundleError, ExportError
-from ldm_export.fields import FileEntry, MalformedError, check_path, check_type, field, files_of, parsed
+from ldm_export.fields import FileEntry, check_path, check_type, field, files_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TARGETS = "targets"
 LOOPS = "loops"
+LARGEST_SIZE = 1 << 20
+"""Largest size, count or factor that a manifest may say."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Manifest:
             raise ExportError(f"The manifest has a value that JSON cannot hold: {exc}. Use numbers and text.") from exc
 
 
-def manifest_from_json(text: str) -> Manifest:
+def manifest_from_json(text: str | bytes) -> Manifest:
     """Parse and check a manifest.
 
     Raises
@@ -87,11 +95,16 @@ def _manifest_of(found: Any) -> Manifest:
         path = field(entry, "path", str, where)
         if path not in files:
             raise MalformedError(f"{where} has the path {path!r}, which is not among the files")
+        if path not in (f"{name}/model.onnx", f"{name}.onnx"):
+            raise MalformedError(f"{where} has the path {path!r}; it must be its name with /model.onnx or .onnx")
         graphs[name] = GraphSpec(path, *(_specs(entry, side, where) for side in ("inputs", "outputs")))
-    for key in ("passes", "parity"):
-        for number, entry in enumerate(field(found, key, list)):
-            check_type(entry, dict, f"{key}[{number}]")
-            check_type(entry.get("made_of", {}), dict, f"{key}[{number}].made_of")
+        names = [tensor.name for tensor in (*graphs[name].inputs, *graphs[name].outputs)]
+        if len(set(names)) < len(names):
+            raise MalformedError(f"{where} has two tensors of one name")
+    for number, entry in enumerate(field(found, "passes", list)):
+        check_type(entry, dict, f"passes[{number}]")
+    for number, entry in enumerate(field(found, "parity", list)):
+        _check_parity(entry, graphs, f"parity[{number}]")
     return Manifest(
         files=files,
         graphs=graphs,
@@ -139,14 +152,36 @@ def _check_listed(relative: str) -> None:
         raise MalformedError(f"the path {relative!r} is listed, but {MANIFEST} and what is under {TARGETS}/ never are")
 
 
+def _check_parity(record: object, graphs: Mapping[str, GraphSpec], where: str) -> None:
+    name, output = field(record, "graph", str, where), field(record, "output", str, where)
+    if name not in graphs or output not in {tensor.name for tensor in graphs[name].outputs}:
+        raise MalformedError(f"{where} is of the output {output!r} of the graph {name!r}, which there is not")
+    assert isinstance(record, dict)
+    for key in ("max_error", "tolerance"):
+        value = field(record, key, type(record.get(key, 0.0)), where)
+        if type(value) not in (int, float) or not 0 <= value <= LARGEST_SIZE:
+            raise MalformedError(f"{where}.{key} is {str(value)[:40]}; a number from 0 to {LARGEST_SIZE} is needed")
+    field(record, "passed", bool, where)
+    if "made_of" in record:
+        made_of = field(record, "made_of", dict, where)
+        for path in made_of:
+            if not re.fullmatch(r"[0-9a-f]{64}", field(made_of, path, str, f"{where}.made_of")):
+                raise MalformedError(f"{where}.made_of[{path!r}] is not 64 hex digits")
+
+
 def _specs(entry: Mapping[str, Any], side: str, where: str) -> tuple[TensorSpec, ...]:
     specs = []
     for number, spec in enumerate(field(entry, side, list, where)):
         at = f"{where}.{side}[{number}]"
         shape = field(spec, "shape", list, at)
-        if not all(isinstance(size, str) or (type(size) is int and size >= 0) for size in shape):
-            raise MalformedError(f"{at} has the shape {shape}; sizes are whole numbers from 0, or names")
+        if not all(
+            size if isinstance(size, str) else type(size) is int and 0 <= size <= LARGEST_SIZE for size in shape
+        ):
+            told = f"{at} has the shape {str(shape)[:200]}"
+            raise MalformedError(f"{told}; sizes are whole numbers from 0 to {LARGEST_SIZE}, or names")
         specs.append(TensorSpec(field(spec, "name", str, at), field(spec, "dtype", str, at), tuple(shape)))
+        if not specs[-1].name:
+            raise MalformedError(f"{at} has no name")
     return tuple(specs)
 
 

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _unfinished: set[Path] = set()
@@ -95,16 +95,43 @@ def remove_unfinished() -> None:
 def move_into_place(partial: Path, target: Path) -> None:
     """Rename a folder to the target; where that fails, what was there is back."""
     old = sibling(target, "old")
-    try:
-        if target.exists():
-            os.rename(target, old)
-        os.rename(partial, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
-    sync(target.parent)
+    with locked(target.parent):
+        try:
+            if target.exists():
+                os.rename(target, old)
+            os.rename(partial, target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            raise
+        sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time change what is in a folder; the others wait.
+
+    The system's lock is of the folder itself (``flock``): it leaves no file behind, and ends with its process, however
+    that ends. Windows and some network file systems have none; there, nobody waits.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be opened.
+    """
+    try:
+        from fcntl import LOCK_EX, flock
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            flock(descriptor, LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ldm_export.bundle import Bundle, sha256_of
-from ldm_export.errors import BundleError
-from ldm_export.fields import FileEntry, MalformedError, field, files_of, parsed
+from ldm_export.documents import MalformedError, parsed, read_descriptor
+from ldm_export.fields import FileEntry, field, files_of
+from ldm_export.listed import ListedFiles, UnlikeFileError
 from ldm_export.manifest import TARGETS, is_loop
-from ldm_export.onnx_wire import external_data_from_onnx
 
 TARGET = "target.json"
 FORMAT_VERSION = 1
+MOST_CHANNELS = 1 << 20
 ORT_CPU = "ort-cpu"
 MODEL = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 VECTORS = {
@@ -84,14 +85,12 @@ class Target:
     def paths(self) -> set[str]:
         return {path for graph in self.graphs.values() for path in graph.paths}
 
-    def fault(self) -> str:
-        for name in sorted(self.paths):
-            try:
-                unlisted = {data.location for data in external_data_from_onnx(self.file(name))} - self.files.keys()
-            except BundleError as error:
-                return f"its {name} cannot be read ({error})"
-            if unlisted:
-                return f"its {name} reads weights from {min(unlisted)!r}, which it does not list"
+    def fault(self, files: ListedFiles) -> str:
+        try:
+            for name in sorted(self.paths):
+                files.check_graph(name)
+        except MalformedError as error:
+            return f"its {error}"
         return ""
 
 
@@ -112,7 +111,7 @@ class AnyTarget(Protocol):
     @property
     def paths(self) -> set[str]: ...
 
-    def fault(self) -> str:
+    def fault(self, files: ListedFiles) -> str:
         """Say what is wrong with it, its files being as listed; empty if nothing is."""
         ...
 
@@ -237,7 +236,12 @@ def sound(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Fou
     target = listed(bundle, kind, parse)
     if target is None or isinstance(target, str):
         return target
-    return _unlike_listed(target) or target.fault() or (_altered(target) if bundle.verified else "") or target
+    return (
+        _unlike_listed(target)
+        or target.fault(files_in(bundle, target))
+        or (_altered(target) if bundle.verified else "")
+        or target
+    )
 
 
 def listed(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Found | str | None:
@@ -248,18 +252,25 @@ def listed(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Fo
     try:
         if folder.is_symlink() or folder.parent.is_symlink():
             return "its folder is a link"
-        if fault := _unlike_files(folder):
-            return fault
-        document = parsed((folder / TARGET).read_text(encoding="utf-8"))
+        present = bundle.listed.folder.walk(f"{TARGETS}/{kind}")
+        if TARGET not in present:
+            return f"its {TARGET} is missing"
+        document = parsed(read_descriptor(bundle.listed.folder.open(f"{TARGETS}/{kind}/{TARGET}")))
         if (version := field(document, "format_version", int)) != FORMAT_VERSION:
             raise MalformedError(f"it has format_version {version}; this ldm_export reads {FORMAT_VERSION}")
         if (named := field(document, "kind", str)) != kind:
             raise MalformedError(f"it is of the kind {named!r}")
         return parse(document, folder)
-    except FileNotFoundError as error:
-        return f"its {Path(error.filename).name} is missing"
+    except UnlikeFileError as error:
+        return f"its {error.relative.removeprefix(f'{TARGETS}/{kind}/')} is a link or a device"
     except (OSError, ValueError) as error:
         return f"its {TARGET} cannot be read ({error})"
+
+
+def files_in(bundle: Bundle, target: AnyTarget) -> ListedFiles:
+    """The files of a target, to be read as the bundle's own are."""
+    prefix = f"{TARGETS}/{target.folder.name}/"
+    return ListedFiles(bundle.listed.folder, target.files, TARGET, prefix, verified=bundle.verified)
 
 
 def damage(target: AnyTarget, name: str, *, verified: bool) -> str:
@@ -301,6 +312,9 @@ def _target_of(found: Any, folder: Path) -> Target:
             field(entry, "shallow", str, where),
             field(entry, "deep_channels", int, where),
         )
+        channels = graphs[name].deep_channels
+        if not 0 <= channels <= MOST_CHANNELS or (channels > 0) != bool(graphs[name].shallow):
+            raise MalformedError(f"{where} has deep_channels {channels} with shallow {graphs[name].shallow!r}")
     return Target(
         folder,
         graphs,
@@ -315,14 +329,6 @@ def texts(holder: object, key: str, where: str = "") -> dict[str, str]:
     """A field that has texts by name."""
     found = field(holder, key, dict, where)
     return {name: field(found, name, str, key) for name in found}
-
-
-def _unlike_files(folder: Path) -> str:
-    """Say which file of a folder is a link, a pipe or a device; empty if none is."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            return f"its {path.relative_to(folder).as_posix()} is a link or a device"
-    return ""
 
 
 def _unlike_listed(target: AnyTarget) -> str:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"ldm_export": ROOT / "ldm_export", "ldm_reference": ROOT / "reference" / "ldm_reference"}
 
 BASE = {"errors", "contract", "documents", "plan"}
-BUNDLE = BASE | {"fields", "partial", "onnx_wire", "manifest", "bundle"}
+BUNDLE = BASE | {"fields", "partial", "onnx_wire", "listed", "manifest", "bundle"}
 MAY_IMPORT = {
     "errors": set(),
     "documents": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "onnx_wire": BASE,
     "fields": {"documents"},
     "partial": set(),
+    "listed": BASE | {"fields", "onnx_wire"},
     "manifest": BASE | {"fields"},
     "bundle": BUNDLE,
     "compvis_names": set(),

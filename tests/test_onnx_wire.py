@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from ldm_export.errors import BundleError
-from ldm_export.onnx_wire import ExternalData, external_data_from_onnx
+from ldm_export.onnx_wire import ExternalData, external_data_from_onnx, with_nested_data
 
 
 def external(name: str, location: str, offset: int | None = None, length: int | None = None) -> TensorProto:
@@ -138,7 +138,7 @@ def field(number: int, payload: bytes) -> bytes:
 
 
 def tensor_with(*entries: bytes) -> bytes:
-    return field(7, field(5, b"".join(field(13, entry) for entry in entries)))
+    return field(7, field(5, b"".join(field(13, entry) for entry in entries) + varint(14 << 3) + b"\x01"))
 
 
 def deep(levels: int) -> bytes:
@@ -153,7 +153,7 @@ GARBAGE = {
     "empty": (b"", "empty"),
     "no graph": (field(2, b"pytorch"), "no graph"),
     "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0123", "not a readable ONNX model"),
-    "field 0": (field(7, b"") + b"\x02\x00", "numbered 0"),
+    "field 0": (field(7, b"") + b"\x02\x00", "which no field has"),
     "cut short": (field(7, b"abc" * 100)[:50], "runs past"),
     "nested field runs past its message": (field(7, b"\x2a\x7f\x00") + bytes(200), "runs past"),
     "fixed 64 runs past": (field(7, b"") + b"\x09\x00", "runs past"),
@@ -186,12 +186,27 @@ def test_missing_file(tmp_path):
         external_data_from_onnx(tmp_path / "absent.onnx")
 
 
-def test_two_locations_are_both_reported(tmp_path):
-    """Readers differ on which of two equal keys counts, so a bundle has to allow both."""
+def test_two_locations_are_refused(tmp_path):
+    """Readers differ on which of two equal keys counts."""
     path = tmp_path / "model.onnx"
     entries = (field(1, b"location") + field(2, name) for name in (b"good", b"../evil"))
     path.write_bytes(tensor_with(*entries))
-    assert [data.location for data in external_data_from_onnx(path)] == ["good", "../evil"]
+    with pytest.raises(BundleError, match="'location' twice"):
+        external_data_from_onnx(path)
+
+
+def test_nested_tensors_get_their_data():
+    """All but the main graph's initializers, which ONNX Runtime takes from memory itself."""
+    model = nested_model()
+    data = {data.location: np.float32([number, 7.0]).tobytes() for number, data in enumerate(expected_from(model, []))}
+    made = onnx.load_from_string(with_nested_data(model.SerializeToString(), lambda found: data[found.location]))
+    assert [found.tensor for found in expected_from(made, [])] == ["big"]
+    then = next(each.g for each in made.graph.node[0].attribute if each.name == "then_branch")
+    body = then.node[0].attribute[0].g
+    assert numpy_helper.to_array(body.initializer[0]).tobytes() == data["loop.bin"]
+    assert numpy_helper.to_array(made.functions[0].attribute_proto[0].t).tobytes() == data["default.bin"]
+    assert made.graph.initializer == model.graph.initializer
+    assert with_nested_data(b"\x3a\x00", lambda found: b"") == b"\x3a\x00"
 
 
 @pytest.fixture(scope="module")

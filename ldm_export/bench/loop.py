@@ -83,7 +83,7 @@ def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda
     """
     sampler, steps = loop_of(name)
     if f"plans/{name}.json" in bundle.manifest.files:
-        plan = Plan.from_json(bundle.file(f"plans/{name}.json").read_text(encoding="utf-8"))
+        plan = Plan.from_json(bundle.read(f"plans/{name}.json"))
     else:
         bundle, plan = add_plan(bundle, sampler, steps)
     for other, changed in stale_loops(bundle.manifest).items():

@@ -17,7 +17,8 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
-from ldm_export.runtime.request import DEFAULT_GUIDANCE, check_drawable, read_plan
+from ldm_export.runtime.facts import check_drawable
+from ldm_export.runtime.request import DEFAULT_GUIDANCE, read_plan
 
 PROMPTS = (
     "grinning face with smiling eyes",

@@ -10,6 +10,8 @@ from ldm_export.engines import engine_targets, sound_engine_target
 from ldm_export.errors import BundleError
 from ldm_export.manifest import stale_loops
 from ldm_export.runtime.backends import open_backend
+from ldm_export.runtime.conditioning import PromptEncoder
+from ldm_export.runtime.request import check_plans
 from ldm_export.target import kinds_of, sound_target
 
 
@@ -19,7 +21,7 @@ from ldm_export.target import kinds_of, sound_target
 @json_option
 @click.pass_context
 def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
-    """Check BUNDLE: every file's hash, every graph's inputs and outputs, and with --against its numbers.
+    """Check BUNDLE: every file's hash, graphs, plans and tokenizers, and with --against the graphs' numbers.
 
     Exit code 1 if the numbers differ or what is under targets/ is damaged, 2 if the bundle is damaged.
     """
@@ -42,6 +44,11 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
         for name in opened.manifest.graphs:
             progress(f"{name}: contract")
             backend.load(name)
+        progress("plans")
+        check_plans(opened)
+        if "text_encoder" in opened.manifest.graphs:
+            progress("tokenizers")
+            PromptEncoder(opened, backend)
         records = []
         if against is not None:
             from ldm_export.bench.parity import compare_with_checkpoint

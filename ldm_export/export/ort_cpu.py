@@ -20,7 +20,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ldm_export.bundle import Bundle
+from ldm_export.bundle import Bundle, export_error
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
@@ -55,23 +55,27 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
     Raises
     ------
     ExportError
-        If a rewritten graph differs from the plain one by more than the plain one may from PyTorch.
+        If a rewritten graph differs from the plain one by more than the plain one may from PyTorch, or the target
+        cannot be written.
     BundleError
         If a graph's weights lie in a file of several hard links.
     """
     target = folder_of(bundle, ORT_CPU)
     started = time.perf_counter()
-    with partial_folder(target) as folder:
-        graphs: dict[str, TargetGraph] = {}
-        report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
-        for name, spec in bundle.manifest.graphs.items():
-            if is_loop(spec.path):
-                continue
-            progress(f"{ORT_CPU}: {name}")
-            graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
-        needs = needs_of(onnxruntime.__version__)
-        write_target(folder, bundle, ORT_CPU, graphs, needs, {**report, "seconds": time.perf_counter() - started})
-        move_into_place(folder, target)
+    try:
+        with partial_folder(target) as folder:
+            graphs: dict[str, TargetGraph] = {}
+            report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
+            for name, spec in bundle.manifest.graphs.items():
+                if is_loop(spec.path):
+                    continue
+                progress(f"{ORT_CPU}: {name}")
+                graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
+            needs = needs_of(onnxruntime.__version__)
+            write_target(folder, bundle, ORT_CPU, graphs, needs, {**report, "seconds": time.perf_counter() - started})
+            move_into_place(folder, target)
+    except OSError as error:
+        raise export_error(error, target, None) from error
     made = read_target(bundle, ORT_CPU, needs)
     assert isinstance(made, Target), made
     return made

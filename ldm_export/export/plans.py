@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 from ldm_export.bundle import Bundle
-from ldm_export.errors import BundleError
 from ldm_export.plan import Plan, compile_plan
 
 
@@ -14,14 +11,11 @@ def add_plan(bundle: Bundle, sampler: str, steps: int, *, eta: float = 0.0) -> t
 
     Raises
     ------
+    BundleError
+        If the bundle has no such config, or it is no JSON.
     InputError
         For a sampler or a number of steps that cannot be compiled.
     """
-    try:
-        scheduler = json.loads(bundle.file("scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(
-            f"{bundle.path}: scheduler_config.json is not JSON ({error}). Export the bundle anew."
-        ) from error
+    scheduler = bundle.json("scheduler/scheduler_config.json", constants=True)
     plan = compile_plan(scheduler, sampler, steps, eta=eta)
     return bundle.add_file(f"plans/{plan.file_name}", plan.to_json().encode()), plan

@@ -18,7 +18,6 @@ then the plan's own rows from ``resume`` on.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -26,11 +25,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ldm_export.documents import MalformedError, parsed
 from ldm_export.errors import InputError
 
 FORMAT_VERSION = 1
 MAX_HISTORY = 5
 """Values that a row may remember: PLMS's first output comes back at lag 4."""
+
+MOST_STEPS = 10_000
 
 Latents = npt.NDArray[np.floating[Any]]
 
@@ -56,9 +58,11 @@ class Row:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not all(map(math.isfinite, value if field.name == "weights" else (value,))):
-                raise InputError(f"a plan row has {field.name} = {value}; it must be finite. Compile the plan again.")
-        if self.timestep < 0 or self.input_scale <= 0 or self.clip < 0:
+            if not all(map(_is_float32, value if field.name == "weights" else (value,))):
+                raise InputError(
+                    f"a plan row has {field.name} = {value}; it must be finite in float32. Compile the plan again."
+                )
+        if self.timestep < 0 or not np.float32(self.input_scale) > 0 or self.clip < 0:
             raise InputError(
                 f"a plan row has timestep {self.timestep}, input_scale {self.input_scale} and clip {self.clip}; "
                 "they must be >= 0, > 0 and >= 0. Compile the plan again."
@@ -89,7 +93,7 @@ class Trajectory:
     rows: tuple[Row, ...]
 
     def __post_init__(self) -> None:
-        if not self.rows or not (math.isfinite(self.image_scale) and math.isfinite(self.noise_scale)):
+        if not self.rows or not (_is_float32(self.image_scale) and _is_float32(self.noise_scale)):
             raise InputError(
                 f"a plan starts at image_scale {self.image_scale} and noise_scale {self.noise_scale} with "
                 f"{len(self.rows)} rows; scales must be finite and rows at least 1. Compile the plan again."
@@ -114,7 +118,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
-        if steps < 1 or not steps <= len(self.rows) <= 2 * steps:
+        if not 1 <= steps <= MOST_STEPS or not steps <= len(self.rows) <= 2 * steps:
             raise InputError(
                 f"a plan of {steps} steps has {len(self.rows)} rows; a step is one or two network calls. "
                 "Compile the plan again."
@@ -125,12 +129,18 @@ class Plan:
             )
         self.from_noise()
         for start, entry in enumerate(self.entries):
+            if len(entry.warmup) > 2 * MAX_HISTORY:
+                raise InputError(
+                    f"entry {start} of a plan has {len(entry.warmup)} warm-up rows; at most {2 * MAX_HISTORY} are run. "
+                    "Compile the plan again."
+                )
             if not 0 <= entry.resume <= len(self.rows):
                 raise InputError(
                     f"entry {start} of a plan resumes at row {entry.resume}; it has rows 0 to {len(self.rows)}. "
                     "Compile the plan again."
                 )
-            self.starting_at(start)
+            first = entry.warmup + self.rows[entry.resume : entry.resume + MAX_HISTORY]  # those after may weigh any
+            Trajectory(entry.image_scale, entry.noise_scale, first)
 
     @property
     def file_name(self) -> str:
@@ -171,7 +181,7 @@ class Plan:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, sort_keys=True, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """Read a plan file, checking everything.
 
         Raises
@@ -181,9 +191,9 @@ class Plan:
             not finite, or rows and entries that do not fit together.
         """
         try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"a plan file is not JSON ({error}). Compile the plan again.") from error
+            document = parsed(text)
+        except MalformedError as error:
+            raise InputError(f"a plan file is {error}. Compile the plan again.") from error
         version = document.pop("format_version", None) if isinstance(document, dict) else None
         if type(version) is not int or version != FORMAT_VERSION:
             raise InputError(
@@ -193,6 +203,12 @@ class Plan:
         return _record(cls, document, "a plan")
 
 
+def _is_float32(number: float) -> bool:
+    """Whether a number is finite once it is a float32, which latents are."""
+    return abs(number) <= _LARGEST_FLOAT32  # false for NaN
+
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 Record = TypeVar("Record", Row, Entry, Plan)
 
 
@@ -207,7 +223,7 @@ def _record(cls: type[Record], value: Any, where: str) -> Record:
 
 def _exactly(kind: type, value: Any, name: str) -> Any:
     if type(value) is not kind:
-        raise InputError(f"a plan has {name} = {value!r}; it must be {kind.__name__}. Compile the plan again.")
+        raise InputError(f"a plan has {name} = {repr(value)[:40]}; it must be {kind.__name__}. Compile the plan again.")
     return value
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
 from ldm_export.runtime.backends import Array, Backend, Graph
-from ldm_export.runtime.tokenizer import Tokenizer
+from ldm_export.runtime.facts import check_length
+from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
 
 CACHED_PROMPTS = 256
 
@@ -26,7 +27,8 @@ class PromptEncoder:
         self._encoders: list[tuple[Tokenizer, Graph]] = []
         for suffix in ("", "_2"):
             if f"text_encoder{suffix}" in bundle.manifest.graphs:
-                tokenizer = Tokenizer(bundle.path / f"tokenizer{suffix}")
+                tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle, f"tokenizer{suffix}"))
+                check_length(tokenizer, bundle.manifest.graphs[f"text_encoder{suffix}"])
                 self._encoders.append((tokenizer, backend.load(f"text_encoder{suffix}")))
         self._zeros_for_empty = bool(bundle.manifest.model.get("zeros_for_empty_prompt"))
         self._cache: OrderedDict[bytes, tuple[Array, ...]] = OrderedDict()

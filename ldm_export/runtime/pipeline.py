@@ -21,11 +21,12 @@ from ldm_export.errors import CancelledError, InputError, LdmExportError, Numeri
 from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
+from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.request import (
     DEFAULT_GUIDANCE,
     Options,
     Request,
-    check_drawable,
+    check_plans,
     check_size,
     checked_request,
     latents_image,
@@ -34,7 +35,7 @@ from ldm_export.runtime.request import (
 from ldm_export.runtime.results import Generation, Step, Timings
 from ldm_export.runtime.sampling import Run, Sampling
 from ldm_export.runtime.values import flag, shown, whole_number
-from ldm_export.runtime.whole import loop_inputs
+from ldm_export.runtime.whole import check_results, loop_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,6 +69,11 @@ class Pipeline:
         self._graphs: dict[str, Graph] = {}
         self._prompts: PromptEncoder | None = None
         self._closed = False
+        if bundle.verified:  # what changes on the disk from now on is not used
+            for name in bundle.manifest.graphs:
+                self._graph(name)
+            self.load()
+            check_plans(bundle)
 
     @classmethod
     def open(
@@ -326,6 +332,7 @@ class Pipeline:
         timings.loop_ms = _since(started)
         started = time.perf_counter()
         results = loop.run(inputs)
+        check_results(self.bundle, loop.spec, request, results)
         timings.whole_ms = _since(started)
         return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
 
@@ -364,6 +371,8 @@ class Pipeline:
     def _distribution(self, image: Array) -> tuple[Array, Array]:
         """Mean and log variance of a picture's latents, unscaled."""
         parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
+        factor, graph = self.bundle.manifest.model["pixels_per_latent"], self.bundle.manifest.graphs["vae_encoder"]
+        check_pictures(image.shape, parameters.shape, factor, graph)
         if not np.isfinite(parameters).all():
             raise NumericalError(f"The VAE encoder gives values that are no finite numbers. {_REMEDY}")
         mean, logvar = np.split(parameters, 2, axis=1)
@@ -372,6 +381,8 @@ class Pipeline:
     def _decode(self, latents: Array) -> Array:
         unscaled = latents / np.float32(self.bundle.manifest.model["scaling_factor"])
         sample = self._graph("vae_decoder").run({"latent_sample": unscaled})["sample"]
+        factor, graph = self.bundle.manifest.model["pixels_per_latent"], self.bundle.manifest.graphs["vae_decoder"]
+        check_pictures(sample.shape, latents.shape, factor, graph)
         if not np.isfinite(sample).all():
             raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {_REMEDY}")
         pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255

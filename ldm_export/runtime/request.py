@@ -11,6 +11,7 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
 from ldm_export.errors import BundleError, InputError
+from ldm_export.manifest import LARGEST_SIZE
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.backends import Array
 from ldm_export.runtime.memory import check_memory
@@ -19,36 +20,7 @@ from ldm_export.runtime.values import flag, listed, real_number, shown, text_of,
 
 DEFAULT_GUIDANCE = 4.0
 LARGEST_GUIDANCE = 1e6
-LARGEST_SIDE = 1 << 20
-"""Pixels."""
-MOST_STEPS = 1 << 20
-DRAWN_WITH = ("unet", "vae_decoder", "vae_encoder")
-MODEL_FACTS: dict[str, tuple[type, ...]] = {
-    "height": (int,),
-    "width": (int,),
-    "latent_channels": (int,),
-    "pixels_per_latent": (int,),
-    "scaling_factor": (int, float),
-    "default_sampler": (str,),
-    "default_steps": (int,),
-}
-"""What the manifest's ``model`` must say of a bundle that is drawn with."""
-GUIDANCE_FACTS: dict[str, tuple[type, ...]] = {"default_guidance": (int, float), "guidance_folded": (bool,)}
-"""What it may say."""
-
-
-def check_drawable(bundle: Bundle) -> None:
-    """Raise BundleError unless the bundle has the graphs and says the facts that drawing needs."""
-    for name in DRAWN_WITH:
-        if name not in bundle.manifest.graphs:
-            raise BundleError(f"Bundle {bundle.path} has no graph {name}, so nothing can be drawn. Export it anew.")
-    for key, kinds in MODEL_FACTS.items():
-        value: Any = bundle.manifest.model.get(key)
-        if type(value) not in kinds or (not isinstance(value, str) and not value > 0):
-            raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
-    for key, kinds in GUIDANCE_FACTS.items():
-        if key in bundle.manifest.model and type(value := bundle.manifest.model[key]) not in kinds:
-            raise BundleError(f"Bundle {bundle.path}: manifest.json has model.{key} = {value!r}. Export it anew.")
+MOST_STEPS = LARGEST_SIZE
 
 
 class Options(TypedDict, total=False):
@@ -185,7 +157,9 @@ def checked_request(
             f"this model takes {wants or 'neither: give seed a list, one a picture'}."
         )
     labels = None if given_labels is None else labels_for(given_labels, unet_inputs["class_labels"], model)
-    several = hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "ndim", 1)
+    several = (
+        hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "ndim", 1) > 0
+    )  # a 0-d array is one number
     seeds: Any = listed("seed", seed) if several else seed
     batch = len(texts) if reads_text else np.size(seeds) if labels is None else len(labels)
     if labels is not None and len(labels) != batch:
@@ -211,8 +185,8 @@ def checked_request(
         strength = real_number("strength", strength, 0.0, 1.0)
         if image is None:
             raise InputError("A strength was given without an image, of which it is a share. Leave it out.")
-    height = None if height is None else whole_number("height", height, 1, LARGEST_SIDE)
-    width = None if width is None else whole_number("width", width, 1, LARGEST_SIDE)
+    height = None if height is None else whole_number("height", height, 1, LARGEST_SIZE)
+    width = None if width is None else whole_number("width", width, 1, LARGEST_SIZE)
     sample = None if image is None else latents_image(image, batch, picture_channels(bundle))
     if sample is not None:
         sides = sample.shape[2:]
@@ -257,6 +231,8 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     ------
     InputError
         If there is none; the message says which there are and how to add one.
+    BundleError
+        If it cannot be read, or is another.
     """
     path = f"plans/{sampler}-{steps}.json"
     if path not in bundle.manifest.files:
@@ -268,7 +244,24 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
             f"This bundle has no plan for {sampler[:60]!r} with {steps} steps; it has {has}. "
             f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler[:60]} --steps {steps}"
         )
-    return Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
+    return _plan_of(bundle, path)
+
+
+def check_plans(bundle: Bundle) -> None:
+    """Raise BundleError unless each plan of a bundle can be read, and is what its name says."""
+    for path in bundle.manifest.files:
+        if path.startswith("plans/"):
+            _plan_of(bundle, path)
+
+
+def _plan_of(bundle: Bundle, path: str) -> Plan:
+    try:
+        plan = Plan.from_json(bundle.read(path))
+    except InputError as error:
+        raise BundleError(f"Bundle {bundle.path}: {path}: {error}") from error
+    if path != f"plans/{plan.file_name}":
+        raise BundleError(f"Bundle {bundle.path}: {path} has the plan {plan.file_name}. Export the bundle anew.")
+    return plan
 
 
 def seeds_for(seed: int | list[int], batch: int) -> tuple[int, ...]:

@@ -14,8 +14,10 @@ Files read from the folder, in the Hugging Face layout: ``tokenizer.json`` where
 The result equals that of transformers' ``CLIPTokenizer`` on the same folder.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from ldm_export.bundle import Bundle
+from ldm_export.documents import MalformedError, parsed, read_bytes, text_of
 from ldm_export.errors import BundleError, InputError, warn
 
 _END_OF_WORD = "</w>"
@@ -38,15 +42,16 @@ _NAMED = {  # role -> the token that has it unless a file says otherwise, in the
 }
 _DEFAULT_MAX_LENGTH = 77
 _LONGEST = 1 << 20  # transformers writes 10**30 for "no limit"
+_MOST_DIGITS = 9
 
 
 class Tokenizer:
-    """A CLIP tokenizer opened from a folder.
+    """A CLIP tokenizer opened from the files that the module's docstring names.
 
     Parameters
     ----------
-    folder : path
-        The folder with the files named in the module's docstring.
+    files : path, or TokenizerFiles
+        The folder, such as a checkpoint's; of a bundle `TokenizerFiles.of_bundle`, which reads what is listed alone.
 
     Attributes
     ----------
@@ -61,8 +66,8 @@ class Tokenizer:
         If a file is missing, is not what it should be, or contradicts another. The message names the file.
     """
 
-    def __init__(self, folder: str | PathLike[str]) -> None:
-        files = _Files(Path(folder))
+    def __init__(self, files: str | PathLike[str] | TokenizerFiles) -> None:
+        files = files if isinstance(files, TokenizerFiles) else TokenizerFiles.of_folder(files)
         config = files.json("tokenizer_config.json") or {}
         whole = files.json("tokenizer.json")
         if "added_tokens_decoder" not in config:
@@ -76,6 +81,7 @@ class Tokenizer:
             if token.content not in numbers:
                 raise files.bad("the vocabulary", f"has no {token.content!r}, the {role}")
         self.model_max_length = files.max_length(config)
+        self.files = files
         self._backend = _backend_from(files, vocab, merges, named["unk_token"].content)
         self._backend.add_tokens(_in_order(files, config, named, added))
         for number, token in added.items():
@@ -134,31 +140,57 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=False).replace(_END_OF_WORD, " ").strip()
 
 
-class _Files:
-    """The folder's files, each checked as it is read."""
+class TokenizerFiles:
+    """A tokenizer's files, each checked as it is read.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Parameters
+    ----------
+    folder : where they are, for errors
+    read : gives a file's bytes by its name, or None where there is none
+    """
+
+    def __init__(self, folder: Path, read: Callable[[str], bytes | None]) -> None:
+        self._folder, self._read = folder, read
+
+    @classmethod
+    def of_folder(cls, folder: str | PathLike[str]) -> TokenizerFiles:
+        """Return the files of a folder, whatever is there."""
+
+        def read(name: str) -> bytes | None:
+            file = Path(folder) / name
+            return read_bytes(file) if os.path.lexists(file) else None
+
+        return cls(Path(folder), read)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, folder: str = "tokenizer") -> TokenizerFiles:
+        """Return the files that a bundle lists in a folder; what else lies there is not read."""
+
+        def read(name: str) -> bytes | None:
+            listed = f"{folder}/{name}"
+            return bundle.read(listed) if listed in bundle.manifest.files else None
+
+        return cls(bundle.path / folder, read)
 
     def bad(self, name: str, what: str) -> BundleError:
         return BundleError(f"Tokenizer folder {self._folder}: {name} {what}. Export the bundle anew.")
 
-    def read(self, name: str) -> str:
+    def read(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None if there is no such file."""
         try:
-            return (self._folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise self.bad(name, "is missing") from None
-        except (OSError, UnicodeDecodeError) as exc:
-            raise self.bad(name, f"cannot be read as UTF-8 text ({exc})") from exc
+            return self._read(name)
+        except (OSError, MalformedError) as exc:
+            raise self.bad(name, f"cannot be read ({exc})") from exc
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON object in a file, or None if there is no such file."""
-        if not (self._folder / name).exists():
+        """Return the JSON object in a file, or None if there is no such file; of a repeated key the last value."""
+        data = self.read(name)
+        if data is None:
             return None
         try:
-            found = json.loads(self.read(name))
-        except (ValueError, RecursionError) as exc:
-            raise self.bad(name, f"is not JSON ({exc})") from exc
+            found = parsed(data, repeats=True)
+        except MalformedError as exc:
+            raise self.bad(name, f"is {exc}") from exc
         if not isinstance(found, dict):
             raise self.bad(name, f"holds a JSON {type(found).__name__}; an object is needed")
         return found
@@ -176,7 +208,13 @@ class _Files:
             vocab = self.json(name)
             if vocab is None:
                 raise self.bad(name, "is missing")
-            text = self.read(merges_name).replace("\r\n", "\n")
+            data = self.read(merges_name)
+            if data is None:
+                raise self.bad(merges_name, "is missing")
+            try:
+                text = text_of(data).replace("\r\n", "\n")
+            except MalformedError as exc:
+                raise self.bad(merges_name, f"is {exc}") from exc
             lines = [line for line in text.split("\n") if line and not line.startswith("#version")]
         if not isinstance(vocab, dict) or not isinstance(lines, list):
             raise self.bad(name, "lacks the vocabulary or the merges")
@@ -203,18 +241,25 @@ class _Files:
         listed: Iterable[tuple[Any, Any]]
         if "added_tokens_decoder" in config:
             name, decoder = "tokenizer_config.json", config["added_tokens_decoder"]
-            listed = decoder.items() if isinstance(decoder, dict) else [(None, decoder)]
+            if not isinstance(decoder, dict):
+                raise self.bad(name, f"has the added tokens {str(decoder)[:40]!r}; an object is needed")
+            listed = decoder.items()
         else:
             name = "added_tokens.json or tokenizer.json"
             older = (self.json("added_tokens.json") or {}).items()
             listed = [(i, {"content": t, "special": t in special, "normalized": t not in special}) for t, i in older]
             newer = (whole or {}).get("added_tokens") or []
+            if not isinstance(newer, list):
+                raise self.bad(name, f"has the added tokens {str(newer)[:40]!r}; a list is needed")
             listed += [(token.get("id") if isinstance(token, dict) else None, token) for token in newer]
         found = {}
         for number, token in listed:
-            if not str(number).isdecimal():
-                raise self.bad(name, f"gives an added token the id {number!r}; ids are whole numbers from 0")
-            found[int(number)] = self.token(name, token, special=False)
+            kind = str if "added_tokens_decoder" in config else int
+            digits = str(number) if type(number) is kind else ""
+            if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
+                told = f"gives an added token the id {str(number)[:40]!r}"
+                raise self.bad(name, f"{told}; ids are whole numbers from 0, of at most {_MOST_DIGITS} digits")
+            found[int(digits)] = self.token(name, token, special=False)
         return found
 
     def token(self, name: str, value: object, special: bool = True) -> AddedToken:
@@ -240,7 +285,7 @@ class _Files:
 
 
 def _backend_from(
-    files: _Files, vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str
+    files: TokenizerFiles, vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str
 ) -> tokenizers.Tokenizer:
     try:
         model = BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix=_END_OF_WORD, unk_token=unknown)
@@ -261,7 +306,7 @@ def _backend_from(
 
 
 def _in_order(
-    files: _Files, config: dict[str, Any], named: dict[str, AddedToken], added: dict[int, AddedToken]
+    files: TokenizerFiles, config: dict[str, Any], named: dict[str, AddedToken], added: dict[int, AddedToken]
 ) -> list[AddedToken]:
     """Return all tokens in the order in which transformers registers them: of equal ones the last one's flags hold."""
     listed = {token.content for token in added.values()}

@@ -43,7 +43,8 @@ def set_raw(draft: Draft, document: Any, path: Iterable[str | int], raw: str) ->
 
 
 def told(path: Iterable[str | int], raw: str) -> str:
-    return f"{'.'.join(map(str, path))} = {raw if len(raw) < 40 else raw[:20] + '...' + raw[-5:]}"
+    """A case's name: where the value is, and the value."""
+    return f"{'.'.join(map(str, path))} = {raw if len(raw) < 40 else f'{raw[:20]}... ({len(raw)})'}"
 
 
 def manifest_value(*path: str | int) -> Callable[[str, bool], Case]:

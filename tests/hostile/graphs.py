@@ -125,6 +125,23 @@ def _node(draft: Draft, op_type: str, domain: str, **attributes: Any) -> None:
     draft.files["vae_decoder/model.onnx"] = model.SerializeToString()
 
 
+def _more_states(draft: Draft) -> None:
+    """A text encoder that says it gives the states of 8 tokens, and gives those of 9."""
+    text = (
+        GRAPHS["text_encoder"]
+        .replace("Gather <axis = 0> (table, input_ids)", "Identity (nine)")
+        .replace(
+            "<int64[1] tokens = {1}> {",
+            """<int64[1] tokens = {1}, int64[1] width = {6}, int64[1] length = {9}, int64[1] first = {0}> {
+            all = Shape (input_ids)
+            batch = Gather (all, first)
+            sizes = Concat <axis = 0> (batch, length, width)
+            nine = ConstantOfShape (sizes)""",
+        )
+    )
+    draft.graph("text_encoder", text)
+
+
 def _with_text(draft: Draft, graph: str, data: bytes) -> None:
     draft.files[f"{graph}/model.onnx"] = data
 
@@ -135,6 +152,7 @@ def cases() -> Iterator[Case]:
         if what != "a UNet of half precision":
             yield Case(f"graph: {what}", False, partial(_replaced, graph=graph, old=old, new=new), asks=PNG)
     yield Case("graph: a UNet of half precision", False, _half_output)
+    yield Case("graph: a text encoder of more tokens than it says", False, _more_states)
     yield Case("graph: a UNet of wider predictions", False, _wider_output)
     for size, opens in ((4, True), (5, True), (256, True), (2, False), (3, False), (1, False), ("w", False)):
         yield Case(f"graph: timestep_cond of size {size}", opens, partial(_told_scale, size=size))

@@ -77,6 +77,11 @@ def _appended(data: bytes) -> Callable[[Draft], None]:
     return lambda draft: draft.files.update({FILE: draft.files[FILE] + data})
 
 
+def _disguised(draft: Draft) -> None:
+    """A field that nobody knows, whose text puts ``ORTM`` at byte 4."""
+    draft.files[FILE] = part(1000, b"xORTM") + draft.files[FILE]
+
+
 def _unlisted_location(draft: Draft) -> None:
     with_outside_weights(draft)
     draft.unlisted["text_encoder/model.onnx_data"] = draft.files.pop("text_encoder/model.onnx_data")
@@ -147,6 +152,7 @@ REFUSED: dict[str, Callable[[Draft], object]] = {
     "a wire type of 6": _appended(varint(1000 << 3 | 6) + b"\0"),
     "a wire type of 7": _appended(varint(1000 << 3 | 7) + b"\0"),
     "a field numbered 0": _appended(b"\x02\x01x"),
+    "a field that makes it ONNX Runtime's own format": _disguised,
     "a zero byte after": _appended(b"\0"),
     "four bytes that are cut short": _appended(varint(1000 << 3 | 5) + b"\0\0"),
     "eight bytes that are cut short": _appended(varint(1000 << 3 | 1) + b"\0\0"),

@@ -7,14 +7,18 @@ import subprocess
 import sys
 import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from ldm_export.errors import BundleError, InputError
 from ldm_export.runtime.tokenizer import Tokenizer
+from tests.hostile.base import tokenizer_files
+from tests.hostile.tokenizers import MERGE_FILES
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PIECES = "a photo of cat dog smiling it's we're , . ! ? - ' \" ( ) 1 20 300 é ß 🎨 👩‍🚀 字 \t \n"
@@ -343,3 +347,17 @@ def test_bad_folder(folder, lie):
 def test_imports_no_torch_and_no_transformers():
     code = "import sys, ldm_export.runtime.tokenizer; assert not {'torch', 'onnx', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", [name for name in MERGE_FILES if name != "empty lines"])  # which only we take
+def test_merges_are_read_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
+    for file, data in {**tokenizer_files(), "merges.txt": MERGE_FILES[name][0]}.items():
+        (tmp_path / file).write_bytes(data)
+    if not MERGE_FILES[name][1]:
+        with pytest.raises(Exception, match="BPE"):
+            CLIPTokenizer.from_pretrained(tmp_path)
+        with pytest.raises(BundleError, match=r"merges\.txt"):
+            Tokenizer(tmp_path)
+        return
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)("a cat ca")["input_ids"]
+    assert Tokenizer(tmp_path)("a cat ca")[0, : len(theirs)].tolist() == theirs

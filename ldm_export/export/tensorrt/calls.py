@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -47,5 +46,4 @@ def drawn(bundle: Bundle, spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str
 
 def _words(bundle: Bundle, encoder: str) -> int:
     """How many token ids a text encoder knows."""
-    vocabulary = bundle.path / encoder.replace("text_encoder", "tokenizer") / "vocab.json"
-    return len(json.loads(vocabulary.read_text(encoding="utf-8")))
+    return len(bundle.json(f"{encoder.replace('text_encoder', 'tokenizer')}/vocab.json"))

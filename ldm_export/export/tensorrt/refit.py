@@ -103,7 +103,7 @@ def _target_to_fill(bundle: Bundle, kind: str, base: Bundle) -> EngineTarget:
             f"{base.path} has no engines {kind!r}; it has {', '.join(kinds) or 'none'}. Build some that can be "
             "refitted with ldm-export build --refit or --strip."
         )
-    target = read_engine_target(replace(base, verified=True), kind)
+    target = read_engine_target(base.verifying(), kind)
     if not isinstance(target, EngineTarget):
         raise InputError(f"targets/{kind} of {base.path} cannot be refitted, since {target}. Build it anew.")
     if not (target.refittable or target.stripped):

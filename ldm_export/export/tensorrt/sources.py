@@ -153,7 +153,7 @@ def plan_of(bundle: Bundle, name: str) -> Plan:
             f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle))}. Use one of these, or add it "
             "with ldm-export plan."
         )
-    plan = Plan.from_json(bundle.file(path).read_text(encoding="utf-8"))
+    plan = Plan.from_json(bundle.read(path))
     if Path(path).name != plan.file_name:
         raise BundleError(
             f"{path} of {bundle.path} is of the plan {Path(plan.file_name).stem}. Export the bundle anew."

@@ -27,13 +27,15 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
+from ldm_export.documents import read_json
 from ldm_export.engines import FLAVOURS, engine_targets
 from ldm_export.errors import BackendError, LdmExportError, warn
+from ldm_export.partial import write_whole
 from ldm_export.runtime.backends import Array, Backend, allowed_threads
 from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
-from ldm_export.runtime.backends.remembered import cache_folder, write_whole
+from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
 
 SETTLE_S = 0.1
@@ -45,6 +47,8 @@ LARGE_BYTES = 1 << 30
 """UNets from this size are opened and timed one after the other, so that never two of them are in memory."""
 SIDES = ("onnxruntime", "openvino")
 CLIP_TOKENS = 77
+MOST_BYTES = 1 << 16
+"""Largest file of remembered times that is read."""
 
 _log = logging.getLogger(__name__)
 
@@ -185,9 +189,9 @@ def remembered(file: Path | None) -> dict[str, float] | None:
     if file is None:
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, MOST_BYTES)
         times = {name: found[name] for name in SIDES}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return times if all(type(value) is float and 0 < value < float("inf") for value in times.values()) else None
 

@@ -1,7 +1,7 @@
 """One TensorRT engine in this process: either flavour, by the calls that both have.
 
     library = open_library("tensorrt_rtx")
-    engine = Engine(library, file, spec, profile, stream)
+    engine = Engine(library, serialised, spec, profile, stream)
     bound = engine.bound({"sample": (2, 4, 64, 64), ...})       device memory of these shapes, or that which is given
     bound.prepare()                                             once, for what will be launched often
     bound.launch()                                              any number of times, on the stream
@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,15 +26,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.contract import GraphSpec
+from ldm_export.documents import MalformedError, read_bytes
 from ldm_export.engines import ShapeRange
 from ldm_export.errors import BackendError, InputError
+from ldm_export.partial import write_whole
 from ldm_export.runtime.backends import check_contract
 from ldm_export.runtime.backends.cuda import Buffer, CapturedGraph, Stream
-from ldm_export.runtime.backends.remembered import write_whole
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "gpu"}
 """What to install for each flavour."""
 CUDA_GRAPHS = True
+MOST_CACHE_BYTES = 1 << 30
 
 _log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -104,7 +107,7 @@ class Engine:
 
     Parameters
     ----------
-    file : of the serialised engine
+    serialised : the engine, uint8
     spec : what its graph takes and gives; ``spec.path`` is what errors call it
     profile : the shapes that its inputs with free sizes may have
     stream : where it runs
@@ -121,7 +124,7 @@ class Engine:
     def __init__(
         self,
         library: Library,
-        file: Path,
+        serialised: Array,
         spec: GraphSpec,
         profile: Mapping[str, ShapeRange],
         stream: Stream,
@@ -132,7 +135,6 @@ class Engine:
     ):
         self.spec, self.profile, self.stream = spec, profile, stream
         self.library, self._rebuild, self._repeated = library, rebuild, repeated
-        serialised = np.memmap(file, np.uint8, mode="r")
         check_validity(library, serialised, spec.path, rebuild)
         self._engine = library.runtime.deserialize_cuda_engine(serialised)
         if self._engine is None:
@@ -190,9 +192,10 @@ class Engine:
         # else it runs with slower kernels, compiles better ones meanwhile, and may change to them within a picture
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         cache = config.create_runtime_cache()
-        if self._cache_file is not None and self._cache_file.is_file():
-            self._cached = self._cache_file.read_bytes()
-            if not cache.deserialize(self._cached):  # of another GPU, driver or release
+        if self._cache_file is not None:
+            with suppress(OSError, MalformedError):
+                self._cached = read_bytes(self._cache_file, MOST_CACHE_BYTES)
+            if self._cached and not cache.deserialize(self._cached):  # of another GPU, driver or release
                 self._cached = b""
         config.set_runtime_cache(cache)
         return config

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
-from ldm_export.errors import BackendError, BundleError, CancelledError, warn
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs
+from ldm_export.documents import MalformedError
+from ldm_export.errors import BackendError, BundleError, LdmExportError, warn
+from ldm_export.listed import GraphFiles, MappedFile
 from ldm_export.runtime.backends import (
     Array,
     Backend,
@@ -24,7 +25,7 @@ from ldm_export.runtime.backends.once import OnceGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, Provider
 from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.running import Running
-from ldm_export.target import ORT_CPU, Target, needs_of, read_target
+from ldm_export.target import ORT_CPU, Target, files_in, needs_of, read_target
 
 NUMPY_TYPES = {
     "tensor(float)": "float32",
@@ -143,11 +144,14 @@ class OnnxRuntimeBackend(Backend):
         if self._target is not None and graph in self._target.graphs:
             try:
                 return self._load_target(self._target, graph, spec)
+            except MalformedError as error:
+                why = f"its {error}"
             except BundleError:
-                self._target = None
-                self.name = self.name.removesuffix(f" {ORT_CPU}")
-                self._say_passed_over(f"ONNX Runtime refuses its {graph}, or it is another graph")
-        session = self._session(self._bundle.file(spec.path), spec.path)
+                why = f"ONNX Runtime refuses its {graph}, or it is another graph"
+            self._target = None
+            self.name = self.name.removesuffix(f" {ORT_CPU}")
+            self._say_passed_over(why)
+        session, mapped = self._session(self._bundle.graph_files(spec.path), spec.path)
         if self._provider is not None and self._provider.name not in session.get_providers():
             if self._requested != "auto":
                 raise BackendError(self._does_not_start())
@@ -155,18 +159,19 @@ class OnnxRuntimeBackend(Backend):
             self.name = self.name.replace("cuda", "cpu")
             warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.")
         check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-        return OnnxRuntimeGraph(session, spec, self._provider, self._running)
+        return OnnxRuntimeGraph(session, spec, self._provider, self._running, mapped)
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
-        opened = {path: self._session(target.file(path), path) for path in found.paths}
-        if list(opened) == [found.path]:
-            session = opened[found.path]
+        files = files_in(self._bundle, target)
+        opened = {path: self._session(files.graph(path), path) for path in found.paths}
+        if not found.once and not found.shallow:
+            session, mapped = opened[found.path]
             check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-            return OnnxRuntimeGraph(session, spec, None, self._running)
+            return OnnxRuntimeGraph(session, spec, None, self._running, mapped)
         graphs = {
-            path: OnnxRuntimeGraph(session, _spec_of(session, path), None, self._running)
-            for path, session in opened.items()
+            path: OnnxRuntimeGraph(session, _spec_of(session, path), None, self._running, mapped)
+            for path, (session, mapped) in opened.items()
         }
         check_parts(spec, found, {path: one.spec for path, one in graphs.items()})
         parts = {name: graphs[path] for name, path in found.once.items()}
@@ -184,6 +189,7 @@ class OnnxRuntimeBackend(Backend):
         options.use_per_session_threads = self._own_threads
         for key, value in {
             "session.set_denormal_as_zero": "1",
+            "session.load_model_format": "ONNX",
             "session.qdq_matmulnbits_accuracy_level": "1",  # fp32, not int8
             # every session has threads of its own, which else wait spinning for more work while another session's run
             "session.force_spinning_stop": "1",
@@ -193,21 +199,29 @@ class OnnxRuntimeBackend(Backend):
             options.add_provider_for_devices(self._plugged, self._provider.options_for(self._bundle, cache_folder()))
         return options
 
-    def _session(self, file: Path, path: str) -> Any:
+    def _session(self, files: GraphFiles, path: str) -> tuple[Any, Sequence[MappedFile]]:
+        """A session, and the files that it has mapped."""
         providers: list[Any] | None = [CPU]
         if self._provider is not None:
             providers = None if self._plugged else self._provider.chain(self._bundle, cache_folder())
         fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
             options = self._options()
-            make = partial(self._library.InferenceSession, file, options, providers, **fallback)
-            return self._running.opened(options, make)
-        except CancelledError:
+            if files.data:
+                names, buffers = list(files.data), list(files.data.values())
+                options.add_external_initializers_from_files_in_memory(names, buffers, list(map(len, buffers)))
+            model = files.path if files.model is None else files.model
+            make = partial(self._library.InferenceSession, model, options, providers, **fallback)
+            session = self._running.opened(options, make)
+            if not all(mapped.is_in_place() for mapped in files.mapped):
+                raise BundleError(f"A file of {path} was replaced while it was opened. Open the bundle again.")
+            return session, files.mapped
+        except LdmExportError:
             raise
         except Exception as error:  # its exceptions have no common base class
             if self._own_threads and "global thread pool" in str(error):
                 self._own_threads = False  # the application has one pool for all sessions
-                return self._session(file, path)
+                return self._session(files, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
 
 
@@ -232,18 +246,27 @@ class OnnxRuntimeGraph:
     """One session; see :class:`ldm_export.runtime.backends.Graph`. ``provider`` is a GPU's, or None on the CPU."""
 
     def __init__(
-        self, session: Any, spec: GraphSpec, provider: Provider | None = None, running: Running | None = None
+        self,
+        session: Any,
+        spec: GraphSpec,
+        provider: Provider | None = None,
+        running: Running | None = None,
+        mapped: Sequence[MappedFile] = (),
     ):
         self.session = session
         self._running = running or Running()
+        self._mapped = mapped
         self._provider = provider
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        check_inputs(self.spec, inputs)
+        self._check_files()
+        sizes = check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
         with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
-            return dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
+            results = dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
+        check_outputs(self.spec, results, sizes)
+        return results
 
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
@@ -260,6 +283,7 @@ class OnnxRuntimeGraph:
                 bind_tensor(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
+            self._check_files()
             with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
                 self.session.run_with_iobinding(binding, options)
 
@@ -286,6 +310,7 @@ class OnnxRuntimeGraph:
         changing = inputs.keys() - set(fixed)
 
         def call() -> None:
+            self._check_files()
             with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
                 for name in changing:
                     given[name].update_inplace(inputs[name])
@@ -293,6 +318,12 @@ class OnnxRuntimeGraph:
                 self._copy_out({name: value.numpy() for name, value in made.items()}, outputs)
 
         return call
+
+    def _check_files(self) -> None:
+        """Raise BundleError if weights that are mapped were overwritten: reading them may end the process."""
+        for file in self._mapped:
+            if file.is_changed():
+                raise BundleError(f"{file.name} was changed while it was in use. Open the bundle again.")
 
     @staticmethod
     def _copy_out(results: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:

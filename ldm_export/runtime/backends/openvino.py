@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, check_inputs
+from ldm_export.contract import GraphSpec, check_inputs, check_outputs
 from ldm_export.errors import BackendError, BundleError
 from ldm_export.runtime.backends import (
     Array,
@@ -63,10 +63,18 @@ class OpenVinoBackend(Backend):
         BundleError
             If OpenVINO refuses the graph.
         """
-        spec, files = self._bundle.manifest.graphs[graph], self._bundle.manifest.files
-        size_bytes = sum(entry.size_bytes for path, entry in files.items() if path.startswith(f"{spec.name}/"))
+        spec = self._bundle.manifest.graphs[graph]
+        files = self._bundle.graph_files(spec.path)
+        if files.data:
+            raise BackendError(
+                f"{spec.path} keeps weights in files of their own, which OpenVINO does not take from memory; a bundle "
+                "that is verified, or in the Hub's cache, is opened from there. Use the backend cpu."
+            )
+        size_bytes = sum(
+            entry.size_bytes for path, entry in self._bundle.manifest.files.items() if path.startswith(f"{spec.name}/")
+        )
         try:
-            model = self._core.read_model(self._bundle.file(spec.path))
+            model = self._core.read_model(files.path if files.model is None else files.model)
             loaded = OpenVinoGraph(self, model, spec, kept=max(1, KEPT_BYTES // max(1, size_bytes)))
             if graph != "unet":
                 loaded.compiled()
@@ -97,11 +105,13 @@ class OpenVinoGraph:
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        check_inputs(self.spec, inputs)
+        sizes = check_inputs(self.spec, inputs)
         with foreign_errors("OpenVINO", self.spec.name):
             request = self.compiled().create_infer_request()
             request.infer(dict(inputs), share_inputs=True)
-            return {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self.spec.outputs}
+            results = {tensor.name: request.get_tensor(tensor.name).data.copy() for tensor in self.spec.outputs}
+        check_outputs(self.spec, results, sizes)
+        return results
 
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()

@@ -13,11 +13,15 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from ldm_export.bundle import Bundle
 from ldm_export.contract import STEP, GraphSpec, TensorSpec, check_inputs, step_spec
+from ldm_export.documents import MalformedError
 from ldm_export.engines import FLAVOURS, EngineTarget, engine_targets, read_engine_target
 from ldm_export.engines import Engine as EngineEntry
 from ldm_export.errors import BackendError
+from ldm_export.fields import MOST_FILE_BYTES
 from ldm_export.manifest import LOOPS, is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, foreign_errors
 from ldm_export.runtime.backends.cuda import Stream, gpus
@@ -25,6 +29,7 @@ from ldm_export.runtime.backends.device_loop import DeviceLoop, DeviceSampling
 from ldm_export.runtime.backends.engine import BoundEngine, Engine, open_library
 from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.sampling import Run, Sampling
+from ldm_export.target import files_in
 
 PRECISIONS = ("fp16", "int8", "fp32")
 """Which of several targets that fit is taken, the fastest first."""
@@ -174,7 +179,7 @@ class TensorRtBackend(Backend):
             entry = self._target.engines[name]
             self._engines[name] = Engine(
                 self._library,
-                self._target.file(entry.path),
+                self._serialised(entry.path),
                 GraphSpec(f"targets/{self._target.kind}/{entry.path}", spec.inputs, spec.outputs),
                 entry.profile,
                 self._stream,
@@ -183,6 +188,15 @@ class TensorRtBackend(Backend):
                 repeated=name in REPEATED,
             )
         return self._engines[name]
+
+    def _serialised(self, path: str) -> Array:
+        """An engine's bytes; of a bundle that is verified, the very ones whose hash was checked."""
+        if not self._bundle.verified:
+            return np.memmap(self._target.file(path), np.uint8, mode="r")
+        try:
+            return np.frombuffer(files_in(self._bundle, self._target).read(path, MOST_FILE_BYTES), np.uint8)
+        except MalformedError as error:
+            raise BackendError(f"targets/{self._target.kind} cannot be used, since its {error}.") from error
 
     def _cache_file(self, entry: EngineEntry) -> Path | None:
         """Where to keep what TensorRT-RTX compiles of an engine for this GPU; a bundle stays as it is."""
