@@ -66,7 +66,7 @@ def write_whole(path: Path, data: bytes) -> None:
     OSError
         If it cannot be written.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return

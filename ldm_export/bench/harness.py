@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weight
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.judge import open_pictures
+from ldm_export.partial import write_whole
 from ldm_export.runtime.results import Timings
 
 FORMAT = 1
@@ -289,14 +289,10 @@ def read_document(path: Path) -> Document | None:
 
 def write_document(document: Document, path: Path) -> None:
     """Write a document whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}). Make room, and run the same again.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def results_by_side(document: Document) -> Document:

@@ -30,11 +30,12 @@ from ldm_export.bundle import Bundle
 from ldm_export.contract import TensorSpec
 from ldm_export.engines import FLAVOURS, engine_targets
 from ldm_export.errors import BackendError, LdmExportError
+from ldm_export.partial import write_whole
 from ldm_export.runtime.backends import Array, Backend, allowed_threads
 from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
-from ldm_export.runtime.backends.remembered import cache_folder, write_whole
+from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
 
 SETTLE_S = 0.1

@@ -27,9 +27,9 @@ import numpy.typing as npt
 from ldm_export.contract import GraphSpec
 from ldm_export.engines import ShapeRange
 from ldm_export.errors import BackendError, InputError
+from ldm_export.partial import write_whole
 from ldm_export.runtime.backends import check_contract
 from ldm_export.runtime.backends.cuda import Buffer, CapturedGraph, Stream
-from ldm_export.runtime.backends.remembered import write_whole
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "gpu"}
 """What to install for each flavour."""
