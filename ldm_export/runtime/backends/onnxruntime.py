@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
-from ldm_export.errors import BackendError, BundleError
+from ldm_export.errors import BackendError, BundleError, CancelledError
 from ldm_export.runtime.backends import (
     Array,
     Backend,
@@ -25,6 +24,7 @@ from ldm_export.runtime.backends import (
 from ldm_export.runtime.backends.once import OnceGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, Provider
 from ldm_export.runtime.backends.remembered import cache_folder
+from ldm_export.runtime.backends.running import Running
 from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
 NUMPY_TYPES = {
@@ -63,6 +63,7 @@ class OnnxRuntimeBackend(Backend):
         self._requested = requested
         self._threads = threads or allowed_threads()
         self._own_threads = True
+        self._running = Running()
         self._plugged: list[Any] = []
         self._provider = self._wanted_provider()
         self.name = f"onnxruntime {onnxruntime.__version__} {self._device}"
@@ -156,7 +157,7 @@ class OnnxRuntimeBackend(Backend):
             self.name = self.name.replace("cuda", "cpu")
             warnings.warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.", stacklevel=3)
         check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-        return OnnxRuntimeGraph(session, spec, self._provider)
+        return OnnxRuntimeGraph(session, spec, self._provider, self._running)
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
@@ -164,11 +165,18 @@ class OnnxRuntimeBackend(Backend):
         if list(opened) == [found.path]:
             session = opened[found.path]
             check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-            return OnnxRuntimeGraph(session, spec)
-        graphs = {path: OnnxRuntimeGraph(session, _spec_of(session, path)) for path, session in opened.items()}
+            return OnnxRuntimeGraph(session, spec, None, self._running)
+        graphs = {
+            path: OnnxRuntimeGraph(session, _spec_of(session, path), None, self._running)
+            for path, session in opened.items()
+        }
         check_parts(spec, found, {path: one.spec for path, one in graphs.items()})
         parts = {name: graphs[path] for name, path in found.once.items()}
         return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
+
+    def interrupt(self) -> None:
+        """End what this backend runs and opens, from any thread; there it raises CancelledError, in milliseconds."""
+        self._running.interrupt()
 
     def _options(self) -> Any:
         options = self._library.SessionOptions()
@@ -193,35 +201,16 @@ class OnnxRuntimeBackend(Backend):
             providers = None if self._plugged else self._provider.chain(self._bundle, cache_folder())
         fallback = {"enable_fallback": int(self.on_gpu)}  # it prints, and tries the same again
         try:
-            return _elsewhere(partial(self._library.InferenceSession, file, self._options(), providers, **fallback))
+            options = self._options()
+            make = partial(self._library.InferenceSession, file, options, providers, **fallback)
+            return self._running.opened(options, make)
+        except CancelledError:
+            raise
         except Exception as error:  # its exceptions have no common base class
             if self._own_threads and "global thread pool" in str(error):
                 self._own_threads = False  # the application has one pool for all sessions
                 return self._session(file, path)
             raise BundleError(f"ONNX Runtime refuses {path}: {error}. Export the bundle anew.") from error
-
-
-def _elsewhere(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives, from another thread.
-
-    The thread that opens a process's first session rounds subnormals to zero from then on, which the application's
-    arithmetic would suffer from.
-    """
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.extend((make(), None))
-        except Exception as error:  # for the thread that waits
-            outcome.extend((None, error))
-
-    thread = Thread(target=run)
-    thread.start()
-    thread.join()
-    made, error = outcome
-    if error is not None:
-        raise error
-    return made
 
 
 def _signature(values: Any) -> Signature:
@@ -244,16 +233,19 @@ def _spec_of(session: Any, path: str) -> GraphSpec:
 class OnnxRuntimeGraph:
     """One session; see :class:`ldm_export.runtime.backends.Graph`. ``provider`` is a GPU's, or None on the CPU."""
 
-    def __init__(self, session: Any, spec: GraphSpec, provider: Provider | None = None):
+    def __init__(
+        self, session: Any, spec: GraphSpec, provider: Provider | None = None, running: Running | None = None
+    ):
         self.session = session
+        self._running = running or Running()
         self._provider = provider
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
-        with foreign_errors("ONNX Runtime", self.spec.name):
-            return dict(zip(names, self.session.run(names, dict(inputs)), strict=True))
+        with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
+            return dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
 
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
@@ -270,8 +262,8 @@ class OnnxRuntimeGraph:
                 bind_tensor(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
         def call(_arrays: object = (dict(inputs), dict(outputs))) -> None:  # the binding holds only their addresses
-            with foreign_errors("ONNX Runtime", self.spec.name):
-                self.session.run_with_iobinding(binding)
+            with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
+                self.session.run_with_iobinding(binding, options)
 
         return call
 
@@ -296,10 +288,10 @@ class OnnxRuntimeGraph:
         changing = inputs.keys() - set(fixed)
 
         def call() -> None:
-            with foreign_errors("ONNX Runtime", self.spec.name):
+            with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
                 for name in changing:
                     given[name].update_inplace(inputs[name])
-                self.session.run_with_iobinding(binding)
+                self.session.run_with_iobinding(binding, options)
                 self._copy_out({name: value.numpy() for name, value in made.items()}, outputs)
 
         return call
