@@ -1,7 +1,7 @@
 """``ldm-export``: the group of commands, and the one place where errors become messages and exit codes.
 
-Whatever goes wrong is one sentence on stderr. An error that nobody foresaw is called a defect of this program, with exit
-code 70; with ``LDM_EXPORT_TRACEBACK=1`` in the environment every error shows its traceback too.
+Whatever goes wrong is one sentence on stderr. An error that nobody foresaw is called a defect of this program, with
+exit code 70; with ``LDM_EXPORT_TRACEBACK=1`` in the environment every error shows its traceback too.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Commands(click.Group):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Run as a program: as `main`, and Ctrl-C ends it whatever it is doing."""
+        prepare_streams()
         with interruptible():
-            prepare_streams()
             return self.main(*args, **options)
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -149,10 +149,7 @@ def sentence(error: Exception) -> str | None:
         remedy = "Make room, or write elsewhere." if error.errno in FULL else "Name another file or folder."
         return f"{where}{why}. {remedy}" if where else f"The system refuses to read or write: {why}. {remedy}"
     if isinstance(error, UnicodeError):
-        return (
-            f"Text cannot be read or written as {getattr(error, 'encoding', 'UTF-8')} ({error.__class__.__name__}). "
-            "Use UTF-8."
-        )
+        return f"Text cannot be read or written as {getattr(error, 'encoding', 'UTF-8')}. Use UTF-8."
     if isinstance(error, RecursionError):
         return "What was given is nested too deeply to be read. Give a file that is not."
     return None

@@ -25,7 +25,7 @@ class PlainConsole(Console):
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]  # all strings come through here
+    def render_str(self, text: str, **options: Any) -> Text:  # all strings come through here
         return super().render_str(printable(text), **options)
 
 
@@ -35,8 +35,8 @@ errors = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take any text, whatever their encoding, and be there: where the shell closed stdout, writing
-    fails with an error that can be told; what would go to a closed stderr vanishes."""
+    """Let stdout and stderr take any text, whatever their encoding, and be there: where the shell closed stdout,
+    writing fails with an error that can be told; what would go to a closed stderr vanishes."""
     if sys.stdout is None or sys.stderr is None:
         while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:  # else a file that is opened later is 1 or 2
             pass
