@@ -100,9 +100,16 @@ def command(
             )
             raise
     wanted = gates if against is None or any(gate.key == KEPT.key for gate in gates) else [*gates, KEPT]
-    document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
-    write_output(output, page(document))
-    print_bench(document)
+    try:
+        document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
+        write_output(output, page(document))
+        print_bench(document)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if bench.took_up is None:
+            raise
+        raise InputError(
+            f"{bench.took_up} lacks results that a bench writes, or has other ones. Delete it, and measure anew."
+        ) from error
     console.print(f"look at {output}; the figures are in {json_file}")
     if as_json:
         click.echo(json.dumps(without_pictures(document)))

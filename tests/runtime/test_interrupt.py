@@ -19,18 +19,14 @@ from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 PATIENCE_S = 10.0
-ENDLESS = (
-    GRAPHS["vae_decoder"]
-    .replace("three = Slice (latent_sample,", "three = Slice (looped,")
-    .replace(
-        "three = Slice",
-        """most = Constant <value = int64 {1000000000000000}> ()
+ENDLESS = GRAPHS["vae_decoder"].replace("three = Slice (latent_sample,", "three = Slice (looped,").replace(
+    "three = Slice",
+    """most = Constant <value = int64 {1000000000000000}> ()
             true = Constant <value_int = 1> ()
             goes_on = Cast <to = 9> (true)
             looped = Loop (most, goes_on, latent_sample) <body = b (int64 i, bool c, float[batch, 4, height, width] x)
               => (bool c2, float[batch, 4, height, width] y) { c2 = Identity (c) y = Sin (x) }>
             three = Slice""",
-    )
 )
 
 
@@ -57,9 +53,7 @@ def slow_to_open(draft: Draft) -> None:
 
 def test_an_endless_run_is_ended(tmp_path: Path) -> None:
     assert parser.parse_model(ENDLESS).graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
-    backend = OnnxRuntimeBackend(
-        Bundle.open(bundle_with(tmp_path / "b", lambda d: d.graph("vae_decoder", ENDLESS))), "cpu", 1
-    )
+    backend = OnnxRuntimeBackend(Bundle.open(bundle_with(tmp_path / "b", lambda d: d.graph("vae_decoder", ENDLESS))), "cpu", 1)
     decoder = backend.load("vae_decoder")
     latents = {"latent_sample": np.zeros((1, 4, 4, 4), np.float32)}
     timer = threading.Timer(0.2, backend.interrupt)

@@ -233,7 +233,9 @@ def _spec_of(session: Any, path: str) -> GraphSpec:
 class OnnxRuntimeGraph:
     """One session; see :class:`ldm_export.runtime.backends.Graph`. ``provider`` is a GPU's, or None on the CPU."""
 
-    def __init__(self, session: Any, spec: GraphSpec, provider: Provider | None = None, running: Running | None = None):
+    def __init__(
+        self, session: Any, spec: GraphSpec, provider: Provider | None = None, running: Running | None = None
+    ):
         self.session = session
         self._running = running or Running()
         self._provider = provider
