@@ -41,6 +41,7 @@ def interruptible() -> Iterator[None]:
     unwinding = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        happened.set()
         unwinding.set()
         signal.default_int_handler(number, frame)
 
