@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from ldm_reference import pictures
+import ldm_reference.pictures
 from ldm_reference.config import ConfigError
 from PIL import Image
 
@@ -28,9 +28,9 @@ def read_picture(path: Path, channels: int = 3) -> Pixels:
         If it is not a picture that is read.
     """
     try:
-        return pictures.read_picture(path, channels)
+        return ldm_reference.pictures.read_picture(path, channels)
     except ConfigError as error:
-        raise InputError(f"{error}. Give a PNG or JPEG.") from error
+        raise InputError(f"{error}.") from error
 
 
 def check_writable(path: Path) -> None:

@@ -20,6 +20,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MOST_BYTES = 256 << 20
 MOST_PIXELS = 1 << 26
 """8192 x 8192."""
+_SMALLER = f"at most {MOST_PIXELS:,} are read, so make it smaller first"
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 
 
@@ -41,7 +42,7 @@ def read_picture(path: Path, channels: int = 3) -> npt.NDArray[np.uint8]:
             warnings.simplefilter("ignore")  # Pillow's, of what is strange in a file and of its size
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
-                    raise ConfigError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are read")
+                    raise ConfigError(f"{image.width} x {image.height} pixels; {_SMALLER}")
                 tags = dict(getattr(image, "tag_v2", {}))  # of TIFF
                 rgba = _of_8_bits(ImageOps.exif_transpose(image), tags).convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -51,9 +52,9 @@ def read_picture(path: Path, channels: int = 3) -> npt.NDArray[np.uint8]:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise ConfigError(f"{path} is not a readable picture: none of {', '.join(FORMATS)}") from error
+        raise ConfigError(f"{path} is not a readable picture; give one of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise ConfigError(f"{path} is not a readable picture: more than {MOST_PIXELS:,} pixels") from error
+        raise ConfigError(f"{path} is not a readable picture (too many pixels; {_SMALLER})") from error
     except Exception as error:  # Pillow's readers raise what meets them: SyntaxError, struct.error, RuntimeError ...
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{path} is not a readable picture ({why})") from error
