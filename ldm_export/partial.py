@@ -1,8 +1,8 @@
 """Files and folders that are there whole or not at all.
 
-A folder grows as a hidden sibling, ``.NAME.partial-<pid>-<random>``, and is renamed into place when it is complete; what was
-there before is ``.NAME.old-<pid>-<random>`` for as long as that takes. A process that is killed leaves such a folder
-behind. The next one that makes a folder of that name removes it, once the process whose number it has is gone.
+A folder grows as a hidden sibling, ``.NAME.partial-<pid>-<random>``, and is renamed into place when it is complete;
+what was there before is ``.NAME.old-<pid>-<random>`` for as long as that takes. A process that is killed leaves such a
+folder behind. The next one that makes a folder of that name removes it, once the process whose number it has is gone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def write_whole(path: Path, data: bytes) -> None:
     OSError
         If it cannot be written.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return

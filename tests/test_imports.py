@@ -110,9 +110,20 @@ def test_a_module_imports_only_what_its_part_may(module: str) -> None:
 
 
 def test_who_knows_the_reference() -> None:
-    """What opens its networks, draws with them, judges pictures by its data, or changes and trains them."""
+    """What opens its networks, draws with them, judges pictures by its data, changes and trains them, or reads pictures
+    as it does."""
     knows = {part_of(module) for module, file in TOOLCHAIN.items() if "ldm_reference" in packages(file)}
-    assert knows == {"checkpoint", "torch_reference", "judge", "passes"}
+    assert knows == {"checkpoint", "torch_reference", "judge", "passes", "cli"}
+    reads = {name for module, file in TOOLCHAIN.items() if part_of(module) == "cli" for name in imports(file)}
+    assert {name for name in reads if name.startswith("ldm_reference")} == {
+        "ldm_reference.pictures",
+        "ldm_reference.config.ConfigError",
+    }
+
+
+def test_reading_pictures_needs_no_torch() -> None:
+    for module in ("config", "pictures"):
+        assert packages(REFERENCE[f"ldm_reference.{module}"]) <= {*LIGHT, "PIL", "ldm_reference"}
 
 
 def test_the_reference_networks_know_nothing_of_the_toolchain() -> None:

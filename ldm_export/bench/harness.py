@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,11 +26,16 @@ from ldm_export.bench.process import processes_in_turn
 from ldm_export.bench.quality import choose_prompts, evaluate, open_judge
 from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weights
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.documents import MalformedError, read_json
 from ldm_export.errors import InputError
 from ldm_export.judge import open_pictures
+from ldm_export.partial import write_whole
 from ldm_export.runtime.results import Timings
 
 FORMAT = 1
+MOST_BYTES = 1 << 30
+"""Of a document, with the pictures in it."""
+_PLAIN = re.compile(r"[\w .,:/+=-]*")
 PROCESSES = 3
 """New processes a side for cold start and memory, or the number of repeats if that is smaller."""
 
@@ -91,6 +96,8 @@ class Bench:
 
     def __init__(self, bundles: Sequence[Path], checkpoint: LatentDiffusion | None, options: Options):
         self.options = options
+        self.took_up: Path | None = None
+        """The document of an earlier run whose results were taken up."""
         self._checkpoint = checkpoint
         self.sides, self.left_out = open_sides(
             bundles, checkpoint, sampler=options.sampler, steps=options.steps, backends=options.backends
@@ -243,6 +250,9 @@ class Bench:
         new = self._new_document(command)
         old = read_document(path)
         if old is not None and old.get("key") == new["key"] and (resume or not old.get("complete")):
+            if not _is_plain(old["results"]):
+                raise InputError(f"{path} holds results that no bench writes. Delete it, and measure anew.")
+            self.took_up = path
             return {**new, "results": old["results"]}
         if resume and old is not None:
             raise InputError(
@@ -275,11 +285,18 @@ class Bench:
         return [self._checkpoint.sha256(component) for component in self._checkpoint.components]
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether results hold numbers, and of text only names and base64: what else they held would go into the page."""
+    if isinstance(value, (dict, list)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, str) or _PLAIN.fullmatch(value) is not None
+
+
 def read_document(path: Path) -> Document | None:
     """What a bench wrote, or None where there is nothing of that kind."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_json(path, MOST_BYTES)
+    except (OSError, MalformedError):
         return None
     is_bench = (
         isinstance(document, dict) and document.get("format") == FORMAT and isinstance(document.get("results"), dict)
@@ -289,14 +306,10 @@ def read_document(path: Path) -> Document | None:
 
 def write_document(document: Document, path: Path) -> None:
     """Write a document whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}). Make room, and run the same again.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def results_by_side(document: Document) -> Document:

@@ -175,7 +175,7 @@ class Report:
         psnr = f"<i>{decibels(found['psnr_db'][k])}</i>" if "psnr_db" in found else ""
         alt = escape(f"{told}, {side}")
         return (
-            f'<div><img alt="{alt}" src="data:image/png;base64,{found["png"][k]}">'
+            f'<div><img alt="{alt}" src="data:image/png;base64,{escape(found["png"][k])}">'
             f'<i title="{escape(side)}">{self._dot(side)}{escape(side)}</i>{psnr}</div>'
         )
 
@@ -208,7 +208,7 @@ class Report:
         rows = [
             [
                 self._dot(side) + escape(side),
-                str(found["calls"]),
+                escape(str(found["calls"])),
                 *(milliseconds(found["stages"][s]["median_ms"]) for s in ("text", "unet_call", "loop", "decode")),
                 f"<b>{milliseconds(found['stages']['total']['median_ms'])}</b>",
                 milliseconds(found["stages"]["total"]["p90_ms"]),

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 
 
 def _leave(*_: object) -> None:
@@ -10,15 +9,17 @@ def _leave(*_: object) -> None:
     os._exit(1)
 
 
-# Ctrl-C while modules are imported would otherwise end in a traceback; nothing has begun yet that could be put away.
-_early = threading.current_thread() is threading.main_thread()
-_early = _early and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if _early:
-    signal.signal(signal.SIGINT, _leave)
+# Ctrl-C while modules are imported would end in a traceback; nothing has begun yet that would have to be put away.
+_own = signal.getsignal(signal.SIGINT)
+try:
+    if _own is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+except ValueError:  # not the main thread: this is imported by an application
+    pass
 try:
     from ldm_export.cli.main import main
 finally:
-    if _early:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, _own)
 
 __all__ = ["main"]

@@ -13,7 +13,8 @@ from ldm_export.bench.harness import Bench, Options, results_by_side
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
-from ldm_export.cli.options import check_output, console, folder, stages, status
+from ldm_export.cli.options import check_output, console, folder, stages, status, write_output
+from ldm_export.documents import MalformedError, read_text
 from ldm_export.errors import InputError
 from ldm_export.runtime.backends import BACKENDS
 
@@ -99,18 +100,22 @@ def command(
             )
             raise
     wanted = gates if against is None or any(gate.key == KEPT.key for gate in gates) else [*gates, KEPT]
-    document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
     try:
-        output.write_text(page(document), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}). Run it again with --resume.") from error
-    print_bench(document)
-    console.print(f"look at {output}; the figures are in {json_file}", markup=False)
+        document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
+        write_output(output, page(document))
+        print_bench(document)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if bench.took_up is None:
+            raise
+        raise InputError(
+            f"{bench.took_up} lacks results that a bench writes, or has other ones. Delete it, and measure anew."
+        ) from error
+    console.print(f"look at {output}; the figures are in {json_file}")
     if as_json:
-        click.echo(json.dumps(without_pictures(document), ensure_ascii=False))
+        click.echo(json.dumps(without_pictures(document)))
     fallen = [gate["says"] for gate in document["gates"] if not gate["passed"]]
     if fallen:
-        status.print(f"error: {'; '.join(fallen)}.", style="red", markup=False, soft_wrap=True)
+        status.print(f"error: {'; '.join(fallen)}.", style="red", soft_wrap=True)
         ctx.exit(1)
 
 
@@ -120,8 +125,8 @@ def _prompts(file: Path | None, texts: tuple[str, ...]) -> tuple[str, ...]:
     if texts:
         raise InputError("--prompts and --prompt were both given. Give one of them.")
     try:
-        lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        lines = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    except (OSError, MalformedError) as error:
         raise InputError(f"{file} cannot be read as text ({error}). Give a file with one prompt a line.") from error
     if not lines:
         raise InputError(f"{file} has no prompts. Give a file with one a line.")

@@ -91,7 +91,7 @@ def _build_engines(bundle: Bundle, flavour: str, given: dict[str, Any], as_json:
         print_json({**document, "seconds": seconds, "version": target.version})
         return
     if made.because:
-        console.print(f"Not all that was there is used, since {made.because}.", markup=False)
+        console.print(f"Not all that was there is used, since {made.because}.")
     for name, engine in target.engines.items():
         print_engine(target, name, f"built in {engine.seconds:.1f} s" if name in made.built else "unchanged")
     able = " and ".join(target.compute_capabilities)
@@ -110,6 +110,6 @@ def print_target(target: Target) -> None:
         console.print(f"{name:15} {says}; differs from the plain graph by {graph['error']:.1e}")
         for rule in graph["rules"]:
             for reason in rule["refused"]:
-                console.print(f"{'':15} {rule['name']} left {reason}", markup=False)
+                console.print(f"{'':15} {rule['name']} left {reason}")
     size_mb = sum(file.stat().st_size for file in target.folder.iterdir()) / 1e6
     console.print(f"{target.folder}: {size_mb:.1f} MB for {' and '.join(f'{k} {v}' for k, v in target.needs.items())}")

@@ -11,7 +11,7 @@ from ldm_export.bench.likeness import pictures_of
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
-from ldm_export.cli.options import console, folder, json_option, print_json, stages, status
+from ldm_export.cli.options import console, folder, json_option, print_json, stages, status, write_output
 from ldm_export.cli.pictures import save_grid
 from ldm_export.errors import InputError
 
@@ -40,14 +40,14 @@ def command(ctx: click.Context, output: Path, checkpoint: str, as_json: bool) ->
     save_grid(bundle, output / "bundle.png")
     gap = np.full_like(reference[:, :, :8], 255)
     save_grid(np.concatenate([reference, bundle, *taught, gap], axis=2), output / "side_by_side.png")
-    (output / "report.html").write_text(page(document), encoding="utf-8")
-    (output / "demo.json").write_text(json.dumps(without_pictures(document), indent=2) + "\n", encoding="utf-8")
+    write_output(output / "report.html", page(document))
+    write_output(output / "demo.json", json.dumps(without_pictures(document), indent=2) + "\n")
     if as_json:
         print_json(without_pictures(document))
     else:
         print_bench(document)
-        console.print(f"look at {output / 'side_by_side.png'} and {output / 'report.html'}", markup=False)
+        console.print(f"look at {output / 'side_by_side.png'} and {output / 'report.html'}")
     fallen = [gate["says"] for gate in document["gates"] if not gate["passed"]]
     if fallen:
-        status.print(f"error: {'; '.join(fallen)}.", style="red", markup=False, soft_wrap=True)
+        status.print(f"error: {'; '.join(fallen)}.", style="red", soft_wrap=True)
         ctx.exit(1)

@@ -133,7 +133,7 @@ def command(ctx: click.Context, bundle: Path | None, as_json: bool) -> None:
 
 def _print(found: dict[str, Any]) -> None:
     def line(name: str, text: str) -> None:
-        console.print(f"  {name:30} {text}", markup=False)
+        console.print(f"  {name:30} {text}")
 
     console.print(
         f"ldm_export {found['ldm_export']}, Python {found['python']}, {found['machine']}, {found['cpus']} CPUs"
@@ -151,6 +151,6 @@ def _print(found: dict[str, Any]) -> None:
     for kind, why in found.get("targets", {}).items():
         line(f"targets/{kind}", f"does not run here: {why}" if why else "runs here")
     for problem in found["problems"]:
-        console.print(f"problem: {problem}", style="red", markup=False)
+        console.print(f"problem: {problem}", style="red")
     if not found["problems"]:
         console.print("nothing is wrong", style="green")

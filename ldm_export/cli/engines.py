@@ -36,4 +36,4 @@ def _sentence(compared: dict[str, Any]) -> str:
 
 
 def _line(name: str, text: str) -> None:
-    console.print(f"{name:15} {text}", markup=False)
+    console.print(f"{name:15} {text}")

@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from ldm_export.bench.metrics import Figure
 from ldm_export.bench.painters import Settings, open_painter
 from ldm_export.bench.quality import FEATURES, QualityReport, evaluate, open_judge
-from ldm_export.cli.options import check_output, console, folder, json_option, print_json, steps_bar
+from ldm_export.cli.options import check_output, console, folder, json_option, print_json, steps_bar, write_output
 from ldm_export.cli.pictures import check_writable, save_grid
-from ldm_export.errors import InputError
 
 ROWS = {
     "reconstruction_psnr_db": ("Reconstruction, PSNR in dB", 1),
@@ -77,16 +75,13 @@ def command(
     if pictures is not None:
         save_grid(report.images, pictures)
     if output is not None:
-        try:
-            output.write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{output} cannot be written ({error.strerror}). Name another file.") from error
+        write_output(output, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
     if as_json:
         print_json(report.to_dict())
     else:
         console.print(_table(report))
         for note in report.notes:
-            console.print(note, markup=False)
+            console.print(note)
 
 
 def _table(report: QualityReport) -> Table:
@@ -95,9 +90,7 @@ def _table(report: QualityReport) -> Table:
     )
     counts = ", ".join(f"{count} {kind.replace('_', '-')}" for kind, count in report.counts.items())
     judge = f" Alignment is judged by {report.judge}." if report.judge else ""
-    table = Table(
-        title=escape(title), caption=escape(f"Pictures: {counts}. Distances are in {FEATURES}, of these sizes.{judge}")
-    )
+    table = Table(title=title, caption=f"Pictures: {counts}. Distances are in {FEATURES}, of these sizes.{judge}")
     for column in ("", "value", "95 % interval", "real pictures"):
         table.add_column(column, justify="left" if not column else "right")
     for name, (label, digits) in ROWS.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from ldm_export.bench.summary import HEADS, parity_lines, summary_rows
@@ -19,12 +18,12 @@ def print_bench(document: dict[str, Any]) -> None:
     for head, *_ in columns:
         table.add_column(head, justify="right" if head else "left", no_wrap=bool(head), min_width=None if head else 12)
     for row in zip(*(cells for _, *cells in columns), strict=True):
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     console.print(table)
     for side, why in document["left_out"].items():
-        console.print(f"{side} is left out: {why}", markup=False, soft_wrap=True)
+        console.print(f"{side} is left out: {why}", soft_wrap=True)
     for line in parity_lines(document):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def without_pictures(document: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,21 +9,42 @@ from typing import Any
 import click
 import numpy as np
 
-from ldm_export.cli.options import bundle_argument, console, folder, json_option, print_json, steps_bar
+from ldm_export.cli.options import (
+    bundle_argument,
+    check_output,
+    console,
+    folder,
+    json_option,
+    print_json,
+    steps_bar,
+    write_output,
+)
 from ldm_export.cli.pictures import check_writable, read_picture, save_grid
 from ldm_export.errors import InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import BACKENDS
+from ldm_export.runtime.pipeline import MOST_THREADS
 from ldm_export.runtime.request import picture_channels
+from ldm_export.runtime.values import MOST_ITEMS
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
     if text is None:
         return None, None
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise InputError(f"--size {text} is not a size; it is HEIGHTxWIDTH in pixels, such as 64x64.")
-    return int(height), int(width)
+    found = re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text)
+    if found is None:
+        raise InputError(f"--size {text[:40]} is not a size; it is HEIGHTxWIDTH in pixels, such as 64x64.")
+    return int(found[1]), int(found[2])
+
+
+def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: int | None, seed: int) -> dict[str, Any]:
+    """What decides the number of pictures; ``count`` repeats one prompt or class, or counts where there is neither."""
+    given = max(len(prompts), len(class_labels))
+    if count is not None and given > 1 and count != given:
+        raise InputError(f"--count {count} was given with {given} prompts or classes, of which each is one picture.")
+    times = 1 if count is None or given > 1 else count
+    several: dict[str, Any] = {"seed": seed} if given else {"seed": [seed + k for k in range(times)]}
+    return several | {"prompts": list(prompts) * times or None, "class_labels": list(class_labels) * times or None}
 
 
 @click.command()
@@ -32,19 +55,24 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 @click.option("--steps", type=int, default=None, help="Denoising steps; the bundle's own number (20) by default.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale, 1 is off; the bundle's own (4) by default.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
-@click.option("--seed", default=0, show_default=True, help="Picture k uses seed + k.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
 @click.option("--image", type=folder, default=None, help="A picture to start from.")
-@click.option("--strength", default=0.6, show_default=True, help="Share of the steps that is redone on --image.")
+@click.option("--strength", type=float, help="Share of the steps that is redone on --image.  [default: 0.6]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option(
     "--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable."
 )
-@click.option("--count", default=1, show_default=True, help="Pictures, for models that take neither text nor class.")
+@click.option(
+    "--count",
+    type=click.IntRange(1, MOST_ITEMS),
+    default=None,
+    help="Pictures, of the one PROMPT if any.  [default: 1]",
+)
 @click.option("--deepcache", default=1, metavar="N", help="The whole UNet in every N-th step only: faster, rougher.")
 @click.option("--whole", is_flag=True, help="All in one call, by the plan's loop graph or engine.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
-    "--threads", type=click.IntRange(min=1), default=None, help="CPU threads; one a physical core by default."
+    "--threads", type=click.IntRange(1, MOST_THREADS), default=None, help="CPU threads; one a physical core by default."
 )
 @click.option("--latents", type=folder, default=None, help="Also write the final latents as .npy.")
 @json_option
@@ -58,10 +86,10 @@ def command(
     negative: str | None,
     seed: int,
     image: Path | None,
-    strength: float,
+    strength: float | None,
     size: str | None,
     class_labels: tuple[int, ...],
-    count: int,
+    count: int | None,
     deepcache: int,
     whole: bool,
     backend: str,
@@ -72,13 +100,14 @@ def command(
     """Draw one picture a PROMPT from BUNDLE, without PyTorch."""
     height, width = _size(size)
     check_writable(output)
-    if latents is not None and not latents.parent.is_dir():
-        raise InputError(f"{latents} cannot be written: {latents.parent} is no folder. Make it, or name another file.")
+    if latents is not None:
+        check_output(latents)
+        if latents.resolve() == output.resolve():
+            raise InputError(f"--latents and --output both name {output}. Name two files.")
+    requested = _requested(prompts, class_labels, count, seed)
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
-    options: dict[str, Any] = {"seed": seed if prompts or class_labels else [seed + k for k in range(count)]}
     with steps_bar("drawing") as advance:
         result = pipeline.generate(
-            prompts or None,
             sampler=sampler,
             steps=steps,
             guidance=guidance,
@@ -87,15 +116,16 @@ def command(
             width=width,
             image=None if image is None else read_picture(image, picture_channels(pipeline.bundle)),
             strength=strength,
-            class_labels=class_labels or None,
             deepcache=deepcache,
             whole=whole,
             callback=lambda step: advance(step.index + 1, step.count),
-            **options,
+            **requested,
         )
     save_grid(result.images, output)
     if latents is not None:
-        _save_array(result.latents, latents)
+        content = io.BytesIO()
+        np.save(content, result.latents, allow_pickle=False)
+        write_output(latents, content.getvalue())
     if as_json:
         timings = asdict(result.timings) | {"total_ms": result.timings.total_ms}
         print_json(
@@ -112,10 +142,3 @@ def command(
         f"{output}: {len(result.images)} of {result.images.shape[2]}x{result.images.shape[1]} in "
         f"{result.timings.total_ms / 1000:.2f} s on {result.backend} (asked for: {pipeline.requested_backend})"
     )
-
-
-def _save_array(array: np.ndarray[Any, Any], path: Path) -> None:
-    try:
-        np.save(path, array, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error

@@ -28,11 +28,10 @@ def command(bundle: Path, as_json: bool) -> None:
         click.echo(manifest.to_json(), nl=False)
         return
     console.print(
-        f"[bold]{manifest.source.get('checkpoint', bundle.name)}[/], "
-        f"exported by ldm_export {manifest.ldm_export_version}"
+        f"{manifest.source.get('checkpoint', bundle.name)}, exported by ldm_export {manifest.ldm_export_version}"
     )
     for key, value in manifest.model.items():
-        console.print(f"  {key}: {value}", markup=False)
+        console.print(f"  {key}: {value}")
     graphs = Table("graph", "inputs", "outputs", "MB")
     for name, graph in manifest.graphs.items():
         size_bytes = sum(
@@ -48,14 +47,14 @@ def command(bundle: Path, as_json: bool) -> None:
         parity.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in told))
     console.print(parity)
     plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
-    console.print(f"plans: {', '.join(plans)}", markup=False)
+    console.print(f"plans: {', '.join(plans)}")
     if manifest.passes:
         print_passes(manifest.passes)
     for kind in engine_targets(opened):
         target = sound_engine_target(opened, kind)
         if not isinstance(target, EngineTarget):
-            console.print(f"targets/{kind} is damaged: {target}", markup=False)
+            console.print(f"targets/{kind} is damaged: {target}")
             continue
-        console.print(f"targets/{kind}: {target.flavour} {target.version}", markup=False)
+        console.print(f"targets/{kind}: {target.flavour} {target.version}")
         for name, engine in target.engines.items():
             print_engine(target, name, f"built in {engine.seconds:.1f} s", kinds=True)

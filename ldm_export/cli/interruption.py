@@ -1,6 +1,6 @@
 """Ctrl-C ends a command at once, also while a library computes that never asks Python.
 
-The signal reaches Python's own code in the main thread only when that runs again. So a thread of its own is woken at the
+The signal reaches Python's own code in the main thread only when that runs again. So another thread is woken at the
 same time, which interrupts the backends that are open; what they run then raises, and the main thread gets its
 KeyboardInterrupt. Where nothing ends within `PATIENCE_S`, or at a second Ctrl-C, the process leaves as it is, without
 what it had not finished.
@@ -41,6 +41,7 @@ def interruptible() -> Iterator[None]:
     unwinding = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        happened.set()
         unwinding.set()
         signal.default_int_handler(number, frame)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ldm_export.cli.terminal import console, printable, status
 from ldm_export.errors import InputError
+from ldm_export.partial import write_whole
+
+__all__ = ["console", "status"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-console = Console(highlight=False, soft_wrap=True)
-status = Console(stderr=True, highlight=False)
 
 folder = click.Path(path_type=Path)
 
@@ -45,28 +45,39 @@ def parity_line(record: Mapping[str, Any]) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Raise InputError unless a file can be written to ``path``; makes its folder."""
+    """Raise InputError unless a file can be written to ``path``, before hours are spent on it; makes its folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not path.is_dir() and os.access(path.parent, os.W_OK)  # a name that is too long raises
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not whole:
         raise InputError(f"{path} cannot be written: it is a folder, or in one that cannot be. Name another file.")
+
+
+def write_output(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all, under just this name; raises InputError where it cannot be."""
+    try:
+        write_whole(path, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file, or make room.") from error
 
 
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str], None]]:
     """A spinner that shows what is being done; gives the function to call with each new stage."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=status, transient=True, disable=not status.is_terminal) as progress:
         task = progress.add_task(title)
-        yield lambda stage: progress.update(task, description=f"{title}  {stage}")
+        yield lambda stage: progress.update(task, description=printable(f"{title}  {stage}"))
 
 
 @contextmanager
 def steps_bar(title: str) -> Iterator[Callable[..., None]]:
     """A bar over counted steps; gives the function to call with (done, of) and, if it changed, the title."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=status, transient=True, disable=not status.is_terminal) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, of, title=title: progress.update(task, completed=done, total=of, description=title)
+        yield lambda done, of, title=title: progress.update(
+            task, completed=done, total=of, description=printable(title)
+        )

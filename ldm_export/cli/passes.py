@@ -24,7 +24,7 @@ def print_passes(records: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
     for record in records:
         if not record.get("kept", True):
-            console.print(f"{record.get('name')} was undone: {record.get('why')}", markup=False)
+            console.print(f"{record.get('name')} was undone: {record.get('why')}")
 
 
 def _figures(record: Mapping[str, Any]) -> list[str]:

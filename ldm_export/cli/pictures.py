@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+import ldm_reference.pictures
+from ldm_reference.config import ConfigError
+from PIL import Image
 
+from ldm_export.cli.options import check_output, write_output
 from ldm_export.errors import InputError
 
 Pixels = npt.NDArray[Any]
@@ -17,26 +20,30 @@ WRITABLE = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 
 def read_picture(path: Path, channels: int = 3) -> Pixels:
-    """A file as uint8 (H, W, channels), turned upright, transparency on white; grey (ITU-R 601) for one channel."""
+    """A file as uint8 (H, W, channels), as training reads it: :func:`ldm_reference.pictures.read_picture`.
+
+    Raises
+    ------
+    InputError
+        If it is not a picture that is read.
+    """
     try:
-        with Image.open(path) as image:
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist; --image takes a picture file.") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture ({error}). Give a PNG or JPEG.") from error
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.asarray(flat.convert("L" if channels == 1 else "RGB")).reshape(rgba.height, rgba.width, -1)
+        return ldm_reference.pictures.read_picture(path, channels)
+    except ConfigError as error:
+        raise InputError(f"{error}.") from error
 
 
 def check_writable(path: Path) -> None:
     """Raise InputError unless a picture can be written to ``path``; makes its folder."""
-    if Image.registered_extensions().get(path.suffix.lower()) not in WRITABLE or path.is_dir():
+    _format_of(path)
+    check_output(path)
+
+
+def _format_of(path: Path) -> str:
+    name = Image.registered_extensions().get(path.suffix.lower(), "")
+    if name not in WRITABLE:
         raise InputError(f"{path} cannot be written: it is not the name of a picture file. Name a .png.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}). Name another folder.") from error
+    return name
 
 
 def grid(images: Pixels, columns: int | None = None) -> Image.Image:
@@ -52,8 +59,9 @@ def grid(images: Pixels, columns: int | None = None) -> Image.Image:
 
 def save_grid(images: Pixels, path: Path) -> None:
     """Write one picture, or a grid of several."""
-    check_writable(path)
+    content = io.BytesIO()
     try:
-        grid(images).save(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}). Name a .png in a folder that can be written.") from error
+        grid(images).save(content, _format_of(path))
+    except (OSError, ValueError) as error:  # JPEG and WebP have largest sizes
+        raise InputError(f"{path} cannot hold this picture ({error}). Name a .png.") from error
+    write_output(path, content.getvalue())

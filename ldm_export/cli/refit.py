@@ -35,4 +35,4 @@ def command(bundle: Path, kind: str, base: Path | None, as_json: bool) -> None:
         return
     for name, took in seconds.items():
         console.print(f"{name:15} {made.report[name]['engine_bytes'] / 1e6:8.1f} MB, refitted in {took:.1f} s")
-    console.print(f"{made.folder}: {made.flavour} {made.version} with the weights of {opened.path}", markup=False)
+    console.print(f"{made.folder}: {made.flavour} {made.version} with the weights of {opened.path}")

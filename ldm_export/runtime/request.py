@@ -157,9 +157,7 @@ def checked_request(
             f"this model takes {wants or 'neither: give seed a list, one a picture'}."
         )
     labels = None if given_labels is None else labels_for(given_labels, unet_inputs["class_labels"], model)
-    several = (
-        hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "ndim", 1) > 0
-    )  # a 0-d array is one number
+    several = hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "shape", None) != ()
     seeds: Any = listed("seed", seed) if several else seed
     batch = len(texts) if reads_text else np.size(seeds) if labels is None else len(labels)
     if labels is not None and len(labels) != batch:

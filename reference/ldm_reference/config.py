@@ -8,12 +8,37 @@ weights into a different network.
 from __future__ import annotations
 
 import dataclasses
+import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 
 class ConfigError(ValueError):
     """A config value that the reference networks or the trainer cannot use."""
+
+
+MOST_TEXT_BYTES = 256 << 20
+
+
+def read_text(path: Path) -> str:
+    """Content of a regular file of UTF-8 text, at most `MOST_TEXT_BYTES` long.
+
+    Raises
+    ------
+    ConfigError
+        Naming the file and why it cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"{path} is not a regular file")
+        if path.stat().st_size > MOST_TEXT_BYTES:
+            raise ConfigError(f"{path} is larger than {MOST_TEXT_BYTES:,} bytes; cut it")
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
 
 
 Config = TypeVar("Config")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm_reference.config import ConfigError
+from ldm_reference.config import ConfigError, read_text
+from ldm_reference.pictures import read_picture
 
 EXAMPLES = {
     "text": '{"file_name": "cat.png", "text": "a cat"}',
@@ -25,6 +27,7 @@ EXAMPLES = {
     None: '{"file_name": "wood.png"}',
 }
 """A line of the metadata for each kind of condition."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,26 @@ class CaptionedImages:
         """
         metadata = folder / "metadata.jsonl"
         example = EXAMPLES[condition]
-        if not metadata.is_file():
+        if not metadata.exists():
             raise ConfigError(f"{folder} has no metadata.jsonl; one line a picture is needed: {example}")
-        try:
-            lines = metadata.read_text(encoding="utf-8").split("\n")  # splitlines would cut a caption at U+2028
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{metadata} is not readable text ({error})") from error
         index: dict[str, int] = {}
         captions: list[tuple[int, str]] = []
         labels: dict[int, int] = {}
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_text(metadata).split("\n"), start=1):  # splitlines would cut at U+2028
             if not line.strip():
                 continue
             where = f"{metadata}, line {number}"
             try:
                 entry = json.loads(line)
                 name, value = entry["file_name"], entry[condition] if condition else None
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigError(f"{where}: not an object like {example} ({error})") from error
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ConfigError(f"{where}: not an object like {example} ({type(error).__name__}: {error})") from error
             if not isinstance(name, str) or (condition == "text" and not isinstance(value, str)):
                 raise ConfigError(f"{where}: 'file_name' and 'text' must be strings")
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ConfigError(f"{where}: {name!r} leaves the folder")
-            if name not in index and not (folder / name).is_file():
-                raise ConfigError(f"{where}: {name!r} is not in {folder}")
+            if name not in index:
+                _check_name(folder, name, where)
+            if condition == "text" and _SURROGATE.search(value):
+                raise ConfigError(f"{where}: 'text' has half of a surrogate pair")
             picture = index.setdefault(name, len(index))
             if condition == "text":
                 captions.append((picture, value))
@@ -108,6 +107,22 @@ class CaptionedImages:
     def load(self, indices: Sequence[int]) -> Tensor:
         """Pictures as (B, channels, resolution, resolution), float32 in [-1, 1]."""
         return torch.stack([load_picture(self.folder / self.files[i], self.resolution, self.channels) for i in indices])
+
+
+def _check_name(folder: Path, name: str, where: str) -> None:
+    """Refuse what is not the name of a regular file below the folder; a link may point elsewhere below it only."""
+    shown = f"{name[:60]!r}"
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ConfigError(f"{where}: {shown} leaves the folder")
+    try:
+        there = (folder / name).is_file()
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # too long; NUL; links in a circle
+        raise ConfigError(f"{where}: {shown} is no name of a file ({error})"[:400]) from error
+    if not there:
+        raise ConfigError(f"{where}: {shown} is not a file in {folder}")
+    if not inside:
+        raise ConfigError(f"{where}: {shown} is a link that leaves the folder")
 
 
 def _label(value: Any, classes: int | None, where: str) -> int:
@@ -125,23 +140,14 @@ def load_picture(path: Path, resolution: int, channels: int = 3) -> Tensor:
     Raises
     ------
     ConfigError
-        If it cannot be read whole, or has more pixels than Pillow opens.
+        If it cannot be read whole (:func:`ldm_reference.pictures.read_picture`).
     """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
-                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-            rgba = upright.convert("RGBA")
-    except Image.DecompressionBombError as error:
-        raise ConfigError(f"{path} is too large ({error}); make it smaller first") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's readers raise
-        raise ConfigError(f"{path} is not a readable picture ({error})") from error
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB" if channels == 3 else "L")
-    if flat.size != (resolution, resolution):
-        flat = ImageOps.fit(flat, (resolution, resolution), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(flat)).reshape(resolution, resolution, channels)  # uint8
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+    pixels = read_picture(path, channels)
+    if pixels.shape[:2] != (resolution, resolution):
+        flat = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+        pixels = np.array(ImageOps.fit(flat, (resolution, resolution), Image.Resampling.LANCZOS))
+    square = torch.from_numpy(pixels).reshape(resolution, resolution, channels)  # uint8
+    return square.permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def batch_indices(count: int, batch: int, step: int, seed: int) -> list[int]:

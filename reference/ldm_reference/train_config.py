@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ldm_reference.autoencoder import AutoencoderKL
-from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict
+from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict, read_text
 from ldm_reference.optimisation import Optimisation
 from ldm_reference.schedules import SCHEDULES, alphas_cumprod_from_config
 from ldm_reference.text_encoder import CLIPTextModel
@@ -250,8 +250,10 @@ class TrainConfig:
             If it is not TOML, or a key is missing, unknown, of the wrong type, out of range or in contradiction.
         """
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            values = tomllib.loads(read_text(path))
+        except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # nested too deep; too many digits
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"{path} is not a readable TOML file ({error})") from error
         fields = dataclasses.fields(cls)
         missing = {field.name for field in fields if field.default is dataclasses.MISSING} - values.keys()

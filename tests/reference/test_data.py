@@ -60,7 +60,7 @@ METADATA_LIES = {
     "text a number": ('{"file_name": "red-bar.png", "text": 5}', "'file_name' and 'text' must be strings"),
     "above the folder": ('{"file_name": "../a.png", "text": "a"}', "line 1: '../a.png' leaves the folder"),
     "absolute": ('{"file_name": "/etc/passwd", "text": "a"}', "line 1: '/etc/passwd' leaves the folder"),
-    "no such file": ('{"file_name": "mauve.png", "text": "a"}', "line 1: 'mauve.png' is not in"),
+    "no such file": ('{"file_name": "mauve.png", "text": "a"}', "line 1: 'mauve.png' is not a file in"),
     "empty": ("\n\n", "metadata.jsonl is empty"),
 }
 
@@ -79,7 +79,7 @@ def test_metadata_missing_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no metadata\.jsonl; one line a picture is needed"):
         CaptionedImages.open(tmp_path, 16)
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl is not readable text"):
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl is not UTF-8 text"):
         CaptionedImages.open(tmp_path, 16)
 
 
@@ -154,7 +154,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
 def test_a_huge_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ConfigError, match=r"a\.png is too large \(.*\); make it smaller first"):
+    with pytest.raises(ConfigError, match=r"a\.png is not a readable picture \(.*so make it smaller first\)"):
         load_picture(tmp_path / "a.png", 16)
 
 

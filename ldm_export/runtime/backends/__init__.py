@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 import numpy.typing as npt
 
@@ -13,6 +14,9 @@ from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BackendError, BundleError, InputError, LdmExportError
 from ldm_export.runtime.sampling import HostSampling, Run, Sampling
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Array = npt.NDArray[Any]
 
@@ -48,6 +52,11 @@ class Backend:
     name: str
     own_graphs: Collection[str] = ()
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        made = super().__new__(cls)
+        _open.add(made)
+        return made
+
     def load(self, graph: str) -> Graph:
         """Load one of the bundle's graphs, by its name in the manifest."""
         raise NotImplementedError
@@ -64,6 +73,15 @@ class Backend:
 
     def close(self) -> None:
         """Give back what is held outside of Python; nothing can be loaded or run afterwards."""
+
+
+_open: WeakSet[Backend] = WeakSet()
+
+
+def interrupt_all() -> None:
+    """Interrupt every backend of this process."""
+    for backend in list(_open):
+        backend.interrupt()
 
 
 def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
