@@ -238,7 +238,7 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     """
     own = class_of(config)
     covered = {sampler.diffusers_class: name for name, sampler in SAMPLERS.items()}
-    if own in CHOSEN_BY:
+    if own is not None and own in CHOSEN_BY:
         key, default, samplers = CHOSEN_BY[own]
         given = config.get(key)
         given = default if given is None else given
