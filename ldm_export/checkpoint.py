@@ -349,8 +349,8 @@ class LatentDiffusion:
         values = dict(_read_json(file) if self.file is None else self.file.config(component))
         if values.get("quantization_config"):
             raise CheckpointError(
-                f"{file} has a quantization_config: the weights are quantized; float32, float16 and bfloat16 can be read. "
-                "Use the model before it was quantized; export quantizes by recipe."
+                f"{file} has a quantization_config, so the weights are quantized; float32, float16 and bfloat16 can be "
+                "read. Use the model before it was quantized; export quantizes by recipe."
             )
         if component.startswith("text_encoder"):
             values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without

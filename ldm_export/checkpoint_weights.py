@@ -126,11 +126,13 @@ def _without_an_index(folder: Path, found: list[re.Match[str]]) -> WeightFiles:
 
 def remedy_of(file: Path) -> str:
     """What to do about a file that cannot be read, by how it begins."""
+    if not file.is_file():
+        return "A regular file is needed."
     try:
         with file.open("rb") as stream:
             start = stream.read(64)
     except OSError:
-        start = b"?"
+        return "Make it readable."
     if start.startswith(b"version https://git-lfs"):
         return "It is a pointer of Git LFS, not the file itself: run `git lfs pull` in the folder."
     if start.lstrip()[:1] == b"<":

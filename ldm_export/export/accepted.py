@@ -133,6 +133,12 @@ def token_count(checkpoint: LatentDiffusion, name: str) -> int:
 
 def open_tokenizer(folder: Path) -> Tokenizer:
     """A checkpoint's tokenizer, its faults told of as the checkpoint's."""
+    if not (folder / "tokenizer.json").is_file() and not all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    ):
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt. Put the model's tokenizer there."
+        )
     try:
         return Tokenizer(folder)
     except BundleError as error:
