@@ -3,17 +3,17 @@
 With ``judge``, the seam to ``ldm_reference``.
 
 Components are loaded one at a time, when they are asked for, and their weights are memory-mapped: a model larger than
-half of the memory can be exported. Weights come from safetensors; a pickle is never opened.
+half of the memory can be exported. What a file leaves out has the value that diffusers gives it
+(:mod:`ldm_export.pipelines`, :mod:`ldm_export.plan.samplers`); keys that diffusers and transformers read past are read
+past here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,16 +21,29 @@ from typing import Any
 
 import torch
 from ldm_reference.autoencoder import AutoencoderKL
-from ldm_reference.config import ConfigError
+from ldm_reference.config import ConfigError, UnsupportedError
 from ldm_reference.layout import config_to_dict, save_component, write_json
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from ldm_reference.unet import UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
+from ldm_export.checkpoint_weights import (
+    HOW_TO_CONVERT,
+    OF_DIFFUSERS,
+    OF_TRANSFORMERS,
+    PICKLES,
+    WeightFiles,
+    check_tensors,
+    current_names,
+    find_weights,
+    read_tensors,
+    remedy_of,
+)
+from ldm_export.documents import MalformedError, parsed, read_bytes
 from ldm_export.errors import CheckpointError, InputError
+from ldm_export.pipelines import check_parts, latent_size, scheduler_as_used
+from ldm_export.plan import compile_plan, sampler_of
 from ldm_export.single_file import SingleFile
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
@@ -43,19 +56,8 @@ CLASSES: dict[str, dict[str, type[Any]]] = {
     "text_encoder_2": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
 }
 """What ``model_index.json`` may say that a component is, and what it is opened as."""
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-HOW_TO_CONVERT = (
-    "Load it where you trust it and save it with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)."
-)
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names that models saved before diffusers 0.14 have for the projections of their spatial self-attention."""
-
-WEIGHT_FILE = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?(?:\.(?P<old_place>\w+))?\.safetensors"
-)
-"""Whole or one shard of several, of a variant such as ``fp16`` or of none."""
-
-
+FEW = 4
+"""Steps that consistency models (LCM) are drawn with by default."""
 PASSES = "passes.json"
 """Beside ``model_index.json``: how a model that passes have changed is drawn with, and what each of them did."""
 
@@ -102,6 +104,8 @@ class LatentDiffusion:
     index : the content of ``model_index.json``
     file : the single file in CompVis' layout, where it is one
     drawn_with : how to draw it, where that is not what its files say
+    sampler : the sampler to use by default in place of the scheduler's own, or None
+    prediction_type : what the UNet predicts, where its files do not say or say it wrongly, or None
     """
 
     name: str
@@ -109,10 +113,18 @@ class LatentDiffusion:
     index: dict[str, Any]
     file: SingleFile | None = None
     drawn_with: Drawing | None = None
+    sampler: str | None = None
+    prediction_type: str | None = None
 
     @classmethod
-    def open(cls, checkpoint: str | Path) -> LatentDiffusion:
+    def open(
+        cls, checkpoint: str | Path, *, sampler: str | None = None, prediction_type: str | None = None
+    ) -> LatentDiffusion:
         """Open a folder, a single safetensors file in CompVis' layout, or a shipped checkpoint by its name.
+
+        Parameters
+        ----------
+        sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
 
         Raises
         ------
@@ -130,14 +142,16 @@ class LatentDiffusion:
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
         if path.is_file():
-            file = SingleFile(path)
-            return cls(path.stem, path, file.index, file)
+            file = SingleFile(path, prediction_type)
+            return cls(path.stem, path, file.index, file, sampler=sampler, prediction_type=prediction_type)
         if not (path / "model_index.json").is_file():
             raise CheckpointError(
                 f"{path} has no model_index.json; a checkpoint is a folder in diffusers layout. "
                 "Save it with diffusers' save_pretrained, or train one with `ldm-export train`."
             )
-        model = cls(path.resolve().name, path, _read_json(path / "model_index.json"))
+        index = _read_json(path / "model_index.json")
+        model = cls(path.resolve().name, path, index, sampler=sampler, prediction_type=prediction_type)
+        check_parts(path / "model_index.json", model.index)
         for component in ("unet", "vae"):
             if component not in model.components:
                 raise CheckpointError(
@@ -145,7 +159,12 @@ class LatentDiffusion:
                 )
         for component in model.components:
             given, allowed = model.index[component], CLASSES[component]
-            if not isinstance(given, list) or len(given) != 2 or given[1] not in allowed:
+            if (
+                not isinstance(given, list)
+                or len(given) != 2
+                or not isinstance(given[1], str)
+                or given[1] not in allowed
+            ):
                 raise CheckpointError(
                     f"{path / 'model_index.json'} says that the {component} is {given!r}; "
                     f"{' and '.join(allowed)} can be opened. Choose another checkpoint."
@@ -164,36 +183,65 @@ class LatentDiffusion:
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Each network's config, defaults filled in; ``with_projection`` is added for text encoders."""
+        """Each network's config, defaults filled in, the UNet's ``sample_size`` being never null; ``with_projection``
+        is added for text encoders."""
         configs = {}
         for name in self.components:
             network = self._skeleton(name)
             configs[name] = config_to_dict(network)
             if isinstance(network, CLIPTextModel):
                 configs[name]["with_projection"] = network.config.with_projection
+        version = (
+            None if self.file is not None else _read_json(self.path / "unet" / "config.json").get("_diffusers_version")
+        )
+        height, width = latent_size(self.index, configs["unet"], version)
+        configs["unet"]["sample_size"] = height if height == width else (height, width)
         return configs
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
-        """The content of ``scheduler_config.json``."""
+        """The content of ``scheduler_config.json``, as the pipeline of the checkpoint's class uses it."""
         if self.file is not None:
-            return self.file.scheduler
-        return _read_json(self.path / "scheduler" / "scheduler_config.json")
+            config = self.file.scheduler
+        else:
+            config = _read_json(self.path / "scheduler" / "scheduler_config.json")
+            config = scheduler_as_used(self.index, config)
+        if self.prediction_type is not None:
+            config = {**config, "prediction_type": self.prediction_type}
+        return config
 
     @cached_property
     def drawing(self) -> Drawing:
-        """How it is drawn with: what passes left, or the defaults of its scheduler."""
+        """How it is drawn with: what passes left, or what its scheduler says."""
         if self.drawn_with is not None:
             return self.drawn_with
         if self.file is None and (self.path / PASSES).is_file():
             try:
-                return Drawing.from_dict(_read_json(self.path / PASSES)["drawing"])
+                left = Drawing.from_dict(_read_json(self.path / PASSES)["drawing"])
+                return replace(left, sampler=self.sampler or left.sampler)
             except (KeyError, TypeError) as error:
                 raise CheckpointError(
-                    f"{self.path / PASSES} does not say how to draw ({error}). Fetch it again."
+                    f"{self.path / PASSES} does not say how to draw ({error}). Run the recipe again."
                 ) from error
-        consistency = self.scheduler.get("_class_name") == "LCMScheduler"
-        return Drawing("lcm", 4) if consistency else Drawing()
+        try:
+            sampler = self.sampler or sampler_of(self.scheduler)
+            steps = next(filter(self._fits(sampler), range(FEW if sampler == "lcm" else Drawing.steps, 1, -1)), 1)
+            compile_plan(self.scheduler, sampler, steps)
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        return Drawing(sampler, steps)
+
+    def _fits(self, sampler: str) -> Callable[[int], bool]:
+        """Whether so many steps of a sampler fit into the training timesteps."""
+
+        def fits(steps: int) -> bool:
+            try:
+                compile_plan(self.scheduler, sampler, steps)
+            except InputError:
+                return False
+            return True
+
+        return fits
 
     @cached_property
     def passes(self) -> list[dict[str, Any]]:
@@ -212,19 +260,14 @@ class LatentDiffusion:
         return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
-        """The component's safetensors files, in name order."""
+        """The component's safetensors files, in name order: those that diffusers and transformers read."""
         if self.file is not None:
             return (self.path,)
-        folder = self.path / component
-        variants: dict[str, list[Path]] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            if name := WEIGHT_FILE.fullmatch(file.name):
-                variants.setdefault(name["variant"] or name["old_place"] or "", []).append(file)
-        if variants:
-            return tuple(variants[min(variants)])  # the empty name is the least
-        if folder.is_dir() and any(file.suffix in PICKLES for file in folder.iterdir()):
-            raise CheckpointError(f"{folder} has its weights only as a pickle, which is never opened. {HOW_TO_CONVERT}")
-        raise CheckpointError(f"{folder} has no weights; *.safetensors is needed. {HOW_TO_CONVERT}")
+        return self._weights(component).files
+
+    def _weights(self, component: str) -> WeightFiles:
+        base = OF_TRANSFORMERS if component.startswith("text_encoder") else OF_DIFFUSERS
+        return find_weights(self.path / component, base)
 
     def sha256(self, component: str) -> str:
         """Over the component's weight files, in name order."""
@@ -243,15 +286,16 @@ class LatentDiffusion:
         Raises
         ------
         CheckpointError
-            If weights are missing, truncated, of another shape, or of a network that the config does not describe.
+            If weights are missing, truncated, quantized, not finite, of another shape, or of a network that the
+            config does not describe.
         """
         network = self._skeleton(component)
-        expected = network.state_dict()
+        expected, place = network.state_dict(), self.path / component
         if self.file is not None:
             tensors = self.file.tensors(component, {key: tuple(tensor.shape) for key, tensor in expected.items()})
         else:
-            tensors = self._read_tensors(component)
-        _check_weights(self.path / component, tensors, expected)
+            tensors = current_names(place, component, read_tensors(self._weights(component)), expected)
+        check_tensors(place, tensors, expected)
         tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
@@ -277,6 +321,8 @@ class LatentDiffusion:
         for component, network in networks.items():
             save_component(network.half(), folder / component)
             index[component] = [self.index[component][0], type(network).__name__]
+        if scheduler is None and self.prediction_type is not None:
+            scheduler = self.scheduler
         if scheduler is not None:
             write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
@@ -293,21 +339,6 @@ class LatentDiffusion:
         folder = self.path if self.file is None else self.path.parent
         return folder / component.replace("text_encoder", "tokenizer")
 
-    def _read_tensors(self, component: str) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for file in self.weight_files(component):
-            try:
-                tensors |= load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file ({error}). Fetch it again."
-                ) from error
-        return {
-            _current_name(component, key): tensor
-            for key, tensor in tensors.items()
-            if not key.endswith(".position_ids")
-        }
-
     def _skeleton(self, component: str) -> Network:
         """The network on the meta device: shapes, no memory."""
         file = self.path / component / "config.json"
@@ -315,18 +346,28 @@ class LatentDiffusion:
             raise CheckpointError(
                 f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}."
             )
-        values = _read_json(file) if self.file is None else self.file.config(component)
+        values = dict(_read_json(file) if self.file is None else self.file.config(component))
+        if values.get("quantization_config"):
+            raise CheckpointError(
+                f"{file} has a quantization_config, so the weights are quantized; float32, float16 and bfloat16 can be "
+                "read. Use the model before it was quantized; export quantizes by recipe."
+            )
         if component.startswith("text_encoder"):
             values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
         try:
             with torch.device("meta"):
-                network: Network = CLASSES[component][self.index[component][1]].from_config(values)
+                network: Network = CLASSES[component][self.index[component][1]].from_config(values, strict=False)
                 return network
+        except UnsupportedError as error:
+            raise CheckpointError(
+                f"{file}: {error}. Such a network cannot be exported; choose another checkpoint."
+            ) from error
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}. Use the config.json that was saved with the weights.") from error
         except (ValueError, TypeError, RuntimeError) as error:  # torch's own words on sizes that no layer can have
             raise CheckpointError(
-                f"{file} describes a network that cannot be built ({error}). Fetch it again."
+                f"{file} describes a network that cannot be built ({error}). "
+                "Use the config.json that was saved with the weights."
             ) from error
 
 
@@ -366,41 +407,16 @@ def shipped_checkpoints() -> dict[str, Path]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parsed(read_bytes(file), repeats=True, constants=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; the checkpoint is incomplete. Fetch it again.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}). Fetch it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__}; a JSON object is needed. Fetch it again.")
-    return values
-
-
-def _current_name(component: str, key: str) -> str:
-    parts = key.split(".")
-    if component.startswith("text_encoder"):  # transformers 5 leaves text_model. out where there is no projection
-        return key if parts[0] in ("text_model", "text_projection") else f"text_model.{key}"
-    if len(parts) > 3 and parts[-4] == "attentions":
-        parts[-2] = OLD_ATTENTION.get(parts[-2], parts[-2])
-    return ".".join(parts)
-
-
-def _check_weights(folder: Path, given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing or unknown:
-        counts = [
-            f"{len(keys)} {what} (such as {keys[0]!r})"
-            for keys, what in ((missing, "missing"), (unknown, "unknown"))
-            if keys
-        ]
         raise CheckpointError(
-            f"{folder}: of the weights that config.json asks for, {' and '.join(counts)}. Fetch it again."
+            f"{file} is missing; the checkpoint is incomplete. Download or save it again, whole."
+        ) from error
+    except (OSError, MalformedError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error}). {remedy_of(file)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{file} holds a {type(values).__name__}; a JSON object is needed. "
+            "Use the file that was saved with the model."
         )
-    for key, tensor in expected.items():
-        shape = tuple(given[key].shape)
-        old_projection = (*shape, 1, 1) == tuple(tensor.shape) or shape == (*tuple(tensor.shape), 1, 1)
-        if shape != tuple(tensor.shape) and not old_projection:
-            raise CheckpointError(
-                f"{folder}: {key!r} has shape {shape}; config.json asks for {tuple(tensor.shape)}. "
-                "Use the config.json that was saved with these weights."
-            )
+    return values

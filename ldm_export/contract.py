@@ -70,9 +70,10 @@ def unet_spec(config: Mapping[str, Any]) -> GraphSpec:
     return _graph("unet", inputs, [out])
 
 
-def text_encoder_spec(config: Mapping[str, Any], name: str, *, all_states: bool) -> GraphSpec:
-    """A CLIP text model; ``all_states`` adds every layer's hidden states, which SDXL reads the last but one of."""
-    length, width = config["max_position_embeddings"], config["hidden_size"]
+def text_encoder_spec(config: Mapping[str, Any], name: str, *, length: int, all_states: bool) -> GraphSpec:
+    """A CLIP text model of ``length`` tokens; ``all_states`` adds every layer's hidden states, which SDXL reads the
+    last but one of."""
+    width = config["hidden_size"]
     states = TensorSpec("last_hidden_state", "float32", ("batch", length, width))
     if config["with_projection"]:
         outputs = [TensorSpec("text_embeds", "float32", ("batch", config["projection_dim"])), states]

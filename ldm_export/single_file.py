@@ -1,10 +1,10 @@
 """Opens a checkpoint in CompVis' layout: one safetensors file with all networks of Stable Diffusion 1.x, 2.x or SDXL.
 
 Shapes tell almost everything of a network, so configs are read off them, and tiny or pruned models open as well. What
-no shape tells (heads, activation, scaling factor, schedule) is the family's, :data:`FAMILIES`. Whether a 2.x model
-predicts v or epsilon is in the file's metadata (``modelspec.prediction_type``) or follows from its ``global_step``:
-875000 is that of 2.0-base, the one original that predicts epsilon (the rule of diffusers, too); without either it is
-v.
+no shape tells (heads, activation, scaling factor, schedule) is the family's, :data:`FAMILIES`. What the UNet predicts
+is said by the caller, by a key of the file (``v_pred``) or by its metadata (``modelspec.prediction_type``,
+``ss_v_parameterization``, ``modelspec.architecture``). Of a 2.x model it else follows from its ``global_step``: 875000
+is that of 2.0-base, the one original that predicts epsilon (the rule of diffusers, too); without any it is v.
 
 A file has no tokenizer: CLIP's files are looked for beside it, in ``tokenizer/`` (and ``tokenizer_2/`` for SDXL).
 """
@@ -20,13 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm_export.checkpoint_weights import opened, without_wrappers
 from ldm_export.compvis_names import text_key, unet_key, vae_key
 from ldm_export.errors import CheckpointError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+OTHER_KINDS = {
+    r"lora_(unet|te\d?|transformer)_|.*\.lora_(A|B|up|down)\.|.*\.(hada|lokr)_\w+": "has the weights of a LoRA",
+    r"control_model\.|controlnet_cond_embedding\.": "is a ControlNet",
+    r"edm_(mean|std)$|edm_vpred\.": "is preconditioned as in EDM (Playground 2.5, CosXL), which no sampler here is for",
+    r"(.*\.)?(double_blocks|joint_blocks)\.": "has a transformer (Stable Diffusion 3, Flux)",
+    r"(down_blocks|mid_block|up_blocks)\.\d": "is one network in diffusers' layout, which belongs into a folder",
+    r"conditioner\.embedders\.0\.model\.": "is SDXL's refiner",
+    r"(emb_params|string_to_param|clip_[gl])(\.|$)": "is a textual inversion",
+    r"noise_augmentor\.|model\.diffusion_model\.motion_modules\.": "has parts that no bundle can have",
+}
+"""Keys of files that are another kind, and of what kind."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -93,22 +104,26 @@ class SingleFile:
     family : which of :data:`FAMILIES`
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with safe_open(path, "pt") as file:
-                keys = list(file.keys())
-                self.shapes: Shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-                self.metadata: Mapping[str, str] = file.metadata() or {}
-                step = file.get_tensor("global_step").item() if "global_step" in self.shapes else None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file ({error}). Fetch it again."
-            ) from error
+    def __init__(self, path: Path, prediction_type: str | None = None):
+        self.path, self.prediction_type = path, prediction_type
+        with opened(path) as file:
+            self._stored = {without_wrappers(key): key for key in file.keys()}  # noqa: SIM118 - is no mapping
+            self.shapes: Shapes = {
+                key: tuple(file.get_slice(stored).get_shape()) for key, stored in self._stored.items()
+            }
+            self.metadata: Mapping[str, str] = file.metadata() or {}
+            single = self.shapes.get("global_step") in ((), (1,))
+            step = file.get_tensor(self._stored["global_step"]).item() if single else None
         self.is_base = step == BASE_STEPS
         self.family = self._family()
 
     def _family(self) -> Family:
+        for pattern, what in OTHER_KINDS.items():
+            if any(map(re.compile(pattern).match, self.shapes)):
+                raise CheckpointError(
+                    f"{self.path} {what}; a single-file checkpoint holds UNet, autoencoder and text encoder of Stable "
+                    "Diffusion 1.x, 2.x or SDXL, and nothing that changes them."
+                )
         for part, prefix in (("UNet", UNET), ("autoencoder", VAE)):
             if not any(key.startswith(prefix) for key in self.shapes):
                 raise CheckpointError(
@@ -140,10 +155,38 @@ class SingleFile:
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
-        """What ``scheduler_config.json`` would say."""
-        v_by_default = self.family is FAMILIES["sd2"] and not self.is_base
-        said = self.metadata.get("modelspec.prediction_type", "v" if v_by_default else "epsilon")
-        return SCHEDULER | {"prediction_type": "v_prediction" if said.startswith("v") else "epsilon"}
+        """What ``scheduler_config.json`` would say.
+
+        Raises
+        ------
+        CheckpointError
+            If the file contradicts itself about what the UNet predicts, or says something unknown.
+        """
+        predicts = self.prediction_type or self._said_to_predict()
+        config = SCHEDULER | {"prediction_type": predicts}
+        if "ztsnr" in self.shapes:  # zero terminal SNR: what is learned at the last timestep is used, 2305.08891
+            spacing = "trailing" if predicts == "v_prediction" else "leading"
+            config |= {"rescale_betas_zero_snr": True, "timestep_spacing": spacing}
+        return config
+
+    def _said_to_predict(self) -> str:
+        said = {"v_prediction"} if "v_pred" in self.shapes else set()
+        if given := self.metadata.get("modelspec.prediction_type"):
+            words = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+            said.add(words.get(given.lower(), given))
+        if given := self.metadata.get("ss_v_parameterization"):
+            said.add("v_prediction" if given.lower() in ("true", "1") else "epsilon")
+        if len(said) > 1 or said - {"v_prediction", "epsilon"}:
+            raise CheckpointError(
+                f"{self.path} says that the UNet predicts {' and '.join(sorted(said))}; epsilon or v_prediction is "
+                "needed. Say which it is with --prediction-type."
+            )
+        if said:
+            return said.pop()
+        architecture = self.metadata.get("modelspec.architecture", "")
+        if "v2-768-v" in architecture or "v2-512" in architecture:
+            return "v_prediction" if "v2-768-v" in architecture else "epsilon"
+        return "v_prediction" if self.family is FAMILIES["sd2"] and not self.is_base else "epsilon"
 
     def prefix(self, component: str) -> str:
         return {"unet": UNET, "vae": VAE, **self.family.text_encoders}[component]
@@ -167,11 +210,13 @@ class SingleFile:
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} lacks or misshapes {prefix}{error.args[0] if error.args else '*'}; it is not a whole "
-                f"{component.replace('_', ' ')} in CompVis' layout. Fetch it again."
+                f"{component.replace('_', ' ')} in CompVis' layout. Use a whole checkpoint."
             ) from error
 
     def _unet_config(self, shapes: Shapes) -> dict[str, Any]:
-        widths, depths, layers = [], [], [0]
+        widths: list[int] = []
+        depths: list[list[int]] = []  # transformer layers of each layer of each block
+        layers = [0]
         context = None
         index = 1
         attends: list[bool] = [False]
@@ -185,7 +230,8 @@ class SingleFile:
                 depth = _count(shapes, f"{block}.1.transformer_blocks")
                 if layers[-1] == 0:
                     widths.append(width)
-                    depths.append(max(depth, 1))
+                    depths.append([])
+                depths[-1].append(max(depth, 1))
                 layers[-1] += 1
                 attends[-1] = depth > 0
                 if depth:
@@ -205,7 +251,7 @@ class SingleFile:
             "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
             "mid_block_type": middle,
             "layers_per_block": layers[0],
-            "transformer_layers_per_block": depths if max(depths) > 1 else 1,
+            **_depths(depths, [_count(shapes, f"output_blocks.{i}.1.transformer_blocks") for i in range(index)]),
             "cross_attention_dim": context,
             "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
             "use_linear_projection": linear,
@@ -273,25 +319,20 @@ class SingleFile:
         layers = self.config("unet")["layers_per_block"] if component == "unet" else 0
         levels = _count({key.removeprefix(VAE): () for key in self.shapes if key.startswith(VAE)}, "encoder.down")
         found, used = {}, set()
-        try:
-            with safe_open(self.path, "pt") as file:
-                for name, shape in names.items():
-                    if component == "unet":
-                        source = unet_key(name, layers)
-                    elif component == "vae":
-                        source = vae_key(name, levels)
-                    else:
-                        source = text_key(name) if open_clip else name
-                    key = prefix + source
-                    if ".up." in key and component == "unet":  # it comes after the block's attention, if there is one
-                        key = next(
-                            (k for k in (key.replace(".up.", f".{i}.") for i in (2, 1)) if k in self.shapes), key
-                        )
-                    used.add(key)
-                    if key in self.shapes:
-                        found[name] = _shaped(file.get_tensor(key), name, shape)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} is truncated ({error}). Fetch it again.") from error
+        with opened(self.path) as file:
+            for name, shape in names.items():
+                if component == "unet":
+                    source = unet_key(name, layers)
+                elif component == "vae":
+                    source = vae_key(name, levels)
+                else:
+                    source = text_key(name) if open_clip else name
+                key = prefix + source
+                if ".up." in key and component == "unet":  # it comes after the block's attention, if there is one
+                    key = next((k for k in (key.replace(".up.", f".{i}.") for i in (2, 1)) if k in self.shapes), key)
+                used.add(key)
+                if key in self.shapes:
+                    found[name] = _shaped(file.get_tensor(self._stored[key]), name, shape)
         for key in self.shapes.keys() - used:
             if key.startswith(prefix) and not IGNORED.fullmatch(key) and not self._is_dropped(component, key, names):
                 found[key] = torch.empty(0)  # is reported as unknown
@@ -314,6 +355,16 @@ class SingleFile:
             while block := stream.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
+
+
+def _depths(down: list[list[int]], up: list[int]) -> dict[str, Any]:
+    """The config's keys for the transformer layers of each layer on the way down, and of all layers on the way up."""
+    layers = len(down[0]) + 1
+    blocks = [[max(depth, 1) for depth in up[i * layers : (i + 1) * layers]] for i in range(len(down))]
+    if all(len({*own, *other}) == 1 for own, other in zip(down, blocks[::-1], strict=True)):
+        shared = [own[0] for own in down]
+        return {"transformer_layers_per_block": shared if max(shared) > 1 else 1}
+    return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": blocks}
 
 
 def _count(shapes: Shapes, prefix: str) -> int:

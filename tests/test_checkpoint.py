@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,24 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: edit_json(f / "model_index.json", unet=5),
         ["says that the unet is 5; UNet2DConditionModel can be opened"],
     ),
+    "component a list of lists": (
+        lambda f: edit_json(f / "model_index.json", unet=[[], {}]),
+        ["says that the unet is [[], {}]; UNet2DConditionModel can be opened"],
+    ),
+    "a ControlNet": (
+        lambda f: edit_json(
+            f / "model_index.json",
+            _class_name="StableDiffusionControlNetPipeline",
+            controlnet=["diffusers", "ControlNetModel"],
+        ),
+        ["is of a StableDiffusionControlNetPipeline with the part controlnet", "Save the model without it"],
+    ),
+    "SDXL's refiner": (
+        lambda f: edit_json(
+            f / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True
+        ),
+        ["is of SDXL's refiner", "Export the base model"],
+    ),
     "component of another class": (
         lambda f: edit_json(f / "model_index.json", vae=["diffusers", "VQModel"]),
         ["says that the vae is ['diffusers', 'VQModel']; AutoencoderKL and AutoencoderTiny can be opened"],
@@ -211,9 +230,9 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: (f / "unet/config.json").write_text("{,}"),
         ["unet/config.json is not readable JSON"],
     ),
-    "unknown key": (
+    "quantized by its config": (
         lambda f: edit_json(f / "unet/config.json", quantization_config={"bits": 4}),
-        ["unet/config.json", "unknown key 'quantization_config'"],
+        ["unet/config.json has a quantization_config, so the weights are quantized"],
     ),
     "unknown value": (
         lambda f: edit_json(f / "unet/config.json", down_block_types=["CrossAttnDownBlock2D", "SkipDownBlock2D"]),
@@ -226,6 +245,50 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "value of another type": (
         lambda f: edit_json(f / "text_encoder/config.json", hidden_size="32"),
         ["text_encoder/config.json", "hidden_size = '32' must be int"],
+    ),
+    "ten million layers": (
+        lambda f: edit_json(f / "unet/config.json", layers_per_block=10**7),
+        ["unet/config.json", "layers; at most 2,000 are built"],
+    ),
+    "ten million transformer layers": (
+        lambda f: edit_json(f / "unet/config.json", transformer_layers_per_block=10**7),
+        ["unet/config.json", "layers; at most 2,000 are built"],
+    ),
+    "ten million layers of an autoencoder": (
+        lambda f: edit_json(f / "vae/config.json", layers_per_block=10**7),
+        ["vae/config.json", "layers; at most 2,000 are built"],
+    ),
+    "ten million layers of a text encoder": (
+        lambda f: edit_json(f / "text_encoder/config.json", num_hidden_layers=10**7),
+        ["text_encoder/config.json", "the network has 10,000,000 layers; at most 2,000 are built"],
+    ),
+    "a guidance embedding that is not a number": (
+        lambda f: edit_json(f / "unet/config.json", time_cond_proj_dim=3),
+        ["time_cond_proj_dim = 3 has a guidance embedding that is not a number; 1, or 4 and more, is needed"],
+    ),
+    "sample_size of three numbers": (
+        lambda f: edit_json(f / "unet/config.json", sample_size=[8, 8, 8]),
+        ["sample_size = (8, 8, 8) must be one number, or height and width"],
+    ),
+    "latents with a mean": (
+        lambda f: edit_json(f / "vae/config.json", latents_mean=[0.1, 0, 0, 0]),
+        ["latents_mean = (0.1, 0, 0, 0) is not supported", "Such a network cannot be exported"],
+    ),
+    "latents that are shifted": (
+        lambda f: edit_json(f / "vae/config.json", shift_factor=0.0609),
+        ["shift_factor = 0.0609 is not supported", "Such a network cannot be exported"],
+    ),
+    "padding that is masked": (
+        lambda f: edit_json(f / "text_encoder/config.json", use_attention_mask=True),
+        ["use_attention_mask = True is not supported", "Such a network cannot be exported"],
+    ),
+    "config a Git LFS pointer": (
+        lambda f: (f / "unet/config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+        ["unet/config.json is not readable JSON", "a pointer of Git LFS", "run `git lfs pull`"],
+    ),
+    "config a pipe": (
+        lambda f: ((f / "unet/config.json").unlink(), os.mkfifo(f / "unet/config.json")),
+        ["unet/config.json is not readable JSON (not a regular file)"],
     ),
     "size of a giant": (
         lambda f: edit_json(f / "text_encoder/config.json", vocab_size=1 << 62),
@@ -248,11 +311,11 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "shard missing": (save_shards_but_one, ["unet: of the weights that config.json asks for", "missing (such as"]),
     "tensor missing": (
         lambda f: edit_weights(f / UNET_WEIGHTS, lambda tensors: tensors.pop("conv_in.bias")),
-        ["1 missing (such as 'conv_in.bias'). Fetch it again."],
+        ["1 missing (such as 'conv_in.bias'). Use a config.json and weights that were saved together, whole."],
     ),
     "tensor unknown": (
-        lambda f: edit_weights(f / UNET_WEIGHTS, lambda tensors: tensors.update(lora=torch.zeros(1))),
-        ["1 unknown (such as 'lora'). Fetch it again."],
+        lambda f: edit_weights(f / UNET_WEIGHTS, lambda tensors: tensors.update(control=torch.zeros(1))),
+        ["1 unknown (such as 'control'). Use a config.json and weights that were saved together"],
     ),
     "tensor of another shape": (
         lambda f: edit_weights(f / UNET_WEIGHTS, lambda tensors: tensors.update({"conv_in.bias": torch.zeros(17)})),

@@ -25,7 +25,7 @@ from torch import Tensor
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec, TensorSpec
-from ldm_export.errors import BundleError, CheckpointError, ExportError, InputError, LdmExportError, ParityError
+from ldm_export.errors import BundleError, CheckpointError, ExportError, LdmExportError, ParityError
 from ldm_export.export import chain, parity
 from ldm_export.export import onnx as onnx_export
 from ldm_export.export.onnx import GraphModule, graph_module, random_inputs
@@ -363,7 +363,10 @@ def lose_tokenizer(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
-    [(break_scheduler, InputError, "prediction_type"), (lose_tokenizer, CheckpointError, "neither tokenizer.json nor")],
+    [
+        (break_scheduler, CheckpointError, "prediction_type"),
+        (lose_tokenizer, CheckpointError, "neither tokenizer.json nor"),
+    ],
 )
 def test_a_broken_checkpoint_is_refused_before_anything_is_traced(
     tiny_checkpoint: Path,

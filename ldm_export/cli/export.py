@@ -12,6 +12,7 @@ from ldm_export.cli.passes import print_passes
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.plan import SAMPLERS
 
 if TYPE_CHECKING:
     from ldm_export.bundle import Bundle
@@ -36,6 +37,18 @@ TARGETS = ("cpu", "none")
     metavar="SAMPLER-STEPS",
     help="Also make the whole sampling loop of a plan, such as ddim-20, one ONNX graph; repeatable.",
 )
+@click.option(
+    "--sampler",
+    type=click.Choice([*SAMPLERS]),
+    default=None,
+    help="What to generate with by default, in place of the checkpoint's own scheduler.",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction", "sample"]),
+    default=None,
+    help="What the UNet predicts, where the checkpoint's files do not say, or say it wrongly.",
+)
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @json_option
 def command(
@@ -49,6 +62,8 @@ def command(
     from_scratch: bool,
     target: str,
     loops: tuple[str, ...],
+    sampler: str | None,
+    prediction_type: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -58,7 +73,7 @@ def command(
     is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much. A loop is held
     against the runtime before it is added to the bundle; exit code 1 if one differs.
     """
-    model = LatentDiffusion.open(checkpoint)
+    model = LatentDiffusion.open(checkpoint, sampler=sampler, prediction_type=prediction_type)
     if loops:
         from ldm_export.bench.loop import add_loop, check_loops
 

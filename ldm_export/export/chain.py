@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +16,16 @@ from ldm_export import contract
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import CheckpointError, InputError
+from ldm_export.documents import parsed, read_bytes
+from ldm_export.errors import InputError
+from ldm_export.export.accepted import check_accepted, notes, open_tokenizer, token_count
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
 from ldm_export.export.parity import TOLERANCE, Parity, Run, check_parity, compare_graph, reference_runs
 from ldm_export.graph.base import Inputs, spread
+from ldm_export.pipelines import class_name, left_out, option
 from ldm_export.plan import SAMPLERS, compile_plan
 
+_log = logging.getLogger(__name__)
 DEFAULT_STEPS = (10, 20, 30, 50)
 FEW_STEPS = (1, 2, 4, 8)
 """What consistency models (LCM) are drawn with."""
@@ -45,11 +50,15 @@ def export_bundle(
     Raises
     ------
     CheckpointError, ExportError, BundleError
-        If the checkpoint, the export or the target cannot be used. Nothing is left behind.
+        If the checkpoint, the export or the target cannot be used, or the runtime could not generate with the bundle.
+        Nothing is left behind.
     ParityError
         If a graph differs from its network by more than the tolerance. Nothing is sealed.
     """
     configs = checkpoint.configs
+    check_accepted(checkpoint)
+    for note in notes(checkpoint):
+        _log.info(note)
     graphs = graph_specs(checkpoint)
     pixels_per_latent = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     for name in configs:
@@ -86,6 +95,7 @@ def export_bundle(
                 "checkpoint": checkpoint.name,
                 "sha256": {name: checkpoint.sha256(name) for name in configs},
                 "torch": torch.__version__.partition("+")[0],
+                **{key: value for key, value in _told(checkpoint).items() if value},
             },
             parity=[record.to_dict() for record in parity],
         )
@@ -158,7 +168,7 @@ def graph_specs(checkpoint: LatentDiffusion) -> list[GraphSpec]:
     configs = checkpoint.configs
     all_states = "text_encoder_2" in configs
     specs = [
-        contract.text_encoder_spec(config, name, all_states=all_states)
+        contract.text_encoder_spec(config, name, length=token_count(checkpoint, name), all_states=all_states)
         for name, config in configs.items()
         if name.startswith("text_encoder")
     ]
@@ -169,11 +179,11 @@ def graph_specs(checkpoint: LatentDiffusion) -> list[GraphSpec]:
 def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[str, Any]:
     """What a runtime needs to know beside the graphs; the C++ runtime reads these and no config file."""
     unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
-    size = unet["sample_size"] or 64
+    size = unet["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     drawing = checkpoint.drawing
     return {
-        "class_name": checkpoint.index.get("_class_name", "StableDiffusionPipeline"),
+        "class_name": class_name(checkpoint.index),
         "height": height * pixels_per_latent,
         "width": width * pixels_per_latent,
         "latent_channels": vae["latent_channels"],
@@ -185,7 +195,16 @@ def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[st
         "default_guidance": drawing.guidance,
         "guidance_folded": drawing.folded,
         "prediction_type": checkpoint.scheduler.get("prediction_type", "epsilon"),
-        "zeros_for_empty_prompt": bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
+        "zeros_for_empty_prompt": bool(option(checkpoint.index, "force_zeros_for_empty_prompt")),
+    }
+
+
+def _told(checkpoint: LatentDiffusion) -> dict[str, Any]:
+    """What the checkpoint's own files do not say, and which of its parts are left out."""
+    return {
+        "sampler": checkpoint.sampler,
+        "prediction_type": checkpoint.prediction_type,
+        "left_out": left_out(checkpoint.index),
     }
 
 
@@ -216,38 +235,39 @@ def _without_projection(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_plans(checkpoint: LatentDiffusion, folder: Path) -> None:
     """The plans of every sampler that can run this scheduler config, for the usual numbers of steps; of a model that
-    was distilled for few steps, the one that it was distilled for."""
+    was distilled for few steps, the one that it was distilled for. Samplers that have no plan then are logged."""
     folder.mkdir()
-    drawing = checkpoint.drawing
+    drawing, scheduler = checkpoint.drawing, checkpoint.scheduler
     wanted = {sampler: {*(FEW_STEPS if sampler == "lcm" else DEFAULT_STEPS)} for sampler in SAMPLERS}
-    if drawing.steps < min(DEFAULT_STEPS) and drawing.sampler != "lcm":
+    if drawing.steps in FEW_STEPS and drawing.sampler != "lcm":
         wanted = {drawing.sampler: set()}
     wanted[drawing.sampler].add(drawing.steps)
+    refusals: dict[str, str] = {}
     for sampler, counts in wanted.items():
         for steps in sorted(counts):
             try:
-                plan = compile_plan(checkpoint.scheduler, sampler, steps)
-            except InputError:
-                if sampler == drawing.sampler:  # without its default sampler the config itself is unusable
+                plan = compile_plan(scheduler, sampler, steps)
+            except InputError as error:
+                if (sampler, steps) == (drawing.sampler, drawing.steps):
                     raise
+                refusals.setdefault(f"{sampler}-{steps}", str(error))
                 continue
             (folder / plan.file_name).write_text(plan.to_json(), encoding="utf-8")
+    if refusals:
+        _log.info("No plan of %s: %s", ", ".join(refusals), next(iter(refusals.values())))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """CLIP's files; ``vocab.json`` and ``merges.txt`` are written out where only ``tokenizer.json`` has them."""
     names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     whole = source / "tokenizer.json"
-    if not whole.is_file() and not all((source / name).is_file() for name in names[:2]):
-        raise CheckpointError(
-            f"{source} has neither tokenizer.json nor vocab.json and merges.txt. Put the model's tokenizer there."
-        )
+    open_tokenizer(source)  # refuses what no runtime could read
     target.mkdir()
     for name in (*names, whole.name):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if whole.is_file() and not (target / "vocab.json").is_file():
-        model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+        model = parsed(read_bytes(whole), repeats=True)["model"]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         _write_json(target / "vocab.json", model["vocab"])
         (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

@@ -33,6 +33,7 @@ from ldm_export.export.splicing import GraphWriter, Weights
 from ldm_export.export.step import guide, update
 from ldm_export.graph.files import check_links
 from ldm_export.plan import Plan
+from ldm_export.plan.guidance import guidance_frequencies
 
 WEIGHTS = "loops/weights.onnx_data"
 COLUMNS = ("timestep", "input_scale", "from_output", "from_sample", "clip", "keep", "direct", "noise")
@@ -208,10 +209,9 @@ def _step(
 
 
 def _guidance_embedding(main: GraphWriter, scale: str, told: TensorSpec, noise: str) -> str:
-    """What a guidance-distilled UNet is told, as `ldm_export.runtime.conditioning.guidance_embedding`: (B, dim)."""
+    """What a guidance-distilled UNet is told, as `ldm_export.plan.guidance.guidance_embedding`: (B, dim)."""
     dim = int(told.shape[1])
-    half = dim // 2
-    frequencies = 1000.0 * np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
+    frequencies = guidance_frequencies(dim)
     above = main.node("Sub", main.node("Cast", scale, to=TensorProto.DOUBLE), main.constant("one", np.float64(1)))
     angles = main.node("Mul", above, main.constant("frequencies", frequencies))
     odd = [main.constant("odd", np.zeros(1))] if dim % 2 else []

@@ -11,7 +11,6 @@ added to the time embedding, as in LCM (2310.04378, section 4.2; diffusers' ``ti
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,6 +24,7 @@ from ldm_export.errors import InputError
 from ldm_export.options import check_between, check_one_of
 from ldm_export.passes.base import Change, Purpose, Setting, Training
 from ldm_export.passes.teacher import Conditions, predict, predict_guided
+from ldm_export.plan.guidance import guidance_frequencies
 
 EMBEDDING = 64
 """Width of the guidance embedding, where there is one."""
@@ -128,7 +128,5 @@ def conditioned_copy(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def guidance_embedding(scales: Tensor, dim: int) -> Tensor:
     """Sinusoids of 1000 (w - 1), sines first: (B,) -> (B, dim) (2310.04378, section 4.2)."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=scales.device))
-    angles = 1000.0 * (scales[:, None] - 1.0) * frequencies
+    angles = (scales[:, None] - 1.0) * torch.from_numpy(guidance_frequencies(dim)).to(scales)
     return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))

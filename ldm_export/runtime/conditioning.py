@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
+from ldm_export.plan.guidance import guidance_embedding
 from ldm_export.runtime.backends import Array, Backend, Graph
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
@@ -30,15 +31,16 @@ class PromptEncoder:
                 tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle, f"tokenizer{suffix}"))
                 check_length(tokenizer, bundle.manifest.graphs[f"text_encoder{suffix}"])
                 self._encoders.append((tokenizer, backend.load(f"text_encoder{suffix}")))
-        self._zeros_for_empty = bool(bundle.manifest.model.get("zeros_for_empty_prompt"))
+        self._zeros_for_none = bool(bundle.manifest.model.get("zeros_for_empty_prompt"))
         self._cache: OrderedDict[bytes, tuple[Array, ...]] = OrderedDict()
 
-    def encode(self, prompts: Sequence[str], *, negative: bool = False) -> dict[str, Array]:
+    def encode(self, prompts: Sequence[str | None]) -> dict[str, Array]:
         """The UNet inputs from text: ``encoder_hidden_states`` (B, L, C) and, for SDXL, ``text_embeds`` (B, P).
 
-        With ``negative``, empty prompts become zeros where the model was trained so (SDXL).
+        None, no prompt, is zeros where the model was trained so (SDXL), and else the empty text.
         """
-        ids = [tokenizer(prompts) for tokenizer, _ in self._encoders]  # each (B, L)
+        texts = [prompt or "" for prompt in prompts]
+        ids = [tokenizer(texts) for tokenizer, _ in self._encoders]  # each (B, L)
         keys = [b"".join(rows[i].tobytes() for rows in ids) for i in range(len(prompts))]
         new = {key: i for i, key in enumerate(keys) if key not in self._cache}
         if new:
@@ -50,9 +52,9 @@ class PromptEncoder:
         rows = [self._cache[key] for key in keys]
         while len(self._cache) > max(CACHED_PROMPTS, len(set(keys))):
             self._cache.popitem(last=False)
-        if negative and self._zeros_for_empty:
+        if self._zeros_for_none:
             rows = [
-                row if prompt else tuple(np.zeros_like(part) for part in row)
+                tuple(np.zeros_like(part) for part in row) if prompt is None else row
                 for row, prompt in zip(rows, prompts, strict=True)
             ]
         names = ("encoder_hidden_states", "text_embeds")
@@ -67,14 +69,6 @@ class PromptEncoder:
         states = [output[f"hidden_states.{count - 2}"] for output, count in zip(outputs, layers, strict=True)]
         joined = np.concatenate(states, axis=-1)
         return list(zip(joined, outputs[-1]["text_embeds"], strict=True))
-
-
-def guidance_embedding(guidance: float, dim: int) -> Array:
-    """Sinusoids of 1000 (w - 1), the guidance embedding of LCM (2310.04378, section 4.2): (dim,), float32."""
-    half = dim // 2
-    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
-    angles = 1000.0 * (guidance - 1.0) * frequencies
-    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, dim % 2)).astype(np.float32)
 
 
 def fixed_inputs(unet: GraphSpec, rows: int, *, height: int, width: int, guidance: float) -> dict[str, Array]:

@@ -353,7 +353,7 @@ class Pipeline:
             assert self._prompts is not None
             encoded = self._prompts.encode(request.prompts)
             if guided:
-                negative = self._prompts.encode(request.negative_prompts, negative=True)
+                negative = self._prompts.encode(request.negative_prompts)
                 encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
             conditions |= encoded
         return conditions, guided

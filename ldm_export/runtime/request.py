@@ -31,7 +31,8 @@ class Options(TypedDict, total=False):
     sampler, steps : a plan of the bundle, such as ``ddim`` and 20; by default the bundle's own choice
     guidance : how far to go from the negative prompt's prediction to the prompt's, from 0 to 1e6; 1 or less is off;
         the bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
-    negative_prompt : one for all pictures, or one each; empty. Needs guidance above 1
+    negative_prompt : one for all pictures, or one each; none. The empty text is a prompt, too: of SDXL, which has zeros
+        for none, it makes another picture. Needs guidance above 1
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
     image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
@@ -63,7 +64,8 @@ class Request:
 
     Attributes
     ----------
-    prompts, negative_prompts : one a picture; empty tuples for models that read no text
+    prompts, negative_prompts : one a picture; empty tuples for models that read no text. No negative prompt is None,
+        which is not the empty text: SDXL has zeros for it
     class_labels : (B,) int64, or None
     seeds : one a picture
     height, width : pixels
@@ -75,7 +77,7 @@ class Request:
     """
 
     prompts: tuple[str, ...]
-    negative_prompts: tuple[str, ...]
+    negative_prompts: tuple[str | None, ...]
     class_labels: Array | None
     seeds: tuple[int, ...]
     height: int
@@ -328,9 +330,10 @@ def guidance_for(
     return 1.0
 
 
-def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tuple[str, ...]:
+def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tuple[str | None, ...]:
+    """One a picture: a text, which may be empty, or None where none was given."""
     if negative_prompt is None or isinstance(negative_prompt, str):
-        return (negative_prompt or "",) * batch
+        return (negative_prompt,) * batch
     if len(negative_prompt) != batch:
         raise InputError(
             f"{len(negative_prompt)} negative prompts were given for {batch} pictures. Give one, or one each."

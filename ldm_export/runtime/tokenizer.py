@@ -3,6 +3,8 @@
 The method is that of Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021):
 byte-level byte-pair encoding (Sennrich et al. 2016) of lower-cased text, in this order:
 
+0. A token ``<fox>`` beside which ``<fox>_1``, ``<fox>_2`` … were added, a textual inversion (2208.01618) of several
+   vectors, is replaced by all of them, a space between each: diffusers' ``maybe_convert_prompt``, quirks included.
 1. Special and added tokens written out in the prompt, ``<|endoftext|>`` say, are cut out and keep their own ids.
 2. The rest is normalised: Unicode NFC, each run of white space to one space, lower case.
 3. It is split into words: an English contraction's ending, a run of letters, one numeral, or a run of other characters.
@@ -93,6 +95,7 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             numbers[named[role].content] for role in ("bos_token", "eos_token", "pad_token")
         )
+        self._written_out = _written_out([token.content for token in added.values()])
 
     def __call__(self, prompts: str | Sequence[str]) -> NDArray[np.int64]:
         """Encode prompts.
@@ -124,6 +127,9 @@ class Tokenizer:
             if not isinstance(prompt, str):
                 raise InputError(f"A prompt is {prompt!r}, of type {type(prompt).__name__}; prompts are of type str.")
             text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            if self._written_out:
+                for token in dict.fromkeys(self._backend.encode(text, add_special_tokens=False).tokens):
+                    text = text.replace(token, self._written_out.get(token, token))
             body = self._backend.encode(text, add_special_tokens=False).ids
             if len(body) > room:
                 warn(
@@ -282,6 +288,18 @@ class TokenizerFiles:
             if config.get(side, "right") != "right":
                 raise self.bad("tokenizer_config.json", f"has {side} {config[side]!r}; only 'right' is known")
         return _DEFAULT_MAX_LENGTH if length > _LONGEST else length
+
+
+def _written_out(added: Sequence[str]) -> dict[str, str]:
+    """Return what each added token of several vectors is written out as, such as ``<fox> <fox>_1``."""
+    known, found = {*added}, {}
+    for token in added:
+        vectors = [token]
+        while (following := f"{token}_{len(vectors)}") in known:
+            vectors.append(following)
+        if len(vectors) > 1:
+            found[token] = " ".join(vectors)
+    return found
 
 
 def _backend_from(

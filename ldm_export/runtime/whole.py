@@ -33,7 +33,8 @@ def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, 
         given["step_noise"] = np.stack([draw() for _ in range(rows)])
     if "input_ids" in takes:
         tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle))
-        given |= {"input_ids": tokenizer(request.prompts), "negative_input_ids": tokenizer(request.negative_prompts)}
+        negatives = [prompt or "" for prompt in request.negative_prompts]  # no loop is of a model with zeros for none
+        given |= {"input_ids": tokenizer(request.prompts), "negative_input_ids": tokenizer(negatives)}
     if request.class_labels is not None:
         given["class_labels"] = request.class_labels
     return {name: given[name] for name in takes}

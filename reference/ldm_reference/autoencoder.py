@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_reference.blocks import Attention, Downsample2D, ResnetBlock2D, Upsample2D
-from ldm_reference.config import ConfigError, check_choice, check_groups, check_positive, config_from_dict
+from ldm_reference.config import ConfigError, check_choice, check_groups, check_layers, check_positive, config_from_dict
 
 INERT = {
-    "act_fn": "silu",
-    "shift_factor": None,
+    "act_fn": {"silu", "swish"},  # two names of one function
+    "shift_factor": {None, 0},
     "latents_mean": None,
     "latents_std": None,
 }
@@ -60,6 +60,7 @@ class AutoencoderConfig:
             for name in kinds:
                 check_choice("block type of the autoencoder", name, (kind,))
         check_groups(self.norm_num_groups, self.block_out_channels)
+        check_layers(len(self.block_out_channels) * (2 * self.layers_per_block + 1))
         if not self.scaling_factor > 0:
             raise ConfigError(f"scaling_factor = {self.scaling_factor!r} must be above 0")
 
@@ -181,8 +182,8 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> AutoencoderKL:
-        return cls(config_from_dict(AutoencoderConfig, values, INERT))
+    def from_config(cls, values: Mapping[str, Any], *, strict: bool = True) -> AutoencoderKL:
+        return cls(config_from_dict(AutoencoderConfig, values, INERT, strict=strict))
 
     def encode(self, sample: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> mean and log-variance on the channel axis, (B, 2 C, h, w)."""

@@ -1,8 +1,8 @@
 """Configs of the networks: one frozen dataclass each, read from the ``config.json`` of diffusers or transformers.
 
-A key that a network has is a field. A key that diffusers writes for features that these networks do not have is listed
-as *inert* with the value that switches the feature off: any other value is refused, since ignoring it would load the
-weights into a different network.
+A key that a network has is a field. A key that diffusers has for features that these networks do not have is listed as
+*inert* with the value, or the set of values, that switches the feature off: any other value is refused, since ignoring
+it would load the weights into a different network. `ANY` stands for keys that change nothing, whatever they say.
 """
 
 from __future__ import annotations
@@ -41,17 +41,29 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from error
 
 
+class UnsupportedError(ConfigError):
+    """A config value of a network that these classes are not."""
+
+
 Config = TypeVar("Config")
+ANY = object()
+"""The inert value of a key that changes nothing."""
+MOST_LAYERS = 2000
+"""Most layers of a network; ten times those of the largest in use. More would take minutes to build before the weights
+are looked at."""
 
 
-def config_from_dict(cls: type[Config], values: Mapping[str, Any], inert: Mapping[str, Any]) -> Config:
+def config_from_dict(
+    cls: type[Config], values: Mapping[str, Any], inert: Mapping[str, Any], *, strict: bool = True
+) -> Config:
     """Build ``cls`` from the content of a ``config.json``.
 
     Parameters
     ----------
     cls : a dataclass whose field names are config keys
     values : the parsed JSON object; keys that start with ``_`` are bookkeeping and are skipped
-    inert : keys without a field, with the one value that each may have
+    inert : keys without a field, with the value or the set of values that each may have, or `ANY`
+    strict : refuse unknown keys, as for what a user writes; files that other tools wrote have keys that nobody reads
 
     Raises
     ------
@@ -68,9 +80,15 @@ def config_from_dict(cls: type[Config], values: Mapping[str, Any], inert: Mappin
             _check_type(f"{cls.__name__}: {key}", value, fields[key])
             taken[key] = value
         elif key not in inert:
-            raise ConfigError(f"{cls.__name__}: unknown key {key!r} = {value!r}; known are {', '.join(sorted(fields))}")
-        elif value != inert[key]:
-            raise ConfigError(f"{cls.__name__}: {key} = {value!r} is not supported; only {inert[key]!r} is")
+            if strict:
+                raise ConfigError(
+                    f"{cls.__name__}: unknown key {key!r} = {value!r}; known are {', '.join(sorted(fields))}"
+                )
+        elif inert[key] is not ANY:
+            allowed = inert[key] if isinstance(inert[key], set) else {inert[key]}
+            if not any(value == one for one in allowed):
+                words = " or ".join(sorted(map(repr, allowed)))
+                raise UnsupportedError(f"{cls.__name__}: {key} = {value!r} is not supported; only {words} is")
     try:
         return cls(**taken)
     except TypeError as error:  # a value of the wrong kind met an operation in the constructor's checks
@@ -111,7 +129,7 @@ def per_block(name: str, value: Any, blocks: int) -> tuple[Any, ...]:
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} = {value!r} is not supported; allowed are {', '.join(map(repr, allowed))}")
+        raise UnsupportedError(f"{name} = {value!r} is not supported; allowed are {', '.join(map(repr, allowed))}")
 
 
 def check_positive(**values: Any) -> None:
@@ -120,6 +138,11 @@ def check_positive(**values: Any) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if not isinstance(item, int) or isinstance(item, bool) or item < 1:
                 raise ConfigError(f"{name} = {value!r} must hold integers of at least 1")
+
+
+def check_layers(count: int) -> None:
+    if count > MOST_LAYERS:
+        raise ConfigError(f"the network has {count:,} layers; at most {MOST_LAYERS:,} are built")
 
 
 def check_groups(groups: int, channels: tuple[int, ...]) -> None:

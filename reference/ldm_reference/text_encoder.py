@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict
+from ldm_reference.config import ConfigError, check_choice, check_layers, check_positive, config_from_dict
 
-INERT = {"model_type": "clip_text_model"}
+INERT = {"model_type": {"clip_text_model", "clip"}, "use_attention_mask": {None, False}}
 BOOKKEEPING = {
     *("architectures", "torch_dtype", "dtype", "transformers_version"),
     *("attention_dropout", "dropout", "initializer_factor", "initializer_range"),
@@ -54,6 +54,7 @@ class TextEncoderConfig:
         )
         if self.with_projection:
             check_positive(projection_dim=self.projection_dim)
+        check_layers(self.num_hidden_layers)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"num_attention_heads = {self.num_attention_heads} does not divide {self.hidden_size}")
 
@@ -165,11 +166,14 @@ class CLIPTextModel(nn.Module):
         )
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> CLIPTextModel:
+    def from_config(cls, values: Mapping[str, Any], *, strict: bool = True) -> CLIPTextModel:
+        """Build the network that a ``config.json`` of transformers describes, or the text half of a CLIP model's."""
+        if isinstance(values.get("text_config"), dict):
+            values = {**values["text_config"], "architectures": values.get("architectures")}
         keep = {key: value for key, value in values.items() if key in TextEncoderConfig.__dataclass_fields__}
         rest = {key: value for key, value in values.items() if key not in keep and key not in BOOKKEEPING}
         keep["with_projection"] = "CLIPTextModelWithProjection" in (values.get("architectures") or ())
-        return cls(config_from_dict(TextEncoderConfig, {**keep, **rest}, INERT))
+        return cls(config_from_dict(TextEncoderConfig, {**keep, **rest}, INERT, strict=strict))
 
     def forward(self, input_ids: Tensor) -> TextEncoding:
         """Token ids (B, L), int64."""

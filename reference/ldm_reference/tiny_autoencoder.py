@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict
+from ldm_reference.config import ANY, ConfigError, check_choice, check_layers, check_positive, config_from_dict
 
-INERT = {"upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": 0.0, "force_upcast": False}
+INERT = {"upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": {None, 0}, "force_upcast": ANY}
 CERTAIN = -30.0
 """The log-variance of latents that are known: the least that is ever used."""
 
@@ -49,7 +49,8 @@ class TinyAutoencoderConfig:
         check_choice("act_fn", self.act_fn, ("relu",))
         for side in ("encoder", "decoder"):
             widths, blocks = getattr(self, f"{side}_block_out_channels"), getattr(self, f"num_{side}_blocks")
-            check_positive(**{f"{side}_block_out_channels": widths})
+            check_positive(**{f"{side}_block_out_channels": widths, f"num_{side}_blocks": blocks})
+            check_layers(sum(blocks))
             if len(widths) != len(blocks) or len(widths) != len(self.encoder_block_out_channels):
                 raise ConfigError(
                     f"{side}_block_out_channels = {widths!r} and num_{side}_blocks = {blocks!r} must be as long as "
@@ -128,8 +129,8 @@ class AutoencoderTiny(nn.Module):
         self.decoder = TinyDecoder(config)
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> AutoencoderTiny:
-        return cls(config_from_dict(TinyAutoencoderConfig, values, INERT))
+    def from_config(cls, values: Mapping[str, Any], *, strict: bool = True) -> AutoencoderTiny:
+        return cls(config_from_dict(TinyAutoencoderConfig, values, INERT, strict=strict))
 
     def encode(self, sample: Tensor) -> Tensor:
         """Pictures (B, C, H, W) in [-1, 1] -> latents and a log-variance of -30, (B, 2 c, h, w)."""

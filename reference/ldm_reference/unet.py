@@ -7,7 +7,7 @@ fewer layers, no middle block) and own shapes: unconditional, class-conditional,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,11 @@ from ldm_reference.blocks import (
     timestep_embedding,
 )
 from ldm_reference.config import (
+    ANY,
     ConfigError,
     check_choice,
     check_groups,
+    check_layers,
     check_positive,
     config_from_dict,
     per_block,
@@ -37,14 +39,11 @@ INERT = {
     "center_input_sample": False,
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
-    "act_fn": "silu",
-    "reverse_transformer_layers_per_block": None,
+    "act_fn": {"silu", "swish"},  # two names of one function
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "num_attention_heads": None,
     "dual_cross_attention": False,
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1.0,
     "time_embedding_type": "positional",
     "time_embedding_dim": None,
     "time_embedding_act_fn": None,
@@ -53,8 +52,11 @@ INERT = {
     "conv_out_kernel": 3,
     "attention_type": "default",
     "class_embeddings_concat": False,
-    "cross_attention_norm": None,
-    "addition_embed_type_num_heads": 64,
+    # of block types and embeddings that are not supported here
+    "resnet_skip_time_act": ANY,
+    "resnet_out_scale_factor": ANY,
+    "cross_attention_norm": ANY,
+    "addition_embed_type_num_heads": ANY,
 }
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D")
@@ -66,7 +68,8 @@ class UNetConfig:
     """Keys of diffusers' ``UNet2DConditionModel``.
 
     ``attention_head_dim`` is, as there, the *number* of heads of the cross-attention blocks and the channels a head of
-    the ``Attn*`` blocks.
+    the ``Attn*`` blocks. ``transformer_layers_per_block`` may have a list for a block, a number a layer; the blocks on
+    the way up then have ``reverse_transformer_layers_per_block``, in their order (SSD-1B, 2401.02677).
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -85,7 +88,8 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     upcast_attention: bool | None = False
@@ -105,16 +109,19 @@ class UNetConfig:
             block_out_channels=self.block_out_channels,
             layers_per_block=self.layers_per_block,
             cross_attention_dim=self.cross_attention_dim,
-            transformer_layers_per_block=self.transformer_layers_per_block,
             attention_head_dim=self.attention_head_dim,
             norm_num_groups=self.norm_num_groups,
         )
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise ConfigError(f"sample_size = {self.sample_size!r} must be one number, or height and width")
+        if self.sample_size is not None:
+            check_positive(sample_size=self.sample_size)
         for key, allowed in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             for name in per_block(key, tuple(getattr(self, key)), blocks):
                 check_choice(key, name, allowed)
         for key in ("only_cross_attention", "layers_per_block", "cross_attention_dim", "attention_head_dim"):
             per_block(key, getattr(self, key), blocks)
-        per_block("transformer_layers_per_block", self.transformer_layers_per_block, blocks)
+        self._check_depths()
         check_choice("mid_block_type", self.mid_block_type, MID_BLOCKS)
         check_choice("resnet_time_scale_shift", self.resnet_time_scale_shift, ("default", "scale_shift"))
         check_choice("class_embed_type", self.class_embed_type, (None, "timestep", "identity", "projection"))
@@ -127,6 +134,49 @@ class UNetConfig:
             )
         if self.class_embed_type == "projection":
             check_positive(projection_class_embeddings_input_dim=self.projection_class_embeddings_input_dim)
+        if self.time_cond_proj_dim is not None:
+            check_positive(time_cond_proj_dim=self.time_cond_proj_dim)
+            if self.time_cond_proj_dim in (2, 3):
+                raise ConfigError(
+                    f"time_cond_proj_dim = {self.time_cond_proj_dim} has a guidance embedding that is not a number; "
+                    "1, or 4 and more, is needed"
+                )
+
+    def _check_depths(self) -> None:
+        blocks = len(self.block_out_channels)
+        layers = per_block("layers_per_block", self.layers_per_block, blocks)
+        down = per_block("transformer_layers_per_block", self.transformer_layers_per_block, blocks)
+        up = self.reverse_transformer_layers_per_block
+        if up is None:
+            if any(isinstance(depth, tuple) for depth in down):
+                raise ConfigError(
+                    f"transformer_layers_per_block = {down!r} differs between the layers of a block; "
+                    "reverse_transformer_layers_per_block must then say those of the blocks on the way up"
+                )
+            up = down[::-1]
+        up = per_block("reverse_transformer_layers_per_block", up, blocks)
+        total = 0
+        for depths, counts, extra in ((down, layers, 0), (up, layers[::-1], 1)):
+            for depth, count in zip(depths, counts, strict=True):
+                numbers = depth if isinstance(depth, tuple) else (depth,)
+                if not all(type(number) is int and number >= 0 for number in numbers):
+                    raise ConfigError(f"transformer_layers_per_block = {depth!r} must hold integers of at least 0")
+                if isinstance(depth, tuple) and len(depth) < count + extra:
+                    raise ConfigError(
+                        f"transformer_layers_per_block = {depth!r} has {len(depth)} numbers for {count + extra} layers"
+                    )
+                total += (count + extra) * (1 + max(numbers))
+        check_layers(total)
+
+    def transformer_layers(self, level: int, *, up: bool = False) -> Sequence[int]:
+        """Transformer layers of each layer of the block at ``level``, on the way down or up."""
+        blocks = len(self.block_out_channels)
+        layers = per_block("layers_per_block", self.layers_per_block, blocks)[level] + up
+        depths = per_block("transformer_layers_per_block", self.transformer_layers_per_block, blocks)
+        depth = depths[level]
+        if up and self.reverse_transformer_layers_per_block is not None:
+            depth = self.reverse_transformer_layers_per_block[blocks - 1 - level]
+        return depth if isinstance(depth, tuple) else (depth,) * layers
 
     @property
     def has_cross_attention_mid(self) -> bool:
@@ -165,7 +215,7 @@ class BlockShape:
             scale_shift=config.resnet_time_scale_shift == "scale_shift",
         )
 
-    def transformer(self, channels: int, *, only_cross_attention: bool) -> Transformer2DModel:
+    def transformer(self, channels: int, layers: int, *, only_cross_attention: bool) -> Transformer2DModel:
         config, heads = self.config, self.of("attention_head_dim")
         if channels % heads:
             raise ConfigError(
@@ -174,7 +224,7 @@ class BlockShape:
         return Transformer2DModel(
             channels,
             heads,
-            self.of("transformer_layers_per_block"),
+            layers,
             context_dim=self.of("cross_attention_dim"),
             groups=config.norm_num_groups,
             linear_projection=config.use_linear_projection,
@@ -182,10 +232,10 @@ class BlockShape:
             dropout=config.dropout,
         )
 
-    def attention(self, kind: str, channels: int, head_dim: int) -> nn.Module:
-        """What follows a residual block: cross-attention, plain self-attention or nothing."""
+    def attention(self, kind: str, channels: int, head_dim: int, layers: int) -> nn.Module:
+        """What follows a residual block: ``layers`` of cross-attention, or plain self-attention."""
         if "CrossAttn" in kind:
-            return self.transformer(channels, only_cross_attention=self.of("only_cross_attention"))
+            return self.transformer(channels, layers, only_cross_attention=self.of("only_cross_attention"))
         config = self.config
         if channels % head_dim:
             raise ConfigError(f"attention_head_dim = {head_dim} does not divide the {channels} channels of a {kind}")
@@ -213,7 +263,10 @@ class DownBlock(Block):
             [shape.resnet(in_channels if i == 0 else out_channels, out_channels) for i in range(layers)],
             []
             if kind == "DownBlock2D"
-            else [shape.attention(kind, out_channels, shape.of("attention_head_dim")) for _ in range(layers)],
+            else [
+                shape.attention(kind, out_channels, shape.of("attention_head_dim"), depth)
+                for depth in shape.config.transformer_layers(shape.index)[:layers]
+            ],
         )
         if not last:
             self.downsamplers = nn.ModuleList([Downsample2D(out_channels)])
@@ -235,7 +288,9 @@ class MidBlock(Block):
         cross = config.has_cross_attention_mid
         super().__init__(
             [shape.resnet(channels, channels) for _ in range(1 + cross)],
-            [shape.transformer(channels, only_cross_attention=False)] if cross else [],
+            [shape.transformer(channels, config.transformer_layers(shape.index)[0], only_cross_attention=False)]
+            if cross
+            else [],
         )
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
@@ -262,7 +317,12 @@ class UpBlock(Block):
                 shape.resnet((below if i == 0 else channels) + (outer if i == layers - 1 else channels), channels)
                 for i in range(layers)
             ],
-            [] if kind == "UpBlock2D" else [shape.attention(kind, channels, head_dim) for _ in range(layers)],
+            []
+            if kind == "UpBlock2D"
+            else [
+                shape.attention(kind, channels, head_dim, depth)
+                for depth in shape.config.transformer_layers(shape.index, up=True)[:layers]
+            ],
         )
         if not last:
             self.upsamplers = nn.ModuleList([Upsample2D(channels)])
@@ -312,8 +372,8 @@ class UNet2DConditionModel(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     @classmethod
-    def from_config(cls, values: Mapping[str, Any]) -> UNet2DConditionModel:
-        return cls(config_from_dict(UNetConfig, values, INERT))
+    def from_config(cls, values: Mapping[str, Any], *, strict: bool = True) -> UNet2DConditionModel:
+        return cls(config_from_dict(UNetConfig, values, INERT, strict=strict))
 
     def _class_embedding(self, time_dim: int) -> nn.Module | None:
         config = self.config

@@ -29,7 +29,7 @@ from ldm_export.passes.distill_guidance import (
     guidance_embedding,
 )
 from ldm_export.passes.teacher import TeacherData
-from ldm_export.runtime import conditioning
+from ldm_export.plan import guidance as plan_guidance
 from tests.bundle_fixture import KINDS
 
 SHORT = {"updates": 60, "batch_size": 16, "learning_rate": 5e-3, "ema_decay": 0.9}
@@ -155,7 +155,7 @@ def test_the_guidance_embedding_is_diffusers(dim: int) -> None:
     torch.testing.assert_close(ours[:4], theirs[:4], rtol=0, atol=1e-3)
     for row, scale in zip(ours, scales.tolist(), strict=True):  # and the runtime's, in float64
         torch.testing.assert_close(
-            row, torch.from_numpy(conditioning.guidance_embedding(scale, dim)), rtol=0, atol=5e-3
+            row, torch.from_numpy(plan_guidance.guidance_embedding(scale, dim)), rtol=0, atol=5e-3
         )
 
 
