@@ -178,6 +178,10 @@ const Json &field(const Json &holder, const std::string &key, Kind kind, const s
     return found->second;
 }
 
+bool is_sha256(const std::string &text) {
+    return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
 std::map<std::string, FileEntry> files_of(const Json &document) {
     std::map<std::string, FileEntry> files;
     for (const auto &[path, entry] : field(document, "files", Kind::object).object()) {
@@ -185,8 +189,7 @@ std::map<std::string, FileEntry> files_of(const Json &document) {
         const std::string where = "files[" + quoted(path) + "]";
         FileEntry file{field(entry, "size_bytes", Kind::integer, where).integer(),
                        field(entry, "sha256", Kind::text, where).text()};
-        const bool hex = file.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
-        if (file.size_bytes < 0 || file.sha256.size() != 64 || !hex)
+        if (file.size_bytes < 0 || !is_sha256(file.sha256))
             throw MalformedError(where + " is " + entry.dump() + "; a size from 0 and 64 hex digits are needed");
         files.emplace(path, std::move(file));
     }

@@ -9,7 +9,7 @@ namespace ldm::runtime {
 
 namespace {
 
-constexpr std::int64_t FORMAT_VERSION = 1;
+constexpr std::int64_t FORMAT_VERSION = 1, LARGEST_ERROR = 1 << 20;
 constexpr std::array KEYS{"files",  "format_version", "graphs", "ldm_export_version",
                           "model",  "parity",         "passes", "source"};
 
@@ -36,6 +36,24 @@ std::vector<TensorSpec> specs_of(const Json &entry, const char *side, const std:
     return specs;
 }
 
+// A record of how far an output of a graph is from the checkpoint's.
+void check_record(const Json &record, const std::map<std::string, GraphSpec> &graphs) {
+    const std::string where = "an entry of parity";
+    const std::string &graph = field(record, "graph", Kind::text, where).text();
+    const std::string &output = field(record, "output", Kind::text, where).text();
+    const auto found = graphs.find(graph);
+    if (found == graphs.end() || std::none_of(found->second.outputs.begin(), found->second.outputs.end(),
+                                              [&](const TensorSpec &tensor) { return tensor.name == output; }))
+        throw MalformedError(join(where, " is of '", output, "' of ", graph, ", which there is not"));
+    for (const char *key : {"max_error", "tolerance"})
+        if (const double number = field(record, key, Kind::number, where).number(); !(number >= 0 && number <= LARGEST_ERROR))
+            throw MalformedError(join(where, " has ", key, " = ", number, "; it must be from 0 to ", LARGEST_ERROR));
+    field(record, "passed", Kind::boolean, where);
+    if (record.object().count("made_of") == 0) return;
+    for (const auto &[path, sha256] : texts_of(record, "made_of", where))
+        if (!is_sha256(sha256)) throw MalformedError(join(where, " was made of ", path, " with the SHA-256 '", sha256, "'"));
+}
+
 Manifest manifest_of(const Json &found) {
     check_kind(found, Kind::object, "");
     if (const Json &version = field(found, "format_version", Kind::integer); version.integer() != FORMAT_VERSION)
@@ -56,11 +74,8 @@ Manifest manifest_of(const Json &found) {
             throw MalformedError(where + " has the path '" + path + "', which is not among the files");
         manifest.graphs.emplace(name, GraphSpec{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)});
     }
-    for (const char *key : {"passes", "parity"})
-        for (const Json &entry : field(found, key, Kind::array).array()) {
-            check_kind(entry, Kind::object, std::string("an entry of ") + key);
-            if (entry.object().count("made_of") != 0) field(entry, "made_of", Kind::object, std::string("an entry of ") + key);
-        }
+    for (const Json &entry : field(found, "passes", Kind::array).array()) check_kind(entry, Kind::object, "an entry of passes");
+    for (const Json &entry : field(found, "parity", Kind::array).array()) check_record(entry, manifest.graphs);
     field(found, "source", Kind::object);
     field(found, "ldm_export_version", Kind::text);
     return manifest;

@@ -40,9 +40,10 @@ constexpr std::uint64_t ENTRY_KEY = 1, ENTRY_VALUE = 2;
 constexpr std::uint64_t NODE_OP_TYPE = 4, NODE_DOMAIN = 7, NODE_OVERLOAD = 8;
 constexpr std::uint64_t FUNCTION_NAME = 1, FUNCTION_DOMAIN = 10, FUNCTION_OVERLOAD = 13;
 constexpr std::uint64_t EXTERNAL = 1;
+constexpr std::string_view ENTRIES[] = {"location", "offset", "length", "checksum"};
 constexpr int DEEPEST = 100;  // protobuf's own limit on nesting
 constexpr std::size_t LONGEST_TEXT = 1 << 16;
-constexpr std::uint64_t MOST_NODES = 10'000'000;
+constexpr std::uint64_t MOST_NODES = 100'000;  // of a model with functions; ONNX Runtime takes a minute to inline them
 
 constexpr int VARINT = 0, FIXED64 = 1, BYTES = 2, FIXED32 = 5;
 
@@ -158,7 +159,7 @@ class Scanner {
         walk(Message::model, model, 0);
         if (!has_graph_) throw MalformedError("it has no graph");
         for (const auto &[name, _] : functions_) inlined(name, 0);
-        inlined(main_, 0);
+        if (!functions_.empty()) inlined(main_, 0);
     }
 
   private:
@@ -247,8 +248,11 @@ class Scanner {
                 location = field->value;
             } else if (field->number == TENSOR_EXTERNAL_DATA) {
                 if (field->wire_type != BYTES) throw MalformedError("field 13 has another type than in ONNX");
-                if (!entries.insert(entry_of(field->payload)).second)
-                    throw MalformedError(join("tensor '", name, "' says twice where its data lie"));
+                const auto [entry, is_new] = entries.insert(entry_of(field->payload));
+                const bool known = std::find(std::begin(ENTRIES), std::end(ENTRIES), entry->first) != std::end(ENTRIES);
+                if (!is_new || !known)
+                    throw MalformedError(join("tensor '", name, "' has external data with ", is_new ? "the unknown " : "two of ",
+                                              "'", entry->first, "'"));
             }
         }
         const bool outside = location == EXTERNAL;

@@ -19,7 +19,7 @@ struct ExternalData {
 // Every reference in the bytes of a model, in order.
 //
 // Throws MalformedError where they are no ONNX model, where two readers of protobuf could take them for different ones, and
-// where the model has more than ten million nodes once its functions are inlined, as ONNX Runtime does it.
+// where the functions of a model, inlined as ONNX Runtime does it, make it one of more than 100,000 nodes.
 std::vector<ExternalData> external_data_from_bytes(std::string_view model);
 
 }  // namespace ldm::runtime
