@@ -10,6 +10,7 @@ namespace ldm::runtime {
 
 namespace {
 
+constexpr std::int64_t GREY = 1, COLOUR = 3;  // channels of pictures
 constexpr std::int64_t LEAST_TOKENS = 2;         // start and end
 constexpr std::int64_t LEAST_GUIDANCE_SIZE = 4;  // of timestep_cond, whose frequencies are spread over half of it
 
@@ -26,13 +27,7 @@ std::string told(const TensorSpec &tensor) {
 // A graph that is held against what its role wants.
 class Role {
   public:
-    Role(const Bundle &bundle, const std::string &name) : bundle_(bundle), name_(name), graph_(graph_of(bundle, name)) {
-        for (const auto *side : {&graph_.inputs, &graph_.outputs}) {
-            std::set<std::string> names;
-            for (const TensorSpec &tensor : *side)
-                if (!names.insert(tensor.name).second) refuse(join("it has two tensors '", tensor.name, "' on one side"));
-        }
-    }
+    Role(const Bundle &bundle, const std::string &name) : bundle_(bundle), name_(name), graph_(graph_of(bundle, name)) {}
 
     const GraphSpec &spec() const { return graph_; }
 
@@ -46,6 +41,12 @@ class Role {
         input(wanted);
         return true;
     }
+
+    bool gives(const std::string &name) const {
+        return std::any_of(graph_.outputs.begin(), graph_.outputs.end(),
+                           [&](const TensorSpec &tensor) { return tensor.name == name; });
+    }
+    bool does_not_know(const std::string &name) const { return known_.count(name) == 0; }
 
     // Refuse inputs that were not asked about.
     void takes_nothing_else() const {
@@ -79,7 +80,7 @@ class Role {
     bool fits(const Dimension &there, const Dimension &wanted) {
         if (there.is_free() != wanted.is_free()) return false;
         if (!wanted.is_free())
-            return wanted.size == 0 ? there.size >= 1 && there.size <= LARGEST_SIZE : there.size == wanted.size;
+            return wanted.size == 0 ? there.size >= 1 : there.size == wanted.size;
         const auto [mine, is_new] = names_.emplace(wanted.name, there.name);
         return is_new ? taken_.insert(there.name).second : mine->second == there.name;
     }
@@ -96,22 +97,41 @@ struct TextWidths {
     std::int64_t states = 0, pooled = 0;
 };
 
+// The width of the hidden states of every layer, of which there are at least two.
+std::int64_t width_of_states(Role &encoder, std::int64_t tokens) {
+    std::int64_t width = 0;
+    std::size_t layers = 0;
+    for (std::string name; layers < 2 || encoder.gives(name); name = join("hidden_states.", ++layers))
+        width = encoder.output({join("hidden_states.", layers), "float32", {BATCH, {tokens}, {width}}}).shape[2].size;
+    for (const TensorSpec &tensor : encoder.spec().outputs)
+        if (tensor.name.rfind("hidden_states.", 0) == 0 && encoder.does_not_know(tensor.name))
+            encoder.refuse(join("it gives ", tensor.name, " beside ", layers, " layers' states"));
+    return width;
+}
+
 TextWidths check_text_encoders(const Bundle &bundle, std::int64_t tokens) {
     std::vector<Role> encoders;
     for (const char *name : {"text_encoder", "text_encoder_2"})
         if (encoders.empty() || bundle.manifest.graphs.count(name) != 0) encoders.emplace_back(bundle, name);
-    const std::vector<TensorSpec> &last = encoders.back().spec().outputs;
     TextWidths widths;
-    if (std::any_of(last.begin(), last.end(), [](const TensorSpec &tensor) { return tensor.name == "text_embeds"; }))
+    if (encoders.back().gives("text_embeds"))
         widths.pooled = encoders.back().output({"text_embeds", "float32", {BATCH, ANY}}).shape[1].size;
+    else if (encoders.size() > 1)
+        encoders.back().refuse("it gives no text_embeds");
     for (Role &encoder : encoders) {
         encoder.input({"input_ids", "int64", {BATCH, {tokens}}});
         encoder.takes_nothing_else();
-        const std::string name = widths.pooled == 0 ? "last_hidden_state" : states_for_sdxl(encoder.spec());
-        const TensorSpec &states = encoder.output({name, "float32", {BATCH, {tokens}, ANY}});
-        if (widths.states == 0 || widths.pooled != 0) widths.states += states.shape[2].size;
+        widths.states += widths.pooled == 0 ? encoder.output({"last_hidden_state", "float32", {BATCH, {tokens}, ANY}}).shape[2].size
+                                            : width_of_states(encoder, tokens);
     }
     return widths;
+}
+
+// Class labels, or their features.
+bool may_take_labels(Role &role) {
+    const TensorSpec *labels = role.spec().input("class_labels");
+    return role.may_take(labels != nullptr && labels->shape.size() == 2 ? TensorSpec{"class_labels", "float32", {BATCH, ANY}}
+                                                                        : TensorSpec{"class_labels", "int64", {BATCH}});
 }
 
 void check_unet(const Bundle &bundle, std::int64_t latent_channels) {
@@ -124,15 +144,12 @@ void check_unet(const Bundle &bundle, std::int64_t latent_channels) {
         const TextWidths widths = check_text_encoders(bundle, tokens);
         const bool fixed = states->shape.size() == 3 && !states->shape[1].is_free();
         unet.input({states->name, "float32", {BATCH, fixed ? Dimension{tokens} : Dimension{0, "tokens"}, {widths.states}}});
-        const bool pooled = unet.may_take({"text_embeds", "float32", {BATCH, widths.pooled == 0 ? ANY : Dimension{widths.pooled}}});
-        const bool sizes = unet.may_take({"time_ids", "float32", {BATCH, {6}}});
-        if (pooled != sizes || (pooled && widths.pooled == 0))
-            unet.refuse("it takes one of text_embeds, which the text encoder must give, and time_ids without the other");
+        if (widths.pooled != 0) {
+            unet.input({"text_embeds", "float32", {BATCH, {widths.pooled}}});
+            unet.input({"time_ids", "float32", {BATCH, {6}}});
+        }
     }
-    if (const TensorSpec *labels = unet.spec().input("class_labels"); labels != nullptr && labels->shape.size() == 2)
-        unet.input({labels->name, "float32", {BATCH, ANY}});
-    else
-        unet.may_take({"class_labels", "int64", {BATCH}});
+    may_take_labels(unet);
     if (unet.may_take({"timestep_cond", "float32", {BATCH, ANY}}) &&
         unet.spec().input("timestep_cond")->shape[1].size < LEAST_GUIDANCE_SIZE)
         unet.refuse(join("its timestep_cond is smaller than ", LEAST_GUIDANCE_SIZE));
@@ -147,7 +164,10 @@ void check_loop(const Bundle &bundle, const std::string &name, std::int64_t late
     loop.may_take({"guidance_scale", "float32", {}});
     for (const char *ids : {"input_ids", "negative_input_ids"})
         if (loop.spec().input(ids) != nullptr) loop.input({ids, "int64", {BATCH, {token_count(bundle, "text_encoder")}}});
-    loop.may_take({"class_labels", "int64", {BATCH}});
+    const GraphSpec &unet = graph_of(bundle, "unet");
+    const bool reads_text = unet.input("encoder_hidden_states") != nullptr, takes_labels = unet.input("class_labels") != nullptr;
+    if ((loop.spec().input("input_ids") != nullptr) != reads_text || may_take_labels(loop) != takes_labels)
+        loop.refuse("it reads other than the UNet does");
     loop.takes_nothing_else();
     loop.output({"latents", "float32", latents});
     loop.output({"images", "uint8", {BATCH, ROWS, COLUMNS, {picture_channels}}});
@@ -178,14 +198,10 @@ std::string states_for_sdxl(const GraphSpec &encoder) {
 }
 
 void check_roles(const Bundle &bundle, std::int64_t latent_channels) {
-    std::map<std::string, std::string> names;
-    for (const auto &[name, graph] : bundle.manifest.graphs)
-        if (const auto [other, is_new] = names.emplace(graph.path, name); !is_new)
-            throw BundleError(join("Bundle ", bundle.path().string(), ": manifest.json has the graphs ", other->second, " and ",
-                                   name, " in one file, ", graph.path, ". Export it anew."));
     check_unet(bundle, latent_channels);
     Role decoder(bundle, "vae_decoder"), encoder(bundle, "vae_encoder");
     const std::int64_t channels = encoder.input({"sample", "float32", {BATCH, ANY, ROWS, COLUMNS}}).shape[1].size;
+    if (channels != GREY && channels != COLOUR) encoder.refuse(join("its pictures have ", channels, " channels; 1 or 3 are needed"));
     encoder.output({"latent_parameters", "float32", {BATCH, {2 * latent_channels}, HEIGHT, WIDTH}});
     encoder.takes_nothing_else();
     decoder.input({"latent_sample", "float32", {BATCH, {latent_channels}, HEIGHT, WIDTH}});

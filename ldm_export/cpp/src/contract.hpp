@@ -8,8 +8,6 @@
 
 namespace ldm::runtime {
 
-constexpr std::int64_t LARGEST_SIZE = 1 << 20;  // of what is fixed
-
 // A graph of the bundle; throws BundleError where there is none.
 const GraphSpec &graph_of(const Bundle &bundle, const std::string &name);
 

@@ -10,7 +10,7 @@ namespace ldm::runtime {
 
 namespace {
 
-constexpr double LEAST_SCALE = 1e-6, LARGEST_NUMBER = 1 << 20, DEFAULT_GUIDANCE = 4.0;
+constexpr double LARGEST_NUMBER = LARGEST_SIZE, LEAST_SCALE = 1 / LARGEST_NUMBER, DEFAULT_GUIDANCE = 4.0;
 constexpr std::size_t LONGEST_NAME = 100;
 
 // Words of small letters and digits with a dash between them.

@@ -4,13 +4,14 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cstdio>
 
 namespace ldm::runtime {
 
 namespace {
 
-constexpr std::size_t DEEPEST = 500;
+constexpr std::size_t DEEPEST = 500, LONGEST_PATH = 1024;
 
 const char *name_of(Kind kind) {
     switch (kind) {
@@ -206,6 +207,9 @@ std::map<std::string, std::string> texts_of(const Json &holder, const std::strin
 }
 
 void check_path(const std::string &relative) {
+    const auto goes_on = [](char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; };  // within a character
+    if (relative.size() - static_cast<std::size_t>(std::count_if(relative.begin(), relative.end(), goes_on)) > LONGEST_PATH)
+        throw MalformedError(join("the path ", quoted(relative.substr(0, 40)), "... has more than ", LONGEST_PATH, " characters"));
     std::size_t start = 0;
     for (std::size_t end = 0; end != std::string::npos; start = end + 1) {
         end = relative.find('/', start);
@@ -213,7 +217,7 @@ void check_path(const std::string &relative) {
             throw MalformedError("the path " + quoted(relative) + " is not a plain one inside the folder");
     }
     for (const char c : relative)
-        if (static_cast<unsigned char>(c) < 0x20 || std::string_view("\\:*?\"<>|").find(c) != std::string_view::npos)
+        if (static_cast<unsigned char>(c) < 0x20 || c == '\x7f' || std::string_view("\\:*?\"<>|").find(c) != std::string_view::npos)
             throw MalformedError("the path " + quoted(relative) + " has a character that is not the same on every system");
 }
 

@@ -173,9 +173,15 @@ const std::vector<Tokenizer> &Model::tokenizers() {
             };
         };
         std::vector<Tokenizer> found;
-        for (const char *suffix : {"", "_2"})
-            if (facts_.reads_text && has(join("text_encoder", suffix)))
-                found.emplace_back(join(bundle_.path().string(), "/tokenizer", suffix), read_below(join("tokenizer", suffix, "/")));
+        for (const char *suffix : {"", "_2"}) {
+            const std::string encoder = join("text_encoder", suffix), folder = join("tokenizer", suffix, "/");
+            if (!facts_.reads_text || !has(encoder)) continue;
+            found.emplace_back(join(bundle_.path().string(), "/tokenizer", suffix), read_below(folder));
+            if (const auto length = static_cast<std::int64_t>(found.back().max_length()); length != token_count(bundle_, encoder))
+                throw BundleError(join("Bundle ", bundle_.path().string(), ": ", folder, "tokenizer_config.json has model_max_length ",
+                                       length, ", and the ", encoder, " reads ", token_count(bundle_, encoder),
+                                       " tokens. Export the bundle anew."));
+        }
         tokenizers_ = std::move(found);
     }
     return *tokenizers_;
