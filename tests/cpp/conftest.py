@@ -60,8 +60,7 @@ def library(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     return build(SOURCES, tmp_path_factory.mktemp("ldm"), "-DCMAKE_BUILD_TYPE=Release")
 
 
-@pytest.fixture(scope="session")
-def binding() -> ModuleType:
+def binding_of() -> ModuleType:
     """The example that binds ldm.h with ctypes."""
     spec = importlib.util.spec_from_file_location("ldm_ctypes", SOURCES / "examples" / "ldm_ctypes.py")
     assert spec is not None
@@ -69,6 +68,11 @@ def binding() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def binding() -> ModuleType:
+    return binding_of()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
-
-#include <unistd.h>
+#include <iterator>
 
 using namespace ldm::runtime;
 
@@ -24,7 +23,8 @@ void require(bool holds) {
 
 // A manifest, its facts, and a request for what it says of itself.
 void read_manifest(std::string_view text) {
-    const Bundle bundle{"/nowhere", manifest_from_json(text), false};
+    const Manifest manifest = manifest_from_json(text);
+    const Bundle bundle{manifest, {Folder("/nowhere"), "", MANIFEST, manifest.files, false}};
     const Facts facts = facts_of(bundle);
     const char *prompt = "a";
     const std::int64_t label = 0;
@@ -55,29 +55,33 @@ void tokenize(const Tokenizer &tokenizer, std::string_view prompt) {
 
 // A prompt and the files of a tokenizer, a zero byte before each; one that is empty is not there.
 void read_tokenizer(std::string_view text) {
-    static const fs::path folder = fs::temp_directory_path() / join("ldm_fuzz.", ::getpid());
-    fs::create_directories(folder);
     const auto next = [&] {
         const std::string_view piece = text.substr(0, text.find('\0'));
         text.remove_prefix(std::min(piece.size() + 1, text.size()));
         return piece;
     };
     const std::string_view prompt = next();
+    std::map<std::string, std::string> files;
     for (const char *name : {"tokenizer_config.json", "merges.txt", "vocab.json", "special_tokens_map.json",
-                             "added_tokens.json", "tokenizer.json"}) {
-        const std::string_view content = next();
-        if (content.empty())
-            fs::remove(folder / name);
-        else
-            std::ofstream(folder / name, std::ios::binary) << content;
-    }
-    tokenize(Tokenizer(folder), prompt);
+                             "added_tokens.json", "tokenizer.json"})
+        if (const std::string_view content = next(); !content.empty()) {
+            if (!is_utf8(content)) throw MalformedError("not UTF-8 text");
+            files.emplace(name, content);
+        }
+    tokenize(Tokenizer("tokenizer", [&](const std::string &name) {
+        const auto found = files.find(name);
+        return found == files.end() ? std::nullopt : std::optional<std::string>(found->second);
+    }), prompt);
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size) {
-    static const Tokenizer tokenizer(std::getenv("LDM_TEST_TOKENIZER"));
+    static const Tokenizer tokenizer("tokenizer", [](const std::string &name) -> std::optional<std::string> {
+        std::ifstream stream(fs::path(std::getenv("LDM_TEST_TOKENIZER")) / name, std::ios::binary);
+        if (!stream) return std::nullopt;
+        return std::string(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
+    });
     if (size == 0) return 0;
     const std::string_view text(reinterpret_cast<const char *>(data) + 1, size - 1);
     try {
@@ -85,10 +89,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size
             case 0: read_manifest(text); break;
             case 1: run_plan(text); break;
             case 2: external_data_from_bytes(text); break;
-            case 3: target_from_json(text, "targets/ort-cpu"); break;
+            case 3: target_from_json(text); break;
             case 4: read_tokenizer(text); break;
             case 5: tokenize(tokenizer, text); break;
-            default: engines_from_json(text, "targets/rtx-sm89");
+            default: engines_from_json(text, "rtx-sm89");
         }
     } catch (const Error &) {
     } catch (const MalformedError &) {

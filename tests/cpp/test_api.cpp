@@ -143,6 +143,8 @@ TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
     refused([](auto &o) { o.sampler = "\xff"; }, "UTF-8");
     refused([](auto &o) { o.steps = 3; }, "ldm-export plan");
     refused([](auto &o) { o.guidance = -1; }, "guidance is -1");
+    refused([](auto &o) { o.guidance = 1e308; }, "a number from 0 to 1000000");
+    refused([](auto &o) { o.height = o.width = 1 << 19; }, "GB of memory");
     refused([](auto &o) { o.guidance = std::numeric_limits<double>::infinity(); }, "guidance");
     refused([](auto &o) { o.height = 17; }, "multiples of 2");
     refused([](auto &o) { o.width = 0xFFFFFFFE; }, "does not fit");

@@ -42,18 +42,15 @@ Json &at(Json &found, std::string_view path) {
     return at(next, path.size() == key.size() ? "" : path.substr(key.size() + 1));
 }
 
-EngineTarget read(const Json &found) { return engines_from_json(found.dump(), "targets/rtx-sm86-sm120-fp16"); }
+EngineDocument read(const Json &found) { return engines_from_json(found.dump(), "rtx-sm86-sm120-fp16"); }
 
 // A bundle of a UNet alone, in a folder that goes with it.
-struct Folder {
-    Folder() : bundle{fs::temp_directory_path() / join("ldm_engines.", ::getpid()), {}, true} {
-        bundle.manifest.files["unet/model.onnx"] = {1, SOURCE_SHA};
-        bundle.manifest.graphs["unet"] = {"unet/model.onnx", {}, {}};
-    }
-    ~Folder() { fs::remove_all(bundle.path); }
+struct WithTargets {
+    WithTargets() { fs::create_directories(path); }
+    ~WithTargets() { fs::remove_all(path); }
 
     void add(const Json &found) const {
-        const fs::path target = bundle.path / TARGETS / found["kind"].text();
+        const fs::path target = path / TARGETS / found["kind"].text();
         fs::create_directories(target);
         std::ofstream(target / "target.json") << found.dump();
         std::ofstream(target / "unet.plan").flush();
@@ -67,14 +64,16 @@ struct Folder {
         return "";
     }
 
-    Bundle bundle;
+    fs::path path = fs::temp_directory_path() / join("ldm_engines.", ::getpid());
+    std::map<std::string, FileEntry> files{{"unet/model.onnx", {1, SOURCE_SHA}}};
+    Bundle bundle{{files, {{"unet", {"unet/model.onnx", {}, {}}}}, {}}, {Folder(path), "", MANIFEST, files, true}};
 };
 
 }  // namespace
 
 TEST_CASE("What a target.json says of engines is read") {
-    const EngineTarget target = read(fp16());
-    CHECK(target.kind() == "rtx-sm86-sm120-fp16");
+    const EngineDocument target = read(fp16());
+    CHECK(target.kind == "rtx-sm86-sm120-fp16");
     CHECK(target.flavour == "tensorrt_rtx");
     CHECK(target.compute_capabilities == std::vector<std::string>{"8.6", "12.0"});
     const Engine &engine = target.engines.at("unet");
@@ -137,15 +136,15 @@ TEST_CASE("An engine says of which shapes it takes no input") {
 }
 
 TEST_CASE("The fastest engines that fit are taken, and of the others it is said why not") {
-    const Folder folder;
-    const std::string command = "Run: ldm-export build " + folder.bundle.path.string() + " --target rtx --sm 86";
-    CHECK(folder.why() == folder.bundle.path.string() + " has no tensorrt_rtx engines for this GPU. " + command);
+    const WithTargets folder;
+    const std::string command = "Run: ldm-export build " + folder.path.string() + " --target rtx --sm 86";
+    CHECK(folder.why() == folder.path.string() + " has no tensorrt_rtx engines for this GPU. " + command);
     folder.add(document("rtx-sm86-sm120", "fp32"));
     folder.add(fp16());
-    fs::create_directories(folder.bundle.path / TARGETS / "ort-cpu");
+    fs::create_directories(folder.path / TARGETS / "ort-cpu");
     CHECK(engine_targets(folder.bundle, RTX) == std::vector<std::string>{"rtx-sm86-sm120", "rtx-sm86-sm120-fp16"});
     CHECK(engine_targets(folder.bundle, *flavour_of("tensorrt")).empty());
-    CHECK(fitting_engines(folder.bundle, RTX, "1.7.1.116", "12.0").precision == "fp16");
+    CHECK(fitting_engines(folder.bundle, RTX, "1.7.1.116", "12.0").document.precision == "fp16");
 
     const auto says = [](const std::string &sentence, const std::string &part) {
         return sentence.find(part) != std::string::npos;
@@ -156,7 +155,7 @@ TEST_CASE("The fastest engines that fit are taken, and of the others it is said 
     Json found = fp16();
     at(found, "stripped") = Json(true);
     folder.add(found);
-    CHECK(fitting_engines(folder.bundle, RTX, "1.7.1.116", "8.6").precision == "fp32");
+    CHECK(fitting_engines(folder.bundle, RTX, "1.7.1.116", "8.6").document.precision == "fp32");
     const auto refuse = [&](const char *path, const char *value, const std::string &reason) {
         Json changed = document("rtx-sm86-sm120", "fp32");
         at(changed, path) = parsed(value, Repeats::refused);
@@ -169,11 +168,11 @@ TEST_CASE("The fastest engines that fit are taken, and of the others it is said 
     refuse("engines/unet/profile", "{}", "its unet has a profile for nothing, and free sizes in sample");
     refuse("engines/unet/profile/sample/min/0", "3",
            "its unet takes sample of (-1, 4, -1, -1), and has a profile of (3, 4, 8, 8)");
-    refuse("files/unet.plan/size_bytes", "7", "its unet.plan has 0 bytes, and 7 are listed");
+    refuse("files/unet.plan/size_bytes", "7", "its unet.plan has 0 bytes; target.json says 7");
     const std::string other = '"' + SOURCE_SHA + '"';
     refuse("files/unet.plan/sha256", other.c_str(), "its unet.plan has been altered");
-    fs::remove(folder.bundle.path / TARGETS / "rtx-sm86-sm120" / "unet.plan");
+    fs::remove(folder.path / TARGETS / "rtx-sm86-sm120" / "unet.plan");
     CHECK(says(folder.why(), "its unet.plan is missing"));
-    fs::create_symlink("/etc/passwd", folder.bundle.path / TARGETS / "rtx-sm86-sm120" / "unet.plan");
-    CHECK(says(folder.why(), "its unet.plan is a link or a device"));
+    fs::create_symlink("/etc/passwd", folder.path / TARGETS / "rtx-sm86-sm120" / "unet.plan");
+    CHECK(says(folder.why(), "its unet.plan is a link"));
 }

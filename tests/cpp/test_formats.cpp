@@ -35,8 +35,13 @@ TEST_CASE("SHA-256 of FIPS 180-4's examples and of every length around a block")
 TEST_CASE("JSON that is ambiguous or deep is refused") {
     CHECK_THROWS_AS(parsed(R"({"a": 1, "a": 2})", Repeats::refused), MalformedError);
     CHECK(parsed(R"({"a": 1, "a": 2})", Repeats::allowed)["a"].integer() == 2);
-    for (const char *text : {"", "{", "NaN", "[Infinity]", "1e400", "\xEF\xBB\xBF{}", "\"\\ud800\"", "\"\xff\"", "{} {}"})
+    for (const char *text : {"", "{", "NaN", "[Infinity]", "1e400", "\xEF\xBB\xBF{}", "\"\\ud800\"", "\"\xff\"", "{} {}", "1e999", "\"\\ude00\"",
+                             "{\"\\uDBFF\": 1}", "\"\xed\xa0\x80\"", "\"\xc0\x80\"", "01", "[1,]"})
         CHECK_THROWS_AS(parsed(text, Repeats::refused), MalformedError);
+    using namespace std::string_view_literals;
+    for (const std::string_view text : {"1\0"sv, "{}\0x"sv, "\"a\0b\""sv}) CHECK_THROWS_AS(parsed(text, Repeats::refused), MalformedError);
+    CHECK_THROWS_AS(parsed("1" + std::string(400, '0'), Repeats::refused), MalformedError);
+    CHECK(parsed("1" + std::string(300, '0'), Repeats::refused).number() == 1e300);
     CHECK_THROWS_AS(parsed(std::string(100000, '['), Repeats::refused), MalformedError);
     CHECK_NOTHROW(parsed(std::string(500, '[') + std::string(500, ']'), Repeats::refused));
     CHECK_THROWS_AS(parsed(std::string(501, '[') + std::string(501, ']'), Repeats::refused), MalformedError);
@@ -78,13 +83,17 @@ TEST_CASE("Paths stay inside the folder") {
 
 namespace {
 
-std::string bytes_field(int number, const std::string &payload) {
-    std::string size;
-    for (std::size_t left = payload.size();; left >>= 7) {
-        size += static_cast<char>((left & 0x7f) | (left > 0x7f ? 0x80 : 0));
-        if (left <= 0x7f) break;
+std::string varint(std::uint64_t value, std::size_t least_bytes = 1) {
+    std::string bytes;
+    while (value > 0x7f || bytes.size() + 1 < least_bytes) {
+        bytes += static_cast<char>((value & 0x7f) | 0x80);
+        value >>= 7;
     }
-    return static_cast<char>(number << 3 | 2) + size + payload;
+    return bytes + static_cast<char>(value);
+}
+
+std::string bytes_field(std::uint64_t number, const std::string &payload) {
+    return varint(number << 3 | 2) + varint(payload.size()) + payload;
 }
 
 std::string model_with(const std::string &tensor) { return bytes_field(7, bytes_field(5, tensor)); }
@@ -93,25 +102,77 @@ std::string entry(const std::string &key, const std::string &value) {
     return bytes_field(13, bytes_field(1, key) + bytes_field(2, value));
 }
 
+const std::string OUTSIDE = varint(14 << 3) + "\x01";  // data_location: external
+
+std::string node(const std::string &op_type) { return bytes_field(1, bytes_field(4, op_type) + bytes_field(7, "f")); }
+
+// A function of so many calls of another.
+std::string function(const std::string &name, const std::string &calls, int count) {
+    std::string body = bytes_field(1, name) + bytes_field(10, "f");
+    for (int k = 0; k < count; ++k) body += bytes_field(7, bytes_field(4, calls) + bytes_field(7, "f"));
+    return bytes_field(25, body);
+}
+
+bool refused(const std::string &model) {
+    try {
+        external_data_from_bytes(model);
+        return false;
+    } catch (const MalformedError &) {
+        return true;
+    }
+}
+
 }  // namespace
 
 TEST_CASE("External data is found, and a model that is cut short anywhere is refused or has none") {
-    const std::string model =
-        model_with(bytes_field(8, "w") + entry("location", "a.bin") + entry("offset", "64") + entry("length", "8"));
+    const std::string model = model_with(bytes_field(8, "w") + entry("location", "a.bin") + entry("offset", "64") +
+                                         entry("length", "8") + entry("prepacked_0", "x") + OUTSIDE);
     const auto found = external_data_from_bytes(model);
     REQUIRE(found.size() == 1);
     CHECK(found[0].tensor == "w");
     CHECK(found[0].location == "a.bin");
     CHECK(found[0].offset == 64);
     CHECK(found[0].length == 8);
-    for (std::size_t size = 0; size < model.size(); ++size)
-        CHECK_THROWS_AS(external_data_from_bytes(model.substr(0, size)), MalformedError);
-    CHECK_THROWS_AS(external_data_from_bytes(model_with(entry("offset", "64"))), MalformedError);
-    CHECK_THROWS_AS(external_data_from_bytes(model_with(entry("location", "a") + entry("offset", "-1"))), MalformedError);
-    CHECK(external_data_from_bytes(model_with(entry("location", "a") + entry("location", "b"))).size() == 2);
-    std::string deep = bytes_field(5, entry("location", "a"));
+    for (std::size_t size = 0; size < model.size(); ++size) CHECK(refused(model.substr(0, size)));
+    for (const std::string &tensor :
+         {entry("offset", "64") + OUTSIDE, entry("location", "a") + entry("offset", "-1") + OUTSIDE,
+          entry("location", "a") + entry("location", "b") + OUTSIDE, entry("location", "a"),
+          entry("location", "a") + varint(14 << 3) + std::string(1, '\0'), entry("location", "a") + OUTSIDE + OUTSIDE,
+          entry("location", "a") + bytes_field(9, "raw") + OUTSIDE, OUTSIDE, entry("location", "a") + entry("base", "/") + OUTSIDE,
+          bytes_field(13, bytes_field(1, "location") + bytes_field(2, "a") + bytes_field(2, "b")) + OUTSIDE})
+        CHECK(refused(model_with(tensor)));
+    std::string deep = bytes_field(5, entry("location", "a") + OUTSIDE);
     for (int i = 0; i < 60; ++i) deep = bytes_field(1, bytes_field(5, bytes_field(6, deep)));
-    CHECK_THROWS_AS(external_data_from_bytes(bytes_field(7, deep)), MalformedError);
+    CHECK(refused(bytes_field(7, deep)));
+}
+
+TEST_CASE("A model that two readers of protobuf could read differently is refused") {
+    const std::string sound = bytes_field(7, bytes_field(2, "g"));
+    CHECK_FALSE(refused(sound));
+    CHECK_FALSE(refused(sound + varint(1000 << 3) + std::string(9, '\xff') + '\x01'));
+    for (const std::string &more :
+         {sound, varint(7 << 3) + '\1', std::string("\xea\x80\x80\x80\x10\x00", 6), varint(1000 << 3 | 2, 5) + std::string(1, '\0'),
+          varint(1000 << 3 | 2) + varint(1, 2) + "x", varint(1000 << 3) + std::string(9, '\xff') + '\x7f',
+          varint(1000 << 3) + std::string(10, '\xff') + '\x01', varint(1000 << 3 | 3) + varint(1000 << 3 | 4),
+          varint(1000 << 3 | 6) + '\1', std::string(1, '\0'), std::string("\x02\x01x"), varint(1000 << 3 | 5) + "xxx"})
+        CHECK(refused(sound + more));
+    CHECK(refused(std::string("\x3a\x06\x12\x04ORTM", 8)));
+}
+
+TEST_CASE("Functions that would be inlined into very many nodes, or call themselves, are refused") {
+    const auto levels = [](int depth, int calls) {
+        std::string model = bytes_field(7, node("F0"));
+        for (int k = 0; k < depth; ++k) model += function(join("F", k), join("F", k + 1), calls);
+        return model;
+    };
+    CHECK_FALSE(refused(levels(10, 2)));
+    CHECK_FALSE(refused(levels(90, 1)));
+    CHECK(refused(levels(110, 1)));
+    CHECK(refused(levels(39, 2)));
+    CHECK(refused(levels(7, 8)));
+    CHECK(refused(bytes_field(7, node("A")) + function("A", "B", 1) + function("B", "A", 1)));
+    CHECK(refused(bytes_field(7, node("A")) + function("A", "B", 1) + function("A", "B", 1)));
+    CHECK(refused(bytes_field(7, node("EPContext"))));
 }
 
 TEST_CASE("A plan is checked whole") {
@@ -127,7 +188,7 @@ TEST_CASE("A plan is checked whole") {
     CHECK(plan_from_json(plan("[0.5]")).for_strength(1).rows.size() == 1);
     CHECK(plan_from_json(plan("[0.5]")).rows[0].weights == std::vector<double>{0.5});
     for (const std::string &text : {plan("[1, 1]"), plan("[1e400]"), plan("1"), plan("[true]"), plan("[]", "1"), plan("[]", "2"),
-                                    plan("[]", "-1"), plan("[]", "0", "2"), plan("[]", "0", "0"), plan("[]", "0", "1e3"),
+                                    plan("[1e39]"), plan("[]", "-1"), plan("[]", "0", "2"), plan("[]", "0", "0"), plan("[]", "0", "1e3"),
                                     std::string("{}"), std::string("[]"), std::string("x")})
         CHECK_THROWS_AS(plan_from_json(text), InputError);
     CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(0), InputError);

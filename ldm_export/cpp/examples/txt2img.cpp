@@ -162,6 +162,8 @@ int main(int argc, char **argv) {
         return run(parsed(argc, argv));
     } catch (const UsageError &error) {
         std::cerr << "error: " << error.what() << "\n" << USAGE;
+    } catch (const std::bad_alloc &) {
+        std::cerr << "error: Out of memory. Close other programs, or ask for fewer or smaller pictures.\n";
     } catch (const std::exception &error) {
         std::cerr << "error: " << error.what() << "\n";
     }

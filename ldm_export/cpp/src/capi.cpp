@@ -39,6 +39,8 @@ namespace {
 
 constexpr std::int32_t MOST_THREADS = 1024;  // ONNX Runtime starts as many as it is told, for each graph
 
+constexpr const char *OUT_OF_MEMORY = "Out of memory. Close other programs, or ask for fewer or smaller pictures.";
+
 thread_local std::string message_text;
 thread_local const char *message = "";
 
@@ -47,7 +49,7 @@ ldm_status failed(ldm_status status, const char *sentence) noexcept {
         message_text = encoded(decoded(sentence));  // names of files need not be UTF-8
         message = message_text.c_str();
     } catch (...) {
-        message = "Out of memory.";
+        message = OUT_OF_MEMORY;
     }
     return status;
 }
@@ -62,10 +64,10 @@ ldm_status guarded(const Action &action) noexcept {
     } catch (const Error &error) {
         return failed(error.status, error.what());
     } catch (const std::bad_alloc &) {
-        message = "Out of memory. Draw fewer or smaller pictures.";
+        message = OUT_OF_MEMORY;
         return LDM_ERROR_MEMORY;
     } catch (const std::length_error &) {
-        message = "Out of memory. Draw fewer or smaller pictures.";
+        message = OUT_OF_MEMORY;
         return LDM_ERROR_MEMORY;
     } catch (const std::exception &error) {
         return failed(LDM_ERROR_INTERNAL, error.what());

@@ -47,7 +47,19 @@ Tensor expected(Tensors outputs, const GraphSpec &graph, const std::string &name
     return std::move(found->second);
 }
 
+bool all_finite(const Tensor &tensor) {
+    const float *values = tensor.as<float>();
+    return std::all_of(values, values + tensor.count(), [](float value) { return std::isfinite(value); });
+}
+
+void check_latents(const Tensor &latents, const Request &request, std::size_t step, std::size_t count) {
+    if (!all_finite(latents))
+        throw BackendError(join("The latents are no numbers after step ", step, " of ", count, " (NaN or infinity), with guidance ",
+                                request.guidance, ". Use a smaller guidance or another sampler, or export the bundle anew."));
+}
+
 Tensor decode(Model &model, const Tensor &latents) {
+    model.check_unchanged();
     const Facts &facts = model.facts();
     Tensor unscaled = latents;
     const auto factor = static_cast<float>(facts.scaling_factor);
@@ -57,14 +69,17 @@ Tensor decode(Model &model, const Tensor &latents) {
     const std::int64_t height = latents.shape[2] * facts.pixels_per_latent, width = latents.shape[3] * facts.pixels_per_latent;
     const Tensor sample = expected(decoder.run({{"latent_sample", &unscaled}}), decoder.spec(), "sample", "float32",
                                    {batch, channels, height, width});
+    if (!all_finite(sample))
+        throw BackendError(join("The pictures are no numbers (NaN or infinity comes out of ", decoder.spec().path,
+                                "). Use a smaller guidance, or export the bundle anew."));
     Tensor images = Tensor::zeros<std::uint8_t>({batch, height, width, channels});
     const float *in = sample.as<float>();
     for (std::int64_t k = 0; k < batch; ++k)
         for (std::int64_t c = 0; c < channels; ++c)
             for (std::int64_t i = 0; i < height * width; ++i) {
-                const float level = std::max(0.0f, std::min(*in++ / 2 + 0.5f, 1.0f));  // not a number becomes a level too
-                const float rounded = std::nearbyint((level <= 1.0f ? level : 0.0f) * 255);
-                images.as<std::uint8_t>()[(k * height * width + i) * channels + c] = static_cast<std::uint8_t>(rounded);
+                const float level = std::max(0.0f, std::min(*in++ / 2 + 0.5f, 1.0f));
+                images.as<std::uint8_t>()[(k * height * width + i) * channels + c] =
+                    static_cast<std::uint8_t>(std::nearbyint(level * 255));
             }
     return images;
 }
@@ -151,13 +166,12 @@ Tensors conditions(Model &model, const Request &request, bool guided) {
     std::vector<SharedTensors> encoded = model.encode(request.prompts);
     if (guided) {
         std::vector<SharedTensors> negative = model.encode(request.negative_prompts);
-        if (model.facts().zeros_for_empty_prompt)
-            for (std::size_t k = 0; k < negative.size(); ++k)
-                if (request.negative_prompts[k].empty()) {
-                    Tensors zeros = *negative[k];
-                    for (auto &[_, tensor] : zeros) std::fill(tensor.data.begin(), tensor.data.end(), std::byte{0});
-                    negative[k] = std::make_shared<const Tensors>(std::move(zeros));
-                }
+        if (model.facts().zeros_for_empty_prompt && request.no_negative_prompt)
+            for (SharedTensors &row : negative) {
+                Tensors zeros = *row;
+                for (auto &[_, tensor] : zeros) std::fill(tensor.data.begin(), tensor.data.end(), std::byte{0});
+                row = std::make_shared<const Tensors>(std::move(zeros));
+            }
         encoded.insert(encoded.begin(), negative.begin(), negative.end());
     }
     for (const auto &[name, _] : *encoded[0]) {
@@ -188,9 +202,14 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
     Tensors given;
     Tensor &start = given["noise"] = Tensor::zeros<float>(shape);
     std::copy_n(noise.draw(), start.count(), start.as<float>());
-    if (const TensorSpec *wanted = loop.spec().input("step_noise"); wanted != nullptr && !wanted->shape.empty()) {
+    if (const TensorSpec *wanted = loop.spec().input("step_noise"); wanted != nullptr) {
+        const auto &rows = request.trajectory.rows;
+        const auto draws = std::count_if(rows.begin(), rows.end(), [](const Row &row) { return row.noise != 0; });
+        if (wanted->shape[0].size != draws)
+            throw BundleError(join(loop.spec().path, " takes noise for ", wanted->shape[0].size, " steps, and its plan adds it in ",
+                                   draws, ". Make the loop anew."));
         Shape all = shape;
-        all.insert(all.begin(), wanted->shape[0].size);
+        all.insert(all.begin(), draws);
         Tensor &draws = given["step_noise"] = Tensor::zeros<float>(all);
         for (std::int64_t k = 0; k < all[0]; ++k)
             std::copy_n(noise.draw(), start.count(), draws.as<float>() + k * static_cast<std::int64_t>(start.count()));
@@ -208,8 +227,10 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
             std::copy(row.begin(), row.end(), ids.as<TokenId>() + static_cast<std::int64_t>(k) * length);
         }
     }
+    model.check_unchanged();
     const Tensors results = loop.run(taken(loop.spec(), given));
     const Tensor latents = expected(results, loop.spec(), "latents", "float32", shape);
+    check_latents(latents, request, request.trajectory.rows.size(), request.trajectory.rows.size());
     const Tensor images = expected(results, loop.spec(), "images", "uint8",
                                    {shape[0], request.height, request.width, model.facts().picture_channels});
     on_step({0, 1, request.trajectory.rows.back().timestep, latents, [&] { return images; }});
@@ -219,6 +240,7 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
 }  // namespace
 
 Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
+    model.check_unchanged();
     if (!request.loop.empty()) return draw_whole(model, request, on_step);
     const Graph &unet = model.graph("unet");
     model.graph("vae_decoder").check_shape("latent_sample", latents_shape(model, request));
@@ -261,11 +283,13 @@ Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
         stepper.network_input(row, sample);
         if (guided) std::copy_n(sample, count, sample + count);
         *timestep = static_cast<float>(row.timestep);
+        model.check_unchanged();
         call();
         if (guided)  // negative + guidance * (prompt - negative)
             for (std::size_t i = 0; i < count; ++i)
                 prediction[i] = (prediction[i] - out.as<float>()[i]) * guidance + out.as<float>()[i];
         stepper.advance(row, prediction, [&] { return noise.draw(); });
+        check_latents(latents, request, index + 1, trajectory.rows.size());
         on_step({index, trajectory.rows.size(), row.timestep, latents, [&] { return decode(model, latents); }});
     }
     return decode(model, latents);

@@ -4,13 +4,14 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cstdio>
 
 namespace ldm::runtime {
 
 namespace {
 
-constexpr std::size_t DEEPEST = 500;
+constexpr std::size_t DEEPEST = 500, LONGEST_PATH = 1024;
 
 const char *name_of(Kind kind) {
     switch (kind) {
@@ -178,6 +179,10 @@ const Json &field(const Json &holder, const std::string &key, Kind kind, const s
     return found->second;
 }
 
+bool is_sha256(const std::string &text) {
+    return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string::npos;
+}
+
 std::map<std::string, FileEntry> files_of(const Json &document) {
     std::map<std::string, FileEntry> files;
     for (const auto &[path, entry] : field(document, "files", Kind::object).object()) {
@@ -185,8 +190,7 @@ std::map<std::string, FileEntry> files_of(const Json &document) {
         const std::string where = "files[" + quoted(path) + "]";
         FileEntry file{field(entry, "size_bytes", Kind::integer, where).integer(),
                        field(entry, "sha256", Kind::text, where).text()};
-        const bool hex = file.sha256.find_first_not_of("0123456789abcdef") == std::string::npos;
-        if (file.size_bytes < 0 || file.sha256.size() != 64 || !hex)
+        if (file.size_bytes < 0 || !is_sha256(file.sha256))
             throw MalformedError(where + " is " + entry.dump() + "; a size from 0 and 64 hex digits are needed");
         files.emplace(path, std::move(file));
     }
@@ -203,6 +207,9 @@ std::map<std::string, std::string> texts_of(const Json &holder, const std::strin
 }
 
 void check_path(const std::string &relative) {
+    const auto goes_on = [](char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; };  // within a character
+    if (relative.size() - static_cast<std::size_t>(std::count_if(relative.begin(), relative.end(), goes_on)) > LONGEST_PATH)
+        throw MalformedError(join("the path ", quoted(relative.substr(0, 40)), "... has more than ", LONGEST_PATH, " characters"));
     std::size_t start = 0;
     for (std::size_t end = 0; end != std::string::npos; start = end + 1) {
         end = relative.find('/', start);
@@ -210,7 +217,7 @@ void check_path(const std::string &relative) {
             throw MalformedError("the path " + quoted(relative) + " is not a plain one inside the folder");
     }
     for (const char c : relative)
-        if (static_cast<unsigned char>(c) < 0x20 || std::string_view("\\:*?\"<>|").find(c) != std::string_view::npos)
+        if (static_cast<unsigned char>(c) < 0x20 || c == '\x7f' || std::string_view("\\:*?\"<>|").find(c) != std::string_view::npos)
             throw MalformedError("the path " + quoted(relative) + " has a character that is not the same on every system");
 }
 

@@ -81,6 +81,9 @@ struct FileEntry {
     std::string sha256;
 };
 
+// Whether a text is 64 lower-case hex digits.
+bool is_sha256(const std::string &text);
+
 // The member "files": entries by plain relative paths.
 std::map<std::string, FileEntry> files_of(const Json &document);
 

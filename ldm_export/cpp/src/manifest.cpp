@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 
 namespace ldm::runtime {
 
@@ -23,17 +24,37 @@ std::vector<TensorSpec> specs_of(const Json &entry, const char *side, const std:
         const std::string at = join(where, ".", side, "[", specs.size(), "]");
         TensorSpec tensor{field(spec, "name", Kind::text, at).text(), field(spec, "dtype", Kind::text, at).text(), {}};
         for (const Json &size : field(spec, "shape", Kind::array, at).array()) {
-            if (size.is(Kind::integer) && size.integer() >= 0)
+            if (size.is(Kind::integer) && size.integer() >= 0 && size.integer() <= LARGEST_SIZE)
                 tensor.shape.push_back({size.integer()});
             else if (size.is(Kind::text) && !size.text().empty())
                 tensor.shape.push_back({0, size.text()});
             else
                 throw MalformedError(
-                    join(at, " has the shape ", spec["shape"].dump(), "; sizes are whole numbers from 0, or names"));
+                    join(at, " has the shape ", spec["shape"].dump().substr(0, 200), "; sizes are whole numbers from 0 to ", LARGEST_SIZE,
+                         ", or names"));
         }
+        if (tensor.name.empty()) throw MalformedError(at + " has no name");
         specs.push_back(std::move(tensor));
     }
     return specs;
+}
+
+// A record of how far an output of a graph is from the checkpoint's.
+void check_record(const Json &record, const std::map<std::string, GraphSpec> &graphs) {
+    const std::string where = "an entry of parity";
+    const std::string &graph = field(record, "graph", Kind::text, where).text();
+    const std::string &output = field(record, "output", Kind::text, where).text();
+    const auto found = graphs.find(graph);
+    if (found == graphs.end() || std::none_of(found->second.outputs.begin(), found->second.outputs.end(),
+                                              [&](const TensorSpec &tensor) { return tensor.name == output; }))
+        throw MalformedError(join(where, " is of '", output, "' of ", graph, ", which there is not"));
+    for (const char *key : {"max_error", "tolerance"})
+        if (const double number = field(record, key, Kind::number, where).number(); !(number >= 0 && number <= LARGEST_SIZE))
+            throw MalformedError(join(where, " has ", key, " = ", number, "; it must be from 0 to ", LARGEST_SIZE));
+    field(record, "passed", Kind::boolean, where);
+    if (record.object().count("made_of") == 0) return;
+    for (const auto &[path, sha256] : texts_of(record, "made_of", where))
+        if (!is_sha256(sha256)) throw MalformedError(join(where, " was made of ", path, " with the SHA-256 '", sha256, "'"));
 }
 
 Manifest manifest_of(const Json &found) {
@@ -54,13 +75,17 @@ Manifest manifest_of(const Json &found) {
         const std::string &path = field(entry, "path", Kind::text, where).text();
         if (manifest.files.count(path) == 0)
             throw MalformedError(where + " has the path '" + path + "', which is not among the files");
-        manifest.graphs.emplace(name, GraphSpec{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)});
+        if (path != name + "/model.onnx" && path != name + ".onnx")
+            throw MalformedError(where + " has the path '" + path + "'; it must be its name with /model.onnx or .onnx");
+        const GraphSpec graph{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)};
+        std::set<std::string> names;
+        for (const auto *side : {&graph.inputs, &graph.outputs})
+            for (const TensorSpec &tensor : *side)
+                if (!names.insert(tensor.name).second) throw MalformedError(where + " has two tensors '" + tensor.name + "'");
+        manifest.graphs.emplace(name, graph);
     }
-    for (const char *key : {"passes", "parity"})
-        for (const Json &entry : field(found, key, Kind::array).array()) {
-            check_kind(entry, Kind::object, std::string("an entry of ") + key);
-            if (entry.object().count("made_of") != 0) field(entry, "made_of", Kind::object, std::string("an entry of ") + key);
-        }
+    for (const Json &entry : field(found, "passes", Kind::array).array()) check_kind(entry, Kind::object, "an entry of passes");
+    for (const Json &entry : field(found, "parity", Kind::array).array()) check_record(entry, manifest.graphs);
     field(found, "source", Kind::object);
     field(found, "ldm_export_version", Kind::text);
     return manifest;

@@ -12,6 +12,7 @@ namespace ldm::runtime {
 
 constexpr const char *MANIFEST = "manifest.json";
 constexpr const char *TARGETS = "targets";
+constexpr std::int64_t LARGEST_SIZE = 1 << 20;  // of sizes, counts and factors that a manifest says
 
 // A size, or the name of a free one.
 struct Dimension {

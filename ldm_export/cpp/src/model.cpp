@@ -1,5 +1,6 @@
 #include "model.hpp"
 
+#include "contract.hpp"
 #include "error.hpp"
 
 #include <algorithm>
@@ -65,8 +66,8 @@ Model::Model(const fs::path &folder, const std::string &backend, int threads, bo
     if (engines_ == nullptr) open_target();
     if (!verify) return;
     tokenizers();
-    for (const auto &[name, spec] : bundle_.manifest.graphs)
-        if (!is_loop(spec.path)) graph(name);
+    for (const char *name : {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"})
+        if (has(name)) graph(name);
 }
 
 void Model::open_engines(const Flavour *asked) {
@@ -172,9 +173,15 @@ const std::vector<Tokenizer> &Model::tokenizers() {
             };
         };
         std::vector<Tokenizer> found;
-        for (const char *suffix : {"", "_2"})
-            if (facts_.reads_text && has(join("text_encoder", suffix)))
-                found.emplace_back(join(bundle_.path().string(), "/tokenizer", suffix), read_below(join("tokenizer", suffix, "/")));
+        for (const char *suffix : {"", "_2"}) {
+            const std::string encoder = join("text_encoder", suffix), folder = join("tokenizer", suffix, "/");
+            if (!facts_.reads_text || !has(encoder)) continue;
+            found.emplace_back(join(bundle_.path().string(), "/tokenizer", suffix), read_below(folder));
+            if (const auto length = static_cast<std::int64_t>(found.back().max_length()); length != token_count(bundle_, encoder))
+                throw BundleError(join("Bundle ", bundle_.path().string(), ": ", folder, "tokenizer_config.json has model_max_length ",
+                                       length, ", and the ", encoder, " reads ", token_count(bundle_, encoder),
+                                       " tokens. Export the bundle anew."));
+        }
         tokenizers_ = std::move(found);
     }
     return *tokenizers_;
@@ -231,12 +238,7 @@ std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> 
     const bool pooled = outputs.back().count("text_embeds") != 0;
     for (std::size_t i = 0; i < (pooled ? outputs.size() : 1); ++i) {
         std::string name = "last_hidden_state";  // Stable Diffusion 1.x and 2.x
-        if (pooled) {                            // SDXL reads the input of both's last layer (2307.01952, section 2.1)
-            const auto layers = std::count_if(outputs[i].begin(), outputs[i].end(), [](const auto &output) {
-                return output.first.rfind("hidden_states.", 0) == 0;
-            });
-            name = join("hidden_states.", layers - 2);
-        }
+        if (pooled) name = states_for_sdxl(spec(i == 0 ? "text_encoder" : "text_encoder_2"));
         const Tensor &states = output_of(outputs[i], name, 3, batch);
         for (std::size_t k = 0; k < batch; ++k) {
             Tensor row = row_of(states, k);

@@ -40,9 +40,13 @@ constexpr std::uint64_t ENTRY_KEY = 1, ENTRY_VALUE = 2;
 constexpr std::uint64_t NODE_OP_TYPE = 4, NODE_DOMAIN = 7, NODE_OVERLOAD = 8;
 constexpr std::uint64_t FUNCTION_NAME = 1, FUNCTION_DOMAIN = 10, FUNCTION_OVERLOAD = 13;
 constexpr std::uint64_t EXTERNAL = 1;
+constexpr const char *PREPACKED = "prepacked_";    // ONNX Runtime's own, of weights in its kernels' layout
+constexpr const char *READS_FILES = "EPContext";   // an operator that is a compiled graph in another file
+constexpr std::string_view ORT_FORMAT = "ORTM";    // at byte 4 of a file that ONNX Runtime takes for its own format
+constexpr std::string_view ENTRIES[] = {"location", "offset", "length", "checksum"};
 constexpr int DEEPEST = 100;  // protobuf's own limit on nesting
 constexpr std::size_t LONGEST_TEXT = 1 << 16;
-constexpr std::uint64_t MOST_NODES = 10'000'000;
+constexpr std::uint64_t MOST_NODES = 1 << 17;  // with functions inlined, for which ONNX Runtime takes some 100 us each
 
 constexpr int VARINT = 0, FIXED64 = 1, BYTES = 2, FIXED32 = 5;
 
@@ -155,6 +159,7 @@ class Scanner {
     std::vector<ExternalData> found;
 
     void scan(std::string_view model) {
+        if (model.size() >= 8 && model.substr(4, 4) == ORT_FORMAT) throw MalformedError("it is of ONNX Runtime's own format");
         walk(Message::model, model, 0);
         if (!has_graph_) throw MalformedError("it has no graph");
         for (const auto &[name, _] : functions_) inlined(name, 0);
@@ -201,6 +206,7 @@ class Scanner {
             once.note(*field, BYTES);
             *text = text_of(*field);
         }
+        if (name == READS_FILES) throw MalformedError(join("it has a node ", READS_FILES, ", which reads a graph from another file"));
         ++body_->nodes;
         ++body_->calls[call_of(domain, name, overload)];
     }
@@ -247,8 +253,12 @@ class Scanner {
                 location = field->value;
             } else if (field->number == TENSOR_EXTERNAL_DATA) {
                 if (field->wire_type != BYTES) throw MalformedError("field 13 has another type than in ONNX");
-                if (!entries.insert(entry_of(field->payload)).second)
-                    throw MalformedError(join("tensor '", name, "' says twice where its data lie"));
+                const auto [entry, is_new] = entries.insert(entry_of(field->payload));
+                const bool known = std::find(std::begin(ENTRIES), std::end(ENTRIES), entry->first) != std::end(ENTRIES) ||
+                                   entry->first.rfind(PREPACKED, 0) == 0;
+                if (!is_new || !known)
+                    throw MalformedError(join("tensor '", name, "' has external data with ", is_new ? "the unknown " : "two of ",
+                                              "'", entry->first, "'"));
             }
         }
         const bool outside = location == EXTERNAL;
@@ -278,7 +288,7 @@ class Scanner {
             const Size inner = inlined(call, depth + 1);
             size = {size.nodes + count * inner.nodes, std::max(size.calls, inner.calls + 1)};
             if (size.nodes > MOST_NODES)
-                throw MalformedError(join("with its functions inlined it has more than ", MOST_NODES, " nodes"));
+                throw MalformedError(join("it has more than ", MOST_NODES, " nodes, with its functions inlined"));
         }
         return size;
     }

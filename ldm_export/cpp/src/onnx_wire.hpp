@@ -18,8 +18,8 @@ struct ExternalData {
 
 // Every reference in the bytes of a model, in order.
 //
-// Throws MalformedError where they are no ONNX model, where two readers of protobuf could take them for different ones, and
-// where the model has more than ten million nodes once its functions are inlined, as ONNX Runtime does it.
+// Throws MalformedError where they are no ONNX model, where two readers of protobuf could take them for different ones, where
+// a node reads files on its own, and where the model, its functions inlined as ONNX Runtime does it, has more than 2**17 nodes.
 std::vector<ExternalData> external_data_from_bytes(std::string_view model);
 
 }  // namespace ldm::runtime

@@ -12,7 +12,7 @@ namespace ldm::runtime {
 namespace {
 
 constexpr std::int64_t FORMAT_VERSION = 1;
-constexpr std::size_t MAX_HISTORY = 5;
+constexpr std::size_t MAX_HISTORY = 5, MOST_STEPS = 10'000, MOST_WARMUP_ROWS = 2 * MAX_HISTORY;
 
 [[noreturn]] void refuse(const std::string &what) { throw InputError(what + ". Compile the plan again."); }
 
@@ -56,8 +56,8 @@ class Record {
 
   private:
     static double finite(const Json &value, const char *name) {
-        if (!value.is(Kind::number) || !std::isfinite(value.number()))
-            refuse(join("a plan has ", name, " = ", value.dump(), "; it must be a finite number"));
+        if (!value.is(Kind::number) || !std::isfinite(static_cast<float>(value.number())))
+            refuse(join("a plan has ", name, " = ", value.dump(), "; it must be a number that float32 holds"));
         return value.number();
     }
 
@@ -78,7 +78,7 @@ Row row_of(const Json &value) {
     row.direct = record.number("direct");
     row.weights = record.numbers("weights");
     row.noise = record.number("noise");
-    if (row.timestep < 0 || row.input_scale <= 0 || row.clip < 0)
+    if (row.timestep < 0 || !(static_cast<float>(row.input_scale) > 0) || row.clip < 0)
         refuse(join("a plan row has timestep ", row.timestep, ", input_scale ", row.input_scale, " and clip ", row.clip,
                     "; they must be >= 0, > 0 and >= 0"));
     if (row.weights.size() > MAX_HISTORY)
@@ -112,6 +112,7 @@ void check(const std::vector<Row> &warmup, const std::vector<Row> &rows, std::si
 
 void check(const Plan &plan) {
     const std::size_t steps = plan.num_inference_steps, rows = plan.rows.size();
+    if (steps > MOST_STEPS) refuse(join("a plan has ", steps, " steps; it may have ", MOST_STEPS));
     if (steps < 1 || rows < steps || rows / 2 > steps || rows > 2 * steps)
         refuse(join("a plan of ", steps, " steps has ", rows, " rows; a step is one or two network calls"));
     if (plan.entries.size() != steps)
@@ -121,6 +122,9 @@ void check(const Plan &plan) {
         const Entry &entry = plan.entries[start];
         if (entry.resume > rows)
             refuse(join("entry ", start, " of a plan resumes at row ", entry.resume, "; it has rows 0 to ", rows));
+        if (entry.warmup.size() > MOST_WARMUP_ROWS)
+            refuse(join("entry ", start, " of a plan has ", entry.warmup.size(), " warm-up rows; at most ", MOST_WARMUP_ROWS,
+                        " are run"));
         check(entry.warmup, plan.rows, entry.resume);
     }
 }

@@ -1,6 +1,7 @@
 #include "request.hpp"
 
 #include "error.hpp"
+#include "memory.hpp"
 #include "unicode.hpp"
 
 #include <algorithm>
@@ -13,6 +14,8 @@ namespace {
 
 constexpr std::size_t LARGEST_BATCH = 1 << 16;
 constexpr std::uint32_t LARGEST_SIDE = 1 << 20;
+constexpr std::int64_t LARGEST_GUIDANCE = 1'000'000;
+constexpr double DECODER_FEATURES = 32, LATENT_BUFFERS = 8;  // held at once, at the least, of a pixel and of a latent
 
 std::vector<std::string> texts(const char *const *given, std::size_t count, const char *what) {
     std::vector<std::string> found;
@@ -53,9 +56,10 @@ std::vector<std::string> negatives(const ldm_draw_options &options, std::size_t 
 
 // The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself.
 double guidance(const Facts &facts, double asked, const std::vector<std::string> &negative_prompts) {
-    const double own = facts.default_guidance, scale = std::isnan(asked) ? own : asked;
-    if (!std::isfinite(scale) || scale < 0)
-        throw InputError(join("guidance is ", scale, "; it must be a number from 0 on, 1 being off."));
+    const bool asked_is_own = std::isnan(asked);
+    const double own = facts.default_guidance, scale = asked_is_own ? own : asked;
+    if (!(asked_is_own || (scale >= 0 && scale <= LARGEST_GUIDANCE)))
+        throw InputError(join("guidance is ", scale, "; give a number from 0 to ", LARGEST_GUIDANCE, ", 1 being off."));
     const bool negative = std::any_of(negative_prompts.begin(), negative_prompts.end(),
                                       [](const std::string &prompt) { return !prompt.empty(); });
     const char *remedy = "Leave it out, or use the bundle of the model that it was distilled from.";
@@ -120,9 +124,27 @@ void check_size(std::uint32_t height, std::uint32_t width, std::uint32_t multipl
                           ". Use ", nearest(height), "x", nearest(width), "."));
 }
 
+// Refuse what certainly takes more memory than there is, before any of it is asked for.
+void check_memory(const Facts &facts, const Request &request) {
+    const double pixels = static_cast<double>(request.batch()) * request.height * request.width;
+    const double latents = pixels / facts.pixels_per_latent / facts.pixels_per_latent * facts.latent_channels;
+    const double pixel_bytes = 4 * DECODER_FEATURES + 5.0 * facts.picture_channels;  // float32 and uint8
+    const double needed = pixels * pixel_bytes + 4 * LATENT_BUFFERS * latents, left = static_cast<double>(available_bytes());
+    if (needed > left)
+        throw InputError(join(request.batch(), " pictures of ", request.height, "x", request.width, " take at least ",
+                              std::ceil(needed / 1e6) / 1e3, " GB of memory; ", std::floor(left / 1e6) / 1e3,
+                              " GB are left. Ask for fewer or smaller ones."));
+}
+
 Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
     const std::string path = join("plans/", sampler, "-", steps, ".json");
-    if (bundle.files.has(path)) return plan_from_json(bundle.files.text(path));
+    if (bundle.files.has(path)) {
+        Plan plan = plan_from_json(bundle.files.text(path));
+        if (plan.sampler != sampler || plan.num_inference_steps != steps)
+            throw InputError(join(path, " of ", bundle.path().string(), " is a plan of ", plan.num_inference_steps, " steps of '",
+                                  plan.sampler, "'. Compile the plan again."));
+        return plan;
+    }
     std::set<std::string> kin, samplers;
     for (const auto &[name, _] : bundle.manifest.files) {
         if (name.rfind("plans/", 0) != 0) continue;
@@ -163,6 +185,7 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     if (facts.reads_text) {
         request.prompts = texts(prompts, count, "Prompt");
         request.negative_prompts = negatives(options, count);
+        request.no_negative_prompt = options.negative_prompts == nullptr;
     }
     if (facts.takes_classes) request.class_labels = labels(bundle, facts, options.class_labels, count);
     request.guidance = guidance(facts, options.guidance, request.negative_prompts);
@@ -174,10 +197,11 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     request.height = options.height == 0 ? facts.height : options.height;
     request.width = options.width == 0 ? facts.width : options.width;
     check_size(request.height, request.width, facts.pixels_per_latent);
+    request.seeds = seeds(options, count);
+    check_memory(facts, request);
     request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength);
     if (options.image != nullptr)
         request.image = image(options, count, request.height, request.width, facts.picture_channels);
-    request.seeds = seeds(options, count);
     request.deepcache = options.deepcache;
     return request;
 }

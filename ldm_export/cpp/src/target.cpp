@@ -69,6 +69,9 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
         target = target_from_json(text);
         return target.files;
     });
+    for (const auto &[name, graph] : target.graphs)
+        if (graph.shallow.empty() ? graph.deep_channels != 0 : graph.deep_channels < 1)
+            throw PassedOver(join("its ", name, " has ", graph.deep_channels, " channels of what its outermost blocks take"));
     for (const auto &[_, graph] : target.graphs)
         for (const std::string &path : graph.paths()) {
             if (!files.has(path)) throw PassedOver("its " + path + " is missing");

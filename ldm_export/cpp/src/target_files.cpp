@@ -41,7 +41,8 @@ ListedFiles read_target_files(const Bundle &bundle, const std::string &kind,
         if (bundle.verified()) files.check_hashes();
         return files;
     } catch (const UnlikeFile &found) {
-        throw PassedOver(join(found.relative, found.link ? " is a link" : " is neither a file nor a folder"));
+        const std::string name = found.relative.size() > start.size() + 1 ? found.relative.substr(start.size() + 1) : "folder";
+        throw PassedOver(join("its ", name, found.link ? " is a link" : " is neither a file nor a folder"));
     } catch (const BundleError &error) {
         throw PassedOver(error.what());
     } catch (const MalformedError &error) {

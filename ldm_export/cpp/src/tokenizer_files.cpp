@@ -147,7 +147,7 @@ class Reader {
     void read_added(const Json &config, const Json &whole, TokenizerFiles &files) const {
         const auto add = [&](const char *name, const std::string &number, const Json &value) {
             const std::optional<TokenId> id = id_of(number);
-            if (!id) bad(name, join("gives an added token the id ", number, "; ids are whole numbers from 0"));
+            if (!id) bad(name, join("gives an added token the id ", number.empty() ? "that is none" : number, "; ids are whole numbers from 0"));
             files.added[*id] = token(name, value, false);
         };
         if (config.object().count("added_tokens_decoder") != 0) {
@@ -161,14 +161,14 @@ class Reader {
             for (const auto &[content, number] : older.object()) {
                 const bool special = std::any_of(files.named.begin(), files.named.end(),
                                                  [&text = content](const AddedToken &t) { return t.content == text; });
-                add(name, number.dump(),
+                add(name, number.is(Kind::integer) ? number.dump() : "",
                     Json::Object{{"content", content}, {"special", special}, {"normalized", !special}});
             }
         }
         const Json &newer = whole["added_tokens"];
         if (is_empty(newer)) return;
         if (!newer.is(Kind::array)) bad(name, join("has the added tokens ", newer.dump(), "; a list is needed"));
-        for (const Json &value : newer.array()) add(name, value["id"].dump(), value);
+        for (const Json &value : newer.array()) add(name, value["id"].is(Kind::integer) ? value["id"].dump() : "", value);
     }
 
     void read_extra(const Json &config, TokenizerFiles &files) const {

@@ -85,7 +85,7 @@ typedef struct ldm_open_options {
     const char *backend; /* "cpu", "cuda", "tensorrt-rtx" or "tensorrt", or "auto": engines that fit, where the library is
                             built with TensorRT, else CUDA where ONNX Runtime has it, else the CPU; "auto" */
     int32_t threads;     /* for one operator, to 1024; 0: one a physical core that this process may use */
-    int32_t verify;      /* 1: check every file's SHA-256 too; 0 */
+    int32_t verify;      /* 1: check every file's SHA-256, of the bytes that are used, and open all graphs at once; 0 */
     ldm_warning_callback warning;
     void *warning_user;
 } ldm_open_options;
@@ -94,8 +94,8 @@ typedef struct ldm_draw_options {
     size_t struct_size;
     const char *sampler;                 /* one that the bundle has plans for; NULL: the bundle's own */
     uint32_t steps;                      /* 0: the bundle's own number */
-    double guidance;                     /* from 0 on, 1 or less is off; NaN: the bundle's own */
-    const char *const *negative_prompts; /* NULL: empty ones */
+    double guidance;                     /* from 0 to 1e6, 1 or less is off; NaN: the bundle's own */
+    const char *const *negative_prompts; /* NULL: none, for which SDXL takes zeros; "" is a text like any other */
     size_t negative_prompt_count;        /* one for all pictures, or one each */
     int64_t seed;                        /* picture k uses seed + k; 0 */
     const int64_t *seeds;                /* or one a picture; NULL */
