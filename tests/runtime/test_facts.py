@@ -11,7 +11,6 @@ from ldm_export.contract import (
     GraphSpec,
     TensorSpec,
     loop_spec,
-    text_encoder_spec,
     unet_spec,
     vae_decoder_spec,
     vae_encoder_spec,
@@ -50,13 +49,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "class-conditional": {**WITHOUT_TEXT, "num_class_embeds": 5},
     "features": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16},
 }
-TEXT: dict[str, Any] = {
-    "max_position_embeddings": 77,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "projection_dim": 24,
-    "with_projection": False,
-}
+
+
+def text_encoder(name: str, *, states: bool = False, projection: bool = False) -> GraphSpec:
+    """As export writes it: 77 tokens, width 32, two layers; SDXL's give every layer's states."""
+    shape = ("batch", 77, 32)
+    outputs = [TensorSpec("last_hidden_state", "float32", shape)]
+    pooled = TensorSpec("text_embeds", "float32", ("batch", 24)), TensorSpec("pooler_output", "float32", ("batch", 32))
+    outputs.append(pooled[0] if projection else pooled[1])
+    outputs += [TensorSpec(f"hidden_states.{layer}", "float32", shape) for layer in range(3 * states)]
+    return GraphSpec(f"{name}/model.onnx", (TensorSpec("input_ids", "int64", ("batch", 77)),), tuple(outputs))
 
 
 def graphs_of(kind: str, channels: int = 3) -> dict[str, GraphSpec]:
@@ -64,11 +66,10 @@ def graphs_of(kind: str, channels: int = 3) -> dict[str, GraphSpec]:
     vae = {"in_channels": channels, "out_channels": channels, "latent_channels": 4}
     graphs = {"unet": unet, "vae_decoder": vae_decoder_spec(vae), "vae_encoder": vae_encoder_spec(vae)}
     if kind == "SDXL":
-        second = {**TEXT, "with_projection": True}
-        graphs["text_encoder"] = text_encoder_spec(TEXT, "text_encoder", all_states=True)
-        graphs["text_encoder_2"] = text_encoder_spec(second, "text_encoder_2", all_states=True)
+        graphs["text_encoder"] = text_encoder("text_encoder", states=True)
+        graphs["text_encoder_2"] = text_encoder("text_encoder_2", states=True, projection=True)
     elif any(tensor.name == "encoder_hidden_states" for tensor in unet.inputs):
-        graphs["text_encoder"] = text_encoder_spec(TEXT, "text_encoder", all_states=False)
+        graphs["text_encoder"] = text_encoder("text_encoder")
     return graphs
 
 
