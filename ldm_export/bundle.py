@@ -186,21 +186,22 @@ class Bundle:
         dropped = manifest.graphs.keys() - graphs.keys()
         records = [record for record in manifest.parity if record["graph"] not in dropped]
         target = self.path / relative
+        added = replace(manifest, files=others | {relative: entry})
+        if graph is not None:
+            added = replace(added, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
+        manifest_from_json(added.to_json())  # or it could not be opened any more
         if manifest.files.get(relative, entry) != entry:
             without = replace(manifest, files=others, graphs=graphs, parity=records)
             _write(self.path / MANIFEST, without.to_json().encode())
         target.parent.mkdir(parents=True, exist_ok=True)
         _write(target, data)
-        manifest = replace(manifest, files=others | {relative: entry})
-        if graph is not None:
-            manifest = replace(manifest, graphs=graphs | {graph.name: graph}, parity=[*records, *parity])
         try:
             if relative.lower().endswith(".onnx"):
-                ListedFiles(self.listed.folder, manifest.files, MANIFEST, verified=False).check_graph(relative)
+                ListedFiles(self.listed.folder, added.files, MANIFEST, verified=False).check_graph(relative)
         except MalformedError as exc:
             target.unlink()
             raise _bad(self.path, str(exc)) from exc
-        _write(self.path / MANIFEST, manifest.to_json().encode())
+        _write(self.path / MANIFEST, added.to_json().encode())
 
 
 class BundleWriter:

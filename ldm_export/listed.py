@@ -189,6 +189,15 @@ class ListedFiles:
         self.folder, self.files, self.verified = folder, files, verified
         self._document, self._prefix = document, prefix
         self._scanned: dict[str, tuple[tuple[int, ...], frozenset[str]]] = {}
+        self._beneath: dict[str, ListedFiles] = {}
+
+    def beneath(self, files: Mapping[str, FileEntry], document: str, prefix: str) -> ListedFiles:
+        """The files that another document lists; asked for again, the same, which knows what it has checked."""
+        known = self._beneath.get(prefix)
+        if known is None or known.files != files:
+            known = ListedFiles(self.folder, files, document, prefix, verified=self.verified)
+            self._beneath[prefix] = known
+        return known
 
     def read(self, name: str, most_bytes: int = MOST_BYTES) -> bytes:
         """A file's bytes.

@@ -269,8 +269,7 @@ def listed(bundle: Bundle, kind: str, parse: Callable[[Any, Path], Found]) -> Fo
 
 def files_in(bundle: Bundle, target: AnyTarget) -> ListedFiles:
     """The files of a target, to be read as the bundle's own are."""
-    prefix = f"{TARGETS}/{target.folder.name}/"
-    return ListedFiles(bundle.listed.folder, target.files, TARGET, prefix, verified=bundle.verified)
+    return bundle.listed.beneath(target.files, TARGET, f"{TARGETS}/{target.folder.name}/")
 
 
 def damage(target: AnyTarget, name: str, *, verified: bool) -> str:

@@ -339,15 +339,23 @@ class TestAddFile:
 
     def test_a_graph_with_its_records(self, bundle):
         opened = Bundle.open(bundle)
-        spec = GraphSpec("loops/a-1.onnx", (), ())
+        spec = GraphSpec("loops/a-1.onnx", (), (TensorSpec("y", "float32", ()),))
         output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
         for error in (1.0, 2.0):  # the second replaces the first
             node = helper.make_node("Constant", [], ["y"], value_float=error)
             model = helper.make_model(helper.make_graph([node], "g", [], [output]))
-            record = {"graph": spec.name, "max_error": error}
+            record = {"graph": spec.name, "output": "y", "max_error": error, "tolerance": 1e-4, "passed": False}
             added = Bundle.open(bundle).add_file(spec.path, model.SerializeToString(), graph=spec, parity=[record])
             assert added.manifest.graphs == {**opened.manifest.graphs, "loops/a-1": spec}
             assert list(added.manifest.parity) == [*opened.manifest.parity, record]
+
+    @pytest.mark.parametrize("error", [float("nan"), -1.0, "small"])
+    def test_records_that_lie_are_not_added(self, bundle, error):
+        spec = GraphSpec("loops/a-1.onnx", (), (TensorSpec("y", "float32", ()),))
+        record = {"graph": spec.name, "output": "y", "max_error": error, "tolerance": 1e-4, "passed": True}
+        with pytest.raises(LdmExportError):
+            Bundle.open(bundle).add_file(spec.path, b"", graph=spec, parity=[record])
+        assert spec.name not in Bundle.open(bundle).manifest.graphs
 
     def test_two_openers_both_add(self, bundle):
         first, second = Bundle.open(bundle), Bundle.open(bundle)

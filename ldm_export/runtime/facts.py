@@ -66,7 +66,7 @@ def check_drawable(bundle: Bundle) -> None:
             raise BundleError(f"Bundle {bundle.path} has no graph {name}, so nothing can be drawn. Export it anew.")
     try:
         check_model(bundle.manifest.model)
-        _check_graphs(graphs, bundle.manifest.model["latent_channels"])
+        check_graphs(graphs, bundle.manifest.model["latent_channels"])
     except MalformedError as error:
         raise BundleError(f"Bundle {bundle.path}: manifest.json has {error}. Export it anew.") from error
 
@@ -183,7 +183,8 @@ class _Role:
         )
 
 
-def _check_graphs(graphs: Mapping[str, GraphSpec], channels: int) -> None:
+def check_graphs(graphs: Mapping[str, GraphSpec], channels: int) -> None:
+    """Raise MalformedError unless each graph takes and gives what its role does; ``channels`` are of the latents."""
     unet = _check_unet(_Role(graphs["unet"]), channels)
     decoder = _Role(graphs["vae_decoder"])
     decoder.input("latent_sample", "float32", "B", channels, "h", "w")

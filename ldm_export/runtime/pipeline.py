@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.errors import CancelledError, InputError, LdmExportError, NumericalError
+from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.manifest import is_loop
 from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
@@ -69,10 +69,10 @@ class Pipeline:
         self._graphs: dict[str, Graph] = {}
         self._prompts: PromptEncoder | None = None
         self._closed = False
-        if bundle.verified:  # what changes on the disk from now on is not used
-            for name in bundle.manifest.graphs:
-                self._graph(name)
+        if bundle.verified:  # what changes on the disk from now on is not used; a loop is checked when it is opened
             self.load()
+            with suppress(BackendError):  # engines may lack it
+                self._graph("vae_encoder")
             check_plans(bundle)
 
     @classmethod

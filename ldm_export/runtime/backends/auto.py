@@ -71,7 +71,8 @@ def open_fastest(bundle: Bundle, threads: int | None) -> Backend:
         if found is None:
             raise
         return OpenVinoBackend(bundle, threads)
-    if cpu.on_gpu or found is None:
+    outside = any(path.endswith(".onnx_data") for path in bundle.manifest.files)
+    if cpu.on_gpu or found is None or (outside and bundle.verified):  # OpenVINO takes no such weights from memory
         return cpu
     file = _cache_file(bundle, [cpu.name, found, threads or allowed_threads() or os.cpu_count()])
     times = remembered(file)

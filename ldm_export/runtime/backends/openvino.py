@@ -65,16 +65,17 @@ class OpenVinoBackend(Backend):
         """
         spec = self._bundle.manifest.graphs[graph]
         files = self._bundle.graph_files(spec.path)
-        if files.data:
+        verified = self._bundle.verified
+        if files.data and verified:
             raise BackendError(
-                f"{spec.path} keeps weights in files of their own, which OpenVINO does not take from memory; a bundle "
-                "that is verified, or in the Hub's cache, is opened from there. Use the backend cpu."
+                f"{spec.path} keeps weights in files of their own, which OpenVINO takes from the disk alone, where "
+                "they could be others by now. Use the backend cpu, or open the bundle without verify."
             )
         size_bytes = sum(
             entry.size_bytes for path, entry in self._bundle.manifest.files.items() if path.startswith(f"{spec.name}/")
         )
         try:
-            model = self._core.read_model(files.path if files.model is None else files.model)
+            model = self._core.read_model(files.model if verified else files.path)
             loaded = OpenVinoGraph(self, model, spec, kept=max(1, KEPT_BYTES // max(1, size_bytes)))
             if graph != "unet":
                 loaded.compiled()
