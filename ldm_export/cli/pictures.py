@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
 import ldm_reference.pictures
+import numpy.typing as npt
 from ldm_reference.config import ConfigError
 from PIL import Image
 
