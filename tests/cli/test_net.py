@@ -113,10 +113,7 @@ def test_a_stdout_that_is_full_or_closed(tiny_bundle: Path) -> None:
         ["sh", "-c", '"$0" "$@" >&-', *PROGRAM, "inspect", str(tiny_bundle)], stderr=subprocess.PIPE, text=True
     )
     assert closed.returncode == 2
-    assert (
-        closed.stderr
-        == "error: The system refuses to read or write: Bad file descriptor. Name another file or folder.\n"
-    )
+    assert closed.stderr == "error: The system refuses to read or write: Bad file descriptor. Write elsewhere.\n"
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------
