@@ -13,7 +13,7 @@ from ldm_export.bench.harness import Bench, Options, results_by_side
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
-from ldm_export.cli.options import check_output, console, folder, stages, status, write_output
+from ldm_export.cli.options import check_output, console, folder, stages, status, was_given, write_output
 from ldm_export.documents import MalformedError, read_text
 from ldm_export.errors import InputError
 from ldm_export.runtime.backends import BACKENDS
@@ -79,6 +79,8 @@ def command(
     --fail-under asks for is not reached.
     """
     gates = [gate_from_text(text) for text in asked]
+    if options["data"] is None and was_given("pictures"):
+        raise InputError("--pictures is how many are drawn for --data, which was not given. Give both, or neither.")
     json_file = output.with_suffix(".json")
     if json_file == output:
         raise InputError(f"{output} is where the figures go; the report is a page. Name a .html.")

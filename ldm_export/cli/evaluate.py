@@ -9,8 +9,18 @@ from rich.table import Table
 from ldm_export.bench.metrics import Figure
 from ldm_export.bench.painters import Settings, open_painter
 from ldm_export.bench.quality import FEATURES, QualityReport, evaluate, open_judge
-from ldm_export.cli.options import check_output, console, folder, json_option, print_json, steps_bar, write_output
+from ldm_export.cli.options import (
+    check_output,
+    console,
+    folder,
+    json_option,
+    print_json,
+    steps_bar,
+    was_given,
+    write_output,
+)
 from ldm_export.cli.pictures import check_writable, save_grid
+from ldm_export.errors import InputError
 
 ROWS = {
     "reconstruction_psnr_db": ("Reconstruction, PSNR in dB", 1),
@@ -68,6 +78,10 @@ def command(
         check_output(output)
     settings = Settings(prompts, sampler, steps, guidance, seed, batch)
     painter = open_painter(target)
+    if painter.condition != "text":
+        for name in ("guidance", "judge"):
+            if was_given(name):
+                raise InputError(f"--{name} is about prompts, and {painter.name} reads no text. Leave it out.")
     with steps_bar("evaluate") as advance:
         report = evaluate(
             painter, data, held_out, settings, open_judge(target, judge), lambda what, done, of: advance(done, of, what)

@@ -7,7 +7,7 @@ import click
 
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.cli.build import print_target
-from ldm_export.cli.options import console, folder, json_option, parity_line, print_json, stages, steps_bar
+from ldm_export.cli.options import console, folder, json_option, parity_line, print_json, stages, steps_bar, was_given
 from ldm_export.cli.passes import print_passes
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
@@ -73,6 +73,11 @@ def command(
     is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much. A loop is held
     against the runtime before it is added to the bundle; exit code 1 if one differs.
     """
+    for name in ("prompts", "work", "data", "held_out", "from_scratch"):
+        if recipe is None and was_given(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} is about the passes of a recipe. Give --recipe too, or leave it."
+            )
     model = LatentDiffusion.open(checkpoint, sampler=sampler, prediction_type=prediction_type)
     if loops:
         from ldm_export.bench.loop import add_loop, check_loops

@@ -146,8 +146,11 @@ def sentence(error: Exception) -> str | None:
             return None
         why = error.strerror or os.strerror(error.errno)
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        remedy = "Make room, or write elsewhere." if error.errno in FULL else "Name another file or folder."
-        return f"{where}{why}. {remedy}" if where else f"The system refuses to read or write: {why}. {remedy}"
+        if error.errno in FULL:
+            remedy = "Make room, or write elsewhere."
+        else:
+            remedy = "Name another file or folder." if where else "Write elsewhere."
+        return f"{where or 'The system refuses to read or write: '}{why}. {remedy}"
     if isinstance(error, UnicodeError):
         return f"Text cannot be read or written as {getattr(error, 'encoding', 'UTF-8')}. Use UTF-8."
     if isinstance(error, RecursionError):

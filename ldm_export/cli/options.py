@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ldm_export.cli.terminal import console, printable, status
@@ -42,6 +43,11 @@ def parity_line(record: Mapping[str, Any]) -> str:
         f"{record['graph']:15} {record['output']:20} differs from {reference} by {record['max_error']:.1e} "
         f"(allowed {record['tolerance']:.0e})"
     )
+
+
+def was_given(option: str) -> bool:
+    """Whether an option of the command that runs was typed, by its parameter's name."""
+    return click.get_current_context().get_parameter_source(option) is ParameterSource.COMMANDLINE
 
 
 def check_output(path: Path) -> None:

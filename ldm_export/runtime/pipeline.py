@@ -19,7 +19,7 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.manifest import is_loop
-from ldm_export.runtime.backends import Array, Backend, Graph, open_backend
+from ldm_export.runtime.backends import ENGINES, Array, Backend, Graph, open_backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.request import (
@@ -62,6 +62,8 @@ class Pipeline:
         if not isinstance(backend, (str, Backend)):
             raise InputError(f"backend is {shown(backend)}; give the name of one, such as 'auto' or 'cpu'.")
         threads = None if threads is None else whole_number("threads", threads, 1, MOST_THREADS)
+        if threads is not None and (isinstance(backend, Backend) or backend in ENGINES):
+            raise InputError("threads was given, and this backend has been opened or runs on a GPU. Leave it out.")
         self.bundle = bundle
         self._interrupted = False
         self._backend = open_backend(bundle, backend, threads) if isinstance(backend, str) else backend

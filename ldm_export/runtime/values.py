@@ -26,7 +26,8 @@ def shown(value: object) -> str:
         text = " ".join(repr(value).split())
     except Exception:  # whatever a stranger's type raises; an int of more than 4300 digits does
         text = "a value"
-    return f"{text[:_SHOWN]}{'...' * (len(text) > _SHOWN)} of type {type(value).__name__}"
+    kind = "" if type(value) in (int, float) else f" of type {type(value).__name__}"
+    return f"{text[:_SHOWN]}{'...' * (len(text) > _SHOWN)}{kind}"
 
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:

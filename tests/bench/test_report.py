@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ldm_export.bench import harness
 from ldm_export.bench.blocks import likeness, ratio, table
 from ldm_export.bench.charts import Axis, Curve, Point, curves, scatter
 from ldm_export.bench.gates import gate_from_text, judge
@@ -273,3 +274,40 @@ def test_a_browser_shows_it_at_any_width(tmp_path: Path, sides: int) -> None:
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.width == 1200
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+# --- what another wrote ---------------------------------------------------------------------------------------------
+
+SCRIPT = '"><script>alert(9)</script>'
+
+
+@pytest.mark.parametrize("value", [SCRIPT, "a'b", "a\x1bb", {"png": [SCRIPT]}, [[SCRIPT]]], ids=ascii)
+def test_results_that_no_bench_writes_are_not_taken_up(value: Any) -> None:
+    assert not harness._is_plain({"latency": {"a": value}})
+    assert harness._is_plain({"png": ["iVBORw0KGgo+/AB=="], "graph": "text_encoder_2", "error": 1e-6, "drift": None})
+
+
+def leaves(value: Any) -> list[tuple[Any, Any]]:
+    """Holder and key of everything in a document that holds nothing itself."""
+    if not isinstance(value, (dict, list)):
+        return []
+    found = []
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        found += leaves(child) if isinstance(child, (dict, list)) else [(value, key)]
+    return found
+
+
+def test_no_result_puts_a_script_into_the_page() -> None:
+    """Whatever value of a document is text in place of what it was."""
+    shown = 0
+    for number in range(len(leaves(made()["results"]))):
+        document = made()
+        holder, key = leaves(document["results"])[number]
+        holder[key] = SCRIPT
+        try:
+            found = page(document)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            continue
+        assert "<script" not in found
+        shown += "&lt;script" in found
+    assert shown > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ METADATA_LIES = {
     "above the folder": ('{"file_name": "../a.png", "text": "a"}', "line 1: '../a.png' leaves the folder"),
     "absolute": ('{"file_name": "/etc/passwd", "text": "a"}', "line 1: '/etc/passwd' leaves the folder"),
     "no such file": ('{"file_name": "mauve.png", "text": "a"}', "line 1: 'mauve.png' is not a file in"),
+    "nested deep": ("[" * 100_000, "line 1: not an object"),
+    "a number of many digits": ('{"file_name": "red-bar.png", "text": "a", "n": ' + "9" * 5000 + "}", "line 1: not an"),
+    "a long name": (json.dumps({"file_name": "a" * 5000, "text": "a"}), "is no name of a file"),
+    "NUL in a name": (json.dumps({"file_name": "a\0.png", "text": "a"}), "is no"),
+    "half a character": ('{"file_name": "red-bar.png", "text": "\\ud83e"}', "'text' has half of a surrogate pair"),
+    "half a character in a name": ('{"file_name": "\\ud83e.png", "text": "a"}', "is no"),
+    "a folder": ('{"file_name": ".", "text": "a"}', "'.' is not a file in"),
+    "a link that leaves": ('{"file_name": "out.png", "text": "a"}', "'out.png' is a link that leaves the folder"),
+    "a link in a circle": ('{"file_name": "circle.png", "text": "a"}', "circle.png' is no"),
+    "a pipe": ('{"file_name": "pipe.png", "text": "a"}', "'pipe.png' is not a file in"),
     "empty": ("\n\n", "metadata.jsonl is empty"),
 }
 
@@ -69,10 +80,14 @@ METADATA_LIES = {
 def test_metadata_that_lies(tmp_path: Path, pictures: Path, lie: str) -> None:
     text, sentence = METADATA_LIES[lie]
     (tmp_path / "red-bar.png").write_bytes((pictures / "red-bar.png").read_bytes())
+    (tmp_path / "out.png").symlink_to(pictures / "red-bar.png")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "metadata.jsonl").write_text(text)
     with pytest.raises(ConfigError) as caught:
         CaptionedImages.open(tmp_path, 16)
     assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 700
 
 
 def test_metadata_missing_or_not_text(tmp_path: Path) -> None:
@@ -80,6 +95,10 @@ def test_metadata_missing_or_not_text(tmp_path: Path) -> None:
         CaptionedImages.open(tmp_path, 16)
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"metadata\.jsonl is not UTF-8 text"):
+        CaptionedImages.open(tmp_path, 16)
+    (tmp_path / "metadata.jsonl").unlink()
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl is not a regular file"):
         CaptionedImages.open(tmp_path, 16)
 
 

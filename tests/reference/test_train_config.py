@@ -148,6 +148,16 @@ def test_conditions_by_the_unet(tmp_path: Path) -> None:
 def test_a_config_that_is_missing_or_of_the_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.toml cannot be read \(No such file"):
         TrainConfig.read(tmp_path / "config.toml")
+    for text, sentence in (
+        ("x=" + "[" * 100_000, "is not a readable TOML file"),
+        ("x=" + "9" * 5000, "is not a readable TOML file"),
+        ("x=1\0", "is not a readable TOML file"),
+        ("x='\udcff'", "is not UTF-8 text"),
+    ):
+        (tmp_path / "config.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ConfigError, match=sentence) as raised:
+            TrainConfig.read(tmp_path / "config.toml")
+        assert len(str(raised.value)) < 400
     names = ("vae_stage", "unet_stage", "vae", "unet", "scheduler")
     with pytest.raises(ConfigError, match="vae_stage = 5 must be a table"):
         config_from("seed = 3\nresolution = 16\n" + "".join(f"{name} = 5\n" for name in names), tmp_path)
