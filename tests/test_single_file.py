@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -340,12 +341,27 @@ def test_files_of_other_kinds(tmp_path: Path, key: str, what: str) -> None:
         LatentDiffusion.open(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_names_of_wrapped_modules(tmp_path: Path, wrapper: str) -> None:
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"module.{key}",
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+    ],
+)
+def test_names_that_are_not_quite_the_usual(tmp_path: Path, rename: Callable[[str], str]) -> None:
     file, networks = write(tmp_path, "sd1")
-    save_file({wrapper + key: tensor for key, tensor in load_file(file).items()}, file)
-    loaded = LatentDiffusion.open(file).load("unet").state_dict()
-    assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks["unet"].state_dict().items())
+    save_file({rename(key): tensor for key, tensor in load_file(file).items()}, file)
+    for component in ("unet", "text_encoder"):
+        loaded = LatentDiffusion.open(file).load(component).state_dict()
+        assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks[component].state_dict().items())
+
+
+def test_weights_that_are_there_twice(tmp_path: Path) -> None:
+    file = marked(tmp_path, **{"module.first_stage_model.quant_conv.bias": torch.zeros(8)})
+    with pytest.raises(CheckpointError, match="has the same weights twice"):
+        LatentDiffusion.open(file)
 
 
 def test_an_unfinished_training(tmp_path: Path) -> None:
