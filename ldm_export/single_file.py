@@ -131,10 +131,12 @@ class SingleFile:
                 )
         for part, prefix in (("UNet", UNET), ("autoencoder", VAE)):
             if not any(key.startswith(prefix) for key in self.shapes):
-                averaged = ", only an average of its weights" if "model_ema.decay" in self.shapes else ""
+                average = part == "UNet" and any(key.startswith("model_ema.diffusion_model") for key in self.shapes)
+                averaged = ", only an average of its weights (model_ema.*)" if average else ""
                 raise CheckpointError(
-                    f"{self.path} has no {part} ({prefix}*){averaged}; a single-file checkpoint holds UNet, autoencoder "
-                    "and text encoder of Stable Diffusion 1.x, 2.x or SDXL. Use a whole checkpoint, or a diffusers folder."
+                    f"{self.path} has no {part} ({prefix}*){averaged}; a single-file checkpoint holds UNet, "
+                    "autoencoder and text encoder of Stable Diffusion 1.x, 2.x or SDXL. "
+                    "Use a whole checkpoint, or a diffusers folder."
                 )
         for family in FAMILIES.values():
             if all(any(key.startswith(p) for key in self.shapes) for p in family.text_encoders.values()):
