@@ -107,7 +107,12 @@ class SingleFile:
     def __init__(self, path: Path, prediction_type: str | None = None):
         self.path, self.prediction_type = path, prediction_type
         with opened(path) as file:
-            self._stored = {without_wrappers(key): key for key in file.keys()}  # noqa: SIM118 - is no mapping
+            keys = list(file.keys())
+            self._stored = {_usual_name(key): key for key in keys}
+            if len(self._stored) < len(keys):
+                raise CheckpointError(
+                    f"{path} has the same weights twice, bare and as a wrapped module's. Save those that are meant."
+                )
             self.shapes: Shapes = {
                 key: tuple(file.get_slice(stored).get_shape()) for key, stored in self._stored.items()
             }
@@ -126,9 +131,12 @@ class SingleFile:
                 )
         for part, prefix in (("UNet", UNET), ("autoencoder", VAE)):
             if not any(key.startswith(prefix) for key in self.shapes):
+                average = part == "UNet" and any(key.startswith("model_ema.diffusion_model") for key in self.shapes)
+                averaged = ", only an average of its weights (model_ema.*)" if average else ""
                 raise CheckpointError(
-                    f"{self.path} has no {part} ({prefix}*); a single-file checkpoint holds UNet, autoencoder and text "
-                    "encoder of Stable Diffusion 1.x, 2.x or SDXL. Use a whole checkpoint, or a diffusers folder."
+                    f"{self.path} has no {part} ({prefix}*){averaged}; a single-file checkpoint holds UNet, "
+                    "autoencoder and text encoder of Stable Diffusion 1.x, 2.x or SDXL. "
+                    "Use a whole checkpoint, or a diffusers folder."
                 )
         for family in FAMILIES.values():
             if all(any(key.startswith(p) for key in self.shapes) for p in family.text_encoders.values()):
@@ -355,6 +363,16 @@ class SingleFile:
             while block := stream.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
+
+
+def _usual_name(key: str) -> str:
+    """A key without wrappers' parts, and of a text encoder with the part that some files leave out."""
+    key = without_wrappers(key)
+    for prefix in ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."):
+        rest = key.removeprefix(prefix)
+        if rest != key and rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+            return f"{prefix}text_model.{rest}"
+    return key
 
 
 def _depths(down: list[list[int]], up: list[int]) -> dict[str, Any]:

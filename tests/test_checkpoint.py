@@ -294,7 +294,10 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: edit_json(f / "text_encoder/config.json", vocab_size=1 << 62),
         ["text_encoder/config.json describes a network that cannot be built"],
     ),
-    "no weights": (lambda f: (f / UNET_WEIGHTS).unlink(), ["unet has no weights; *.safetensors is needed"]),
+    "no weights": (
+        lambda f: (f / UNET_WEIGHTS).unlink(),
+        ["unet has no weights; diffusion_pytorch_model.safetensors is needed"],
+    ),
     "only a pickle": (
         lambda f: (f / UNET_WEIGHTS).rename(f / "unet/diffusion_pytorch_model.bin"),
         ["only as a pickle, which is never opened", "safe_serialization=True"],

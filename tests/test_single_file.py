@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from ldm_export.cli.main import main
 from ldm_export.compvis_names import text_key, unet_key, vae_key
 from ldm_export.errors import CheckpointError
 from ldm_export.export.chain import export_bundle
+from ldm_export.plan import compile_plan
 from ldm_export.runtime import Pipeline
 from ldm_export.single_file import FAMILIES, SingleFile
 
@@ -265,6 +267,10 @@ def test_configs_of_the_originals_are_read_off_their_shapes(family: str) -> None
         ("sd2", None, {"modelspec.prediction_type": "epsilon"}, "epsilon", 96),
         ("sdxl", None, {}, "epsilon", 128),
         ("sdxl", None, {"modelspec.prediction_type": "v"}, "v_prediction", 128),
+        ("sd1", None, {"ss_v_parameterization": "True"}, "v_prediction", 64),
+        ("sd2", None, {"ss_v_parameterization": "False"}, "epsilon", 96),
+        ("sd2", None, {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", 96),
+        ("sd2", None, {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction", 96),
     ],
 )
 def test_what_the_unet_predicts(
@@ -276,6 +282,103 @@ def test_what_the_unet_predicts(
     model = LatentDiffusion.open(file)
     assert model.scheduler["prediction_type"] == expected
     assert model.configs["unet"]["sample_size"] == size
+
+
+def marked(folder: Path, family: str = "sd1", metadata: dict[str, str] | None = None, **tensors: Tensor) -> Path:
+    file, _ = write(folder, family)
+    save_file(load_file(file) | tensors, file, metadata)
+    return file
+
+
+def test_marker_keys_say_what_the_unet_predicts(tmp_path: Path) -> None:
+    none = torch.tensor([])
+    scheduler = LatentDiffusion.open(marked(tmp_path, v_pred=none)).scheduler
+    assert (scheduler["prediction_type"], scheduler.get("rescale_betas_zero_snr")) == ("v_prediction", None)
+    model = LatentDiffusion.open(marked(tmp_path, v_pred=none, ztsnr=none))
+    assert model.scheduler["prediction_type"] == "v_prediction"
+    assert model.scheduler["rescale_betas_zero_snr"] is True
+    assert compile_plan(model.scheduler, model.drawing.sampler, 10).rows[0].timestep == 999
+    scheduler = LatentDiffusion.open(marked(tmp_path), prediction_type="v_prediction").scheduler
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"modelspec.prediction_type": "epsilon"}, {"ss_v_parameterization": "False"}, {"modelspec.prediction_type": "x0"}],
+)
+def test_a_file_that_contradicts_itself(tmp_path: Path, metadata: dict[str, str]) -> None:
+    file = marked(tmp_path, metadata=metadata, v_pred=torch.tensor([]))
+    with pytest.raises(CheckpointError, match="Say which it is with --prediction-type"):
+        _ = LatentDiffusion.open(file).scheduler
+    assert LatentDiffusion.open(file, prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize(
+    "step", [torch.zeros(2), torch.zeros(1, 2), torch.tensor([875000]), torch.tensor(float("nan"))]
+)
+def test_a_global_step_of_any_shape(tmp_path: Path, step: Tensor) -> None:
+    model = LatentDiffusion.open(marked(tmp_path, "sd2", global_step=step))
+    assert model.scheduler["prediction_type"] == ("epsilon" if step.tolist() == [875000] else "v_prediction")
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("edm_mean", "is preconditioned as in EDM"),
+        ("edm_vpred.sigma_max", "is preconditioned as in EDM"),
+        ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
+        ("lora_unet_down_blocks_0.lora_up.weight", "has the weights of a LoRA"),
+        ("model.diffusion_model.input_blocks.1.1.proj_in.lora_A.weight", "has the weights of a LoRA"),
+        ("model.diffusion_model.joint_blocks.0.x", "has a transformer"),
+        ("down_blocks.0.resnets.0.conv1.weight", "is one network in diffusers' layout"),
+        ("conditioner.embedders.0.model.ln_final.weight", "is SDXL's refiner"),
+        ("emb_params", "is a textual inversion"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path: Path, key: str, what: str) -> None:
+    save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(f"other.safetensors {what}")):
+        LatentDiffusion.open(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"module.{key}",
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: key.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+    ],
+)
+def test_names_that_are_not_quite_the_usual(tmp_path: Path, rename: Callable[[str], str]) -> None:
+    file, networks = write(tmp_path, "sd1")
+    save_file({rename(key): tensor for key, tensor in load_file(file).items()}, file)
+    for component in ("unet", "text_encoder"):
+        loaded = LatentDiffusion.open(file).load(component).state_dict()
+        assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks[component].state_dict().items())
+
+
+def test_weights_that_are_there_twice(tmp_path: Path) -> None:
+    file = marked(tmp_path, **{"module.first_stage_model.quant_conv.bias": torch.zeros(8)})
+    with pytest.raises(CheckpointError, match="has the same weights twice"):
+        LatentDiffusion.open(file)
+
+
+def test_an_unfinished_training(tmp_path: Path) -> None:
+    file, _ = write(tmp_path, "sd1")
+    key = "model.diffusion_model.out.2.bias"
+    save_file(load_file(file) | {key: torch.full((4,), torch.nan)}, file)
+    with pytest.raises(CheckpointError, match=r"'conv_out\.bias' holds NaN or infinity"):
+        LatentDiffusion.open(file).load("unet")
+
+
+def test_layers_that_differ_within_a_block(tmp_path: Path) -> None:
+    """As SSD-1B."""
+    depths = {"transformer_layers_per_block": [1, [2, 1]], "reverse_transformer_layers_per_block": [[2, 1, 3], 1]}
+    configs = {**TINY["sdxl"], "unet": {**XL, **depths, "mid_block_type": None}}
+    file, networks = write(tmp_path, "sdxl", configs)
+    loaded = LatentDiffusion.open(file).load("unet").state_dict()
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks["unet"].state_dict().items())
 
 
 def test_a_single_file_goes_through_the_chain(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_conditioned_copy_begins_as_its_teacher(unet: UNet2DConditionModel, ba
     assert not torch.equal(student(*inputs, timestep_cond=told), unet(*inputs))
 
 
-@pytest.mark.parametrize("dim", [10, 65, 256])
+@pytest.mark.parametrize("dim", [1, 4, 5, 10, 65, 256])
 def test_the_guidance_embedding_is_diffusers(dim: int) -> None:
     scales = torch.tensor([1.0, 1.5, 4.0, 8.0, 50.0])
     theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales - 1.0, dim)

@@ -5,6 +5,8 @@ Every model of the judge is random, at reduced width, saved by the judge and ope
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from ldm_reference import autoencoder, tiny_autoencoder, unet
 from ldm_reference.autoencoder import AutoencoderKL
-from ldm_reference.config import ConfigError
+from ldm_reference.config import ANY, ConfigError
 from ldm_reference.layout import save_component
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
@@ -131,6 +134,20 @@ UNETS: dict[str, dict[str, Any]] = {
         "only_cross_attention": (True, True, True, False),
         "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
         "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+        "use_linear_projection": True,
+    },
+    "ssd-1b": {
+        **SDXL_EMBEDDING,
+        "layers_per_block": 2,
+        "mid_block_type": None,
+        "transformer_layers_per_block": (1, (2, 2), (3, 1)),
+        "reverse_transformer_layers_per_block": ((3, 1, 2), (2, 1, 1), 1),
+        "use_linear_projection": True,
+    },
+    "vega": {  # with a middle block, and longer lists than there are layers
+        **SDXL_EMBEDDING,
+        "transformer_layers_per_block": (0, (1, 2), (2,)),
+        "reverse_transformer_layers_per_block": ((2, 2, 1), (1, 1), 0),
         "use_linear_projection": True,
     },
     "only-cross-attention": {"only_cross_attention": True},
@@ -590,15 +607,54 @@ def test_full_size_key_for_key(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("judge", "config", "inert"),
+    [
+        ("UNet2DConditionModel", unet.UNetConfig, unet.INERT),
+        ("AutoencoderKL", autoencoder.AutoencoderConfig, autoencoder.INERT),
+        ("AutoencoderTiny", tiny_autoencoder.TinyAutoencoderConfig, tiny_autoencoder.INERT),
+    ],
+)
+def test_every_key_of_diffusers_is_read_or_refused_away_from_its_default(
+    judge: str, config: Any, inert: dict[str, Any]
+) -> None:
+    signature = inspect.signature(inspect.unwrap(getattr(diffusers, judge).__init__)).parameters
+    theirs = {key: given.default for key, given in signature.items() if key != "self"}
+    ours = {field.name: field.default for field in dataclasses.fields(config)}
+    assert theirs.keys() == (ours.keys() | inert.keys()) - {"block_out_channels"} | theirs.keys() & {
+        "block_out_channels"
+    }
+    for key, default in theirs.items():
+        default = tuple(default) if isinstance(default, list) else default
+        if key in ours:
+            assert ours[key] == default, key
+        elif inert[key] is not ANY:
+            assert default in (inert[key] if isinstance(inert[key], set) else {inert[key]}), key
+
+
+@pytest.mark.parametrize(
     ("cls", "changes", "sentence"),
     [
-        (UNet2DConditionModel, {"act_fn": "gelu"}, "act_fn = 'gelu' is not supported; only 'silu' is"),
+        (UNet2DConditionModel, {"act_fn": "gelu"}, "act_fn = 'gelu' is not supported; only 'silu' or 'swish' is"),
         (UNet2DConditionModel, {"down_block_types": ["ResnetDownsampleBlock2D"] * 4}, "'ResnetDownsampleBlock2D'"),
         (UNet2DConditionModel, {"attention_head_dim": [5, 10]}, "attention_head_dim has 2 values"),
         (UNet2DConditionModel, {"attention_head_dim": 7}, "attention_head_dim = 7 (heads) does not divide the 320"),
         (UNet2DConditionModel, {"block_out_channels": 320}, "block_out_channels = 320 must be a list"),
         (UNet2DConditionModel, {"cross_attention_dim": "768"}, "cross_attention_dim = '768' must be int or a list"),
         (UNet2DConditionModel, {"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type"),
+        (
+            UNet2DConditionModel,
+            {"transformer_layers_per_block": [1, [1, 2], 1, 1]},
+            "reverse_transformer_layers_per_block must then say those",
+        ),
+        (
+            UNet2DConditionModel,
+            {
+                "transformer_layers_per_block": [1, [1], 1, 1],
+                "reverse_transformer_layers_per_block": [1, 1, 1, 1],
+            },
+            "transformer_layers_per_block = (1,) has 1 numbers for 2 layers",
+        ),
+        (UNet2DConditionModel, {"transformer_layers_per_block": -1}, "must hold integers of at least 0"),
         (UNet2DConditionModel, {"norm_num_groups": 48}, "norm_num_groups = 48 does not divide"),
         (AutoencoderKL, {"up_block_types": ["AttnUpDecoderBlock2D"] * 4}, "'AttnUpDecoderBlock2D'"),
         (AutoencoderKL, {"block_out_channels": [128]}, "4 block types"),

@@ -120,7 +120,7 @@ def test_other_sizes(pipeline: Pipeline, judge: Any, size: tuple[int, int]) -> N
     assert_same(result, judged(judge, "ddim", PROMPTS, SEEDS, **options), judge.vae)
 
 
-@pytest.mark.parametrize("negative", [None, NEGATIVES], ids=["zeros", "negative prompts"])
+@pytest.mark.parametrize("negative", [None, ["", ""], NEGATIVES], ids=["zeros", "empty texts", "negative prompts"])
 def test_stable_diffusion_xl(kinds: Callable[[str], tuple[Path, Path]], negative: list[str] | None) -> None:
     checkpoint, bundle = kinds("sdxl")
     pipe = opened(diffusers.StableDiffusionXLPipeline, checkpoint)

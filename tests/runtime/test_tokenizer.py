@@ -361,3 +361,28 @@ def test_merges_are_read_as_transformers_reads_them(name: str, tmp_path: Path) -
         return
     theirs = CLIPTokenizer.from_pretrained(tmp_path)("a cat ca")["input_ids"]
     assert Tokenizer(tmp_path)("a cat ca")[0, : len(theirs)].tolist() == theirs
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a <fox> runs",
+        "<fox><fox> and <owl>, a cat",
+        "a <fox> <fox>_1 <fox>_2 runs",
+        "a <fox>_1 alone, <FOX> and <one>",
+        "fox <fo x>",
+        "<fox>",
+    ],
+)
+def test_a_textual_inversion_of_several_vectors_is_written_out(
+    tmp_path, make_tokenizer_folder, clip_vocabulary, prompt
+):
+    loader = pytest.importorskip("diffusers").loaders.TextualInversionLoaderMixin
+    transformers = pytest.importorskip("transformers")
+    folder = make_tokenizer_folder(tmp_path / "tokenizer", tokenizer_config={"model_max_length": 24})
+    judge = transformers.CLIPTokenizer.from_pretrained(folder)
+    judge.add_tokens(["<fox>", "<fox>_1", "<fox>_2", "<owl>", "<owl>_1", "<one>", "<two>_1"])
+    judge.save_pretrained(folder)
+    written = loader._maybe_convert_prompt(None, prompt, judge)
+    expected = judge([written], padding="max_length", truncation=True, return_tensors="np").input_ids
+    np.testing.assert_array_equal(Tokenizer(folder)([prompt]), expected)
