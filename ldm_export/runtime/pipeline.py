@@ -46,7 +46,7 @@ class Timings:
     for a size that is new to them; it is not part of the total. ``text_ms`` is the prompts, up to the first call of the
     UNet, with what of the UNet depends on them alone.
     ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
-    ``whole_ms`` is the one call of a loop graph, from the text encoder to the pictures; then there are no network calls.
+    ``whole_ms`` is the one call of a loop graph, from the text encoder to the pictures; ``unet_ms`` then has no entry.
     """
 
     load_ms: float = 0.0
