@@ -144,6 +144,7 @@ def _compare_graph(path: Path, graph: GraphSpec, runs: list[Run], threads: int) 
     return compare_outputs(graph, [outputs for _, outputs in runs], results)
 
 
+@np.errstate(invalid="ignore")  # infinities: what comes of them is NaN, which no comparison lets through
 def compare_outputs(
     graph: GraphSpec, references: list[tuple[Tensor, ...]], results: list[list[np.ndarray[Any, Any]]]
 ) -> list[Parity]:
@@ -161,6 +162,7 @@ def compare_outputs(
     return parities
 
 
+@np.errstate(invalid="ignore")
 def snr_db(exact: Array, given: Array) -> float:
     """10 log10(|exact|^2 / |given - exact|^2), in dB, within +-:data:`SILENT_DB`; NaN if a value is no number."""
     signal = exact.astype(np.float64)
@@ -198,6 +200,7 @@ def weights_read(module: GraphModule, inputs: Sequence[Tensor]) -> dict[str, Arr
     return {name: p.requires_grad_(False).detach().numpy() for name, p in named.items() if id(p) in found}
 
 
+@np.errstate(invalid="ignore")
 def largest_error(expected: Sequence[Array], results: Sequence[Array]) -> float:
     """Of one call, as a share of each output's largest value; NaN if a result is, infinite if a shape is another."""
     errors = [
