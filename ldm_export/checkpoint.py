@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -198,6 +198,18 @@ class LatentDiffusion:
         configs["unet"]["sample_size"] = height if height == width else (height, width)
         return configs
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of a picture's side for one of its latents'."""
+        return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of its pictures, in pixels."""
+        size = self.configs["unet"]["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pixels_per_latent, width * self.pixels_per_latent
+
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """The content of ``scheduler_config.json``, as the pipeline of the checkpoint's class uses it."""
@@ -311,12 +323,10 @@ class LatentDiffusion:
         """Write this checkpoint with other networks in place of its own, weights of those in fp16, and open that."""
         if self.file is not None:
             raise CheckpointError(f"{self.path} is one file; passes need a folder in diffusers layout. Save it as one.")
-        left = {*networks, PASSES, "training", "logs", "samples"}  # PASSES is written last: with it, all is there
-        shutil.copytree(
-            self.path,
-            folder,
-            ignore=lambda at, names: {*names} & left if Path(at) == self.path else set(),
-        )
+        for file in self._files_read(left_out=networks):
+            copy = folder / file.relative_to(self.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_regular(file), copy)
         index = dict(self.index)
         for component, network in networks.items():
             save_component(network.half(), folder / component)
@@ -329,6 +339,24 @@ class LatentDiffusion:
         write_json(folder / "model_index.json", index)
         write_json(folder / PASSES, {"drawing": asdict(drawing), "passes": list(passes)})
         return LatentDiffusion.open(folder)
+
+    def _files_read(self, left_out: Collection[str]) -> list[Path]:
+        """The files that opening and exporting read, without those of some networks, ``model_index.json`` and
+        `PASSES`."""
+        alignment = self.path / "alignment"  # that pictures are judged by, of models that were trained here
+        files = [self.path / "scheduler" / "scheduler_config.json"]
+        files += sorted(file for pattern in ("*.json", "*.safetensors") for file in alignment.glob(pattern))
+        for component in self.components:
+            if component not in left_out:
+                weights = self.weight_files(component)
+                files += [self.path / component / "config.json", *weights]
+                for index in sorted((self.path / component).glob("*.safetensors.index*.json")):
+                    named = _read_json(index).get("weight_map", {})
+                    files += [index] if {*named.values()} <= {file.name for file in weights} else []
+            if component.startswith("text_encoder"):
+                folder = self.tokenizer_folder(component)
+                files += sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model"))
+        return files
 
     def record_passes(self, passes: Sequence[Mapping[str, Any]]) -> None:
         """Write down what passes did to it."""
@@ -403,6 +431,13 @@ def shipped_checkpoints() -> dict[str, Path]:
     )
     found: Iterator[Path] = folder.glob("*/model_index.json") if folder else iter(())
     return {file.parent.name: file.parent for file in sorted(found)}
+
+
+def _regular(file: Path) -> Path:
+    """Raise CheckpointError unless a file, or what it links to, is one that can be read to its end."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no regular file; the checkpoint is incomplete. Fetch it again.")
+    return file
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,43 @@ def test_a_manifest_that_lies_about_guidance(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=f"manifest.json has model.{key} = {value!r}. Export it anew"):
         Pipeline.open(folder)
+
+
+def test_only_what_is_read_is_copied(checkpoint: LatentDiffusion, tmp_path: Path) -> None:
+    """Links are resolved; a pipe, which no copy would come to the end of, is not touched."""
+    source = shutil.copytree(checkpoint.path, tmp_path / "source")
+    for left in (".git/objects/pack", "samples/1.png", "unet/optimizer.pt", "unet/.cache/x", "notes.txt"):
+        (source / left).parent.mkdir(parents=True, exist_ok=True)
+        (source / left).write_bytes(b"left behind")
+    weights = source / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    os.mkfifo(source / "tokenizer" / "pipe.json.lock")
+    changed = LatentDiffusion.open(source).save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS)
+    files = {str(file.relative_to(changed.path)) for file in changed.path.rglob("*") if file.is_file()}
+    kept = {str(file.relative_to(checkpoint.path)) for file in checkpoint.path.rglob("*") if file.is_file()}
+    assert files <= kept | {PASSES}
+    assert {"model_index.json", "tokenizer/vocab.json", "unet/config.json", PASSES} < files
+    assert not any(file.is_symlink() for file in changed.path.rglob("*"))
+    assert {name: changed.sha256(name) for name in changed.components} == {
+        name: checkpoint.sha256(name) for name in checkpoint.components
+    }
+
+
+def test_a_pipe_for_a_config_is_refused(checkpoint: LatentDiffusion, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint.path, tmp_path / "source")
+    os.mkfifo(source / "tokenizer" / "added_tokens.json")
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json is no regular file"):
+        LatentDiffusion.open(source).save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS)
+
+
+@pytest.mark.parametrize(("sample_size", "expected"), [(None, (128, 128)), (8, (16, 16)), ([8, 12], (16, 24))], ids=str)
+def test_the_size_of_pictures(
+    checkpoint: LatentDiffusion, tmp_path: Path, sample_size: Any, expected: tuple[int, int]
+) -> None:
+    source = shutil.copytree(checkpoint.path, tmp_path / "source")
+    config = json.loads((source / "unet" / "config.json").read_text())
+    (source / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": sample_size}))
+    model = LatentDiffusion.open(source)
+    assert (model.pixels_per_latent, model.picture_size) == (2, expected)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ldm_export.export import onnx as onnx_export
 from ldm_export.export.onnx import GraphModule, graph_module, random_inputs
 from ldm_export.export.parity import TOLERANCE, check_parity, compare_outputs
 from ldm_export.graph import files as graph_files
+from ldm_export.graph.running import worst_error
 from ldm_export.manifest import is_target
 from ldm_export.runtime import Pipeline
 from tests.bundle_fixture import CLASSES, KINDS
@@ -262,6 +264,56 @@ def test_the_measure_of_parity(given: np.ndarray[Any, Any], passes: bool) -> Non
     if not passes:
         with pytest.raises(ParityError, match="unet output 'out_sample'"):
             check_parity(parities)
+
+
+@pytest.mark.parametrize(
+    ("given", "snr_db"),
+    [
+        (np.full((2, 4), 1.1, np.float32), 20.0),
+        (np.full((2, 4), 0.99, np.float32), 40.0),
+        (np.ones((2, 4), np.float32), 200.0),
+        (np.full((2, 4), np.inf, np.float32), -200.0),
+        (np.ones((1, 4), np.float32), -200.0),
+        (np.full((2, 4), np.nan, np.float32), np.nan),
+    ],
+)
+def test_the_signal_to_noise_ratio(given: np.ndarray[Any, Any], snr_db: float) -> None:
+    """The worst of two runs, wherever it is."""
+    ones = np.ones((2, 4), np.float32)
+    for results in ([[given], [ones]], [[ones], [given]]):
+        (parity,) = compare_outputs(OUTPUT, [(torch.ones(2, 4),)] * 2, results)
+        assert parity.snr_db == pytest.approx(snr_db, abs=1e-4, nan_ok=True)
+        loud, silent = (replace(parity, tolerance=10.0, least_snr_db=least) for least in (19.0, 39.0))
+        assert (loud.passed, silent.passed) == (snr_db >= 19, snr_db >= 39)
+        if np.isfinite(given).all() and given.shape == ones.shape and not silent.passed:
+            with pytest.raises(ParityError, match=r"has a signal-to-noise ratio of 20\.0 dB.*39\.0 dB is the least"):
+                check_parity([silent])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_never_near(value: float) -> None:
+    """Wherever it is, and if both have it."""
+    ones, other = np.ones((2, 4), np.float32), np.full((2, 4), value, np.float32)
+    for expected, results in (([ones, ones], [ones, other]), ([ones, ones], [other, ones]), ([other], [other])):
+        assert not parity.largest_error(expected, results) <= 1e9
+        assert not worst_error([expected], [results]) <= 1e9
+    references = [(torch.from_numpy(other),)]
+    assert not compare_outputs(OUTPUT, references, [[other]])[0].passed
+    assert not parity.largest_error([ones], [ones[:1]]) <= 1e9
+
+
+def test_the_same_bytes_in_any_number_of_threads(tiny_checkpoint: Path, traced_once: None, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    manifests = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            bundle = chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), tmp_path / str(count))
+            assert torch.get_num_threads() == count
+            manifests.append((bundle.path / "manifest.json").read_bytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert manifests[0] == manifests[1] == manifests[2]
 
 
 def test_a_network_of_zeros_equals_a_graph_of_zeros() -> None:

@@ -10,6 +10,7 @@ judged of: latents of sides that are drawn with other steps have no drift, and g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,14 +89,14 @@ def gate_from_text(text: str) -> Gate:
     Raises
     ------
     InputError
-        If there is no such key, or what follows is no number.
+        If there is no such key, or what follows is no finite number.
     """
     key, equals, value = text.partition("=")
     try:
         limit = float(value)
     except ValueError:
         limit = float("nan")
-    if key not in KINDS or not equals or not limit == limit:
+    if key not in KINDS or not equals or not math.isfinite(limit):
         raise InputError(
             f"--fail-under {text} cannot be judged; it is KEY=NUMBER with a KEY of {', '.join(KINDS)}, "
             "such as psnr=40 or faster=1.5."

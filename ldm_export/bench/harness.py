@@ -122,14 +122,25 @@ class Bench:
                     f"--fail-under {gate} compares, and there is one bundle alone. "
                     "Name a checkpoint with --against, or a second bundle."
                 )
-            if gate.key == "parity" and self._checkpoint is None:
-                raise InputError(f"--fail-under {gate} is about PyTorch's networks. Name a checkpoint with --against.")
+            if gate.key == "parity":
+                self._check_parity_gate(gate)
             if gate.key == "drift" and not self.comparable:
                 ours, theirs = (f"{side.name} with {side.drawing}" for side in (self.sides[1], self.sides[0]))
                 raise InputError(
                     f"--fail-under {gate} compares step by step; {ours} and {theirs} (sampler, steps, guidance) take "
                     "other steps. Use psnr instead, or give them the same --steps."
                 )
+
+    def _check_parity_gate(self, gate: Gate) -> None:
+        checkpoint = self._checkpoint
+        if checkpoint is None:
+            raise InputError(f"--fail-under {gate} is about PyTorch's networks. Name a checkpoint with --against.")
+        bundles = [side.bundle for side in self.sides if side.bundle is not None]
+        if not any(same for bundle in bundles for same in same_weights(bundle, checkpoint).values()):
+            raise InputError(
+                f"--fail-under {gate} compares graphs with the networks that they were exported from, and no bundle "
+                f"was exported from {checkpoint.path}. Name that checkpoint, or leave the gate out."
+            )
 
     def run(self, path: Path, command: str, *, resume: bool, progress: Progress) -> Document:
         """Measure what ``path`` does not hold yet, writing it there bit by bit.

@@ -62,13 +62,17 @@ def runs_in_turn(
 
 
 def stages(runs: list[Timings]) -> dict[str, dict[str, float]]:
-    """Of each stage its median and 90th percentile over the runs, in ms; ``unet_call`` is over single calls."""
+    """Median and 90th percentile of each stage over the runs, in ms.
+
+    ``unet_call`` is over single calls, and 0 of pictures that one call of a loop graph makes, which is ``whole``.
+    """
     values = {
         "text": [run.text_ms for run in runs],
-        "unet_call": [call for run in runs for call in run.unet_ms],
+        "unet_call": [call for run in runs for call in run.unet_ms] or [0.0],
         "unet": [sum(run.unet_ms) for run in runs],
         "loop": [run.loop_ms for run in runs],
         "decode": [run.decode_ms for run in runs],
+        "whole": [run.whole_ms for run in runs],
         "total": [run.total_ms for run in runs],
     }
     return {name: {"median_ms": statistics.median(ms), "p90_ms": _p90(ms)} for name, ms in values.items()}
@@ -91,7 +95,7 @@ def _medians(runs: list[Timings]) -> Latency:
     return Latency(
         total_ms=median([run.total_ms for run in runs]),
         text_ms=median([run.text_ms for run in runs]),
-        unet_ms=median([call for run in runs for call in run.unet_ms]),
+        unet_ms=median([call for run in runs for call in run.unet_ms] or [0.0]),
         decode_ms=median([run.decode_ms for run in runs]),
         calls=len(runs[0].unet_ms),
     )

@@ -86,10 +86,7 @@ class CheckpointPainter:
         self.condition = "text" if reads_text else "label" if self.classes else None
         self.channels = int(configs["vae"]["in_channels"])
         self.name = f"checkpoint {checkpoint.name}"
-        sample = configs["unet"]["sample_size"] or 64
-        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        self.pixels = (height * factor, width * factor)
+        self.pixels = checkpoint.picture_size
         self._tokenizer = checkpoint_tokenizer(checkpoint) if reads_text else None
 
     @property

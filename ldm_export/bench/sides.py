@@ -17,6 +17,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
+from ldm_export.manifest import is_loop
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.runtime.request import DEFAULT_GUIDANCE, read_plan
 
@@ -186,11 +187,15 @@ def _checkpoint_side(checkpoint: LatentDiffusion, bundles: Sequence[Side], steps
 
 
 def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:
-    """Of each graph, whether its network was exported from this checkpoint, by the hashes that the manifest keeps."""
+    """Whether each graph's network was exported from this checkpoint, by the hashes that the manifest keeps.
+
+    Loops are made of the bundle's own graphs, and left out.
+    """
     exported: Any = bundle.manifest.source.get("sha256", {})
     return {
-        graph: exported.get(component := COMPONENTS.get(graph, graph)) == checkpoint.sha256(component)
-        for graph in bundle.manifest.graphs
+        name: exported.get(component := COMPONENTS.get(name, name)) == checkpoint.sha256(component)
+        for name, graph in bundle.manifest.graphs.items()
+        if not is_loop(graph.path)
     }
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import torch
 
 from ldm_export import contract
@@ -20,8 +21,17 @@ from ldm_export.documents import parsed, read_bytes
 from ldm_export.errors import InputError
 from ldm_export.export.accepted import check_accepted, notes, open_tokenizer, token_count
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
-from ldm_export.export.parity import TOLERANCE, Parity, Run, check_parity, compare_graph, reference_runs
+from ldm_export.export.parity import (
+    Parity,
+    Run,
+    check_parity,
+    compare_graph,
+    compare_weights,
+    reference_runs,
+    weights_read,
+)
 from ldm_export.graph.base import Inputs, spread
+from ldm_export.graph.weights import least_snr_db
 from ldm_export.pipelines import class_name, left_out, option
 from ldm_export.plan import SAMPLERS, compile_plan
 
@@ -60,7 +70,7 @@ def export_bundle(
     for note in notes(checkpoint):
         _log.info(note)
     graphs = graph_specs(checkpoint)
-    pixels_per_latent = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    pixels_per_latent = checkpoint.pixels_per_latent
     for name in configs:
         checkpoint.weight_files(name)  # refuses what has no weights before anything is written
     parity: list[Parity] = []
@@ -83,7 +93,7 @@ def export_bundle(
             path = export_graph(module, graph, example, writer.path / graph.name)
             release_weights(module)
             progress(f"{graph.name}: comparing with PyTorch")
-            records = compare_graph(path, graph, runs)
+            records = compare_graph(path, graph, runs, threads=1)
             check_parity(records)
             parity += records
             _write_json(writer.path / graph.name / "config.json", _without_projection(config))
@@ -107,7 +117,8 @@ def compare_bundle(
     progress: Progress,
     calibration: Mapping[str, Sequence[Inputs]] | None = None,
 ) -> list[Parity]:
-    """Hold every graph of a sealed bundle against a checkpoint's networks, as :func:`export_bundle` does.
+    """Hold every graph of a sealed bundle against a checkpoint's networks, as :func:`export_bundle` does, and look for
+    every weight of the networks in it.
 
     ``calibration`` has inputs, by graph, for those graphs that a pass has changed: what is quantized for the values
     that drawing meets is off for any others.
@@ -121,15 +132,28 @@ def compare_bundle(
     parity = []
     for graph in graph_specs(checkpoint):
         progress(f"{graph.name}: running in PyTorch")
-        allowed = tolerances(bundle, graph.name)
-        changed = max(allowed.values(), default=TOLERANCE) > TOLERANCE
-        runs = parity_runs(checkpoint, graph, (calibration or {}).get(graph.name, ()) if changed else ())
+        file = bundle.file(graph.path)
+        least = least_snr_db(onnx_ir.load(file))
+        allowed = {} if least is None else tolerances(bundle, graph.name)  # exact numbers need none, whatever it says
+        calls = () if least is None else (calibration or {}).get(graph.name, ())
+        parity += _compare_weights(checkpoint, graph, file)
+        runs = parity_runs(checkpoint, graph, calls)
         progress(f"{graph.name}: comparing with PyTorch")
         parity += [
-            replace(record, tolerance=allowed.get(record.output, record.tolerance))
-            for record in compare_graph(bundle.file(graph.path), graph, runs)
+            replace(record, tolerance=allowed.get(record.output, record.tolerance), least_snr_db=least)
+            for record in compare_graph(file, graph, runs, threads=0 if calls else 1)
         ]
     return parity
+
+
+def _compare_weights(checkpoint: LatentDiffusion, graph: GraphSpec, file: Path) -> list[Parity]:
+    """A record that fails if the graph lacks a weight of its network; else none."""
+    configs, component = checkpoint.configs, _component(graph)
+    module = graph_module(checkpoint.load(component), graph)
+    example = random_inputs(graph, EXAMPLE_SIZES, checkpoint.pixels_per_latent, _ids(configs[component]))
+    records = compare_weights(file, graph, weights_read(module, example))
+    release_weights(module)
+    return records
 
 
 def check_same_graphs(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
@@ -157,8 +181,7 @@ def parity_runs(checkpoint: LatentDiffusion, graph: GraphSpec, calls: Sequence[I
         with torch.no_grad():
             runs = [(tensors, module(*tensors)) for tensors in inputs]
     else:
-        pixels_per_latent = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        runs = reference_runs(module, graph, pixels_per_latent, _ids(configs[_component(graph)]))
+        runs = reference_runs(module, graph, checkpoint.pixels_per_latent, _ids(configs[_component(graph)]))
     release_weights(module)
     return runs
 
@@ -179,13 +202,12 @@ def graph_specs(checkpoint: LatentDiffusion) -> list[GraphSpec]:
 def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[str, Any]:
     """What a runtime needs to know beside the graphs; the C++ runtime reads these and no config file."""
     unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
-    size = unet["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = checkpoint.picture_size
     drawing = checkpoint.drawing
     return {
         "class_name": class_name(checkpoint.index),
-        "height": height * pixels_per_latent,
-        "width": width * pixels_per_latent,
+        "height": height,
+        "width": width,
         "latent_channels": vae["latent_channels"],
         "pixels_per_latent": pixels_per_latent,
         "scaling_factor": vae["scaling_factor"],

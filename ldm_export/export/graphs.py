@@ -18,6 +18,7 @@ from ldm_export.export.chain import Progress, parity_runs, tolerances
 from ldm_export.export.parity import check_parity, compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.graph.files import load_outside, save
+from ldm_export.graph.weights import check_weights, least_snr_db
 from ldm_export.manifest import MANIFEST, is_loop, is_target
 from ldm_export.partial import partial_folder
 
@@ -48,7 +49,8 @@ def change_graphs(
     InputError
         If the bundle has none of these graphs.
     ParityError
-        If a graph differs from its network by more than the pass's tolerance. Nothing is sealed.
+        If a weight is not the one that it was rounded from, or a graph's output differs from its network's by more than
+        the pass's tolerance, or has more noise than graphs of its precision may. Nothing is sealed.
     """
     names = [name for name in step.graphs if name in bundle.manifest.graphs]
     if not names:
@@ -76,9 +78,13 @@ def change_graphs(
             except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
                 raise ExportError(f"{step.name} made no valid ONNX of {name} ({error}). Nothing was kept.") from error
             progress(f"{name}: comparing with PyTorch")
+            written = onnx_ir.load(file)
+            least = least_snr_db(written)
+            if least is not None:  # its weights are rounded, and no others
+                check_weights(onnx_ir.load(bundle.file(graph.path)), written, name)
             tolerance = max([step.tolerance, *tolerances(bundle, name).values()])
             records = [
-                replace(record, tolerance=tolerance)
+                replace(record, tolerance=tolerance, least_snr_db=least)
                 for record in compare_graph(file, graph, parity_runs(checkpoint, graph, calls))
             ]
             check_parity(records)

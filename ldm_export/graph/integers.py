@@ -48,7 +48,7 @@ def array(tensor: TensorProto) -> Array:
 
 
 def tensor(values: Array, name: str) -> TensorProto:
-    return numpy_helper.from_array(np.ascontiguousarray(values), name)
+    return numpy_helper.from_array(np.asarray(values, order="C"), name)  # of no axes, too
 
 
 def tensor_of_4_bits(values: Array, name: str) -> TensorProto:

@@ -69,6 +69,7 @@ def watched(model: onnx.ModelProto, names: Iterable[str]) -> Iterator[Callable[[
     yield values
 
 
+@np.errstate(invalid="ignore")  # infinities, which make it NaN
 def worst_error(references: Sequence[Sequence[Array]], results: Sequence[Sequence[Array]]) -> float:
     """Root mean square of the difference over that of the reference, of the worst call; NaN if a call's is."""
     errors = []

@@ -131,8 +131,7 @@ def draw_latents(
     InputError
         If the file is damaged or was drawn otherwise.
     """
-    size = model.configs["unet"]["sample_size"] or 64
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (side // model.pixels_per_latent for side in model.picture_size)
     shape = (model.configs["vae"]["latent_channels"], height, width)
     told = max((len(rows) for rows in conditions.values()), default=1)
     owner = torch.arange(count) % told

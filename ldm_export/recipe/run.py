@@ -336,10 +336,14 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
             f'The recipe {recipe.name} says latents_from = "data", and no pictures were given; add --data FOLDER.'
         )
     unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
-    size = unet["sample_size"] if isinstance(unet["sample_size"], int) else unet["sample_size"][0]
-    side = size * 2 ** (len(vae["block_out_channels"]) - 1)
+    height, width = checkpoint.picture_size
+    if height != width:
+        raise InputError(
+            f'The recipe {recipe.name} says latents_from = "data"; those pictures are square, and {checkpoint.name} '
+            f"makes {height} x {width}. Leave latents_from out: the teacher then makes them."
+        )
     condition = "text" if checkpoint.reads_text else "label" if unet["num_class_embeds"] else None
-    return open_pictures(data, side, vae["in_channels"], condition)
+    return open_pictures(data, height, vae["in_channels"], condition)
 
 
 def _check_guidance(checkpoint: LatentDiffusion, recipe: Recipe) -> None:

@@ -33,18 +33,18 @@ END = 559
 """The highest token id, which ends a text."""
 
 
-def draw(graph: GraphSpec, seed: int) -> Inputs:
+def draw(graph: GraphSpec, seed: int, *, tokens: int = 16, end: int = END) -> Inputs:
     """Inputs as drawing meets them: one or two latents of 8 x 8, 16 tokens."""
     generator = np.random.default_rng(seed)
-    sizes = {"batch": 1 + seed % 2, "height": 8, "width": 8, "tokens": 16}
+    sizes = {"batch": 1 + seed % 2, "height": 8, "width": 8, "tokens": tokens}
 
     def values(name: str, shape: Sequence[int | str]) -> Array:
         full = [sizes[size] if isinstance(size, str) else size for size in shape]
         if name == "timestep":
             return np.full(full, 981.0 - 300 * seed, np.float32)
         if name == "input_ids":
-            ids = generator.integers(0, END, full)
-            ids[:, 5 + seed :] = END
+            ids = generator.integers(0, end, full)
+            ids[:, 5 + seed :] = end
             return ids
         return generator.standard_normal(full).astype(np.float32)
 
@@ -90,14 +90,23 @@ def worst_of_pytorch(bundle: Bundle, checkpoint: LatentDiffusion, name: str, cal
 
 
 @pytest.mark.parametrize(
-    ("step", "operator", "share", "drawn_within"),
+    ("step", "operator", "share", "drawn_within", "seen"),
     [
-        pytest.param(QuantizeDynamic(smallest=1000, graphs=GRAPHS), "MatMulInteger", 0.95, 0.1, id="dynamic"),
-        pytest.param(QuantizeWeights(smallest=500, graphs=GRAPHS), "DequantizeLinear", 0.4, 0.1, id="8 bits"),
         pytest.param(
-            QuantizeWeights(bits=4, smallest=4000, block=16, graphs=GRAPHS), "DequantizeLinear", 0.7, 0.2, id="4 bits"
+            QuantizeDynamic(smallest=1000, graphs=GRAPHS), "MatMulInteger", 0.95, 0.1, (0.015, 41), id="dynamic"
         ),
-        pytest.param(Half(graphs=GRAPHS), "Cast", 0.55, 0.01, id="fp16"),
+        pytest.param(
+            QuantizeWeights(smallest=500, graphs=GRAPHS), "DequantizeLinear", 0.4, 0.1, (0.04, 30), id="8 bits"
+        ),
+        pytest.param(
+            QuantizeWeights(bits=4, smallest=4000, block=16, graphs=GRAPHS),
+            "DequantizeLinear",
+            0.7,
+            0.2,
+            (0.06, 27),
+            id="4 bits",
+        ),
+        pytest.param(Half(graphs=GRAPHS), "Cast", 0.55, 0.01, (0.003, 51), id="fp16"),
     ],
 )
 def test_a_bundle_is_changed_sealed_and_drawn_with(
@@ -110,8 +119,12 @@ def test_a_bundle_is_changed_sealed_and_drawn_with(
     operator: str,
     share: float,
     drawn_within: float,
+    seen: tuple[float, float],
 ) -> None:
-    """``share`` of the bytes is the most that may be left; ``drawn_within`` is how far latents may then be off."""
+    """``share`` of the bytes is the most that may be left; ``drawn_within`` is how far latents may then be off.
+
+    ``seen`` is half as much error as was seen again, and 3 dB less of a signal-to-noise ratio, of the worst graph.
+    """
     stages: list[str] = []
     result, reports = change_graphs(bundle, tmp_path / "changed", step, calibration, PROMPTS, checkpoint, stages.append)
     assert list(reports) == list(GRAPHS)
@@ -129,10 +142,13 @@ def test_a_bundle_is_changed_sealed_and_drawn_with(
         assert count(onnx.load(file), operator) > count(onnx.load(before), operator)
         assert {node.domain for node in onnx.load(file).graph.node} == {""}
         error = worst_of_pytorch(opened, checkpoint, name, calibration[name])
-        assert 1e-6 < error <= step.tolerance
+        assert 1e-6 < error < seen[0]
         recorded = [record for record in opened.manifest.parity if record["graph"] == name]
         assert max(record["max_error"] for record in recorded) == pytest.approx(error, rel=1e-3)
         assert {(record["passed"], record["tolerance"]) for record in recorded} == {(True, step.tolerance)}
+        assert (
+            min(record["snr_db"] for record in recorded) > seen[1] > min(record["least_snr_db"] for record in recorded)
+        )
     encoder = "vae_encoder/model.onnx"
     assert (opened.path / encoder).read_bytes() == (bundle.path / encoder).read_bytes()
     drawn = Pipeline.open(opened.path, verify=True).generate(PROMPTS, **DRAWING)

@@ -58,6 +58,14 @@ def test_medians_are_of_each_stage() -> None:
     assert (timed.text_ms, timed.unet_ms, timed.decode_ms) == (5, 5, 5)
 
 
+def test_a_loop_graph_has_a_stage_of_its_own() -> None:
+    runs = [Timings(loop_ms=1.0, whole_ms=ms) for ms in (7.0, 8.0, 9.0)]
+    assert runs[0].total_ms == 8.0
+    found = latency.stages(runs)
+    assert [found[name]["median_ms"] for name in ("whole", "total", "unet_call", "unet")] == [8.0, 9.0, 0.0, 0.0]
+    assert time_in_turn({"ours": side("ours", [], lambda seed: runs[0])}, 2)["ours"].calls == 0
+
+
 def test_a_prompt_is_new_each_time(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     generate = Pipeline.generate

@@ -25,6 +25,7 @@ from ldm_export.graph.base import GraphPass
 from ldm_export.graph.files import load, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
+from ldm_export.graph.weights import check_weights
 from ldm_export.manifest import is_loop
 from ldm_export.plan import Plan
 
@@ -114,7 +115,7 @@ def converted(
     BundleError
         If a file of them was altered.
     ParityError
-        If a converted graph differs from the plain one by more than its conversion may.
+        If a converted graph, or a weight of it, differs from the plain one by more than its conversion may.
     """
     paths = [bundle.manifest.graphs[name].path for name in names]
     bundle.check_hashes(file for path in paths for file in files_of(bundle, path))
@@ -132,6 +133,7 @@ def converted(
         report |= change.report
         del change  # what it is compared with takes its place
         progress(f"{name}: comparing with the plain graph")
+        check_weights(onnx_ir.load(bundle.file(path)), onnx_ir.load(made.file(path)), name)
         allowed = max([step.tolerance, *tolerances(bundle, name).values()])
         report["compared"].append(compare_converted(bundle, made, graph, precision, allowed))
     return made, reports
