@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.cpp.conftest import ROOT
+from tests.cpp.conftest import ROOT, SOURCES
 from tests.hostile import CASES, Case
-from tests.hostile.base import Draft, sound, with_outside_weights, with_target
+from tests.hostile.base import Draft, entry_of, sound, with_outside_weights, with_target
 
 SENTENCES = (1, 2, 3)
 """Statuses of ldm.h that say what the caller, the bundle or the machine is at fault for."""
@@ -105,6 +105,8 @@ def test_weights_that_change_while_they_are_mapped_are_an_error(
     if of_target:
         with_target(draft)
         draft.target_files["model.onnx_data"] = draft.files[weights]
+        assert draft.target is not None
+        draft.target["made_from"][weights] = entry_of(draft.files[weights])["sha256"]
         weights = "targets/ort-cpu/model.onnx_data"
     folder = written(draft, tmp_path / "bundle")
     pipeline = open_cpp(folder, backend=b"cpu")
@@ -156,14 +158,14 @@ def test_nothing_is_written_outside(library: Path, tmp_path: Path, setting: str 
     folder, home = written(sound(), tmp_path / "bundle"), tmp_path / "home"
     home.mkdir()
     code = (
-        "import sys; from tests.cpp.conftest import binding_of; binding = binding_of();"
-        "p = binding.Pipeline(binding.load(sys.argv[1]), sys.argv[2]); p.draw(['a cat'], sampler=b'ddim', steps=2)"
+        "import sys; sys.path.insert(0, sys.argv[3]); import ldm_ctypes;"  # and not Python's ONNX Runtime
+        "p = ldm_ctypes.Pipeline(ldm_ctypes.load(sys.argv[1]), sys.argv[2]); p.draw(['a cat'], sampler=b'ddim', steps=2)"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ORT_", "XDG_"))}
     environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
     if setting is not None:
         environment["ORT_DISABLE_TELEMETRY"] = setting
-    command = (sys.executable, "-c", code, str(library / "libldm.so"), str(folder))
+    command = (sys.executable, "-c", code, str(library / "libldm.so"), str(folder), str(SOURCES / "examples"))
     subprocess.run(command, cwd=ROOT, check=True, env=environment)
     assert len([path for path in home.rglob("*") if path.is_file()]) == files
 
