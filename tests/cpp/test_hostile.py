@@ -1,4 +1,4 @@
-"""The table of hostile bundles (``tests/hostile``), decided by the C++ runtime as by the Python one; and what it leaves."""
+"""The table of hostile bundles (``tests/hostile``), decided by the C++ runtime as by Python's; and what it leaves."""
 
 from __future__ import annotations
 
