@@ -25,7 +25,7 @@ from pathlib import Path
 from ldm_export.documents import MalformedError
 from ldm_export.errors import BundleError
 
-MOST_NODES = 1 << 20
+MOST_NODES = 1 << 17
 """Nodes of a model once its functions are inlined: ONNX Runtime takes about 50 us each."""
 _INSIDE: dict[str, dict[int, str]] = {  # message -> field number -> the message in that field
     "model": {7: "graph", 20: "training", 25: "function"},

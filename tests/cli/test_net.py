@@ -256,10 +256,10 @@ def test_nothing_is_written_outside_the_cache_that_is_named(tiny_bundle: Path, t
     assert [file for file in written if (tmp_path / "home" / ".cache" / "ldm_export") not in file.parents] == []
 
 
-@pytest.mark.parametrize(("given", "then"), [(None, "1"), ("", "1"), ("0", "0")])
-def test_telemetry_is_off_unless_it_was_asked_for(given: str | None, then: str) -> None:
+@pytest.mark.parametrize("given", [None, "", "0", "false"])
+def test_telemetry_is_off_whatever_is_set(given: str | None) -> None:
     kept = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     env = kept if given is None else {**kept, "ORT_DISABLE_TELEMETRY": given}
     code = "import os, ldm_export; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
-    assert done.stdout == f"{then}\n"
+    assert done.stdout == "1\n"

@@ -3,7 +3,7 @@
     python -m tests.cpp.hostile_worker LIBRARY FOLDER [NAME]
 
 prints one JSON line a case as it is done: its number, the status of ldm.h (0 where pictures came), the sentence, what
-ran the graphs, and how many warnings there were. So where the process dies, the last line says after which case.
+ran the graphs, and the warnings. So where the process dies, the last line says after which case.
 """
 
 from __future__ import annotations

@@ -44,9 +44,18 @@ constexpr const char *OUT_OF_MEMORY = "Out of memory. Close other programs, or a
 thread_local std::string message_text;
 thread_local const char *message = "";
 
+// A sentence as it may be shown: its parts need not be UTF-8, may be control characters, and may be very long.
+std::string shown(const std::string &sentence) {
+    constexpr std::size_t start = 800, end = 300;
+    std::u32string text = decoded(sentence);
+    if (text.size() > start + end) text = text.substr(0, start) + U" ... " + text.substr(text.size() - end);
+    std::replace_if(text.begin(), text.end(), [](char32_t c) { return c < 0x20 || (c >= 0x7F && c < 0xA0); }, U'?');
+    return encoded(text);
+}
+
 ldm_status failed(ldm_status status, const char *sentence) noexcept {
     try {
-        message_text = encoded(decoded(sentence));  // names of files need not be UTF-8
+        message_text = shown(sentence);
         message = message_text.c_str();
     } catch (...) {
         message = OUT_OF_MEMORY;
@@ -230,7 +239,7 @@ ldm_status ldm_pipeline_open(const char *folder, const ldm_open_options *options
                                   "."));
         const auto warn = [tell = asked.warning, user = asked.warning_user](const std::string &sentence) {
             if (tell == nullptr) return;
-            const std::string text = encoded(decoded(sentence));
+            const std::string text = shown(sentence);
             calling("warning", [&] { tell(text.c_str(), user); });
         };
         *pipeline = registered(std::make_shared<Model>(&needed(folder, "folder"), &needed(asked.backend, "backend"),

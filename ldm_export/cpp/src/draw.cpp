@@ -210,9 +210,9 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
                                    draws, ". Make the loop anew."));
         Shape all = shape;
         all.insert(all.begin(), draws);
-        Tensor &draws = given["step_noise"] = Tensor::zeros<float>(all);
+        Tensor &values = given["step_noise"] = Tensor::zeros<float>(all);
         for (std::int64_t k = 0; k < all[0]; ++k)
-            std::copy_n(noise.draw(), start.count(), draws.as<float>() + k * static_cast<std::int64_t>(start.count()));
+            std::copy_n(noise.draw(), start.count(), values.as<float>() + k * static_cast<std::int64_t>(start.count()));
     }
     *(given["guidance_scale"] = Tensor::zeros<float>({})).as<float>() = static_cast<float>(request.guidance);
     if (request.class_labels) given["class_labels"] = *request.class_labels;

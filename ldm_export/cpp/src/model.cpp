@@ -240,6 +240,9 @@ std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> 
         std::string name = "last_hidden_state";  // Stable Diffusion 1.x and 2.x
         if (pooled) name = states_for_sdxl(spec(i == 0 ? "text_encoder" : "text_encoder_2"));
         const Tensor &states = output_of(outputs[i], name, 3, batch);
+        if (states.shape[1] != ids[i][0].shape[0])
+            throw BundleError(join("The text encoder gives states of ", states.shape[1], " tokens for ", ids[i][0].shape[0],
+                                   ". Export the bundle anew."));
         for (std::size_t k = 0; k < batch; ++k) {
             Tensor row = row_of(states, k);
             Tensor &all = rows[k]["encoder_hidden_states"];
