@@ -67,7 +67,7 @@ def test_every_key_of_the_class_is_read_refused_or_inert(sampler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*{sampler.diffusers_class for sampler in SAMPLERS.values()}, *OF_THE_SAME_KIND, *PARALLEL]
+    "name", [*dict.fromkeys(sampler.diffusers_class for sampler in SAMPLERS.values()), *OF_THE_SAME_KIND, *PARALLEL]
 )
 def test_what_a_network_was_trained_with_has_the_defaults_of_its_class(name: str) -> None:
     theirs = defaults_of(name)

@@ -43,6 +43,7 @@ _NAMED = {  # role -> the token that has it unless a file says otherwise, in the
     "pad_token": "<|endoftext|>",
 }
 _DEFAULT_MAX_LENGTH = 77
+_LONGEST_WRITTEN_OUT = 1 << 20  # characters; tokens that have one another in their names could make it endless
 _LONGEST = 1 << 20  # transformers writes 10**30 for "no limit"
 _MOST_DIGITS = 9
 
@@ -128,8 +129,7 @@ class Tokenizer:
                 raise InputError(f"A prompt is {prompt!r}, of type {type(prompt).__name__}; prompts are of type str.")
             text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             if self._written_out:
-                for token in dict.fromkeys(self._backend.encode(text, add_special_tokens=False).tokens):
-                    text = text.replace(token, self._written_out.get(token, token))
+                text = self._with_vectors(text)
             body = self._backend.encode(text, add_special_tokens=False).ids
             if len(body) > room:
                 warn(
@@ -141,6 +141,19 @@ class Tokenizer:
             row[1 : len(body) + 1] = body
             row[len(body) + 1] = self.eos_token_id
         return ids
+
+    def _with_vectors(self, text: str) -> str:
+        """Return a prompt with each of its added tokens of several vectors written out, wherever the text has it."""
+        tokens = dict.fromkeys(self._backend.encode(text, add_special_tokens=False).tokens)
+        for token in filter(self._written_out.__contains__, tokens):
+            vectors = self._written_out[token]
+            if len(text) + text.count(token) * (len(vectors) - len(token)) > _LONGEST_WRITTEN_OUT:
+                raise InputError(
+                    f"The prompt's tokens of several vectors are written out to more than {_LONGEST_WRITTEN_OUT} "
+                    "characters. Shorten the prompt."
+                )
+            text = text.replace(token, vectors)
+        return text
 
     def _text(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False).replace(_END_OF_WORD, " ").strip()

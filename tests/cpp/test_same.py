@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import random
 import shutil
@@ -11,18 +10,23 @@ import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ldm_export.errors import InputError
 from ldm_export.manifest import MANIFEST
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline, Tokenizer
+from tests.hostile.base import entry_of, sound
 
 LATENT_TOLERANCE = 1e-5
 NOISE_TOLERANCE = 2e-6
+VECTORS = ("<fox>", "<fox>_1", "<fox>_2", "<owl>", "<owl>_1", "<one>", "<x>_1", "<x>_2")
+"""Added tokens: textual inversions of three, two and one vectors, and two that no shorter name leads to."""
 PROMPTS = ("a red circle", "grinning face, it's smiling")
 SEEDS = (7, -3)
 STEPS = {"lcm": 4}
@@ -165,18 +169,27 @@ def test_noise_is_that_of_torch(ldm: Any, seed: int, size: int) -> None:
     np.testing.assert_allclose(np.ctypeslib.as_array(values), expected, rtol=0, atol=NOISE_TOLERANCE * slack)
 
 
+LONG = 512
+
+
 @pytest.fixture(scope="module")
 def long_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_bundle` with a tokenizer that cuts nothing off."""
-    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("long") / "bundle")
-    config = folder / "tokenizer" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 512}))
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"]["tokenizer/tokenizer_config.json"] = {
-        "size_bytes": config.stat().st_size,
-        "sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    """A bundle with the tokenizer of `tiny_bundle`, to which textual inversions were added, that cuts nothing off."""
+    draft = sound()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        draft.files[f"tokenizer/{name}"] = (tiny_bundle / "tokenizer" / name).read_bytes()
+    config = draft.document("tokenizer/tokenizer_config.json")
+    config.pop("added_tokens_decoder", None)
+    draft.put("tokenizer/tokenizer_config.json", config | {"model_max_length": LONG})
+    first = max(draft.document("tokenizer/vocab.json").values()) + 1
+    draft.put("tokenizer/added_tokens.json", {token: first + k for k, token in enumerate(VECTORS)})
+    encoder = draft.model("text_encoder")
+    spec = draft.manifest["graphs"]["text_encoder"]
+    for value, tensor in ((encoder.graph.input[0], spec["inputs"][0]), (encoder.graph.output[0], spec["outputs"][0])):
+        value.type.tensor_type.shape.dim[1].dim_value = tensor["shape"][1] = LONG
+    draft.files["text_encoder/model.onnx"] = encoder.SerializeToString()
+    folder = tmp_path_factory.mktemp("long") / "bundle"
+    draft.write(folder)
     return folder
 
 
@@ -207,6 +220,37 @@ def test_every_code_point_is_classified_alike(open_cpp: Callable[..., Any], long
     rows = [row for row in rows if len(row.encode()) <= 250]
     for row, ids in zip(rows, tokenizer(rows), strict=True):
         assert pipeline.tokenize(row.encode()) == ids.tolist(), ascii(row)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a <fox> runs", "<owl><fox> <fox>_1 and <FOX>", "<fox>_1 alone", "<one> <x>", "<fo x> fox", "<x>_1<x>", ""],
+)
+def test_textual_inversions_are_written_out_alike(open_cpp: Callable[..., Any], long_bundle: Path, prompt: str) -> None:
+    expected = Tokenizer(long_bundle / "tokenizer")(prompt)[0].tolist()
+    assert open_cpp(long_bundle, warn=pytest.fail).tokenize(prompt.encode()) == expected
+    first = min(json.loads((long_bundle / "tokenizer" / "added_tokens.json").read_text()).values())
+    if prompt == "a <fox> runs":
+        assert [first, first + 1, first + 2] == [number for number in expected if number >= first]
+
+
+def test_tokens_that_are_written_out_without_end_are_refused(
+    open_cpp: Callable[..., Any], binding: ModuleType, long_bundle: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(long_bundle, tmp_path / "bundle")
+    tokens = [name for k in range(1, 21) for name in ("a" * k + "b", "a" * k + "b_1", "a" * k + "b_2")]
+    first = max(json.loads((folder / "tokenizer" / "vocab.json").read_text()).values()) + 1
+    file = folder / "tokenizer" / "added_tokens.json"
+    file.write_text(json.dumps({token: first + k for k, token in enumerate(tokens)}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["tokenizer/added_tokens.json"] = entry_of(file.read_bytes())
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    prompt = " ".join(reversed(tokens[::3]))
+    message = r"are written out to more than 1048576 characters\. Shorten"
+    with pytest.raises(InputError, match=message):
+        Tokenizer(folder / "tokenizer")(prompt)
+    with pytest.raises(binding.LdmError, match=message):
+        open_cpp(folder).tokenize(prompt.encode())
 
 
 def test_what_is_cut_off_is_told(open_cpp: Callable[..., Any], tiny_bundle: Path) -> None:

@@ -86,12 +86,13 @@ def test_opening_is_ended(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_a_session_opens(tmp_path: Path) -> None:
     pipeline = Pipeline.open(bundle_with(tmp_path / "b", slow_to_open), backend="cpu", threads=1)
+    before = threading.active_count()
     main = threading.main_thread().ident
     assert main is not None
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         pipeline.generate(["a cat"])
-    assert threading.active_count() <= 2  # the timer may not have ended yet
+    assert threading.active_count() <= before + 1  # the timer may not have ended yet
 
 
 def test_interrupting_what_does_not_run_changes_nothing(tmp_path: Path) -> None:

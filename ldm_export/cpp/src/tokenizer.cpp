@@ -13,6 +13,7 @@ namespace {
 constexpr std::u32string_view SPECIAL[] = {U"<|startoftext|>", U"<|endoftext|>"};
 constexpr std::u32string_view CONTRACTIONS[] = {U"'s", U"'t", U"'re", U"'ve", U"'m", U"'ll", U"'d"};
 constexpr const char *END_OF_WORD = "</w>";
+constexpr std::size_t LONGEST_WRITTEN_OUT = 1 << 20;  // characters; tokens with one another in their names could make it endless
 
 // The printable characters that stand for bytes.
 std::array<char32_t, 256> byte_alphabet() {
@@ -82,6 +83,13 @@ Tokenizer::Tokenizer(const std::string &folder, const ReadText &read) {
     for (const auto &[number, token] : files.added)
         if (const TokenId actual = added_.at(token.content); actual != number)
             bad(join("the added tokens give '", token.content, "' the id ", number, "; by the vocabulary it is ", actual));
+    std::set<std::string> contents;
+    for (const auto &[_, token] : files.added) contents.insert(token.content);
+    for (const auto &[number, token] : files.added) {
+        std::string vectors = token.content, next;
+        for (std::size_t k = 1; contents.count(next = join(token.content, "_", k)) != 0; ++k) vectors += " " + next;
+        if (vectors != token.content) written_out_[number] = {decoded(token.content), decoded(vectors)};
+    }
 }
 
 // As `tokenizers` does it: of tokens with equal content the last one's flags hold, and the first special one's place.
@@ -119,7 +127,7 @@ void Tokenizer::register_tokens(const std::vector<AddedToken> &tokens) {
 
 std::vector<TokenId> Tokenizer::operator()(std::string_view prompt, const Warn &warn) const {
     if (!is_utf8(prompt)) throw InputError("A prompt is not UTF-8 text. Convert it.");
-    std::vector<TokenId> ids = body(decoded(prompt));
+    std::vector<TokenId> ids = body(written_out(decoded(prompt)));
     const std::size_t room = max_length_ - 2;
     if (ids.size() > room) {
         warn(join("The prompt has ", ids.size(), " tokens; this model reads ", room, ". Cut off: '", text_of(ids, room),
@@ -130,6 +138,28 @@ std::vector<TokenId> Tokenizer::operator()(std::string_view prompt, const Warn &
     ids.push_back(eos_);
     ids.resize(max_length_, pad_);
     return ids;
+}
+
+// Replace each distinct token of several vectors, in the order in which the prompt has them, wherever the text has it.
+std::u32string Tokenizer::written_out(std::u32string prompt) const {
+    if (written_out_.empty()) return prompt;
+    std::set<TokenId> seen;
+    for (const TokenId id : body(prompt)) {
+        const auto found = written_out_.find(id);
+        if (found == written_out_.end() || !seen.insert(id).second) continue;
+        const auto &[token, vectors] = found->second;
+        std::size_t count = 0;
+        for (std::size_t at = 0; (at = prompt.find(token, at)) != std::u32string::npos; at += token.size()) ++count;
+        if (prompt.size() + count * (vectors.size() - token.size()) > LONGEST_WRITTEN_OUT)
+            throw InputError(join("The prompt's tokens of several vectors are written out to more than ", LONGEST_WRITTEN_OUT,
+                                  " characters. Shorten the prompt."));
+        std::u32string text;
+        std::size_t done = 0;
+        for (std::size_t at; (at = prompt.find(token, done)) != std::u32string::npos; done = at + token.size())
+            text.append(prompt, done, at - done).append(vectors);
+        prompt = text.append(prompt, done, prompt.size() - done);
+    }
+    return prompt;
 }
 
 std::vector<TokenId> Tokenizer::body(const std::u32string &prompt) const {

@@ -2,7 +2,8 @@
 //
 // Added tokens are cut out; the rest is normalised (NFC, white space to one space, lower case) and split into words; each
 // word's UTF-8 bytes, the last one marked </w>, are merged pair by pair; the ids are put between start and end and padded
-// on the right. Equal to ldm_export/runtime/tokenizer.py on the same folder.
+// on the right. Before that an added token T, where T_1 was added too (a textual inversion of several vectors), is written
+// out as "T T_1 T_2 ...", as diffusers does. Equal to ldm_export/runtime/tokenizer.py on the same folder.
 #pragma once
 
 #include "tokenizer_files.hpp"
@@ -31,7 +32,12 @@ class Tokenizer {
         TokenId id;
     };
 
+    struct WrittenOut {
+        std::u32string token, vectors;
+    };
+
     void register_tokens(const std::vector<AddedToken> &tokens);
+    std::u32string written_out(std::u32string prompt) const;
     std::vector<TokenId> body(const std::u32string &prompt) const;
     void split(const std::u32string &text, const std::vector<Pattern> &patterns, std::vector<TokenId> &ids,
                const std::function<void(const std::u32string &)> &rest) const;
@@ -47,6 +53,7 @@ class Tokenizer {
     std::unordered_map<std::string, TokenId> added_;        // ids by content
     std::map<TokenId, AddedToken> flags_;                   // how added tokens are matched
     std::vector<Pattern> raw_, normalized_;                 // looked for before and after normalisation
+    std::unordered_map<TokenId, WrittenOut> written_out_;   // added tokens of several vectors
 };
 
 }  // namespace ldm::runtime
