@@ -80,7 +80,10 @@ def rows_of(precision: str, device: str) -> list[Row]:
         rows.append(Row(f"{backend}, whole loop", OURS, replace(recorded, whole=True)))
     bundle = "bundle" if precision == "fp32" else HALF
     for backend in PROVIDERS if device == "cuda" else ("cpu",):
-        rows.append(Row(backend, OURS, Setup(precision=precision, bundle=bundle, backend=backend)))
+        setup = Setup(precision=precision, bundle=bundle, backend=backend, cuda_graphs=False)
+        rows.append(Row(backend, OURS, setup))
+        if backend == "cuda":
+            rows.append(Row("cuda, CUDA graphs", OURS, replace(setup, cuda_graphs=True)))
     for peer in (REFERENCE, "torch.compile"):
         rows.append(Row(peer, peer, Setup(device=device, precision=precision)))
     return rows

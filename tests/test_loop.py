@@ -65,7 +65,9 @@ def run_loop(bundle: Bundle, name: str, wishes: dict[str, Any]) -> tuple[Array, 
     """Images and latents of a loop of the bundle, opened as any user of ONNX Runtime opens it."""
     spec = bundle.manifest.graphs[f"loops/{name}"]
     session = onnxruntime.InferenceSession(bundle.file(spec.path), providers=["CPUExecutionProvider"])
-    images, latents = session.run(["images", "latents"], loop_inputs(bundle, spec, checked_request(bundle, **wishes)))
+    sampler, steps = loop_of(name)
+    request = checked_request(bundle, **wishes, sampler=sampler, steps=steps)
+    images, latents = session.run(["images", "latents"], loop_inputs(bundle, spec, request))
     return images, latents
 
 

@@ -43,7 +43,7 @@ class Setup:
     ----------
     device, precision : of PyTorch: cpu or cuda, fp32 (without TF32) or fp16
     bundle, backend : of ours: the bundle's folder in FOLDER, and what runs it
-    cuda_graphs : whether the backend of engines may record what it launches
+    cuda_graphs : whether engines, and ONNX Runtime on the backend ``cuda``, may record what they launch
     whole : the sampling loop is one engine
     """
 
@@ -212,9 +212,10 @@ def our_picture(folder: Path, how: str, setup: Setup) -> Call:
 
 def _our_pipeline(folder: Path, setup: Setup) -> Any:
     from ldm_export.runtime import Pipeline
-    from ldm_export.runtime.backends import engine
+    from ldm_export.runtime.backends import engine, providers
 
     engine.CUDA_GRAPHS = setup.cuda_graphs
+    providers.CUDA_GRAPHS = setup.cuda_graphs and setup.backend == "cuda"
     return Pipeline.open(folder / setup.bundle, backend=setup.backend)
 
 

@@ -111,10 +111,10 @@ def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[dict[str, Any]]
     -------
     A record of each output, its ``max_error`` relative to the largest value of the latents, and to 255 of the images.
     """
-    wishes = example_wishes(bundle, loop.spec)
-    inputs = loop_inputs(bundle, loop.spec, checked_request(bundle, **wishes))
     sampler, steps = loop_of(loop.spec.name.removeprefix("loops/"))
-    drawn = Pipeline(bundle, "cpu").generate(sampler=sampler, steps=steps, **wishes)
+    wishes = {**example_wishes(bundle, loop.spec), "sampler": sampler, "steps": steps}
+    inputs = loop_inputs(bundle, loop.spec, checked_request(bundle, **wishes))
+    drawn = Pipeline(bundle, "cpu").generate(**wishes)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")

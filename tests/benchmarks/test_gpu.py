@@ -70,12 +70,13 @@ def test_what_cannot_be_measured(arguments: list[str]) -> None:
 
 def test_rows() -> None:
     names = [row.name for row in rows_of("fp16", "cuda")]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 12
     assert names[:3] == ["tensorrt-rtx", "tensorrt-rtx, no CUDA graphs", "tensorrt-rtx, whole loop"]
     by_name = {row.name: row.setup for row in rows_of("fp16", "cuda")}
     assert by_name["tensorrt"].bundle == "fp16.bundle"
     assert not by_name["tensorrt, no CUDA graphs"].cuda_graphs
     assert by_name["ort-tensorrt"].bundle == HALF
+    assert [by_name[name].cuda_graphs for name in ("cuda", "cuda, CUDA graphs")] == [False, True]
     assert by_name["torch.compile"] == Setup(device="cuda", precision="fp16")
     assert [row.setup.device for row in rows_of("fp32", "cpu")] == ["cpu"] * 3
     assert [row.name for row in rows_of("fp32", "cpu")] == ["cpu", REFERENCE, "torch.compile"]

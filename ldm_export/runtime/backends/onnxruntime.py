@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 from ldm_export.bundle import Bundle
@@ -20,9 +21,10 @@ from ldm_export.runtime.backends import (
     check_contract,
     foreign_errors,
     one_line,
+    providers,
 )
 from ldm_export.runtime.backends.once import OnceGraph, check_parts
-from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, Provider
+from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, RECORDS, Provider
 from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.running import Running
 from ldm_export.target import ORT_CPU, Target, files_in, needs_of, read_target
@@ -33,6 +35,9 @@ NUMPY_TYPES = {
     "tensor(int64)": "int64",
     "tensor(uint8)": "uint8",
 }
+GRAPH_ID = "gpu_graph_id"
+"""Key of a run's options: the number of the CUDA graph to record or to replay, -1 for none."""
+_RECORDINGS = count(1)
 
 
 class OnnxRuntimeBackend(Backend):
@@ -257,6 +262,7 @@ class OnnxRuntimeGraph:
         self._running = running or Running()
         self._mapped = mapped
         self._provider = provider
+        self._records = provider is not None and provider.name in RECORDS and providers.CUDA_GRAPHS
         self.spec = spec
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -264,6 +270,8 @@ class OnnxRuntimeGraph:
         sizes = check_inputs(self.spec, inputs)
         names = [tensor.name for tensor in self.spec.outputs]
         with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
+            if self._records:  # these arrays lie elsewhere in each call
+                options.add_run_config_entry(GRAPH_ID, "-1")
             results = dict(zip(names, self.session.run(names, dict(inputs), options), strict=True))
         check_outputs(self.spec, results, sizes)
         return results
@@ -308,10 +316,13 @@ class OnnxRuntimeGraph:
             for name, value in made.items():
                 binding.bind_ortvalue_output(name, value)
         changing = inputs.keys() - set(fixed)
+        recording = str(next(_RECORDINGS))
 
         def call() -> None:
             self._check_files()
             with foreign_errors("ONNX Runtime", self.spec.name), self._running.run() as options:
+                if self._records:
+                    options.add_run_config_entry(GRAPH_ID, recording)
                 for name in changing:
                     given[name].update_inplace(inputs[name])
                 self.session.run_with_iobinding(binding, options)

@@ -11,6 +11,11 @@ from typing import Any
 from ldm_export.bundle import Bundle
 
 CPU = "CPUExecutionProvider"
+RECORDS = {"CUDAExecutionProvider"}
+"""Providers that can record a call as a CUDA graph."""
+CUDA_GRAPHS = False
+"""Whether sessions that are opened from now on record bound calls, and replay them. Off, but in benchmarks: all
+operators of a graph must then run on the GPU, and a recording holds memory for each new set of arrays."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Provider:
         """Everything to set for a bundle; ``cache`` is the user's folder for what is compiled, if there is one."""
         half = any(record.get("name") == "half" and record.get("kept", True) for record in bundle.manifest.passes)
         given = dict(self.options)
+        if CUDA_GRAPHS and self.name in RECORDS:
+            given["enable_cuda_graph"] = "1"
         if self.half_option and half:
             given[self.half_option] = "1"
         if cache is not None:
@@ -91,4 +98,3 @@ PROVIDERS = {
         install="Run: pip install onnxruntime-ep-nv-tensorrt-rtx",
     ),
 }
-"""CUDA graphs are left off in all: they need sessions whose shapes never change, and ours are of any."""
