@@ -279,7 +279,7 @@ def damage(target: AnyTarget, name: str, *, verified: bool) -> str:
     if name not in target.files or not file.is_file():
         return f"its {name} is missing"
     if (size := file.stat().st_size) != target.files[name].size_bytes:
-        return f"its {name} has {size} bytes, and {target.files[name].size_bytes} are listed"
+        return f"its {name} has {size} bytes; {TARGET} says {target.files[name].size_bytes}"
     try:
         altered = verified and sha256_of(file) != target.files[name].sha256
     except OSError as error:

@@ -115,7 +115,7 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing engine": (lambda bundle: (bundle / "targets" / KIND / "unet.plan").unlink(), "its unet.plan is missing"),
     "a truncated engine": (
         lambda bundle: (bundle / "targets" / KIND / "unet.plan").write_bytes(b"an eng"),
-        "its unet.plan has 6 bytes, and 9 are listed",
+        "its unet.plan has 6 bytes; target.json says 9",
     ),
     "an altered engine": (
         lambda bundle: (bundle / "targets" / KIND / "unet.plan").write_bytes(b"an Engine"),

@@ -165,5 +165,5 @@ def test_a_key_that_a_samplers_class_does_not_have_stops_only_the_others() -> No
 
 @pytest.mark.parametrize("steps", [100_001, 10**7, 10**12, 10**30])
 def test_more_training_timesteps_than_any_network_has(steps: int) -> None:
-    with pytest.raises(InputError, match="at most 100,000 can be used"):
+    with pytest.raises(InputError, match="at most 100,000 are supported"):
         compile_plan({"num_train_timesteps": steps}, "ddim", 10)

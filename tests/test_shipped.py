@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import safetensors
 from ldm_reference.train import TrainConfig
 
@@ -26,5 +28,7 @@ def test_emoji64_is_what_its_recipe_describes() -> None:
         assert {key: config[key] for key in asked} == {
             key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()
         }
-    assert model.scheduler == recipe.scheduler
+    own = json.loads((model.path / "scheduler" / "scheduler_config.json").read_text())
+    assert own == recipe.scheduler
+    assert model.scheduler == own | {"steps_offset": 1}  # as diffusers' StableDiffusionPipeline uses it
     assert all(model.load(component) for component in model.components)

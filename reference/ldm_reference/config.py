@@ -134,10 +134,15 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 def check_positive(**values: Any) -> None:
     """Every value, or every item of a tuple, must be an integer of at least 1."""
+    check_counts(1, **values)
+
+
+def check_counts(least: int = 0, /, **values: Any) -> None:
+    """Every value, or every item of a tuple, must be an integer of at least ``least``."""
     for name, value in values.items():
         for item in value if isinstance(value, tuple) else (value,):
-            if not isinstance(item, int) or isinstance(item, bool) or item < 1:
-                raise ConfigError(f"{name} = {value!r} must hold integers of at least 1")
+            if not isinstance(item, int) or isinstance(item, bool) or item < least:
+                raise ConfigError(f"{name} = {value!r} must hold integers of at least {least}")
 
 
 def check_layers(count: int) -> None:

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_reference.config import ANY, ConfigError, check_choice, check_layers, check_positive, config_from_dict
+from ldm_reference.config import (
+    ANY,
+    ConfigError,
+    check_choice,
+    check_counts,
+    check_layers,
+    check_positive,
+    config_from_dict,
+)
 
 INERT = {"upsample_fn": "nearest", "upsampling_scaling_factor": 2, "shift_factor": {None, 0}, "force_upcast": ANY}
 CERTAIN = -30.0
@@ -49,7 +57,8 @@ class TinyAutoencoderConfig:
         check_choice("act_fn", self.act_fn, ("relu",))
         for side in ("encoder", "decoder"):
             widths, blocks = getattr(self, f"{side}_block_out_channels"), getattr(self, f"num_{side}_blocks")
-            check_positive(**{f"{side}_block_out_channels": widths, f"num_{side}_blocks": blocks})
+            check_positive(**{f"{side}_block_out_channels": widths})
+            check_counts(**{f"num_{side}_blocks": blocks})
             check_layers(sum(blocks))
             if len(widths) != len(blocks) or len(widths) != len(self.encoder_block_out_channels):
                 raise ConfigError(

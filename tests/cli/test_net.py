@@ -228,12 +228,20 @@ IN_C = 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)'
 @pytest.mark.parametrize("work", ["time.sleep(60)", IN_C], ids=["in Python", "in C"])
 def test_ctrl_c_ends_a_command_and_leaves_nothing(work: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", STUCK.format(work=work), str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert process.stderr is not None
-        assert process.stderr.readline() == "begun\n"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what nohup ignores, the child would ignore, too
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "begun\n"
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 1
     lines = said.split()
     assert lines[-1] == "Aborted!"

@@ -111,7 +111,7 @@ class Scale:
     name: ClassVar[str] = "scale"
     purpose: ClassVar[Purpose] = "bytes"
     targets: ClassVar[tuple[str, ...]] = ("cpu",)
-    tolerance: ClassVar[float] = 1e9
+    tolerance: ClassVar[float] = 1e6
 
     factor: float = 5.0
     graphs: tuple[str, ...] = ("vae_decoder",)

@@ -152,7 +152,6 @@ def test_taesd_key_for_key() -> None:
         ({"decoder_block_out_channels": [0, 0, 0, 0]}, "must hold integers of at least 1"),
         ({"latent_channels": "4"}, "latent_channels = '4' must be int"),
         ({"scaling_factor": 0}, "scaling_factor = 0 must be above 0"),
-        ({"norm_num_groups": 8}, "unknown key 'norm_num_groups'"),
     ],
 )
 def test_a_config_of_another_network_is_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
@@ -165,6 +164,11 @@ def test_a_config_of_another_network_is_refused(tmp_path: Path, changes: dict[st
         opened(tmp_path)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_key_is_refused_in_a_training_config_only() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'norm_num_groups'"):
+        AutoencoderTiny.from_config({"norm_num_groups": 8})
 
 
 # --- a whole model --------------------------------------------------------------------------------------------------

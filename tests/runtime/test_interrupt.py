@@ -89,9 +89,13 @@ def test_ctrl_c_while_a_session_opens(tmp_path: Path) -> None:
     before = threading.active_count()
     main = threading.main_thread().ident
     assert main is not None
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup it would be ignored
     threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.generate(["a cat"])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.generate(["a cat"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert threading.active_count() <= before + 1  # the timer may not have ended yet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.backends import openvino as backend_module
 from ldm_export.runtime.backends.openvino import OpenVinoBackend, OpenVinoGraph
 from tests.arrays import arrays
+from tests.hostile.base import entry_of
 from tests.scheduler_configs import relative_error
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO (extra openvino) is not installed")
@@ -77,14 +79,22 @@ def test_every_graph_gives_what_onnxruntime_gives(bundle_of: Callable[[str], Pat
         np.testing.assert_allclose(result, expected[name], rtol=0, atol=TOLERANCE * np.abs(expected[name]).max())
 
 
+def listed(folder: Path, *files: str) -> None:
+    """Let the manifest say what these files now are."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] |= {file: entry_of((folder / file).read_bytes()) for file in files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_weights_in_a_file_of_their_own(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    file = bundle.file("unet/model.onnx")
-    ours = OpenVinoBackend(bundle, None)
+    file, outside = bundle.file("unet/model.onnx"), "unet/model.onnx.data"
     inputs = arrays(bundle.manifest.graphs["unet"].inputs)
-    expected = ours.load("unet").run(inputs)["out_sample"]
+    expected = OpenVinoBackend(bundle, None).load("unet").run(inputs)["out_sample"]
     onnx.save_model(onnx.load(file), file, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
-    assert (file.parent / "model.onnx.data").stat().st_size > file.stat().st_size
+    assert (bundle.path / outside).stat().st_size > file.stat().st_size
+    listed(bundle.path, "unet/model.onnx", outside)
+    ours = OpenVinoBackend(Bundle.open(bundle.path), None)
     np.testing.assert_array_equal(ours.load("unet").run(inputs)["out_sample"], expected)
 
 
@@ -229,10 +239,12 @@ def test_a_graph_that_is_not_what_the_manifest_says(tiny_bundle: Path, side: str
 
 def test_a_graph_that_it_refuses(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    bundle = Bundle.open(folder)
-    (folder / "unet/model.onnx").write_bytes(b"not a graph")
+    model = onnx.load(folder / "unet/model.onnx")
+    model.graph.node[0].op_type = "Nothing"
+    (folder / "unet/model.onnx").write_bytes(model.SerializeToString())
+    listed(folder, "unet/model.onnx")
     with pytest.raises(BundleError, match=r"OpenVINO refuses unet/model\.onnx: .*Use the backend cpu") as raised:
-        OpenVinoBackend(bundle, None).load("unet")
+        OpenVinoBackend(Bundle.open(folder), None).load("unet")
     assert "\n" not in str(raised.value)
 
 

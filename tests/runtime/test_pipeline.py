@@ -17,7 +17,7 @@ from PIL import Image
 
 from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
-from ldm_export.errors import BackendError, CancelledError, InputError
+from ldm_export.errors import BackendError, BundleError, CancelledError, InputError
 from ldm_export.plan import SAMPLERS, compile_plan
 from ldm_export.runtime import Generation, Pipeline
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeGraph
@@ -438,5 +438,5 @@ def test_a_plan_that_is_no_plan(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     pipeline = Pipeline.open(bundle)
     pipeline.bundle = pipeline.bundle.add_file("plans/ddim-20.json", b"[]")
-    with pytest.raises(InputError, match="plan"):
+    with pytest.raises(BundleError, match=r"plans/ddim-20\.json: a plan file"):
         pipeline.steps(PROMPTS)

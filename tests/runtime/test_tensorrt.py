@@ -315,7 +315,7 @@ def test_engines_that_do_not_fit(
 def test_engines_of_another_graph_or_cut_short(bundle: Bundle) -> None:
     folder = add_engines(bundle, "tensorrt_rtx")
     (folder / "unet.plan").write_bytes(b"short")
-    with pytest.raises(BackendError, match=r"its unet\.plan has 5 bytes, and \d+ are listed"):
+    with pytest.raises(BackendError, match=r"its unet\.plan has 5 bytes; target\.json says \d+"):
         fitting_target(bundle, "tensorrt_rtx", VERSION, CAPABILITY)
     add_engines(bundle, "tensorrt_rtx")
     entry = replace(bundle.manifest.files["unet/model.onnx"], sha256="0" * 64)

@@ -266,7 +266,7 @@ LIES = {
     "merges missing": (lambda f: (f / "merges.txt").unlink(), "merges.txt is missing"),
     "vocab not JSON": (lambda f: (f / "vocab.json").write_text("{"), "vocab.json is not JSON"),
     "vocab a list": (lambda f: (f / "vocab.json").write_text("[]"), "vocab.json holds a JSON list"),
-    "vocab not UTF-8": (lambda f: (f / "vocab.json").write_bytes(b"\xff\xfe\x00"), "vocab.json cannot be read"),
+    "vocab not UTF-8": (lambda f: (f / "vocab.json").write_bytes(b"\xff\xfe\x00"), "vocab.json is not UTF-8 text"),
     "vocab a folder": (
         lambda f: ((f / "vocab.json").unlink(), (f / "vocab.json").mkdir()),
         "vocab.json cannot be read",
@@ -287,7 +287,7 @@ LIES = {
     ),
     "merge to unknown token": (lambda f: (f / "merges.txt").write_text("q z\n"), "'qz' is not in the vocabulary"),
     "merge of one": (lambda f: (f / "merges.txt").write_text("a\n"), "a merge is two tokens"),
-    "merges not UTF-8": (lambda f: (f / "merges.txt").write_bytes(b"\xff"), "merges.txt cannot be read"),
+    "merges not UTF-8": (lambda f: (f / "merges.txt").write_bytes(b"\xff"), "merges.txt is not UTF-8 text"),
     "config not JSON": (lambda f: (f / "tokenizer_config.json").write_text("x"), "tokenizer_config.json is not JSON"),
     "length zero": (
         lambda f: edit_json(f / "tokenizer_config.json", lambda c: c.update(model_max_length=1)),
@@ -321,7 +321,7 @@ LIES = {
     ),
     "added tokens a list": (
         lambda f: edit_json(f / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=[])),
-        "the id None",
+        "has the added tokens '\\[\\]'; an object is needed",
     ),
     "special map a list": (lambda f: (f / "special_tokens_map.json").write_text("[]"), "special_tokens_map.json holds"),
     "tokenizer.json not CLIP's": (

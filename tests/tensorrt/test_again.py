@@ -71,7 +71,7 @@ STALE: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "another graph": (another_graph, {}, "its text_encoder was made from other graphs"),
     "a damaged engine": (damaged, {}, "its text_encoder.plan has been altered"),
     "other shapes": (lambda bundle: None, {"batch": Range(1, 2, 2)}, "its text_encoder was made for other shapes"),
-    "an engine cut short": (cut_short, {}, "its text_encoder.plan has 9 bytes, and"),
+    "an engine cut short": (cut_short, {}, "its text_encoder.plan has 9 bytes; target.json says"),
     "no engine": (lost, {}, "its text_encoder.plan is missing"),
     "no record": (unproved, {}, "it does not say what its text_encoder was compared with"),
     "another switch": (lambda bundle: None, {"sparse": True}, "it was made with other switches"),
