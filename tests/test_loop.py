@@ -94,7 +94,8 @@ def test_every_sampler(text: Bundle, sampler: str) -> None:
 
 @pytest.mark.parametrize("guidance", [0.5, 1.0, 9.0])
 def test_guidance(text: Bundle, guidance: float) -> None:
-    assert_same(text, "ddim-20", WISHES | {"guidance": guidance})
+    negative = {} if guidance > 1 else {"negative_prompt": None}
+    assert_same(text, "ddim-20", WISHES | {"guidance": guidance} | negative)
 
 
 @pytest.mark.parametrize("name", ["ddim-20", "euler-ancestral-10"])

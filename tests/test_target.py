@@ -404,8 +404,8 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a truncated file": (cut, "its unet.onnx_data has "),
     "a graph that is none": (same_size, "its unet.onnx is not a readable ONNX model: "),
     "an unknown operator": (unknown, "ONNX Runtime refuses its unet"),
-    "weights outside": (outside, "its unet.onnx reads weights from '../../unet/model.onnx', which it does not list"),
-    "weights unlisted": (unlisted, "its unet.onnx reads weights from 'unet.onnx_data', which it does not list"),
+    "weights outside": (outside, "its unet.onnx reads tensor "),
+    "weights unlisted": (unlisted, "its unet.onnx reads tensor "),
 }
 
 
