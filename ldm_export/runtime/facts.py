@@ -92,7 +92,7 @@ def check_model(model: Mapping[str, Any]) -> None:
     for key, fits in sound.items():
         if not fits:
             raise MalformedError(
-                f"model.{key} = {str(model.get(key))[:60]!r}, which is none that can be generated with"
+                f"model.{key} = {repr(model.get(key))[:60]}, which is none that can be generated with"
             )
 
 

@@ -140,7 +140,7 @@ def test_build_engines(run: Run, bundle: Path) -> None:
     (bundle / "targets" / "rtx-sm86-sm89-fp16" / "text_encoder.plan").write_bytes(b"short")
     assert "is damaged: its text_encoder.plan has 5 bytes" in run("inspect", bundle).stdout
     assert run("verify", bundle).exit_code == 1
-    says = "Not all that was there is used, since its text_encoder.plan has 5 bytes, and"
+    says = "Not all that was there is used, since its text_encoder.plan has 5 bytes; target.json says"
     assert says in run("build", bundle, *options).stdout
 
 

@@ -118,16 +118,16 @@ TEST_CASE("Any allocation may fail, once or from then on: it is a status, and no
     check_lives(rounds / 10, pixels);
 }
 
-TEST_CASE("Running out of memory is a status", "[bundle]") {
+TEST_CASE("More than the memory holds is refused before anything is allocated", "[bundle]") {
     Opened opened;
     ldm_draw_options huge = options();
     huge.height = huge.width = 1 << 20;
     const char *prompts[1000];
     std::fill(std::begin(prompts), std::end(prompts), "a");
     size_t count = 0;
-    CHECK(ldm_draw(opened.handle, prompts, 1000, &huge, nullptr, &count) == LDM_OK);
+    CHECK(ldm_draw(opened.handle, prompts, 1000, &huge, nullptr, &count) == LDM_ERROR_INPUT);
     huge.height = huge.width = 1 << 20;
     count = SIZE_MAX;
     std::uint8_t pixel;
-    CHECK(ldm_draw(opened.handle, prompts, 1000, &huge, &pixel, &count) == LDM_ERROR_MEMORY);
+    CHECK(ldm_draw(opened.handle, prompts, 1000, &huge, &pixel, &count) == LDM_ERROR_INPUT);
 }
