@@ -32,6 +32,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TARGETS = "targets"
 LOOPS = "loops"
+READ_BY_NAME = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+"""Graphs that runtimes look for by name, and loops beside them; others may lie anywhere, as nothing reads them."""
 LARGEST_SIZE = 1 << 20
 """Largest size, count or factor that a manifest may say."""
 
@@ -95,7 +97,8 @@ def _manifest_of(found: Any) -> Manifest:
         path = field(entry, "path", str, where)
         if path not in files:
             raise MalformedError(f"{where} has the path {path!r}, which is not among the files")
-        if path not in (f"{name}/model.onnx", f"{name}.onnx"):
+        read = name in READ_BY_NAME or is_loop(name)
+        if read and path not in (f"{name}/model.onnx", f"{name}.onnx"):
             raise MalformedError(f"{where} has the path {path!r}; it must be its name with /model.onnx or .onnx")
         graphs[name] = GraphSpec(path, *(_specs(entry, side, where) for side in ("inputs", "outputs")))
         names = [tensor.name for tensor in (*graphs[name].inputs, *graphs[name].outputs)]

@@ -14,6 +14,9 @@ constexpr std::int64_t FORMAT_VERSION = 1;
 constexpr std::array KEYS{"files",  "format_version", "graphs", "ldm_export_version",
                           "model",  "parity",         "passes", "source"};
 
+// Graphs that are looked for by name, and loops beside them; others may lie anywhere, as nothing reads them.
+constexpr std::array READ_BY_NAME{"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"};
+
 bool begins_with(std::string_view relative, std::string_view folder) {
     return relative.substr(0, relative.find('/')) == folder;
 }
@@ -75,7 +78,8 @@ Manifest manifest_of(const Json &found) {
         const std::string &path = field(entry, "path", Kind::text, where).text();
         if (manifest.files.count(path) == 0)
             throw MalformedError(where + " has the path '" + path + "', which is not among the files");
-        if (path != name + "/model.onnx" && path != name + ".onnx")
+        const bool read = is_loop(name) || std::find(READ_BY_NAME.begin(), READ_BY_NAME.end(), name) != READ_BY_NAME.end();
+        if (read && path != name + "/model.onnx" && path != name + ".onnx")
             throw MalformedError(where + " has the path '" + path + "'; it must be its name with /model.onnx or .onnx");
         const GraphSpec graph{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)};
         std::set<std::string> names;
