@@ -59,7 +59,8 @@ def partial_folder(target: Path) -> Iterator[Path]:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file, and its folder, whole or not at all: what is there stays as it is until all is written beside it.
 
-    A link is followed, permissions of a file that is there are kept, and a device or a pipe is written to as it is.
+    A link is followed, permissions of a file that is there are kept, and a device, or a pipe that somebody reads, is
+    written to as it is.
 
     Raises
     ------
@@ -68,7 +69,10 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
+        descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # else a pipe waits for a reader
+        with open(descriptor, "wb") as file:
+            os.set_blocking(descriptor, True)
+            file.write(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:30]}.partial-{os.getpid()}-{secrets.token_hex(4)}")  # a name has 255 bytes

@@ -186,6 +186,9 @@ def test_a_file_is_written_whole_or_stays(tmp_path: Path, monkeypatch: pytest.Mo
             write_whole(file, b"third")
     assert file.read_bytes() == b"second"
     assert len(list(file.parent.iterdir())) == 2
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):  # that nobody reads
+        write_whole(tmp_path / "pipe", b"gone")
     write_whole(Path("/dev/null"), b"gone")
     assert not Path("/dev/null").is_file()
 
