@@ -91,9 +91,7 @@ def check_model(model: Mapping[str, Any]) -> None:
     sound["num_class_embeds"] = classes is None or (type(classes) is int and number("num_class_embeds", 1))
     for key, fits in sound.items():
         if not fits:
-            raise MalformedError(
-                f"model.{key} = {repr(model.get(key))[:60]}, which is none that can be generated with"
-            )
+            raise MalformedError(f"model.{key} = {repr(model.get(key))[:60]}, which is none that can be generated with")
 
 
 def check_length(tokenizer: Tokenizer, encoder: GraphSpec) -> None:
