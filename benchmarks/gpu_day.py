@@ -47,7 +47,7 @@ SECONDS = 480.0
 LEAST_SECONDS = 5.0
 """A stage that has less than this left is not begun."""
 NEEDED = ("onnxruntime-gpu", "diffusers", "transformers", "torch", "onnx", "onnxscript", "pytest", "hypothesis")
-"""Distributions that the stages use, told of in the log when they are missing."""
+"""Distributions that the stages use; the log names those that are not installed."""
 Outcome = dict[str, Any]
 
 
