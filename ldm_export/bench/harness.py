@@ -34,7 +34,7 @@ from ldm_export.runtime.results import Timings
 
 FORMAT = 1
 MOST_BYTES = 1 << 30
-"""Version of a document with the pictures in it."""
+"""Largest document that is read, with its pictures, bytes."""
 _PLAIN = re.compile(r"[\w .,:/+=-]*")
 PROCESSES = 3
 """New processes a side for cold start and memory, or the number of repeats if that is smaller."""
