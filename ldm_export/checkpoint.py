@@ -178,8 +178,13 @@ class LatentDiffusion:
         return tuple(name for name in order if self.index.get(name) not in (None, [None, None]))
 
     @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of its text encoders, in the order in which the UNet reads them."""
+        return tuple(name for name in self.components if name.startswith("text_encoder"))
+
+    @property
     def reads_text(self) -> bool:
-        return "text_encoder" in self.components
+        return bool(self.text_encoders)
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.export import onnx
 from ldm_export.export.onnx import GraphModule
+from ldm_export.partial import locked
 
 CLASSES = 5
 SMALL_UNET: dict[str, Any] = {
@@ -40,7 +41,10 @@ TEXT_UNET: dict[str, Any] = {
 
 
 class GraphCache:
-    """Stands in for ``export_graph``: tracing takes seconds, and equal networks give equal bytes."""
+    """Stands in for ``export_graph``: tracing takes seconds, and equal networks give equal bytes.
+
+    Processes that share the folder wait for one another, and trace each network once between them.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -49,10 +53,13 @@ class GraphCache:
         digest = hashlib.sha256(repr((graph, module.network.config)).encode())
         for tensor in module.network.state_dict().values():
             digest.update(tensor.numpy().tobytes())
-        traced = self.folder / digest.hexdigest()
-        if not traced.is_dir():
-            onnx.export_graph(module, graph, example, traced)
-        shutil.copytree(traced, folder)
+        own = self.folder / digest.hexdigest()
+        own.mkdir(parents=True, exist_ok=True)
+        with locked(own):
+            if not (own / "traced").is_dir():
+                onnx.export_graph(module, graph, example, own / "traced.partial")
+                (own / "traced.partial").rename(own / "traced")
+        shutil.copytree(own / "traced", folder)
         return folder / "model.onnx"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,8 +16,11 @@ from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
 
+from ldm_export.bench.loop import add_loop
+from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export import chain
+from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime.backends import auto
 from tests.bundle_fixture import KINDS, GraphCache
 
@@ -111,9 +116,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """From here to the end of the session, `export_bundle` traces each network once."""
-    graphs = GraphCache(tmp_path_factory.mktemp("graphs"))
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def traced_once(shared_folder: Path) -> Iterator[None]:
+    """From here to the end of the session, `export_bundle` traces each network once, whichever process asks for it."""
+    graphs = GraphCache(shared_folder / "graphs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain, "export_graph", graphs.export_graph)
         yield
@@ -124,6 +138,30 @@ def tiny_bundle(tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pyte
     """The bundle of `tiny_checkpoint`. Read-only: a test that changes a file works on a copy."""
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     return chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), folder).path
+
+
+VARIANTS = ("plain", "loop", "target", "loop and target")
+"""What else a bundle may hold beside its graphs and plans."""
+
+
+@pytest.fixture(scope="session")
+def variants(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a name in `VARIANTS` to the tiny bundle with a loop of ddim-10, the target ort-cpu, or both.
+
+    All read-only.
+    """
+    folder = tmp_path_factory.mktemp("variants")
+
+    @cache
+    def make(variant: str) -> Path:
+        bundle = Bundle.open(shutil.copytree(tiny_bundle, folder / variant.replace(" ", "-")))
+        if "loop" in variant:
+            bundle = add_loop(bundle, "ddim-10")
+        if "target" in variant:
+            build_ort_cpu(bundle)
+        return bundle.path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "single_file": BASE | {"compvis_names", "checkpoint_weights"},
     "options": BASE,
     "checkpoint": BASE | {"single_file", "checkpoint_weights", "pipelines"},
-    "torch_reference": BASE | {"checkpoint"},
+    "torch_reference": BASE | {"checkpoint", "pipelines"},
     "judge": BASE | {"checkpoint"},
     "runtime": BUNDLE | {"target", "engines"},
     "passes": BUNDLE | {"checkpoint", "options"},

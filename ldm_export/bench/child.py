@@ -39,7 +39,7 @@ def opened(told: dict[str, Any]) -> Callable[[], object]:
     from ldm_export.checkpoint import LatentDiffusion
     from ldm_export.torch_reference import TorchReference
 
-    reference = TorchReference(LatentDiffusion.open(told["checkpoint"]), text="input_ids" in given)
+    reference = TorchReference(LatentDiffusion.open(told["checkpoint"]))
     return lambda: reference.draw_as(given)
 
 

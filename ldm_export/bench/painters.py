@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy.typing as npt
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
-from ldm_export.export.chain import copy_tokenizer
-from ldm_export.runtime import Pipeline, Tokenizer
+from ldm_export.export.accepted import check_accepted, open_tokenizer
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import DEFAULT_GUIDANCE
 from ldm_export.runtime.results import Step, Timings
 from ldm_export.torch_reference import TorchReference
 
@@ -51,15 +51,27 @@ class Sample:
 
 
 class Painter(Protocol):
-    """What both sides can do. ``condition`` is what a picture is asked for by: "text", "label" or None."""
+    """What both sides can do.
+
+    Attributes
+    ----------
+    condition : what a picture is asked for by: "text", "label" or None
+    uses_guidance : whether the scale changes pictures
+    defaults : sampler, steps and guidance of the model's own
+    """
 
     name: str
     channels: int
     condition: str | None
+    uses_guidance: bool
+    defaults: Settings
 
     @property
     def size(self) -> int:
         """Pixels of a side, of models that draw squares."""
+
+    def guided(self, guidance: float) -> bool:
+        """Whether a picture with that scale takes two rows of the UNet, with the prompt and without."""
 
     def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
         """What one drawing is told, as JSON can hold it; :mod:`ldm_export.bench.child` draws by it too."""
@@ -75,50 +87,59 @@ class Painter(Protocol):
 
 
 class CheckpointPainter:
-    """A checkpoint in PyTorch, with DDIM."""
+    """A checkpoint in PyTorch.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be exported either.
+    InputError
+        If the model is given more than text or a class number.
+    """
 
     def __init__(self, checkpoint: LatentDiffusion):
-        reads_text = "text_encoder" in checkpoint.components
-        self._folded = checkpoint.drawing.folded
-        self._reference = TorchReference(checkpoint, text=reads_text)
+        check_accepted(checkpoint)
         configs = checkpoint.configs
+        self._reference = TorchReference(checkpoint)
+        own = checkpoint.drawing
+        self.defaults = Settings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
+        self._one_row = own.folded or bool(configs["unet"]["time_cond_proj_dim"])
         self.classes = configs["unet"]["num_class_embeds"]
-        self.condition = "text" if reads_text else "label" if self.classes else None
+        self.condition = "text" if checkpoint.reads_text else "label" if self.classes else None
+        self.uses_guidance = self.condition == "text" and not own.folded
         self.channels = int(configs["vae"]["in_channels"])
         self.name = f"checkpoint {checkpoint.name}"
         self.pixels = checkpoint.picture_size
-        self._tokenizer = checkpoint_tokenizer(checkpoint) if reads_text else None
+        self._tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]
 
     @property
     def size(self) -> int:
         return _side(self.pixels)
 
+    def guided(self, guidance: float) -> bool:
+        return self.condition == "text" and guidance > 1 and not self._one_row
+
     def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
-        if settings.sampler != "ddim":
-            raise InputError(
-                f"A checkpoint is drawn with ddim, not {settings.sampler!r}; export it and use the bundle."
-            )
-        drawing = {"seeds": list(seeds), "steps": settings.steps, "size": self.pixels}
-        if self._tokenizer is None:
-            labels = [int(label) for label in conditions] if self.condition else None
-            if labels is not None and max(labels) >= self.classes:
+        plan = {"sampler": settings.sampler, "steps": settings.steps}
+        drawing = {"seeds": list(seeds), **plan, "guidance": settings.guidance, "size": self.pixels}
+        if self.condition == "text":
+            prompts = list(map(str, conditions))
+            drawing |= {
+                "ids": [tokenizer(prompts).tolist() for tokenizer in self._tokenizers],
+                "empty_ids": [tokenizer([""] * len(prompts)).tolist() for tokenizer in self._tokenizers],
+                "guidance": settings.guidance if self.uses_guidance else 1.0,
+            }
+        elif self.condition == "label":
+            labels = [int(label) for label in conditions]
+            if max(labels) >= self.classes:
                 raise InputError(f"class label {max(labels)} is none; this model has 0 to {self.classes - 1}.")
-            return {"labels": labels, **drawing}
-        prompts = list(map(str, conditions))
-        return {
-            "input_ids": self._tokenizer(prompts).tolist(),
-            "negative_ids": self._tokenizer([""] * len(prompts)).tolist(),
-            "guidance": 1.0 if self._folded else settings.guidance,
-            **drawing,
-        }
+            drawing["labels"] = labels
+        return drawing
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
         drawn = self._reference.draw_as(self.given(conditions, seeds, settings))
-        spent = drawn.timings_ms
-        timings = Timings(
-            text_ms=spent["text"], unet_ms=drawn.unet_ms, loop_ms=spent["loop"], decode_ms=spent["decode"]
-        )
-        return Sample(drawn.images, drawn.trajectory, timings)
+        spent = Timings(text_ms=drawn.text_ms, unet_ms=drawn.unet_ms, loop_ms=drawn.loop_ms, decode_ms=drawn.decode_ms)
+        return Sample(drawn.images, drawn.trajectory, spent)
 
     def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
         return self.sample(conditions, seeds, settings).images
@@ -134,14 +155,21 @@ class BundlePainter:
         self._pipeline, self._options = Pipeline(bundle, backend), options
         model, graphs = bundle.manifest.model, bundle.manifest.graphs
         self.name = f"bundle {bundle.path.resolve().name}"
+        self.defaults = Settings(
+            sampler=model["default_sampler"],
+            steps=model["default_steps"],
+            guidance=float(model.get("default_guidance", DEFAULT_GUIDANCE)),
+        )
         self.pixels = (model["height"], model["width"])
         self.classes = model.get("num_class_embeds")
         self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
         inputs = {tensor.name for tensor in graphs["unet"].inputs}
+        self._one_row = bool(model.get("guidance_folded")) or "timestep_cond" in inputs
         self.condition = next(
             (kind for kind, name in (("text", "encoder_hidden_states"), ("label", "class_labels")) if name in inputs),
             None,
         )
+        self.uses_guidance = self.condition == "text" and not model.get("guidance_folded")
 
     def load(self) -> None:
         """Open what drawing takes; raises what :meth:`ldm_export.runtime.Pipeline.load` raises."""
@@ -159,6 +187,9 @@ class BundlePainter:
     @property
     def size(self) -> int:
         return _side(self.pixels)
+
+    def guided(self, guidance: float) -> bool:
+        return self.condition == "text" and guidance > 1 and not self._one_row
 
     def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
         told = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
@@ -189,12 +220,6 @@ def open_painter(target: str) -> Painter:
     if (Path(target) / "manifest.json").is_file():
         return BundlePainter(Bundle.open(target))
     return CheckpointPainter(LatentDiffusion.open(target))
-
-
-def checkpoint_tokenizer(checkpoint: LatentDiffusion) -> Tokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        copy_tokenizer(checkpoint.tokenizer_folder("text_encoder"), Path(folder) / "tokenizer")
-        return Tokenizer(Path(folder) / "tokenizer")
 
 
 def _side(size: tuple[int, int]) -> int:

@@ -27,10 +27,11 @@ from ldm_export.bench.metrics import (
     recalled,
     ssim,
 )
-from ldm_export.bench.painters import Painter, Settings, checkpoint_tokenizer
+from ldm_export.bench.painters import Painter, Settings
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
+from ldm_export.export.accepted import open_tokenizer
 from ldm_export.judge import AlignmentJudge, Pictures, features_of, open_pictures
 
 Array = npt.NDArray[Any]
@@ -93,8 +94,8 @@ def open_judge(target: str, judge: str | None) -> AlignmentJudge | None:
         if name not in shipped_checkpoints():
             return None
     checkpoint = LatentDiffusion.open(name)
-    reads_text = "text_encoder" in checkpoint.components
-    found = AlignmentJudge.open(checkpoint, checkpoint_tokenizer(checkpoint)) if reads_text else None
+    tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]
+    found = AlignmentJudge.open(checkpoint, tokenizers[0]) if tokenizers else None
     if found is None and judge is not None:
         raise CheckpointError(f"{judge} has no alignment/ folder; train it with a [text_stage], or leave --judge out.")
     return found

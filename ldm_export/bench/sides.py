@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.manifest import is_loop
 from ldm_export.runtime.facts import check_drawable
-from ldm_export.runtime.request import DEFAULT_GUIDANCE, read_plan
+from ldm_export.runtime.request import read_plan
 
 PROMPTS = (
     "grinning face with smiling eyes",
@@ -55,7 +55,6 @@ class Side:
         bundles are drawn by several backends, the backend's as it was asked for
     target : the folder, or the name of a shipped checkpoint
     settings : sampler, steps, guidance
-    guided : whether the UNet is called with and without the prompt, so on two pictures for one
     backend : what runs it
     bytes : the bundle's files, or the checkpoint's weights as they lie on disk
     """
@@ -64,15 +63,20 @@ class Side:
     target: str
     painter: BundlePainter | CheckpointPainter
     settings: Settings
-    guided: bool
     backend: str
     bytes: int
     bundle: Bundle | None = None
 
     @property
+    def guided(self) -> bool:
+        """Whether the UNet is called with and without the prompt, so on two pictures for one."""
+        return self.painter.guided(self.settings.guidance)
+
+    @property
     def drawing(self) -> tuple[str, int, float]:
         """Sides with the same draw step by step alike."""
-        return self.settings.sampler, self.settings.steps, self.settings.guidance if self.guided else 1.0
+        guidance = self.settings.guidance if self.painter.uses_guidance else 1.0
+        return self.settings.sampler, self.settings.steps, guidance
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int]) -> Sample:
         return self.painter.sample(conditions, seeds, self.settings)
@@ -109,8 +113,8 @@ def open_sides(
     Backends that do not run here are left out: the second value says why, by the name that the side would have.
 
     ``sampler`` and ``steps`` hold for the bundles that have such a plan, and one must; a student that was taught to
-    draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as the bundle that
-    was exported from it, if that uses DDIM.
+    draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as the
+    first bundle that was exported from it.
 
     Raises
     ------
@@ -141,17 +145,12 @@ def open_sides(
         except BackendError as error:
             left_out[name] = str(error)
             continue
-        model = bundle.manifest.model
-        guidance = float(model.get("default_guidance", DEFAULT_GUIDANCE))
-        guided = painter.condition == "text" and guidance > 1 and not model.get("guidance_folded")
-        settings = Settings(sampler=its_sampler, steps=its_steps, guidance=guidance)
-        sides.append(
-            Side(name, str(bundle.path), painter, settings, guided, painter.backend, bundle_bytes(bundle), bundle)
-        )
+        settings = replace(painter.defaults, sampler=its_sampler, steps=its_steps)
+        sides.append(Side(name, str(bundle.path), painter, settings, painter.backend, bundle_bytes(bundle), bundle))
     if not sides:
         raise BackendError(" ".join(dict.fromkeys(left_out.values())))
     if checkpoint is not None:
-        sides.insert(0, _checkpoint_side(checkpoint, sides, steps))
+        sides.insert(0, _checkpoint_side(checkpoint, sides, sampler, steps))
     for side in sides[1:]:
         _check_alike(side, sides[0])
     return sides, left_out
@@ -166,24 +165,20 @@ def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, 
     return model["default_sampler"], model["default_steps"], False
 
 
-def _checkpoint_side(checkpoint: LatentDiffusion, bundles: Sequence[Side], steps: int | None) -> Side:
-    drawing = checkpoint.drawing
-    like = next(
-        (
-            side.settings
-            for side in bundles
-            if side.settings.sampler == "ddim" and side.bundle and same_weights(side.bundle, checkpoint)["unet"]
-        ),
-        Settings(steps=drawing.steps, guidance=drawing.guidance),
-    )
-    settings = Settings(steps=steps or like.steps, guidance=like.guidance)
+def _checkpoint_side(
+    checkpoint: LatentDiffusion, bundles: Sequence[Side], sampler: str | None, steps: int | None
+) -> Side:
     painter = CheckpointPainter(checkpoint)
-    guided = painter.condition == "text" and settings.guidance > 1 and not drawing.folded
+    like = next(
+        (side.settings for side in bundles if side.bundle and same_weights(side.bundle, checkpoint)["unet"]),
+        painter.defaults,
+    )
+    settings = replace(like, sampler=sampler or like.sampler, steps=steps or like.steps)
     files = [file for component in checkpoint.components for file in checkpoint.weight_files(component)]
     size = sum(file.stat().st_size for file in {*files})
     name = f"PyTorch {checkpoint.name}"
     backend = f"torch {torch.__version__.partition('+')[0]} cpu"
-    return Side(name, str(checkpoint.path), painter, settings, guided, backend, size)
+    return Side(name, str(checkpoint.path), painter, settings, backend, size)
 
 
 def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:

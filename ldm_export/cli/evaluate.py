@@ -42,9 +42,9 @@ ROWS = {
 @click.option("--data", type=folder, required=True, help="The training pictures, with their metadata.jsonl.")
 @click.option("--held-out", type=folder, default=None, help="Pictures that training did not see, likewise.")
 @click.option("--prompts", type=click.IntRange(min=1), default=200, show_default=True, help="Pictures to draw.")
-@click.option("--sampler", default="ddim", show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
-@click.option("--guidance", type=click.FloatRange(min=1.0), default=4.0, show_default=True)
+@click.option("--sampler", default=None, help="The model's own by default, as steps and guidance.")
+@click.option("--steps", type=click.IntRange(min=1), default=None)
+@click.option("--guidance", type=click.FloatRange(min=1.0), default=None)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Picture k has seed + k.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures drawn at a time.")
 @click.option(
@@ -58,9 +58,9 @@ def command(
     data: Path,
     held_out: Path | None,
     prompts: int,
-    sampler: str,
-    steps: int,
-    guidance: float,
+    sampler: str | None,
+    steps: int | None,
+    guidance: float | None,
     seed: int,
     batch: int,
     judge: str | None,
@@ -76,8 +76,11 @@ def command(
         check_writable(pictures)
     if output is not None:
         check_output(output)
-    settings = Settings(prompts, sampler, steps, guidance, seed, batch)
     painter = open_painter(target)
+    own = painter.defaults
+    settings = Settings(
+        prompts, sampler or own.sampler, steps or own.steps, own.guidance if guidance is None else guidance, seed, batch
+    )
     if painter.condition != "text":
         for name in ("guidance", "judge"):
             if was_given(name):

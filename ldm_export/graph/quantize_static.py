@@ -94,6 +94,8 @@ class QuantizeStatic:
             node for node in divided.graph.node if node.op_type in self.operators and _is_by_a_constant(node, constants)
         ]
         ranges = _ranges(divided, nodes, spread(calibration, CALLS))
+        beyond = [node for node in nodes if not _bias_fits(node, constants, ranges[node.input[0]][0])]
+        nodes = [node for node in nodes if node not in beyond]
         judged = spread(calibration, CALLS_JUDGED)
         references, errors, faster = _tried_alone(divided, nodes, ranges, judged, timed=self.only_faster)
         slower = [node.output[0] for node in nodes if not faster[node.output[0]]]
@@ -113,6 +115,7 @@ class QuantizeStatic:
             "quantized": count,
             "not_faster": slower,
             "not_accurate": coarse,
+            "bias_beyond_32_bits": [node.output[0] for node in beyond],
             "put_back": [node.output[0] for node in fit[count:]],
             "split": len(_worth_it(fit[:count], parts)),
             "error": error,
@@ -147,6 +150,15 @@ def _is_by_a_constant(node: onnx.NodeProto, constants: Mapping[str, TensorProto]
     if any(constant is None or constant.data_type != TensorProto.FLOAT for constant in known):
         return False
     return node.op_type != "MatMul" or len(constants[node.input[1]].dims) == 2
+
+
+def _bias_fits(node: onnx.NodeProto, constants: Mapping[str, TensorProto], scale_x: float) -> bool:
+    """Whether the bias is a 32-bit integer in units of the products; not if a channel has next to no weights."""
+    if len(node.input) < 3:
+        return True
+    _, scale = quantized(array(constants[node.input[1]]), OPERATORS[node.op_type], SAFE_MAX)
+    whole = np.rint(array(constants[node.input[2]]) / (scale * np.float32(scale_x)).astype(np.float64))
+    return bool((np.abs(whole) < 2.0**31).all())
 
 
 def _worth_it(kept: Sequence[onnx.NodeProto], parts: Mapping[str, Sequence[str]]) -> set[str]:
@@ -285,7 +297,7 @@ def _integer_constants(
     if len(node.input) < 3:
         return f"{out}.weight_float", []
     bias_scale = scale * np.float32(scale_x)
-    bias = np.clip(np.rint(array(constants[node.input[2]]) / bias_scale), -(2**31), 2**31 - 1).astype(np.int32)
+    bias = np.rint(array(constants[node.input[2]]) / bias_scale).astype(np.int32)
     parts = [add(bias, f"{out}.bias"), add(bias_scale, f"{out}.bias_scale")]
     nodes.append(helper.make_node("DequantizeLinear", parts, [f"{out}.bias_float"], f"{out}.dequantize_bias", axis=0))
     return f"{out}.weight_float", [f"{out}.bias_float"]

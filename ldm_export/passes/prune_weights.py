@@ -8,6 +8,7 @@ from Ampere on, if the engine is built with sparse weights allowed (2104.08378).
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from ldm_export.errors import InputError
 from ldm_export.options import check_between, check_one_of
 from ldm_export.passes.base import Change, Purpose, Setting
 from ldm_export.passes.imitation import Imitating, Smaller
@@ -54,6 +56,7 @@ class PruneWeights(Imitating):
         else:
             weights = [(layer, "weight") for layer in layers.values()]
             prune.global_unstructured(weights, prune.L1Unstructured, amount=self.ratio)
+        check_none_is_lost(layers, self.ratio)
         report = self.imitate(self.name, setting, Smaller(student, teacher, {}, {}))
         for layer in layers.values():
             prune.remove(layer, "weight")
@@ -68,6 +71,21 @@ class PruneWeights(Imitating):
                 "output_error": report["output_error"],
                 "speed": "none from zeros, except 2:4 on the sparse tensor cores of NVIDIA GPUs",
             },
+        )
+
+
+def check_none_is_lost(layers: Mapping[str, nn.Module], ratio: float) -> None:
+    """Raise InputError if a layer has lost all of its weights, so that nothing passes it (2006.05467, section 4)."""
+    lost = [
+        name
+        for name, layer in layers.items()
+        if not layer.get_buffer("weight_mask").any() and layer.get_parameter("weight_orig").any()
+    ]
+    if lost:
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise InputError(
+            f"prune-weights with ratio {ratio:g} takes all weights of {lost[0]}{others}, which are the smallest of the "
+            'UNet, and nothing would pass it. Lower the ratio, or use the pattern "2:4", which takes half of each.'
         )
 
 

@@ -23,11 +23,11 @@ import torch
 from safetensors import SafetensorError
 
 from ldm_export.bench.calibration import calibration_calls, calibration_conditions
-from ldm_export.bench.painters import checkpoint_tokenizer
 from ldm_export.bench.quality import Progress
 from ldm_export.bundle import Bundle, check_target
 from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
+from ldm_export.export.accepted import open_tokenizer
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.judge import AlignmentJudge, Pictures, open_pictures
@@ -274,7 +274,9 @@ class _Run:
     def _latents(self) -> TeacherData:
         """What students learn from; made when the first pass asks for it."""
         if self._data is None:
-            tokenize = checkpoint_tokenizer(self.teacher) if self.teacher.reads_text else None
+            tokenize = (
+                open_tokenizer(self.teacher.tokenizer_folder("text_encoder")) if self.teacher.reads_text else None
+            )
             conditions, empty = encode_conditions(
                 self.teacher,
                 self.told,

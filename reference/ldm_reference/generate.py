@@ -1,4 +1,4 @@
-"""Pictures in plain PyTorch: what an exported model is held against, and what training shows as it goes.
+"""Pictures in plain PyTorch: what training shows as it goes.
 
 DDIM; for text with classifier-free guidance, as in ``StableDiffusionPipeline``: negative prompts and prompts in one
 call of the UNet, starting noise from ``torch.Generator("cpu")``, one generator a picture.
@@ -6,9 +6,8 @@ call of the UNet, starting noise from ``torch.Generator("cpu")``, one generator 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,27 +18,6 @@ from ldm_reference.samplers import ddim
 from ldm_reference.schedules import alphas_cumprod_from_config, leading_timesteps, trailing_timesteps
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
-
-
-class Drawn(NamedTuple):
-    """What was drawn, and how long it took.
-
-    Attributes
-    ----------
-    images : uint8 (B, H, W, C)
-    trajectory : latents (B, C, h, w) after each step; the last are what was decoded
-    unet_ms : one entry a call of the UNet
-    timings_ms : milliseconds by stage (text, unet, loop, decode)
-    """
-
-    images: Tensor
-    trajectory: list[Tensor]
-    unet_ms: list[float]
-    timings_ms: dict[str, float]
-
-    @property
-    def latents(self) -> Tensor:
-        return self.trajectory[-1]
 
 
 @torch.no_grad()
@@ -55,7 +33,7 @@ def text_to_image(
     steps: int,
     guidance: float,
     latent_size: tuple[int, int],
-) -> Drawn:
+) -> Tensor:
     """Draw one picture a row of token ids.
 
     Parameters
@@ -65,11 +43,13 @@ def text_to_image(
     seeds : one a picture
     guidance : scale; without guidance where it is 1 or less
     latent_size : height and width of the latents
+
+    Returns
+    -------
+    uint8 (B, H, W, C)
     """
-    started = time.perf_counter()
     ids = torch.cat([negative_ids, input_ids]) if guidance > 1 else input_ids
     context = text_encoder(ids.to(unet.conv_in.weight.device)).last_hidden_state
-    text_ms = _since(started)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         if guidance > 1:
@@ -77,7 +57,7 @@ def text_to_image(
             return negative + guidance * (positive - negative)
         return unet(x, t, context)
 
-    return _drawn(vae, unet, scheduler, denoise, seeds, steps, latent_size, text_ms)
+    return _drawn(vae, unet, scheduler, denoise, seeds, steps, latent_size)
 
 
 @torch.no_grad()
@@ -90,8 +70,8 @@ def class_to_image(
     *,
     steps: int,
     latent_size: tuple[int, int],
-) -> Drawn:
-    """Draw one picture a seed with a model that reads no text. ``labels`` are classes (B,)."""
+) -> Tensor:
+    """Draw one picture a seed, uint8 (B, H, W, C), with a model that reads no text. ``labels`` are classes (B,)."""
     classes = {} if labels is None else {"class_labels": labels.to(unet.conv_in.weight.device)}
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -108,41 +88,21 @@ def _drawn(
     seeds: Sequence[int],
     steps: int,
     size: tuple[int, int],
-    text_ms: float = 0.0,
-) -> Drawn:
+) -> Tensor:
     """DDIM from the noise of the seeds, decoded; ``denoise`` takes latents and a timestep of shape (1,)."""
     device = unet.conv_in.weight.device
     shape = (1, vae.config.latent_channels, *size)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
     alphas_cumprod = alphas_cumprod_from_config(scheduler)
-    met: list[Tensor] = []
-    unet_ms: list[float] = []
-
-    def called(x: Tensor, timestep: int) -> Tensor:
-        started = time.perf_counter()
-        met.append(x)
-        out = denoise(x, torch.tensor([timestep], device=device))
-        unet_ms.append(_since(started))
-        return out
-
-    started = time.perf_counter()
     latents = ddim(
-        called,
+        lambda x, timestep: denoise(x, torch.tensor([timestep], device=device)),
         noise.to(device),
         alphas_cumprod,
         timesteps_from_config(scheduler, steps),
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
     )
-    loop_ms = _since(started) - sum(unet_ms)
-    started = time.perf_counter()
-    images = pixels_from_sample(vae.decode(latents / vae.config.scaling_factor))
-    stages = {"text": text_ms, "unet": sum(unet_ms), "loop": loop_ms, "decode": _since(started)}
-    return Drawn(images, [*met[1:], latents], unet_ms, stages)
-
-
-def _since(started: float) -> float:
-    return (time.perf_counter() - started) * 1000.0
+    return pixels_from_sample(vae.decode(latents / vae.config.scaling_factor))
 
 
 def pixels_from_sample(sample: Tensor) -> Tensor:

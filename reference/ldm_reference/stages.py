@@ -253,11 +253,11 @@ def train_denoiser(
         if tokenizer is None or text_encoder is None:
             labels = torch.arange(SAMPLES) % config.classes if config.classes else None
             seeds, steps = range(SAMPLES), SAMPLE_STEPS
-            images = class_to_image(vae, unet, config.scheduler, labels, seeds, steps=steps, latent_size=size).images
+            images = class_to_image(vae, unet, config.scheduler, labels, seeds, steps=steps, latent_size=size)
             return _rows_of_pictures(images, 1)
         captions = list(dict(reversed(data.captions)).values())[-SAMPLES:]
         ids = encode(tokenizer, ["", *captions], int((config.tokenizer or {})["model_max_length"]))
-        drawn = text_to_image(
+        images = text_to_image(
             vae,
             unet,
             text_encoder,
@@ -269,7 +269,7 @@ def train_denoiser(
             guidance=SAMPLE_GUIDANCE,
             latent_size=size,
         )
-        return _rows_of_pictures(drawn.images, 1)
+        return _rows_of_pictures(images, 1)
 
     objective = DenoiserObjective(
         unet,

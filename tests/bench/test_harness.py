@@ -118,13 +118,34 @@ def test_the_pictures_are_those_of_the_pipeline(document: Document, tiny_bundle:
         np.testing.assert_array_equal(drawn[k], expected)
 
 
-@pytest.mark.parametrize("kind", ["class-conditional", "unconditional"])
-def test_models_without_text(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path, quick: None) -> None:
+@pytest.mark.parametrize("kind", ["class-conditional", "unconditional", "sd2", "sdxl", "lcm"])
+def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path, quick: None) -> None:
+    """Each by the sampler that is its own."""
     checkpoint, bundle = kinds(kind)
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options(steps=10, repeats=1, warm_up=0))
-    assert bench.conditions == ([0, 1, 2, 3, 4] if kind == "class-conditional" else [""] * 8)
+    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options(repeats=1, warm_up=0))
+    theirs, ours = bench.sides
+    assert ours.drawing == theirs.drawing
+    assert ours.settings.sampler == {"sdxl": "euler", "lcm": "lcm"}.get(kind, "ddim")
+    assert [side.guided for side in bench.sides] == [kind in ("sd2", "sdxl")] * 2
     results = bench.run(tmp_path / "r.json", "", resume=False, progress=lambda what: None)["results"]
-    assert max(results["pictures"][bench.sides[1].name]["drift"]["worst"]) < 1e-5
+    assert results["latency"][theirs.name]["calls"] == results["latency"][ours.name]["calls"] == ours.settings.steps
+    assert max(results["pictures"][ours.name]["drift"]["worst"]) < 2e-5
+    assert min(results["pictures"][ours.name]["psnr_db"]) > 50
+
+
+def test_what_a_process_of_its_own_is_told_draws_there(kinds: Callable[[str], tuple[Path, Path]]) -> None:
+    checkpoint, bundle = kinds("sdxl")
+    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options(prompts=("red",)))
+    children = {side.name: side.child("red", 0) for side in bench.sides}
+    found = process.processes_in_turn(children, 1, lambda what: None)
+    assert all(needs["cold_start_ms"] > 0 for needs in found.values())
+
+
+@pytest.mark.parametrize("kind", ["class-conditional", "unconditional"])
+def test_models_without_text(kinds: Callable[[str], tuple[Path, Path]], kind: str) -> None:
+    checkpoint, bundle = kinds(kind)
+    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options())
+    assert bench.conditions == ([0, 1, 2, 3, 4] if kind == "class-conditional" else [""] * 8)
     with pytest.raises(InputError, match=r"1 prompts were given; PyTorch .* reads no text"):
         Bench([bundle], LatentDiffusion.open(checkpoint), Options(prompts=("red",)))
 
@@ -250,7 +271,9 @@ def test_gates_that_cannot_be_judged(tiny_bundle: Path, disturbed_bundle: Path, 
     with pytest.raises(InputError, match="Name a checkpoint with --against"):
         alone.check_gates([Gate("parity", 1.0)])
     other = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), Options(sampler="euler", steps=10))
-    with pytest.raises(InputError, match=r"drift=1 compares step by step; tiny with .*euler.* take other steps"):
+    other.check_gates([Gate("drift", 1.0)])  # PyTorch takes the same steps
+    other.sides[1].settings = replace(other.sides[1].settings, sampler="ddim")
+    with pytest.raises(InputError, match=r"drift=1 compares step by step; tiny with .*ddim.* take other steps"):
         other.check_gates([Gate("drift", 1.0)])
 
 

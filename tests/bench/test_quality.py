@@ -127,13 +127,6 @@ def test_models_without_text(kinds: Callable[[str], tuple[Path, Path]], data: Pa
                 measured(target, pictures)
 
 
-@pytest.mark.parametrize(("kind", "told"), [("lcm", "timestep_cond"), ("inpainting", "9 channels")])
-def test_what_pytorch_does_not_draw(kinds: Callable[[str], tuple[Path, Path]], kind: str, told: str) -> None:
-    """Rather than wrong pictures: a distilled UNet also runs without the guidance that it is to be told."""
-    with pytest.raises(InputError, match=rf"{told}.*; the PyTorch reference draws with .* Use `ldm-export export`"):
-        open_painter(str(kinds(kind)[0]))
-
-
 def test_copies_are_counted(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     """Of ten pictures three are copies, which a median does not show; those held out are like nothing in the data."""
     draw = np.random.default_rng(0)
@@ -215,7 +208,7 @@ def test_the_command(bundle: Path, data: Path, tmp_path: Path) -> None:
         (("--prompts", "13"), "13 prompts are asked for and the data has 12 pictures; lower --prompts."),
         (("--prompts", "9"), "9 prompts are too few to measure anything; use at least 10."),
         (("--prompts", "10", "--held-out", "EMPTY"), "has no metadata.jsonl"),
-        (("--prompts", "10", "--sampler", "euler"), "A checkpoint is drawn with ddim, not 'euler'; export it"),
+        (("--prompts", "10", "--sampler", "best"), "sampler 'best' is not known; known are"),
         (("--prompts", "10", "--judge", "NONE"), "There is no checkpoint"),
         (("--prompts", "10", "--held-out", "NONE"), "has no metadata.jsonl"),
         (("--prompts", "10", "--held-out", "FEW"), "2 held-out pictures are too few to measure anything"),

@@ -13,8 +13,6 @@ from click.testing import CliRunner, Result
 
 from ldm_export.bench import harness, latency
 from ldm_export.bench.harness import Bench, read_document
-from ldm_export.bench.loop import add_loop
-from ldm_export.bundle import Bundle
 from ldm_export.cli import main
 
 QUICK = ["--prompt", "a <b>red</b> circle", "--steps", "10", "--repeats", "1", "--warm-up", "0", "--backend", "cpu"]
@@ -72,15 +70,6 @@ def test_what_falls_short_is_one_sentence(run: Run, tiny_bundle: Path, tiny_chec
     assert (tmp_path / "report.html").is_file()
     again = run(tiny_bundle, *measured, "--fail-under", "smaller=1e-9", "--resume")
     assert again.exit_code == 0, again.output
-
-
-def test_a_bundle_with_a_loop(run: Run, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    looped = add_loop(Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "looped")), "ddim-10").path
-    done = run(looped, "--against", tiny_checkpoint, "-o", tmp_path / "report.html", *QUICK, "--json")
-    assert done.exit_code == 0, done.output
-    records = json.loads(done.stdout.splitlines()[-1])["results"]["parity of looped"]
-    assert {record["graph"] for record in records} == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
-    assert all(record["same_weights"] and record["passed"] for record in records)
 
 
 def test_two_bundles_without_pytorch(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:

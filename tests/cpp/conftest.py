@@ -16,6 +16,7 @@ import pytest
 from ldm_export.bench.loop import add_loop
 from ldm_export.bundle import Bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.partial import locked
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "ldm_export" / "cpp"
@@ -55,9 +56,12 @@ def build(sdk: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def library(build: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the shared library is built in."""
-    return build(SOURCES, tmp_path_factory.mktemp("ldm"), "-DCMAKE_BUILD_TYPE=Release")
+def library(build: Callable[..., Path], shared_folder: Path) -> Path:
+    """The folder that the shared library is built in, once for all processes of this run."""
+    folder = shared_folder / "ldm"
+    folder.mkdir(exist_ok=True)
+    with locked(folder):
+        return build(SOURCES, folder, "-DCMAKE_BUILD_TYPE=Release")
 
 
 def binding_of() -> ModuleType:

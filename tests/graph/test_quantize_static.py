@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
@@ -16,6 +17,7 @@ from ldm_export.errors import InputError
 from ldm_export.graph import quantize_static
 from ldm_export.graph.base import GraphChange
 from ldm_export.graph.quantize_static import QuantizeStatic, best_range, split_concatenations
+from ldm_export.graph.weights import check_weights
 from tests.graph.graphs import (
     Array,
     copy_of,
@@ -103,6 +105,19 @@ def test_weights_have_seven_bits_and_a_scale_an_output_channel() -> None:
     assert not {"inner.w", "second.w", "query.w", "deep.b"} & after.keys()
 
 
+def test_a_bias_beyond_32_bits_leaves_its_operator_in_fp32() -> None:
+    """As a channel with next to no weights has it, whose products are counted in next to nothing."""
+    weights = weights_of(network())
+    quiet = weights["inner.w"].copy()
+    quiet[0] *= 1e-12
+    model = with_weights(network(), {"inner.w": quiet})
+    change = changed(model)
+    assert change.report["bias_beyond_32_bits"] == ["inner"]
+    assert integers_of(change.model) == (CONVS | MATRICES) - {"inner"}
+    check_weights(ir.from_proto(model), ir.from_proto(change.model), "small")
+    assert worst_of_calls(change.model, model) < 0.1
+
+
 def test_the_graph_is_near_fp32_and_every_judge_says_so() -> None:
     model = network()
     result = changed(model).model
@@ -135,6 +150,7 @@ def test_quantized_twice_changes_nothing_more() -> None:
         "quantized": 0,
         "not_faster": [],
         "not_accurate": [],
+        "bias_beyond_32_bits": [],
         "put_back": [],
         "split": 0,
         "error": 0.0,

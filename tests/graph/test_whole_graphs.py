@@ -34,9 +34,9 @@ END = 559
 
 
 def draw(graph: GraphSpec, seed: int, *, tokens: int = 16, end: int = END) -> Inputs:
-    """Inputs as drawing meets them: one or two latents of 8 x 8, 16 tokens."""
+    """Inputs as drawing meets them: one or two latents of 8 x 8, 16 tokens, or pictures of 16 x 16."""
     generator = np.random.default_rng(seed)
-    sizes = {"batch": 1 + seed % 2, "height": 8, "width": 8, "tokens": tokens}
+    sizes = {"batch": 1 + seed % 2, "height": 8, "width": 8, "image_height": 16, "image_width": 16, "tokens": tokens}
 
     def values(name: str, shape: Sequence[int | str]) -> Array:
         full = [sizes[size] if isinstance(size, str) else size for size in shape]

@@ -13,8 +13,8 @@ import torch
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 
-from ldm_export.bench.painters import checkpoint_tokenizer
 from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.export.accepted import open_tokenizer
 from ldm_export.passes.base import Setting
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions
 from tests.bundle_fixture import TEXT_UNET, perturb
@@ -60,7 +60,7 @@ def folded(model: LatentDiffusion) -> LatentDiffusion:
 @pytest.fixture(scope="session")
 def told(model: LatentDiffusion) -> tuple[Conditions, Conditions]:
     """The UNet's inputs for `CAPTIONS`, and for the empty prompt."""
-    tokenize = checkpoint_tokenizer(model)
+    tokenize = open_tokenizer(model.tokenizer_folder("text_encoder"))
     return encode_conditions(model, CAPTIONS, lambda prompts: torch.from_numpy(tokenize(prompts)))
 
 

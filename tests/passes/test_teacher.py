@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_export.bench.painters import checkpoint_tokenizer
 from ldm_export.checkpoint import Drawing, LatentDiffusion
 from ldm_export.errors import InputError
+from ldm_export.export.accepted import open_tokenizer
 from ldm_export.passes import teacher
 from ldm_export.passes.teacher import (
     Conditions,
@@ -71,7 +71,7 @@ def test_prompts_are_encoded_as_by_diffusers(model: LatentDiffusion, told: Told)
 
 
 def test_more_prompts_than_go_through_the_encoder_at_once(model: LatentDiffusion, told: Told) -> None:
-    tokenize = checkpoint_tokenizer(model)
+    tokenize = open_tokenizer(model.tokenizer_folder("text_encoder"))
     many = [CAPTIONS[k % 4] for k in range(300)]
     conditions, _ = encode_conditions(model, many, lambda prompts: torch.from_numpy(tokenize(prompts)))
     states = told[0]["encoder_hidden_states"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +179,16 @@ def hooks_of(network: torch.nn.Module) -> int:
 
 
 class Errors:
-    """How far a UNet is from diffusers' network of a checkpoint, on rows that no training sees."""
+    """How far a UNet is from diffusers' network of a checkpoint: on rows that no training sees, or on given ones."""
 
-    def __init__(self, model: LatentDiffusion, data: TeacherData):
-        self.latents, self.told = data.rows(32, torch.Generator().manual_seed(99))
-        self.noise = randn(98, *self.latents.shape)
-        self.timesteps = torch.randint(1000, (32,), generator=torch.Generator().manual_seed(97))
+    def __init__(self, model: LatentDiffusion, data: TeacherData, rows: Mapping[str, Tensor] | None = None):
+        if rows is None:
+            latents, told = data.rows(32, torch.Generator().manual_seed(99))
+            noise = randn(98, *latents.shape)
+            timesteps = torch.randint(1000, (32,), generator=torch.Generator().manual_seed(97))
+            rows = {"latents": latents, "noise": noise, "timesteps": timesteps, **told}
+        self.told = dict(rows)
+        self.latents, self.noise, self.timesteps = map(self.told.pop, ("latents", "noise", "timesteps"))
         scheduler = diffusers.DDIMScheduler.from_pretrained(model.path / "scheduler")
         self.x = scheduler.add_noise(self.latents, self.noise, self.timesteps)
         theirs = diffusers.UNet2DConditionModel.from_pretrained(model.path / "unet").eval()

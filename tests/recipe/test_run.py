@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from PIL import Image
 
 from ldm_export import checkpoint as checkpoints
+from ldm_export.bench.metrics import frechet_distance
+from ldm_export.bench.painters import BundlePainter
+from ldm_export.bench.quality import evaluate
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.graph.quantize_weights import QuantizeWeights
+from ldm_export.judge import features_of, open_pictures
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.teacher import TeacherData
@@ -171,7 +176,16 @@ def test_a_whole_recipe_with_the_real_judge(tiny_checkpoint: Path, begun: Path, 
     assert quantized["kept"], quantized
     assert quantized["score"]["bytes"] < teacher["score"]["bytes"] / 2
     assert quantized["score"]["psnr_to_teacher_db"] > 20
-    assert quantized["score"]["frechet_distance"] == pytest.approx(teacher["score"]["frechet_distance"], rel=0.2)
+    folders = [tmp_path / "work" / "pictures" / name for name in ("gallery", "reference")]
+    reference = features_of(open_pictures(folders[1], 16, 3, "text").images)
+    drawn = np.load(tmp_path / "work" / "00-teacher" / "pictures.npy")
+    distance = frechet_distance(features_of(drawn), reference)
+    assert teacher["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
+    painter = BundlePainter(bundle, "cpu")
+    settings = replace(painter.defaults, prompts=recipe.budget.pictures)
+    images = evaluate(painter, *folders, settings, None, lambda what, done, of: None).images
+    distance = frechet_distance(features_of(images), reference)
+    assert quantized["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
     assert all(record["score"]["latency"]["unet_ms"] > 0 for record in records)
     assert b"DequantizeLinear" in (bundle.path / "unet" / "model.onnx").read_bytes()
 

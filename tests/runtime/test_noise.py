@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -105,16 +104,6 @@ def test_bad_shape(shape):
 
 def test_numpy_integers_are_accepted():
     np.testing.assert_array_equal(Generator(np.int64(5)).randn((np.int64(4), 4)), Generator(5).randn((4, 4)))
-
-
-def test_fast():
-    generator = Generator(0)
-    times_s = []
-    for _ in range(20):
-        start = time.perf_counter()
-        generator.randn((1, 4, 64, 64))
-        times_s.append(time.perf_counter() - start)
-    assert min(times_s) < 5e-3  # 0.3 ms where it was written; the slack is for busy machines
 
 
 def test_imports_no_torch():

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
 from ldm_export.errors import BackendError, BundleError, CancelledError, InputError
 from ldm_export.plan import SAMPLERS, compile_plan
-from ldm_export.runtime import Generation, Pipeline
+from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeGraph
 from tests.bundle_fixture import CLASSES
-from tests.scheduler_configs import diffusers_scheduler, relative_error
+from tests.diffusers_pipelines import LATENT_TOLERANCE, assert_same, judged, opened
+from tests.scheduler_configs import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
@@ -30,15 +30,10 @@ PROMPTS = ["a red circle", "two green triangles on white"]
 NEGATIVES = ["a blue square", "smiling eyes"]
 SEEDS = [7, 11]
 STEPS = 10
-LATENT_TOLERANCE = 2e-5
-"""Of the largest value; 1.6e-6 is what was seen. Noise alone may differ by 4e-6 from processor to processor."""
-SAME_PICTURE_DB = 45.0
 CONDITIONS: dict[str, dict[str, Any]] = {
     "guided": {"guidance": 4.0, "negative_prompt": NEGATIVES},
     "guidance off": {"guidance": 1.0},
 }
-KEYWORDS = {"guidance": "guidance_scale", "steps": "num_inference_steps"}
-"""Our options that diffusers has under another name."""
 
 
 @pytest.fixture(scope="module")
@@ -57,35 +52,6 @@ def pictures() -> np.ndarray[Any, Any]:
     y, x = np.mgrid[0:16, 0:24]
     waves = [np.stack([np.sin(x / 5 + k), np.cos(y / 4), np.sin((x + y) / 7 - k)], axis=-1) for k in range(2)]
     return ((np.stack(waves) * 0.5 + 0.5) * 255).round().astype(np.uint8)
-
-
-def opened(pipeline_class: type, checkpoint: Path) -> Any:
-    """A diffusers pipeline that shows no progress."""
-    pipe = pipeline_class.from_pretrained(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def judged(pipe: Any, sampler: str, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> torch.Tensor:
-    """The final latents of a diffusers pipeline, for once with another scheduler, from our options."""
-    scheduler = diffusers_scheduler({**pipe.scheduler.config, "skip_prk_steps": True}, sampler)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    keywords = {KEYWORDS.get(name, name): value for name, value in options.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipe, "scheduler", scheduler)
-        patch.setattr(pipe, "check_inputs", lambda *_, **__: None)  # it wants multiples of 8, whatever the autoencoder
-        return pipe(list(prompts), generator=generators, output_type="latent", **keywords).images
-
-
-@torch.no_grad()
-def assert_same(result: Generation, latents: torch.Tensor, vae: Any) -> None:
-    """Hold latents and pictures of ours against diffusers' latents, decoded by diffusers."""
-    assert relative_error(result.latents, latents.numpy()) < LATENT_TOLERANCE
-    decoded = vae.decode(latents / vae.config.scaling_factor).sample
-    pixels = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
-    assert len(result.images) == len(latents)
-    for ours, theirs in zip(result.images, (pixels * 255).round().astype(np.uint8), strict=True):
-        assert psnr_db(ours, theirs) > SAME_PICTURE_DB
 
 
 # --- the same pictures as diffusers ---------------------------------------------------------------------------------

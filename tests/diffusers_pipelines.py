@@ -1,0 +1,61 @@
+"""Pictures of diffusers' own pipelines, and how ours are compared with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from ldm_export.bench.parity import psnr_db
+from tests.scheduler_configs import diffusers_scheduler, relative_error
+
+LATENT_TOLERANCE = 2e-5
+"""Of the largest value; 1.6e-6 is what was seen. Noise alone may differ by 4e-6 from processor to processor."""
+SAME_PICTURE_DB = 45.0
+KEYWORDS = {"guidance": "guidance_scale", "steps": "num_inference_steps"}
+"""Our options that diffusers has under another name."""
+
+
+class Made(Protocol):
+    """What one of our sides has generated: ``latents`` (B, C, h, w) float32, ``images`` (B, H, W, C) uint8."""
+
+    @property
+    def latents(self) -> Any: ...
+
+    @property
+    def images(self) -> Any: ...
+
+
+def opened(pipeline_class: type, checkpoint: Path) -> Any:
+    """A diffusers pipeline that shows no progress."""
+    pipe = pipeline_class.from_pretrained(checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def judged(pipe: Any, sampler: str, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> torch.Tensor:
+    """The final latents of a diffusers pipeline, for once with another scheduler, from our options."""
+    scheduler = diffusers_scheduler({**pipe.scheduler.config, "skip_prk_steps": True}, sampler)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    keywords = {KEYWORDS.get(name, name): value for name, value in options.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe, "scheduler", scheduler)
+        patch.setattr(pipe, "check_inputs", lambda *_, **__: None)  # it wants multiples of 8, whatever the autoencoder
+        return pipe(list(prompts), generator=generators, output_type="latent", **keywords).images
+
+
+@torch.no_grad()
+def assert_same(result: Made, latents: torch.Tensor, vae: Any) -> None:
+    """Compare latents and pictures of ours with diffusers' latents, decoded by diffusers."""
+    error = relative_error(result.latents, latents.numpy())
+    assert error < LATENT_TOLERANCE, error
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    pixels = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
+    assert len(result.images) == len(latents)
+    for ours, theirs in zip(result.images, (pixels * 255).round().astype(np.uint8), strict=True):
+        assert psnr_db(ours, theirs) > SAME_PICTURE_DB
