@@ -19,15 +19,20 @@ import onnxruntime
 import pytest
 
 from ldm_export.bundle import Bundle
+from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
 from ldm_export.export import ort_cpu
-from ldm_export.export.graphs import copy_bundle
+from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.graph.base import GraphPass
+from ldm_export.graph.half import Half
+from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.backends.once import OnceGraph
 from ldm_export.target import cpu_level
+from tests.graph.test_whole_graphs import draw
 from tests.scheduler_configs import relative_error
 
 PROMPTS = ["a red circle", "two green triangles on white"]
@@ -201,7 +206,7 @@ def test_a_build_that_ends_early_leaves_what_was_there(
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
 def test_a_graph_that_differs_too_much_is_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch, error: float) -> None:
     before = contents(bundle)
-    monkeypatch.setattr(ort_cpu, "_largest_error", lambda *_: error)
+    monkeypatch.setattr(ort_cpu, "_compared", lambda *_: (error, 200.0))
     with pytest.raises(ExportError, match=r"^ort-cpu: \w+ differs from the plain graph by .* Nothing was kept\.$"):
         build_ort_cpu(Bundle.open(bundle))
     assert contents(bundle) == before
@@ -229,10 +234,41 @@ def test_another_number_in_any_output_is_seen(built: Path, monkeypatch: pytest.M
     target = json.loads((built / "targets" / "ort-cpu" / "target.json").read_text())["graphs"]["unet"]
     graph = ort_cpu.TargetGraph(target["path"], target["once"])
     folder = built / "targets" / "ort-cpu"
-    assert ort_cpu._largest_error(opened.file(spec.path), spec, graph, folder, opened) < CLOSE
+    assert ort_cpu._compared(opened.file(spec.path), spec, graph, folder, opened)[0] < CLOSE
     run_parts = ort_cpu.run_parts
     monkeypatch.setattr(ort_cpu, "run_parts", lambda *args: [array * factor for array in run_parts(*args)])
-    assert not ort_cpu._largest_error(opened.file(spec.path), spec, graph, folder, opened) < 1e-4
+    error, snr = ort_cpu._compared(opened.file(spec.path), spec, graph, folder, opened)
+    assert not error < 1e-4
+    assert not snr > 80
+
+
+def quantized(bundle: Path, checkpoint: Path, folder: Path, step: GraphPass) -> Bundle:
+    opened = Bundle.open(bundle)
+    calls = {"unet": [draw(opened.manifest.graphs["unet"], seed) for seed in range(2)]}
+    return change_graphs(opened, folder, step, calls, PROMPTS, LatentDiffusion.open(checkpoint))[0]
+
+
+def test_of_rounded_weights_the_target_is_as_near_as_of_plain_ones(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Whatever the graph with such weights may be off by from PyTorch."""
+    step = QuantizeWeights(smallest=500, graphs=("unet",))
+    report = build_ort_cpu(quantized(tiny_bundle, tiny_checkpoint, tmp_path / "small", step)).report["graphs"]["unet"]
+    assert report["error"] < CLOSE
+    assert report["allowed"] == 1e-4
+
+
+def test_where_values_are_rounded_as_it_runs_noise_is_bounded(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = quantized(tiny_bundle, tiny_checkpoint, tmp_path / "half", Half(graphs=("unet",)))
+    report = build_ort_cpu(small).report["graphs"]["unet"]
+    assert report["snr_db"] > report["least_snr_db"] == 40.0
+    monkeypatch.setattr(ort_cpu, "_compared", lambda *_: (1e-6, 39.0))
+    with pytest.raises(
+        ExportError, match=r"^ort-cpu: unet has a signal-to-noise ratio of 39\.0 dB, .* 40\.0 dB"
+    ):
+        build_ort_cpu(small)
 
 
 # --- targets that do not fit ----------------------------------------------------------------------------------------

@@ -53,22 +53,21 @@ def test_it_generates_what_the_plain_one_does(variants: Variants, variant: str) 
 
 def test_bench_and_its_report(variants: Variants, variant: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Loops are made of the bundle's graphs and are not compared with networks."""
+    bundle = variants(variant)
     told = ["--against", tiny_checkpoint, "--prompt", "red", "--steps", 10, "--repeats", 1, "--warm-up", 0, "--json"]
-    done = run("bench", variants(variant), variants("plain"), "-o", tmp_path / "report.html", *told)
-    document = json.loads(done.stdout.splitlines()[-1])
-    name = variants(variant).name if variant != "plain" else document["baseline"]
-    if variant != "plain":
-        records = document["results"][f"parity of {name}"]
-        assert {record["graph"] for record in records} == GRAPHS
-        assert all(record["same_weights"] and record["passed"] for record in records)
-        assert max(document["results"]["pictures"][name]["drift"]["worst"]) < 1e-5
-    assert name in (tmp_path / "report.html").read_text()
+    done = run("bench", bundle, "-o", tmp_path / "report.html", *told)
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    records = results[f"parity of {bundle.name}"]
+    assert {record["graph"] for record in records} == GRAPHS
+    assert all(record["same_weights"] and record["passed"] for record in records)
+    assert max(results["pictures"][bundle.name]["drift"]["worst"]) < 1e-5
+    assert bundle.name in (tmp_path / "report.html").read_text()
 
 
-def test_inspect_and_verify(variants: Variants, variant: str, tiny_checkpoint: Path) -> None:
-    assert ("ort-cpu" in run("inspect", variants(variant)).stdout) == ("target" in variant)
-    done = run("verify", variants(variant), "--against", tiny_checkpoint)
-    assert "unet" in done.stdout
+def test_inspect_verify_and_doctor(variants: Variants, variant: str, tiny_checkpoint: Path) -> None:
+    assert ("loops/ddim-10" in run("inspect", variants(variant)).stdout) == ("loop" in variant)
+    assert "unet" in run("verify", variants(variant), "--against", tiny_checkpoint).stdout
+    assert ("targets/ort-cpu" in run("doctor", variants(variant)).stdout) == ("target" in variant)
 
 
 def test_a_recipe_judges_it(variants: Variants, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.onnx import random_inputs
-from ldm_export.export.parity import TOLERANCE, largest_error
+from ldm_export.export.parity import TOLERANCE, largest_error, least_snr
 from ldm_export.graph.base import Array
 from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.deepcache import cut_deep
@@ -33,6 +33,7 @@ from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
 from ldm_export.graph.files import check_links
+from ldm_export.graph.weights import least_snr_db
 from ldm_export.manifest import is_loop
 from ldm_export.partial import move_into_place, partial_folder
 from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
@@ -55,8 +56,9 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
     Raises
     ------
     ExportError
-        If a rewritten graph differs from the plain one by more than the plain one may from PyTorch, or the target
-        cannot be written.
+        If a rewritten graph differs from the plain one by more than sums in another order do, or, where values are
+        rounded as it runs, by more than the plain one may from PyTorch or with more noise than such numbers have; or
+        if the target cannot be written.
     BundleError
         If a graph's weights lie in a file of several hard links.
     """
@@ -98,17 +100,26 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
         _lay_out(shallow, folder / f"{name}.shallow.onnx")
     graph = TargetGraph(f"{name}.onnx", files, f"{name}.shallow.onnx" if shallow is not None else "", channels)
     try:
-        error = _largest_error(plain, spec, graph, folder, bundle)
+        error, snr = _compared(plain, spec, graph, folder, bundle)
     except Exception as exc:  # ONNX Runtime's have no common base class
         raise ExportError(f"{ORT_CPU}: the rewritten {name} does not run ({exc}). Nothing was kept.") from exc
-    allowed = max([TOLERANCE, *tolerances(bundle, name).values()])
+    least = least_snr_db(ir.load(plain), weights=False)
+    allowed = TOLERANCE if least is None else max([TOLERANCE, *tolerances(bundle, name).values()])
+    compared = {"error": error, "allowed": allowed}
     if not error <= allowed:
         raise ExportError(
             f"{ORT_CPU}: {name} differs from the plain graph by {error:.1e}; {allowed:.0e} is allowed. "
             "Nothing was kept."
         )
+    if least is not None:
+        compared |= {"snr_db": snr, "least_snr_db": least}
+        if not snr >= least:
+            raise ExportError(
+                f"{ORT_CPU}: {name} has a signal-to-noise ratio of {snr:.1f} dB, compared with the plain graph; "
+                f"{least:.1f} dB is the least for numbers that are rounded as its are. Nothing was kept."
+            )
     once = {key: len(part.graph.outputs) for key, part in parts.items() if part is not None}
-    return graph, {"rules": [asdict(rule) for rule in reports], "once": once, "error": error, "allowed": allowed}
+    return graph, {"rules": [asdict(rule) for rule in reports], "once": once, **compared}
 
 
 def _lay_out(model: ir.Model | None, file: Path) -> None:
@@ -152,8 +163,13 @@ def _name_branches_apart(model: onnx.ModelProto) -> bool:
     return bool(branches)
 
 
-def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bundle: Bundle) -> float:
-    """Of the target against the plain graph on seeded inputs, as a share of each output's largest value."""
+def _compared(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bundle: Bundle) -> tuple[float, float]:
+    """The target's outputs on seeded inputs, compared with the plain graph's as the runtime opens it.
+
+    Returns
+    -------
+    The largest error, as a share of each output's largest value, and the least signal-to-noise ratio, in dB
+    """
     model = bundle.manifest.model
     names = [tensor.name for tensor in spec.outputs]
     calls = []
@@ -165,7 +181,7 @@ def _largest_error(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Pat
     del before  # one of the two is in memory at a time
     after = {path: _opened(folder / path) for path in (graph.path, *graph.once.values())}
     results = [array for call in calls for array in run_parts(graph, call, after.__getitem__, names)]
-    return largest_error(expected, results)
+    return largest_error(expected, results), least_snr(expected, results)
 
 
 def run_parts(
@@ -185,4 +201,5 @@ def run_parts(
 def _opened(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])

@@ -212,6 +212,15 @@ def largest_error(expected: Sequence[Array], results: Sequence[Array]) -> float:
     return float(np.max(errors))  # NaN if one is, which max() is not
 
 
+def least_snr(expected: Sequence[Array], results: Sequence[Array]) -> float:
+    """Signal-to-noise ratio of the noisiest array, in dB; NaN if a value is no number."""
+    ratios = [
+        snr_db(array, other) if array.shape == other.shape else -SILENT_DB
+        for array, other in zip(expected, results, strict=True)
+    ]
+    return float(np.min(ratios))  # NaN if one is, which min() is not
+
+
 def check_parity(parities: list[Parity]) -> None:
     """Raise ParityError, with the graph, the tensor and the numbers, unless every output is close enough."""
     for parity in parities:

@@ -135,14 +135,19 @@ def _digest(values: Array) -> bytes:
     return hashlib.sha256(f"{values.dtype} {values.shape}".encode() + values.tobytes()).digest()
 
 
-def least_snr_db(model: ir.Model) -> float | None:
-    """Least signal-to-noise ratio, in dB, that outputs of such a graph may have; None where its numbers are exact."""
+def least_snr_db(model: ir.Model, *, weights: bool = True) -> float | None:
+    """Least signal-to-noise ratio, in dB, that outputs of such a graph may have; None where its numbers are exact.
+
+    Parameters
+    ----------
+    weights : false for a graph that is compared with another one of the same rounded weights
+    """
     types = {value.dtype for value in model.graph.initializers.values()}
     operators = {node.op_type for node in model.graph.all_nodes()}
     has = {
         "16 bits": bool(types & ROUNDED.keys()),
-        "weights of 8 bits": ir.DataType.INT8 in types,
-        "weights of 4 bits": ir.DataType.INT4 in types,
+        "weights of 8 bits": weights and ir.DataType.INT8 in types,
+        "weights of 4 bits": weights and ir.DataType.INT4 in types,
         "dynamic": "DynamicQuantizeLinear" in operators,
         "static": "QuantizeLinear" in operators,
     }

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import torch
 
 from ldm_export.bundle import Bundle
 from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec
 from ldm_export.errors import ParityError
-from ldm_export.export.parity import TOLERANCE, graph_session, largest_error
+from ldm_export.export.parity import TOLERANCE, graph_session, largest_error, least_snr
 from ldm_export.export.tensorrt.calls import drawn, example_calls
 from ldm_export.graph.base import Array, Inputs
+from ldm_export.graph.weights import least_snr_db
 from ldm_export.passes.distill_guidance import guidance_embedding
 from ldm_export.plan import Plan, Stepper
 
@@ -62,8 +64,15 @@ def compare_converted(bundle: Bundle, made: Bundle, graph: GraphSpec, precision:
         session = _session(of.file(graph.path))
         return [array for call in calls for array in session.run(names, dict(call))]
 
-    error = largest_error(results(bundle), results(made))
-    return _checked(f"{graph.name} in {precision}", "the plain graph", error, allowed, "Use another precision.")
+    expected, given = results(bundle), results(made)
+    what, remedy = f"{graph.name} in {precision}", "Use another precision."
+    snr, least = least_snr(expected, given), least_snr_db(onnx_ir.load(made.file(graph.path)))
+    if least is not None and not snr >= least:
+        raise ParityError(
+            f"{what} has a signal-to-noise ratio of {snr:.1f} dB, compared with the plain graph; {least:.1f} dB is the "
+            f"least for numbers that are rounded as its are. {remedy}"
+        )
+    return _checked(what, "the plain graph", largest_error(expected, given), allowed, remedy)
 
 
 def compare_loop(bundle: Bundle, made: Bundle, spec: GraphSpec, plan: Plan, file: Path) -> list[Comparison]:
