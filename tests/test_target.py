@@ -265,9 +265,7 @@ def test_where_values_are_rounded_as_it_runs_noise_is_bounded(
     report = build_ort_cpu(small).report["graphs"]["unet"]
     assert report["snr_db"] > report["least_snr_db"] == 40.0
     monkeypatch.setattr(ort_cpu, "_compared", lambda *_: (1e-6, 39.0))
-    with pytest.raises(
-        ExportError, match=r"^ort-cpu: unet has a signal-to-noise ratio of 39\.0 dB, .* 40\.0 dB"
-    ):
+    with pytest.raises(ExportError, match=r"^ort-cpu: unet has a signal-to-noise ratio of 39\.0 dB, .* 40\.0 dB"):
         build_ort_cpu(small)
 
 
