@@ -86,7 +86,7 @@ def test_the_headers_are_plain_c_and_cpp(library: Path, tmp_path: Path) -> None:
     run("c++", "-std=c++17", *strict, tmp_path / "a.cpp")
 
 
-@pytest.mark.parametrize("shared", ["ON", "OFF"])
+@pytest.mark.parametrize("shared", ["ON", pytest.param("OFF", marks=pytest.mark.slow)])
 def test_an_installed_library_is_found_and_draws(
     build: Callable[..., Path], library: Path, sdk: Path, bundle: Path, tmp_path: Path, shared: str
 ) -> None:

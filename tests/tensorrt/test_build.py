@@ -164,6 +164,7 @@ def test_weights_of_8_bits_stay_8_bits(tmp_path: Path) -> None:
     assert sizes["int8"] < sizes["fp32"] / 3
 
 
+@pytest.mark.slow
 def test_emoji64(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped model, as continuous integration builds it: for three GPUs, in two precisions, each once."""
     bundle = export_bundle(LatentDiffusion.open("emoji64"), tmp_path / "emoji64")
