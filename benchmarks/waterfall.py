@@ -20,17 +20,17 @@ from typing import Any
 import onnxruntime
 import torch
 
-from ldm_export.bench.latency import Draw, draw_with, runs_in_turn, times_as_fast
-from ldm_export.bench.latency import stages as stages_of
 from ldm_export.bench.machine import cpu
-from ldm_export.bench.painters import CheckpointPainter, Settings
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import ORT_CPU
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.recipe.run import STAGE
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
-from ldm_export.target import ORT_CPU
+from ldm_export.verify.latency import Draw, draw_with, runs_in_turn, times_as_fast
+from ldm_export.verify.latency import stages as stages_of
+from ldm_export.verify.painters import CheckpointPainter, Settings
 
 ROUNDS = 11
 PROMPTS = ("red apple", "black cat", "rocket", "pizza", "octopus", "snowman", "frog face", "crescent moon")

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.gates import Gate
-from ldm_export.bench.latency import Draw, runs_in_turn, stages, times_as_fast
 from ldm_export.bench.likeness import LARGEST, compare_pictures
 from ldm_export.bench.machine import machine, versions
-from ldm_export.bench.parity import compare_with_checkpoint
 from ldm_export.bench.process import processes_in_turn
-from ldm_export.bench.quality import choose_prompts, evaluate, open_judge
 from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weights
+from ldm_export.bundle.atomic import write_whole
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.documents import MalformedError, read_json
 from ldm_export.errors import InputError
-from ldm_export.judge import open_pictures
-from ldm_export.partial import write_whole
+from ldm_export.reading.documents import MalformedError, read_json
 from ldm_export.runtime.results import Timings
+from ldm_export.verify.image_text_alignment import open_pictures
+from ldm_export.verify.latency import Draw, runs_in_turn, stages, times_as_fast
+from ldm_export.verify.parity import compare_with_checkpoint
+from ldm_export.verify.quality import choose_prompts, evaluate, open_judge
 
 FORMAT = 1
 MOST_BYTES = 1 << 30

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ldm_export.bench.painters import BundlePainter, CheckpointPainter, Sample, Settings
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
-from ldm_export.manifest import is_loop
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.runtime.request import read_plan
+from ldm_export.verify.painters import BundlePainter, CheckpointPainter, Sample, Settings
 
 PROMPTS = (
     "grinning face with smiling eyes",
@@ -146,7 +146,7 @@ def open_sides(
             left_out[name] = str(error)
             continue
         settings = replace(painter.defaults, sampler=its_sampler, steps=its_steps)
-        sides.append(Side(name, str(bundle.path), painter, settings, painter.backend, bundle_bytes(bundle), bundle))
+        sides.append(Side(name, str(bundle.path), painter, settings, painter.backend, bundle.size_bytes, bundle))
     if not sides:
         raise BackendError(" ".join(dict.fromkeys(left_out.values())))
     if checkpoint is not None:
@@ -192,10 +192,6 @@ def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]
         for name, graph in bundle.manifest.graphs.items()
         if not is_loop(graph.path)
     }
-
-
-def bundle_bytes(bundle: Bundle) -> int:
-    return sum(entry.size_bytes for entry in bundle.manifest.files.values())
 
 
 def conditions_for(side: Side, prompts: Sequence[str]) -> list[str | int]:

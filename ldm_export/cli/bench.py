@@ -14,8 +14,8 @@ from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
 from ldm_export.cli.options import check_output, console, folder, stages, status, was_given, write_output
-from ldm_export.documents import MalformedError, read_text
 from ldm_export.errors import InputError
+from ldm_export.reading.documents import MalformedError, read_text
 from ldm_export.runtime.backends import BACKENDS
 
 KEPT = Gate("parity", 1.0)

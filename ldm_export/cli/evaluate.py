@@ -6,9 +6,6 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from ldm_export.bench.metrics import Figure
-from ldm_export.bench.painters import Settings, open_painter
-from ldm_export.bench.quality import FEATURES, QualityReport, evaluate, open_judge
 from ldm_export.cli.options import (
     check_output,
     console,
@@ -21,6 +18,9 @@ from ldm_export.cli.options import (
 )
 from ldm_export.cli.pictures import check_writable, save_grid
 from ldm_export.errors import InputError
+from ldm_export.verify.metrics import Figure
+from ldm_export.verify.painters import Settings, open_painter
+from ldm_export.verify.quality import FEATURES, QualityReport, evaluate, open_judge
 
 ROWS = {
     "reconstruction_psnr_db": ("Reconstruction, PSNR in dB", 1),

@@ -13,9 +13,9 @@ import click
 from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ldm_export.bundle.atomic import write_whole
 from ldm_export.cli.terminal import console, printable, status
 from ldm_export.errors import InputError
-from ldm_export.partial import write_whole
 
 __all__ = ["console", "status"]
 

@@ -21,6 +21,9 @@ import onnxruntime
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ldm_export.bundle import Bundle, export_error
+from ldm_export.bundle.atomic import move_into_place, partial_folder
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.targets.base import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
@@ -34,9 +37,6 @@ from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
 from ldm_export.graph.files import check_links
 from ldm_export.graph.weights import least_snr_db
-from ldm_export.manifest import is_loop
-from ldm_export.partial import move_into_place, partial_folder
-from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
 """Of a graph, the inputs that stay the same from call to call, or come back."""

@@ -40,7 +40,7 @@ from ldm_export.graph.integers import (
     tensor_of_4_bits,
 )
 from ldm_export.graph.running import outputs_of, worst_error
-from ldm_export.options import check_between, check_least
+from ldm_export.reading.options import check_between, check_least
 
 BLOCKED_OPSET = 21
 OUTPUT_AXIS = {"Conv": 0, "MatMul": 1, "Gemm": 0, "Gather": 0}

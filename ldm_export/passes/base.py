@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ldm_export.checkpoint import Drawing, LatentDiffusion, Network
 from ldm_export.errors import InputError
-from ldm_export.options import check_least, check_one_of
 from ldm_export.passes.teacher import TeacherData
+from ldm_export.reading.options import check_least, check_one_of
 
 PRECISIONS = ("no", "bf16", "fp16")
 Purpose = Literal["speed", "bytes", "zeros"]

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ldm_export.checkpoint import Autoencoder
 from ldm_export.errors import InputError
-from ldm_export.options import check_least
 from ldm_export.passes.base import Change, Purpose, Setting, Training
 from ldm_export.passes.imitation import parameters
+from ldm_export.reading.options import check_least
 
 ENCODER_BLOCKS = 1
 """Of every resolution; the encoder runs once a picture, and only from image to image."""

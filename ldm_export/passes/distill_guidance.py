@@ -21,10 +21,10 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_one_of
 from ldm_export.passes.base import Change, Purpose, Setting, Training
 from ldm_export.passes.teacher import Conditions, predict, predict_guided
 from ldm_export.plan.guidance import guidance_frequencies
+from ldm_export.reading.options import check_between, check_one_of
 
 EMBEDDING = 64
 """Width of the guidance embedding, where there is one."""

@@ -27,9 +27,9 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_least, check_one_of
 from ldm_export.passes.base import Change, Purpose, Setting, Training
 from ldm_export.passes.teacher import Conditions, predict
+from ldm_export.reading.options import check_least, check_one_of
 
 HIGHEST_WEIGHT = 100.0
 """Of an error in x0, where next to no noise is left: 1 / sigma^2 has no bound."""

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.options import check_between, check_least
 from ldm_export.passes.base import Setting, Training
 from ldm_export.passes.teacher import Conditions, TeacherData, predict
 from ldm_export.plan import compile_plan
+from ldm_export.reading.options import check_between, check_least
 
 FEW_STEPS = 10
 """A model that is drawn with fewer is asked at the timesteps of its sampler alone."""

@@ -18,12 +18,12 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_one_of
 from ldm_export.passes.base import Change, Purpose, Setting
 from ldm_export.passes.channels import Channels, cut, nearest_share
 from ldm_export.passes.imitation import Imitating, Smaller, noisy_rows, timesteps_drawn
 from ldm_export.passes.importance import Sums, magnitude, taylor
 from ldm_export.passes.teacher import Conditions
+from ldm_export.reading.options import check_between, check_one_of
 
 TIMESTEPS, ROWS = 16, 4
 """That the Taylor score is a sum over, and pictures at each."""

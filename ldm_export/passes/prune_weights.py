@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_one_of
 from ldm_export.passes.base import Change, Purpose, Setting
 from ldm_export.passes.imitation import Imitating, Smaller
+from ldm_export.reading.options import check_between, check_one_of
 
 
 @dataclass(frozen=True)

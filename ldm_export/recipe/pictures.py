@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm_export.bench.painters import BundlePainter, Settings
-from ldm_export.bench.quality import Progress
 from ldm_export.bundle import Bundle
+from ldm_export.verify.painters import BundlePainter, Settings
+from ldm_export.verify.quality import Progress
 
 GALLERY_SEED, REFERENCE_SEED = 10_000_000, 20_000_000
 """Of the first picture of each set; what is judged is drawn with seeds from 0 on."""

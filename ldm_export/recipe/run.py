@@ -22,15 +22,13 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
-from ldm_export.bench.calibration import calibration_calls, calibration_conditions
-from ldm_export.bench.quality import Progress
-from ldm_export.bundle import Bundle, check_target
+from ldm_export.bundle import Bundle
+from ldm_export.bundle.bundle import check_output_folder
 from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.accepted import open_tokenizer
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs, copy_bundle
-from ldm_export.judge import AlignmentJudge, Pictures, open_pictures
 from ldm_export.passes.base import Setting
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
@@ -38,6 +36,9 @@ from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditio
 from ldm_export.recipe.pictures import draw_gallery
 from ldm_export.recipe.score import Judge, Score, verdict
 from ldm_export.recipe.settings import GRAPH_PASSES, Recipe
+from ldm_export.verify.calibration import calibration_calls, calibration_conditions
+from ldm_export.verify.image_text_alignment import AlignmentJudge, Pictures, open_pictures
+from ldm_export.verify.quality import Progress
 
 STAGE, PICTURES = "stage.json", "pictures.npy"
 LATENTS_SEED = 0
@@ -95,7 +96,7 @@ def run_recipe(
     InputError
         If the recipe does not fit the model. What was done so far stays in ``work``.
     """
-    check_target(output, force)
+    check_output_folder(output, force)
     if held_out is not None and data is None:
         raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")
     _check_guidance(checkpoint, recipe)

@@ -33,7 +33,6 @@ from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.quantize_weights import QuantizeWeights
-from ldm_export.options import check_between, check_least, check_one_of, options_from_table
 from ldm_export.passes.base import PRECISIONS, TorchPass
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
@@ -41,6 +40,7 @@ from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.distill_student import DistillStudent
 from ldm_export.passes.prune_channels import PruneChannels
 from ldm_export.passes.prune_weights import PruneWeights
+from ldm_export.reading.options import check_between, check_least, check_one_of, options_from_table
 
 if sys.version_info >= (3, 11):
     import tomllib

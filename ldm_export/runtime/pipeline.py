@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
-from ldm_export.manifest import is_loop
-from ldm_export.runtime.backends import ENGINES, Array, Backend, Graph, open_backend
+from ldm_export.runtime.backends import ENGINES, open_backend
+from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.facts import check_drawable, check_pictures
+from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.request import (
     DEFAULT_GUIDANCE,
     Options,

@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import LARGEST_SIZE
 from ldm_export.contract import TensorSpec
 from ldm_export.errors import BundleError, InputError
-from ldm_export.manifest import LARGEST_SIZE
 from ldm_export.plan import Plan, Trajectory
-from ldm_export.runtime.backends import Array
+from ldm_export.runtime.graph import Array
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number

@@ -12,17 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ldm_export.plan import Row, Stepper
-
-if TYPE_CHECKING:
-    from ldm_export.runtime.backends import Graph
-
-Array = npt.NDArray[Any]
+from ldm_export.runtime.graph import Array, Graph
 
 
 @dataclass(frozen=True)

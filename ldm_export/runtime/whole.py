@@ -9,8 +9,8 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BundleError
-from ldm_export.runtime.backends import Array
 from ldm_export.runtime.facts import check_pictures
+from ldm_export.runtime.graph import Array
 from ldm_export.runtime.request import Request
 from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
 

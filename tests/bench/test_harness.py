@@ -13,12 +13,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from ldm_export.bench import harness, latency, process
+from ldm_export.bench import harness, process
 from ldm_export.bench.gates import Gate, gate_from_text, judge
 from ldm_export.bench.harness import Bench, Document, Options, read_document, results_by_side, write_document
-from ldm_export.bench.latency import stages, times_as_fast
 from ldm_export.bench.likeness import LARGEST, compare_pictures, drift, pictures_of
-from ldm_export.bench.painters import Sample
 from ldm_export.bench.report import page
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
@@ -26,6 +24,9 @@ from ldm_export.errors import BackendError, BundleError, InputError
 from ldm_export.export.graphs import copy_files
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
+from ldm_export.verify import latency
+from ldm_export.verify.latency import stages, times_as_fast
+from ldm_export.verify.painters import Sample
 
 OPTIONS = Options(
     prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backends=("cpu",)

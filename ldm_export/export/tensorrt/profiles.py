@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ldm_export.bundle.targets.engines import ShapeRange
 from ldm_export.contract import GraphSpec
-from ldm_export.engines import ShapeRange
 from ldm_export.errors import InputError
 
 GUIDED = ("unet", "text_encoder", "text_encoder_2")

@@ -26,17 +26,18 @@ from pathlib import Path
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.atomic import write_whole
+from ldm_export.bundle.targets.engines import FLAVOURS, engine_targets
 from ldm_export.contract import TensorSpec
-from ldm_export.documents import read_json
-from ldm_export.engines import FLAVOURS, engine_targets
 from ldm_export.errors import BackendError, LdmExportError, warn
-from ldm_export.partial import write_whole
-from ldm_export.runtime.backends import Array, Backend, allowed_threads
+from ldm_export.reading.documents import read_json
+from ldm_export.runtime.backends.base import Backend, allowed_threads
 from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
 from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
+from ldm_export.runtime.graph import Array
 
 SETTLE_S = 0.1
 """Between sides that are timed in turn: threads of one that still wait, spinning, for work would slow the other."""

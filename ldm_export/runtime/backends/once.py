@@ -8,10 +8,10 @@ from itertools import cycle
 
 import numpy as np
 
+from ldm_export.bundle.targets.base import TargetGraph
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BundleError
-from ldm_export.runtime.backends import Array, Graph
-from ldm_export.target import TargetGraph
+from ldm_export.runtime.graph import Array, Graph
 
 DEEP = "deep"
 REMEMBERED = 1024

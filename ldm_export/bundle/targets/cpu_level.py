@@ -1,0 +1,48 @@
+"""The kind of processor that this machine has."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from pathlib import Path
+
+MODEL = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+VECTORS = {
+    "flags": re.compile(r"(amx|avx|fma|sse4).*"),
+    "Features": re.compile(r"(asimd|neon|sme|sve).*|bf16|fphp|i8mm"),
+}
+"""Which vector instructions there are, by the field of Linux's ``/proc/cpuinfo`` that names them: x86, ARM."""
+
+
+def cpu_level() -> str:
+    """The kind of processor, by all that the layout of packed weights may depend on.
+
+    ONNX Runtime's MLAS (``onnxruntime/core/mlas/lib/platform.cpp``) chooses its kernels, and with them the layouts, by
+    many instructions, not by one level: of blocked convolutions by AVX-512F; of 8-bit products and convolutions by
+    AVX2, AVX-VNNI, AVX-VNNI-INT8, AVX-512 BW, DQ, VL and VNNI, and AMX; of 4-bit weights by most of these; on ARM by
+    dot products, I8MM, BF16, SVE and SME. All vector instructions that the system names are in, also those that only a
+    later release may look at. The model is in, since MLAS asks the processor itself and an old Linux does not name all
+    that it has; the instructions are, since a virtual machine may hide some of a model's. Where the system tells
+    neither, only the very machine is taken to be like itself.
+    """
+    told = ""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        told = _parse_cpuinfo(info.read_text(encoding="utf-8", errors="replace"))
+    if not told:
+        told = f"{platform.processor()} {hashlib.sha256(platform.node().encode()).hexdigest()[:16]}"
+    return " ".join(f"{platform.machine()} {told}".split())
+
+
+def _parse_cpuinfo(cpuinfo: str) -> str:
+    """Models and vector instructions of all cores, in order; empty if there are no instructions."""
+    models: dict[str, None] = {}
+    vectors: set[str] = set()
+    for line in cpuinfo.splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name in MODEL:
+            models.setdefault(value)
+        elif name in VECTORS:
+            vectors.update(flag for flag in value.split() if VECTORS[name].fullmatch(flag))
+    return " ".join([*models, *sorted(vectors)]) if vectors else ""
