@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ldm_export import __version__
+from ldm_export.bundle.targets.cpu_level import cpuinfo
 from ldm_export.errors import BackendError
 from ldm_export.runtime.backends.cuda import driver_is_there, gpus, used_bytes
 
@@ -61,9 +61,8 @@ def used_device_bytes() -> int | None:
 
 def cpu() -> str:
     """The processor's name and its widest instruction set, as far as the system tells."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    flags = next((line.partition(": ")[2].split() for line in lines if line.startswith("flags")), [])
+    info = dict(reversed(cpuinfo()))  # the first core's
+    flags = info.get("flags", "").split()
     widest = next((name for name in WIDEST if name in flags), "")
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    name = info.get("model name", platform.processor())
     return f"{name or platform.machine()}{f' ({widest})' if widest else ''}"

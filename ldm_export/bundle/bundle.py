@@ -38,6 +38,7 @@ from ldm_export.bundle.manifest import (
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BundleError, ExportError
 from ldm_export.reading.documents import MOST_BYTES, MalformedError, parsed, read_descriptor
+from ldm_export.reading.hashes import sha256_of
 from ldm_export.reading.json_fields import FileEntry
 
 __all__ = ["Bundle", "BundleWriter", "FileEntry", "Manifest", "create_bundle"]
@@ -353,15 +354,6 @@ def _manifest_in(folder: Folder) -> Manifest:
 def _is_stray(relative: str) -> bool:
     """Whether a file that is not listed is none of those that file managers and the Hub put beside a bundle's."""
     return relative != "README.md" and not any(part.startswith(".") for part in relative.split("/"))
-
-
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256, 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write(path: Path, data: bytes | Path) -> None:

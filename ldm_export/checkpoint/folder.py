@@ -10,7 +10,6 @@ past are read past here.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +44,7 @@ from ldm_export.checkpoint.weights import (
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.plan import compile_plan, sampler_of
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
+from ldm_export.reading.hashes import sha256_of
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
@@ -254,15 +254,10 @@ class LatentDiffusion:
         return find_weights(self.path / component, base)
 
     def sha256(self, component: str) -> str:
-        """Over the component's weight files, in name order."""
+        """SHA-256 of the component's weight files, in name order, hex."""
         if self.file is not None:
             return self.file.sha256
-        digest = hashlib.sha256()
-        for file in self.weight_files(component):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(*self.weight_files(component))
 
     def load(self, component: str) -> Network:
         """The network with its weights, float32, in evaluation mode, without gradients.

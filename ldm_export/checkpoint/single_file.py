@@ -11,7 +11,6 @@ A file has no tokenizer: CLIP's files are looked for beside it, in ``tokenizer/`
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 from ldm_export.checkpoint.key_maps import text_key, unet_key, vae_key
 from ldm_export.checkpoint.weights import opened, without_wrappers
 from ldm_export.errors import CheckpointError
+from ldm_export.reading.hashes import sha256_of
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OTHER_KINDS = {
@@ -357,12 +357,8 @@ class SingleFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        """SHA-256 of the whole file, hex."""
+        return sha256_of(self.path)
 
 
 def _usual_name(key: str) -> str:

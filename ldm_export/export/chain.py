@@ -15,6 +15,7 @@ import torch
 
 from ldm_export import contract
 from ldm_export.bundle import Bundle, create_bundle
+from ldm_export.bundle.parity import Parity, check_parity
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.pipelines import class_name, left_out, option
 from ldm_export.contract import GraphSpec
@@ -22,9 +23,7 @@ from ldm_export.errors import InputError
 from ldm_export.export.accepted import check_accepted, notes, open_tokenizer, token_count
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
 from ldm_export.export.parity import (
-    Parity,
     Run,
-    check_parity,
     compare_graph,
     compare_weights,
     reference_runs,

@@ -14,10 +14,11 @@ import onnx_ir
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.atomic import partial_folder
 from ldm_export.bundle.manifest import MANIFEST, is_loop, is_target
+from ldm_export.bundle.parity import check_parity
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.chain import Progress, parity_runs, tolerances
-from ldm_export.export.parity import check_parity, compare_graph
+from ldm_export.export.parity import compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.graph.files import load_outside, save
 from ldm_export.graph.weights import check_weights, least_snr_db

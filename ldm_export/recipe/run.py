@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.atomic import write_whole
 from ldm_export.bundle.bundle import check_output_folder
 from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
@@ -392,9 +393,7 @@ def _finish(folder: Path, record: Record, pictures: npt.NDArray[Any] | None) -> 
     try:
         if pictures is not None:
             np.save(folder / PICTURES, pictures, allow_pickle=False)
-        partial = folder / f"{STAGE}.partial"
-        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(folder / STAGE)
+        write_whole(folder / STAGE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written ({error.strerror}). Free some space; the recipe goes on."

@@ -18,6 +18,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
+from ldm_export.contract import takes_two_rows
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
@@ -34,7 +35,7 @@ from ldm_export.runtime.request import (
     latents_image,
     picture_channels,
 )
-from ldm_export.runtime.results import Generation, Step, Timings
+from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import Run, Sampling
 from ldm_export.runtime.values import flag, shown, whole_number
 from ldm_export.runtime.whole import check_results, loop_inputs
@@ -342,8 +343,7 @@ class Pipeline:
 
     def _conditions(self, request: Request, unet: Graph) -> tuple[dict[str, Array], bool]:
         """The UNet's inputs beside latents and timestep, and whether each picture has two rows for guidance."""
-        names = {tensor.name for tensor in unet.spec.inputs}
-        guided = bool(request.prompts) and request.guidance > 1 and "timestep_cond" not in names
+        guided = takes_two_rows(unet.spec, self.bundle.manifest.model, request.guidance)
         conditions = fixed_inputs(
             unet.spec,
             request.batch * (1 + guided),
@@ -389,9 +389,7 @@ class Pipeline:
         check_pictures(sample.shape, latents.shape, factor, graph)
         if not np.isfinite(sample).all():
             raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {_REMEDY}")
-        pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
-        images: Array = pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
-        return images
+        return pixels_of(sample)
 
 
 def _since(started: float) -> float:

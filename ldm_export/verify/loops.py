@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +12,17 @@ import onnxruntime
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import stale_loops
+from ldm_export.bundle.parity import PICTURE_TOLERANCE, RUNTIME, TOLERANCE, Parity, check_parity, largest_error
 from ldm_export.contract import GraphSpec, unet_spec
-from ldm_export.errors import BundleError, ExportError, InputError, ParityError
+from ldm_export.errors import BundleError, ExportError, InputError
 from ldm_export.export.loop import WEIGHTS, Loop, build_loop, check_loopable
 from ldm_export.export.plans import add_plan
+from ldm_export.graph.running import session_options
 from ldm_export.plan import Plan, compile_plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.request import DEFAULT_GUIDANCE, checked_request
 from ldm_export.runtime.whole import loop_inputs
 
-TOLERANCE = 1e-4
-"""Allowed of the latents: max |loop - runtime| / max |runtime|."""
-PICTURE_TOLERANCE = 2 / 255
-"""Allowed of the pictures: a value that is rounded the other way, and one to spare."""
 PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)
 LARGEST_SIDE = 16
@@ -98,13 +96,13 @@ def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda
         path = loop.save(Path(folder))
         progress(f"{name}: comparing with the runtime")
         records = compare_loop(bundle, loop, path)
-        check_records(records)
+        check_parity(records)
         if WEIGHTS not in bundle.manifest.files:
             bundle = bundle.add_file(WEIGHTS, path.with_name(Path(WEIGHTS).name))
-        return bundle.add_file(loop.spec.path, path, graph=loop.spec, parity=records)
+        return bundle.add_file(loop.spec.path, path, graph=loop.spec, parity=[record.to_dict() for record in records])
 
 
-def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[dict[str, Any]]:
+def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[Parity]:
     """The loop graph at ``path``, in ONNX Runtime on the CPU, against the runtime, which draws the same without it.
 
     Returns
@@ -115,43 +113,20 @@ def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[dict[str, Any]]
     wishes = {**example_wishes(bundle, loop.spec), "sampler": sampler, "steps": steps}
     inputs = loop_inputs(bundle, loop.spec, checked_request(bundle, **wishes))
     drawn = Pipeline(bundle, "cpu").generate(**wishes)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
     try:
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         images, latents = session.run([tensor.name for tensor in loop.spec.outputs], inputs)
     except Exception as error:  # its exceptions have no common base class
         raise ExportError(f"ONNX Runtime refuses {loop.spec.name}: {error}. Nothing was added.") from error
-    made_of = dict(loop.made_of)
+    of_pictures = float(np.abs(images.astype(int) - drawn.images).max()) / 255
+    name = loop.spec.name
+    of_latents = largest_error([drawn.latents], [latents])
     return [
-        _record(loop, "images", np.abs(images.astype(int) - drawn.images).max() / 255, PICTURE_TOLERANCE),
-        _record(loop, "latents", np.abs(latents - drawn.latents).max() / (np.abs(drawn.latents).max() or 1), TOLERANCE)
-        | {"made_of": made_of},
+        Parity(name, "images", of_pictures, PICTURE_TOLERANCE, reference=RUNTIME),
+        Parity(name, "latents", of_latents, TOLERANCE, reference=RUNTIME, made_of=loop.made_of),
     ]
-
-
-def _record(loop: Loop, output: str, error: float, tolerance: float) -> dict[str, Any]:
-    return {
-        "graph": loop.spec.name,
-        "output": output,
-        "max_error": float(error),
-        "tolerance": tolerance,
-        "passed": bool(error <= tolerance),  # false for NaN
-        "reference": "runtime",
-    }
-
-
-def check_records(records: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ParityError unless all records passed."""
-    for record in records:
-        if not record["passed"]:
-            raise ParityError(
-                f"{record['graph']} output {record['output']!r} differs from what the runtime draws by "
-                f"{record['max_error']:.3g} of its largest value; {record['tolerance']:.3g} is allowed. "
-                "The loop was not added."
-            )
 
 
 def example_wishes(bundle: Bundle, loop: GraphSpec) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.contract import takes_two_rows, unet_spec
 from ldm_export.errors import InputError
 from ldm_export.export.accepted import check_accepted, open_tokenizer
 from ldm_export.runtime import Pipeline
@@ -103,7 +105,7 @@ class CheckpointPainter:
         self._reference = TorchReference(checkpoint)
         own = checkpoint.drawing
         self.defaults = Settings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
-        self._one_row = own.folded or bool(configs["unet"]["time_cond_proj_dim"])
+        self._two_rows = partial(takes_two_rows, unet_spec(configs["unet"]), {"guidance_folded": own.folded})
         self.classes = configs["unet"]["num_class_embeds"]
         self.condition = "text" if checkpoint.reads_text else "label" if self.classes else None
         self.uses_guidance = self.condition == "text" and not own.folded
@@ -117,7 +119,7 @@ class CheckpointPainter:
         return _side(self.pixels)
 
     def guided(self, guidance: float) -> bool:
-        return self.condition == "text" and guidance > 1 and not self._one_row
+        return self._two_rows(guidance)
 
     def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
         plan = {"sampler": settings.sampler, "steps": settings.steps}
@@ -164,7 +166,7 @@ class BundlePainter:
         self.classes = model.get("num_class_embeds")
         self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
         inputs = {tensor.name for tensor in graphs["unet"].inputs}
-        self._one_row = bool(model.get("guidance_folded")) or "timestep_cond" in inputs
+        self._two_rows = partial(takes_two_rows, graphs["unet"], model)
         self.condition = next(
             (kind for kind, name in (("text", "encoder_hidden_states"), ("label", "class_labels")) if name in inputs),
             None,
@@ -189,7 +191,7 @@ class BundlePainter:
         return _side(self.pixels)
 
     def guided(self, guidance: float) -> bool:
-        return self.condition == "text" and guidance > 1 and not self._one_row
+        return self._two_rows(guidance)
 
     def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
         told = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.parity import Parity
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.chain import Progress, compare_bundle
 from ldm_export.export.graphs import CALIBRATION
-from ldm_export.export.parity import Parity
 from ldm_export.verify.calibration import calibration_calls
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ldm_export.checkpoint import Autoencoder, LatentDiffusion
 from ldm_export.checkpoint.pipelines import option
-from ldm_export.contract import unet_spec
+from ldm_export.contract import takes_two_rows, unet_spec
 from ldm_export.errors import InputError
 from ldm_export.plan import Stepper, compile_plan
 from ldm_export.plan.guidance import guidance_embedding
@@ -63,7 +63,8 @@ class TorchReference:
 
     def __init__(self, checkpoint: LatentDiffusion):
         self._checkpoint = checkpoint
-        self._unet_inputs = {tensor.name: tensor for tensor in unet_spec(checkpoint.configs["unet"]).inputs}
+        self._spec = unet_spec(checkpoint.configs["unet"])
+        self._unet_inputs = {tensor.name: tensor for tensor in self._spec.inputs}
         if more := _more_than_it_gives(checkpoint, self._unet_inputs):
             raise InputError(
                 f"{checkpoint.path}: the UNet takes {more}, which the PyTorch side of a comparison does not give it. "
@@ -113,7 +114,7 @@ class TorchReference:
         """
         spent = _Clock()
         rows = compile_plan(self._checkpoint.scheduler, sampler, steps).from_noise()
-        guided = bool(ids) and guidance > 1 and "timestep_cond" not in self._unet_inputs
+        guided = takes_two_rows(self._spec, {}, guidance)
         conditions = self._text(ids, empty_ids, guided=guided)
         text_ms = spent.lap()
         count = len(seeds) * (1 + guided)

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_target
+from ldm_export.bundle.parity import TOLERANCE, check_parity
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import BundleError, CheckpointError, ExportError, LdmExportError, ParityError
 from ldm_export.export import chain, parity
 from ldm_export.export import onnx as onnx_export
 from ldm_export.export.onnx import GraphModule, graph_module, random_inputs
-from ldm_export.export.parity import TOLERANCE, check_parity, compare_outputs
+from ldm_export.export.parity import compare_outputs
 from ldm_export.graph import files as graph_files
 from ldm_export.graph.running import worst_error
 from ldm_export.runtime import Pipeline

@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ldm_export.bundle.bundle import Bundle, sha256_of
+from ldm_export.bundle.bundle import Bundle
 from ldm_export.bundle.listed import ListedFiles, UnlikeFileError
 from ldm_export.bundle.manifest import TARGETS, is_loop
 from ldm_export.bundle.targets.cpu_level import cpu_level
 from ldm_export.reading.documents import MalformedError, parsed, read_descriptor
+from ldm_export.reading.hashes import sha256_of
 from ldm_export.reading.json_fields import FileEntry, field, files_of
 
 TARGET = "target.json"

@@ -26,23 +26,22 @@ def cpu_level() -> str:
     that it has; the instructions are, since a virtual machine may hide some of a model's. Where the system tells
     neither, only the very machine is taken to be like itself.
     """
-    told = ""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        told = _parse_cpuinfo(info.read_text(encoding="utf-8", errors="replace"))
-    if not told:
-        told = f"{platform.processor()} {hashlib.sha256(platform.node().encode()).hexdigest()[:16]}"
-    return " ".join(f"{platform.machine()} {told}".split())
+    info = cpuinfo()
+    models = dict.fromkeys(value for name, value in info if name in MODEL)
+    vectors = {
+        flag for name, value in info if name in VECTORS for flag in value.split() if VECTORS[name].fullmatch(flag)
+    }
+    known = [*models, *sorted(vectors)] if vectors else []
+    if not known:
+        known = [platform.processor(), hashlib.sha256(platform.node().encode()).hexdigest()[:16]]
+    return " ".join(" ".join([platform.machine(), *known]).split())
 
 
-def _parse_cpuinfo(cpuinfo: str) -> str:
-    """Models and vector instructions of all cores, in order; empty if there are no instructions."""
-    models: dict[str, None] = {}
-    vectors: set[str] = set()
-    for line in cpuinfo.splitlines():
-        name, _, value = (part.strip() for part in line.partition(":"))
-        if name in MODEL:
-            models.setdefault(value)
-        elif name in VECTORS:
-            vectors.update(flag for flag in value.split() if VECTORS[name].fullmatch(flag))
-    return " ".join([*models, *sorted(vectors)]) if vectors else ""
+def cpuinfo() -> list[tuple[str, str]]:
+    """Fields and values that Linux's ``/proc/cpuinfo`` has of all cores, in order; empty on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    parts = (line.partition(":") for line in text.splitlines())
+    return [(name.strip(), value.strip()) for name, colon, value in parts if colon]
