@@ -27,7 +27,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import ROW_FIELDS, GraphSpec, TensorSpec, loop_spec, takes_two_rows
+from ldm_export.contract import ROW_FIELDS, WEIGHT_FIELDS, GraphSpec, TensorSpec, loop_spec, takes_two_rows
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.splicing import GraphWriter, Weights
 from ldm_export.export.step import guide, update
@@ -176,7 +176,7 @@ def _step(
     table["clip"] = [clip or np.inf for clip in table["clip"]]
     history = max(len(row.weights) for row in plan.rows)
     for age in range(history):
-        table[f"weight_{age}"] = [row.weights[age] if age < len(row.weights) else 0.0 for row in plan.rows]
+        table[WEIGHT_FIELDS[age]] = [row.weights[age] if age < len(row.weights) else 0.0 for row in plan.rows]
     absent = {"input_scale": 1.0, "clip": np.inf}
     table = {
         name: column for name, column in table.items() if {*column} != {absent.get(name, 0.0)} or name == "timestep"

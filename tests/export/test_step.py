@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,9 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec, TensorSpec, step_spec
+from ldm_export.contract import REMEMBERED, ROW_FIELDS, STEP_CELLS, GraphSpec, TensorSpec, step_spec
 from ldm_export.export.step import step_model
-from ldm_export.plan import MAX_HISTORY, SAMPLERS, Stepper, Trajectory, compile_plan
+from ldm_export.plan import MAX_HISTORY, SAMPLERS, Row, Stepper, Trajectory, compile_plan
 from ldm_export.runtime.backends.device_loop import table_of
 from tests.scheduler_configs import base_config, relative_error
 
@@ -72,6 +73,7 @@ def test_it_is_what_the_contract_says(step: onnxruntime.InferenceSession) -> Non
         assert [(tensor.name, list(tensor.shape)) for tensor in side] == [(value.name, value.shape) for value in values]
     assert STEP_CELLS[0] == "timestep"  # the UNet reads it where the row lies
     assert REMEMBERED + 1 == MAX_HISTORY
+    assert {*ROW_FIELDS, "weights"} == {field.name for field in fields(Row)}
 
 
 @pytest.mark.parametrize("guidance", [None, 4.0])
