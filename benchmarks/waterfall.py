@@ -25,7 +25,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.targets.base import ORT_CPU
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.ort_cpu import build_ort_cpu
-from ldm_export.recipe.run import STAGE
+from ldm_export.recipe.stages import STAGE
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
 from ldm_export.verify.latency import Draw, draw_with, runs_in_turn, times_as_fast
