@@ -206,7 +206,7 @@ class Bench:
         def draw(number: int) -> Timings:
             numbers = range(number * batch, (number + 1) * batch)
             told = [self.conditions[k % len(self.conditions)] for k in numbers]
-            if side.painter.condition == "text":  # new each time: a pipeline remembers what it has encoded
+            if side.image_generator.condition == "text":  # new each time: a pipeline remembers what it has encoded
                 told = [f"{text} {k}" for text, k in zip(told, numbers, strict=True)]
             return side.sample(told, [self.options.seed + k for k in numbers]).timings
 
@@ -239,7 +239,7 @@ class Bench:
         settings = replace(side.settings, prompts=self.options.pictures, seed=self.options.seed)
         judge = open_judge(side.target, None)
         report = evaluate(
-            side.painter,
+            side.image_generator,
             self.options.data,
             self.options.held_out,
             settings,
@@ -250,12 +250,14 @@ class Bench:
 
     def _check_data(self, data: Path) -> None:
         """Refuse folders that cannot be judged by before minutes have passed."""
-        painter = self.sides[0].painter
+        image_generator = self.sides[0].image_generator
         settings = replace(self.sides[0].settings, prompts=self.options.pictures)
-        pictures = open_pictures(data, painter.size, painter.channels, painter.condition)
-        choose_prompts(pictures, settings, painter.condition)
+        pictures = open_pictures(data, image_generator.size, image_generator.channels, image_generator.condition)
+        choose_prompts(pictures, settings, image_generator.condition)
         if self.options.held_out is not None:
-            open_pictures(self.options.held_out, painter.size, painter.channels, painter.condition)
+            open_pictures(
+                self.options.held_out, image_generator.size, image_generator.channels, image_generator.condition
+            )
 
     def _begin(self, path: Path, command: str, *, resume: bool) -> Document:
         new = self._new_document(command)

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ldm_export.verify.image_generators import Sample
 from ldm_export.verify.metrics import psnr_db
-from ldm_export.verify.painters import Sample
 
 LARGEST = 999.0
 """JSON has no infinity: the decibels of equal pictures, and the drift of latents that are no numbers."""

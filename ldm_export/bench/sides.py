@@ -19,7 +19,7 @@ from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.runtime.request import read_plan
-from ldm_export.verify.painters import BundlePainter, CheckpointPainter, Sample, Settings
+from ldm_export.verify.image_generators import BundleImageGenerator, Sample, Settings, TorchImageGenerator
 
 PROMPTS = (
     "grinning face with smiling eyes",
@@ -61,7 +61,7 @@ class Side:
 
     name: str
     target: str
-    painter: BundlePainter | CheckpointPainter
+    image_generator: BundleImageGenerator | TorchImageGenerator
     settings: Settings
     backend: str
     bytes: int
@@ -70,28 +70,28 @@ class Side:
     @property
     def guided(self) -> bool:
         """Whether the UNet is called with and without the prompt, so on two pictures for one."""
-        return self.painter.guided(self.settings.guidance)
+        return self.image_generator.guided(self.settings.guidance)
 
     @property
     def drawing(self) -> tuple[str, int, float]:
         """Sides with the same draw step by step alike."""
-        guidance = self.settings.guidance if self.painter.uses_guidance else 1.0
+        guidance = self.settings.guidance if self.image_generator.uses_guidance else 1.0
         return self.settings.sampler, self.settings.steps, guidance
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int]) -> Sample:
-        return self.painter.sample(conditions, seeds, self.settings)
+        return self.image_generator.sample(conditions, seeds, self.settings)
 
     def child(self, condition: str | int, seed: int) -> dict[str, Any]:
         """What a process of its own is told, to draw one picture."""
-        given = self.painter.given([condition], [seed], self.settings)
-        if isinstance(self.painter, BundlePainter):
-            return {"bundle": self.target, "backend": self.painter.requested_backend, "given": given}
+        given = self.image_generator.given([condition], [seed], self.settings)
+        if isinstance(self.image_generator, BundleImageGenerator):
+            return {"bundle": self.target, "backend": self.image_generator.requested_backend, "given": given}
         return {"checkpoint": self.target, "given": given}
 
     def facts(self) -> dict[str, Any]:
         """What a row of results says of how it came about."""
         sampler, steps, guidance = self.settings.sampler, self.settings.steps, self.settings.guidance
-        size = {"height": self.painter.pixels[0], "width": self.painter.pixels[1]}
+        size = {"height": self.image_generator.pixels[0], "width": self.image_generator.pixels[1]}
         drawn = {"sampler": sampler, "steps": steps, "guidance": guidance, "guided": self.guided, **size}
         passes = [] if self.bundle is None else [dict(record) for record in self.bundle.manifest.passes]
         kind = "checkpoint" if self.bundle is None else "bundle"
@@ -140,13 +140,15 @@ def open_sides(
     ):
         name = folder if len(backends) == 1 else f"{folder} {backend}"
         try:
-            painter = BundlePainter(bundle, backend)
-            painter.load()
+            image_generator = BundleImageGenerator(bundle, backend)
+            image_generator.load()
         except BackendError as error:
             left_out[name] = str(error)
             continue
-        settings = replace(painter.defaults, sampler=its_sampler, steps=its_steps)
-        sides.append(Side(name, str(bundle.path), painter, settings, painter.backend, bundle.size_bytes, bundle))
+        settings = replace(image_generator.defaults, sampler=its_sampler, steps=its_steps)
+        sides.append(
+            Side(name, str(bundle.path), image_generator, settings, image_generator.backend, bundle.size_bytes, bundle)
+        )
     if not sides:
         raise BackendError(" ".join(dict.fromkeys(left_out.values())))
     if checkpoint is not None:
@@ -168,17 +170,17 @@ def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, 
 def _checkpoint_side(
     checkpoint: LatentDiffusion, bundles: Sequence[Side], sampler: str | None, steps: int | None
 ) -> Side:
-    painter = CheckpointPainter(checkpoint)
+    image_generator = TorchImageGenerator(checkpoint)
     like = next(
         (side.settings for side in bundles if side.bundle and same_weights(side.bundle, checkpoint)["unet"]),
-        painter.defaults,
+        image_generator.defaults,
     )
     settings = replace(like, sampler=sampler or like.sampler, steps=steps or like.steps)
     files = [file for component in checkpoint.components for file in checkpoint.weight_files(component)]
     size = sum(file.stat().st_size for file in {*files})
     name = f"PyTorch {checkpoint.name}"
     backend = f"torch {torch.__version__.partition('+')[0]} cpu"
-    return Side(name, str(checkpoint.path), painter, settings, backend, size)
+    return Side(name, str(checkpoint.path), image_generator, settings, backend, size)
 
 
 def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:
@@ -202,17 +204,17 @@ def conditions_for(side: Side, prompts: Sequence[str]) -> list[str | int]:
     InputError
         If there are prompts for a model that reads none.
     """
-    if side.painter.condition == "text":
+    if side.image_generator.condition == "text":
         return list(prompts or PROMPTS[:DEFAULT_PICTURES])
     if prompts:
         raise InputError(f"{len(prompts)} prompts were given; {side.name} reads no text. Leave them out.")
-    if side.painter.condition is None:
+    if side.image_generator.condition is None:
         return [""] * DEFAULT_PICTURES
-    return list(range(min(side.painter.classes or 1, DEFAULT_PICTURES)))
+    return list(range(min(side.image_generator.classes or 1, DEFAULT_PICTURES)))
 
 
 def _check_alike(side: Side, first: Side) -> None:
-    facts = [(x.painter.condition, x.painter.channels, x.painter.pixels) for x in (side, first)]
+    facts = [(x.image_generator.condition, x.image_generator.channels, x.image_generator.pixels) for x in (side, first)]
     if facts[0] != facts[1]:
         told = [
             f"{x.name} (told {kind or 'nothing'}, {c} channels, {h}x{w})"

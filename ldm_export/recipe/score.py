@@ -16,10 +16,10 @@ from ldm_export.errors import InputError
 from ldm_export.passes.base import Purpose
 from ldm_export.recipe.settings import Budget
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.image_generators import BundleImageGenerator, Settings
 from ldm_export.verify.image_text_alignment import AlignmentJudge
 from ldm_export.verify.latency import Latency, draw_with, time_in_turn
 from ldm_export.verify.metrics import psnr
-from ldm_export.verify.painters import BundlePainter, Settings
 from ldm_export.verify.quality import Progress, evaluate
 
 ROUNDS = 9
@@ -96,7 +96,9 @@ class Judge:
             steps=model["default_steps"],
             guidance=model["default_guidance"],
         )
-        report = evaluate(BundlePainter(bundle), self.gallery, self.reference, settings, self.alignment, self.progress)
+        report = evaluate(
+            BundleImageGenerator(bundle), self.gallery, self.reference, settings, self.alignment, self.progress
+        )
         prompts = [str(prompt) for prompt in report.prompts]
         sides = {"this": bundle, **({} if beside is None else {"beside": beside})}
         reads_text = "text_encoder" in bundle.manifest.graphs

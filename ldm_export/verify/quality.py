@@ -19,6 +19,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.export.accepted import open_tokenizer
+from ldm_export.verify.image_generators import ImageGenerator, Settings
 from ldm_export.verify.image_text_alignment import AlignmentJudge, Pictures, features_of, open_pictures
 from ldm_export.verify.metrics import (
     Figure,
@@ -32,7 +33,6 @@ from ldm_export.verify.metrics import (
     recalled,
     ssim,
 )
-from ldm_export.verify.painters import Painter, Settings
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -102,7 +102,7 @@ def open_judge(target: str, judge: str | None) -> AlignmentJudge | None:
 
 
 def evaluate(
-    painter: Painter,
+    image_generator: ImageGenerator,
     data_folder: Path,
     held_out_folder: Path | None,
     settings: Settings,
@@ -121,25 +121,25 @@ def evaluate(
     InputError
         If a folder cannot be used, or has fewer pictures than are needed.
     """
-    report = QualityReport(painter.name, settings)
+    report = QualityReport(image_generator.name, settings)
     progress("reading pictures", 0, 1)
     data, held_out = (
-        open_pictures(folder, painter.size, painter.channels, painter.condition)
+        open_pictures(folder, image_generator.size, image_generator.channels, image_generator.condition)
         for folder in (data_folder, held_out_folder or data_folder)
     )
     if held_out_folder is None:
         report.notes.append(
             "No held-out pictures were given: reconstruction and distances are to the training pictures."
         )
-    chosen = choose_prompts(data, settings, painter.condition)
+    chosen = choose_prompts(data, settings, image_generator.condition)
     report.prompts = [condition for _, condition in chosen]
     kept = choose_held_out(len(held_out.images))
     if len(kept) < len(held_out.images):
         report.notes.append(f"Of the {len(held_out.images)} pictures to compare with, {len(kept)} were drawn and used.")
     report.counts = {"drawn": len(chosen), "training": len(data.images), "reference": len(kept)}
 
-    report.images = _draw(painter, report.prompts, settings, progress)
-    _reconstruction(report, painter, held_out.images[kept], progress)
+    report.images = _draw(image_generator, report.prompts, settings, progress)
+    _reconstruction(report, image_generator, held_out.images[kept], progress)
 
     def features(what: str, images: Array) -> Array:
         return features_of(images, lambda done, of: progress(f"features of {what} pictures", done, of))
@@ -147,11 +147,11 @@ def evaluate(
     drawn, gallery = features("drawn", report.images), features("training", data.images)
     apart = gallery[kept] if held_out_folder is None else features("held-out", held_out.images[kept])
     _distances(report, drawn, gallery, apart, same=held_out_folder is None)
-    if painter.condition is None:
+    if image_generator.condition is None:
         report.notes.append("The model is told nothing: there is no retrieval and no alignment.")
     else:
         _retrieval(report, drawn, gallery, data, chosen)
-    if painter.condition == "text":
+    if image_generator.condition == "text":
         if judge is None:
             report.notes.append(
                 "No checkpoint with alignment/ is known for this target: alignment is left out (--judge)."
@@ -188,21 +188,23 @@ def choose_held_out(count: int) -> Array:
     return np.sort(np.random.default_rng(0).permutation(count)[:MOST])
 
 
-def _draw(painter: Painter, prompts: Sequence[str | int], settings: Settings, progress: Progress) -> Array:
+def _draw(
+    image_generator: ImageGenerator, prompts: Sequence[str | int], settings: Settings, progress: Progress
+) -> Array:
     images = []
     for start in range(0, len(prompts), settings.batch):
         part = prompts[start : start + settings.batch]
         progress("drawing", start, len(prompts))
         seeds = [settings.seed + k for k in range(start, start + len(part))]
-        images.append(painter.draw(part, seeds, settings))
+        images.append(image_generator.draw(part, seeds, settings))
     return np.concatenate(images)
 
 
-def _reconstruction(report: QualityReport, painter: Painter, images: Array, progress: Progress) -> None:
+def _reconstruction(report: QualityReport, image_generator: ImageGenerator, images: Array, progress: Progress) -> None:
     redrawn = []
     for start in range(0, len(images), report.settings.batch):
         progress("reconstructing", start, len(images))
-        redrawn.append(painter.reconstruct(images[start : start + report.settings.batch]))
+        redrawn.append(image_generator.reconstruct(images[start : start + report.settings.batch]))
     after = np.concatenate(redrawn)
     report.figures["reconstruction_psnr_db"] = over_pictures(psnr(after, images))
     report.figures["reconstruction_ssim"] = over_pictures(ssim(after, images))

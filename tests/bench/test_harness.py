@@ -25,8 +25,8 @@ from ldm_export.export.graphs import copy_files
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
 from ldm_export.verify import latency
+from ldm_export.verify.image_generators import Sample
 from ldm_export.verify.latency import stages, times_as_fast
-from ldm_export.verify.painters import Sample
 
 OPTIONS = Options(
     prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backends=("cpu",)

@@ -24,9 +24,9 @@ from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.recipe import run_recipe, score
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.image_generators import BundleImageGenerator
 from ldm_export.verify.image_text_alignment import features_of, open_pictures
 from ldm_export.verify.metrics import frechet_distance
-from ldm_export.verify.painters import BundlePainter
 from ldm_export.verify.quality import evaluate
 from tests.recipe.conftest import Make
 from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
@@ -181,9 +181,9 @@ def test_a_whole_recipe_with_the_real_judge(tiny_checkpoint: Path, begun: Path, 
     drawn = np.load(tmp_path / "work" / "00-teacher" / "pictures.npy")
     distance = frechet_distance(features_of(drawn), reference)
     assert teacher["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
-    painter = BundlePainter(bundle, "cpu")
-    settings = replace(painter.defaults, prompts=recipe.budget.pictures)
-    images = evaluate(painter, *folders, settings, None, lambda what, done, of: None).images
+    image_generator = BundleImageGenerator(bundle, "cpu")
+    settings = replace(image_generator.defaults, prompts=recipe.budget.pictures)
+    images = evaluate(image_generator, *folders, settings, None, lambda what, done, of: None).images
     distance = frechet_distance(features_of(images), reference)
     assert quantized["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
     assert all(record["score"]["latency"]["unet_ms"] > 0 for record in records)

@@ -20,8 +20,8 @@ from ldm_export.cli.main import main
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.verify import quality
+from ldm_export.verify.image_generators import Settings, open_image_generator
 from ldm_export.verify.image_text_alignment import features_of, open_pictures
-from ldm_export.verify.painters import Settings, open_painter
 from ldm_export.verify.quality import choose_prompts, evaluate, open_judge
 from tests.bundle_fixture import CLASSES
 from tests.tiny_recipe import CONFIG
@@ -60,7 +60,7 @@ def bundle(checkpoint: Path) -> Path:
 
 def measured(target: Path, data: Path, held_out: Path | None = None, judge: Path | None = None) -> dict[str, float]:
     found = open_judge(str(target), str(judge) if judge else None)
-    report = evaluate(open_painter(str(target)), data, held_out, SETTINGS, found, lambda what, done, of: None)
+    report = evaluate(open_image_generator(str(target)), data, held_out, SETTINGS, found, lambda what, done, of: None)
     return {name: figure.value for name, figure in report.figures.items()}
 
 
@@ -86,12 +86,12 @@ def test_a_broken_decoder_scores_worse(checkpoint: Path, data: Path, tmp_path: P
 
 def test_real_pictures_are_recalled_and_aligned_best(checkpoint: Path, data: Path) -> None:
     """Painted by a cheat that shows the training picture of each prompt."""
-    painter = open_painter(str(checkpoint))
+    image_generator = open_image_generator(str(checkpoint))
     pictures = open_pictures(data, 16, 3, "text")
     by_caption = {said: pictures.images[index] for index, said in pictures.conditions}
-    painter.draw = lambda conditions, seeds, settings: np.stack([by_caption[said] for said in conditions])  # type: ignore[method-assign]
+    image_generator.draw = lambda conditions, seeds, settings: np.stack([by_caption[said] for said in conditions])  # type: ignore[method-assign]
     judge = open_judge(str(checkpoint), None)
-    report = evaluate(painter, data, data, SETTINGS, judge, lambda what, done, of: None)
+    report = evaluate(image_generator, data, data, SETTINGS, judge, lambda what, done, of: None)
     figures = report.figures
     assert figures["retrieval_at_1"].value == figures["retrieval_at_5"].value == 1.0
     assert figures["nearest_training_picture"].value == pytest.approx(0.0, abs=1e-6)
@@ -135,11 +135,11 @@ def test_copies_are_counted(checkpoint: Path, data: Path, tmp_path: Path) -> Non
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": "noise"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    painter = open_painter(str(checkpoint))
+    image_generator = open_image_generator(str(checkpoint))
     copies, noise = open_pictures(data, 16, 3, "text").images, draw.integers(0, 256, (10, 16, 16, 3), np.uint8)
     drawn = iter([*copies[:3], *noise[3:]])
-    painter.draw = lambda conditions, seeds, settings: np.stack([next(drawn) for _ in seeds])  # type: ignore[method-assign]
-    report = evaluate(painter, data, tmp_path, SETTINGS, None, lambda what, done, of: None)
+    image_generator.draw = lambda conditions, seeds, settings: np.stack([next(drawn) for _ in seeds])  # type: ignore[method-assign]
+    report = evaluate(image_generator, data, tmp_path, SETTINGS, None, lambda what, done, of: None)
     assert 0.3 <= report.figures["nearer_than_95_percent_of_held_out"].value <= 0.5
     assert report.floors["nearer_than_95_percent_of_held_out"].value == 0.1  # of ten, the 5th percentile is below one
     assert report.figures["nearest_training_picture"].value > 0.1
@@ -147,7 +147,7 @@ def test_copies_are_counted(checkpoint: Path, data: Path, tmp_path: Path) -> Non
 
 def test_a_large_held_out_set_is_drawn_from(checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "MOST", 11)
-    report = evaluate(open_painter(str(checkpoint)), data, data, SETTINGS, None, lambda what, done, of: None)
+    report = evaluate(open_image_generator(str(checkpoint)), data, data, SETTINGS, None, lambda what, done, of: None)
     assert report.counts["reference"] == 11
     assert "Of the 12 pictures to compare with, 11 were drawn and used." in report.notes
 

@@ -17,7 +17,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.plan import SAMPLERS
-from ldm_export.verify.painters import BundlePainter, CheckpointPainter, Settings
+from ldm_export.verify.image_generators import BundleImageGenerator, Settings, TorchImageGenerator
 from tests.diffusers_pipelines import LATENT_TOLERANCE, assert_same, judged, opened
 from tests.scheduler_configs import relative_error
 
@@ -30,7 +30,7 @@ Kinds = Callable[[str], tuple[Path, Path]]
 
 def generated(checkpoint: Path, settings: Settings, conditions: Sequence[str | int] = PROMPTS) -> Any:
     """Latents and images of the PyTorch side."""
-    sample = CheckpointPainter(LatentDiffusion.open(checkpoint)).sample(conditions, SEEDS, settings)
+    sample = TorchImageGenerator(LatentDiffusion.open(checkpoint)).sample(conditions, SEEDS, settings)
     assert len(sample.timings.unet_ms) == len(sample.trajectory)
     assert min(sample.timings.unet_ms) > 0
     assert sample.timings.decode_ms > 0
@@ -91,12 +91,14 @@ def test_latent_consistency(kinds: Kinds, guidance: float) -> None:
 @pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "sd2", "sdxl", "lcm"])
 def test_a_checkpoint_and_its_bundle_generate_the_same_by_default(kinds: Kinds, kind: str) -> None:
     checkpoint, bundle = kinds(kind)
-    painters = CheckpointPainter(LatentDiffusion.open(checkpoint)), BundlePainter(Bundle.open(bundle))
-    assert painters[0].defaults == painters[1].defaults
-    conditions = {"text": PROMPTS, "label": [2, 0], None: ["", ""]}[painters[0].condition]
-    theirs, ours = (painter.sample(conditions, SEEDS, painter.defaults) for painter in painters)
+    image_generators = TorchImageGenerator(LatentDiffusion.open(checkpoint)), BundleImageGenerator(Bundle.open(bundle))
+    assert image_generators[0].defaults == image_generators[1].defaults
+    conditions = {"text": PROMPTS, "label": [2, 0], None: ["", ""]}[image_generators[0].condition]
+    theirs, ours = (
+        image_generator.sample(conditions, SEEDS, image_generator.defaults) for image_generator in image_generators
+    )
     assert relative_error(ours.trajectory, theirs.trajectory) < LATENT_TOLERANCE
-    assert [painter.guided(4.0) for painter in painters] == [kind in ("sd2", "sdxl")] * 2
+    assert [image_generator.guided(4.0) for image_generator in image_generators] == [kind in ("sd2", "sdxl")] * 2
     assert np.abs(ours.images.astype(int) - theirs.images.astype(int)).max() <= 1
 
 
@@ -115,7 +117,7 @@ def test_what_it_does_not_give_is_named_alone(
     file = checkpoint / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **unet}))
     with pytest.raises(InputError, match=rf"changed: the UNet takes {what}, which the PyTorch side .* does not give"):
-        CheckpointPainter(LatentDiffusion.open(checkpoint))
+        TorchImageGenerator(LatentDiffusion.open(checkpoint))
 
 
 def with_scheduler(checkpoint: Path, folder: Path, changes: dict[str, Any]) -> Path:

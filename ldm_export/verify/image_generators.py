@@ -52,7 +52,7 @@ class Sample:
     timings: Timings
 
 
-class Painter(Protocol):
+class ImageGenerator(Protocol):
     """What both sides can do.
 
     Attributes
@@ -88,7 +88,7 @@ class Painter(Protocol):
         """Pictures uint8 (B, H, W, C) through the autoencoder and back."""
 
 
-class CheckpointPainter:
+class TorchImageGenerator:
     """A checkpoint in PyTorch.
 
     Raises
@@ -150,7 +150,7 @@ class CheckpointPainter:
         return self._reference.reconstruct(images)
 
 
-class BundlePainter:
+class BundleImageGenerator:
     """A bundle, without PyTorch; ``options`` are further ones of how the pipeline draws."""
 
     def __init__(self, bundle: Bundle, backend: str = "cpu", **options: Any):
@@ -217,11 +217,11 @@ class BundlePainter:
         return self._pipeline.reconstruct(images)
 
 
-def open_painter(target: str) -> Painter:
+def open_image_generator(target: str) -> ImageGenerator:
     """A bundle's folder, a checkpoint's folder, or a shipped checkpoint's name."""
     if (Path(target) / "manifest.json").is_file():
-        return BundlePainter(Bundle.open(target))
-    return CheckpointPainter(LatentDiffusion.open(target))
+        return BundleImageGenerator(Bundle.open(target))
+    return TorchImageGenerator(LatentDiffusion.open(target))
 
 
 def _side(size: tuple[int, int]) -> int:
