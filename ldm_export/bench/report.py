@@ -9,10 +9,10 @@ from typing import Any
 
 from ldm_export.bench.blocks import chip, figure, interval, likeness, ratio, table
 from ldm_export.bench.charts import Curve, Point, curves, scatter
+from ldm_export.bench.formatting import decibels, megabytes, milliseconds, times
 from ldm_export.bench.harness import results_by_side
 from ldm_export.bench.style import STYLE
 from ldm_export.bench.waterfall import pareto_points, waterfall
-from ldm_export.bench.words import decibels, megabytes, milliseconds, times
 
 COLOURS = 5
 STAGES = {"text": "text", "unet": "UNet, all calls", "loop": "sampling loop outside", "decode": "decoding"}

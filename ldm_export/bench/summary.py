@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ldm_export.bench.formatting import decibels, milliseconds, times, verdict
 from ldm_export.bench.harness import results_by_side
-from ldm_export.bench.words import decibels, milliseconds, times, verdict
 
 HEADS = ("", "steps", "ms", "UNet\nms", "faster", "MB", "RSS\nMB", "GPU\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
 
