@@ -37,7 +37,7 @@ from benchmarks.peers.peer import STEPS, Setup
 from benchmarks.peers.run import OURS, REFERENCE, Peer, Table, in_turn, python_peer
 from benchmarks.peers.workloads import WORKLOADS, make_workload
 from ldm_export.bench.harness import write_document
-from ldm_export.bench.likeness import LARGEST
+from ldm_export.bench.image_similarity import LARGEST
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm_export.bench.likeness import LARGEST
+from ldm_export.bench.image_similarity import LARGEST
 
 
 def times(ratio: float) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.gates import Gate
-from ldm_export.bench.likeness import LARGEST, compare_pictures
+from ldm_export.bench.image_similarity import LARGEST, compare_pictures
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bench.process import processes_in_turn
 from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weights

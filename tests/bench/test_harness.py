@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from ldm_export.bench import harness, process
 from ldm_export.bench.gates import Gate, gate_from_text, judge
 from ldm_export.bench.harness import Bench, Document, Options, read_document, results_by_side, write_document
-from ldm_export.bench.likeness import LARGEST, compare_pictures, drift, pictures_of
+from ldm_export.bench.image_similarity import LARGEST, compare_pictures, drift, pictures_of
 from ldm_export.bench.report import page
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
