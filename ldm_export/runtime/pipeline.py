@@ -25,6 +25,7 @@ from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.loop_inputs import check_results, loop_inputs
 from ldm_export.runtime.request import (
     DEFAULT_GUIDANCE,
     Options,
@@ -38,7 +39,6 @@ from ldm_export.runtime.request import (
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import Run, Sampling
 from ldm_export.runtime.values import flag, shown, whole_number
-from ldm_export.runtime.whole import check_results, loop_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -248,7 +248,7 @@ class Pipeline:
     def _sample(self, request: Request, timings: Timings) -> Generator[Step, None, None]:
         if request.loop is not None:
             with self._interruptible():
-                step = self._at_once(request, request.loop, timings)
+                step = self._run_loop_graph(request, request.loop, timings)
             self._check_latents(step, request)
             yield step
             return
@@ -318,7 +318,7 @@ class Pipeline:
             + (f"{lower}." if request.guidance > max(own, 1.0) else _REMEDY)
         )
 
-    def _at_once(self, request: Request, plan: str, timings: Timings) -> Step:
+    def _run_loop_graph(self, request: Request, plan: str, timings: Timings) -> Step:
         """All of a drawing by the loop graph of a plan, in one call."""
         name = f"loops/{plan}"
         graphs = {*self.bundle.manifest.graphs, *self._backend.own_graphs}

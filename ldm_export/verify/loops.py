@@ -20,8 +20,8 @@ from ldm_export.export.plans import add_plan
 from ldm_export.graph.running import session_options
 from ldm_export.plan import Plan, compile_plan
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.loop_inputs import loop_inputs
 from ldm_export.runtime.request import DEFAULT_GUIDANCE, checked_request
-from ldm_export.runtime.whole import loop_inputs
 
 PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)

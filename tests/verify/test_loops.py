@@ -24,8 +24,8 @@ from ldm_export.export.loop import WEIGHTS, build_loop
 from ldm_export.export.splicing import EXTERNAL_FROM_BYTES, GraphWriter, Weights
 from ldm_export.plan import SAMPLERS, Plan
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.loop_inputs import loop_inputs
 from ldm_export.runtime.request import checked_request
-from ldm_export.runtime.whole import loop_inputs
 from ldm_export.verify import loops as verify_loops
 from ldm_export.verify.loops import add_loop, loop_of
 from tests.recipe.tiny import FAKE_PASSES
