@@ -24,8 +24,8 @@ from ldm_export.export.chain import export_bundle
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import cuda, engine, open_backend
 from ldm_export.runtime.backends.base import Backend
-from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
+from ldm_export.runtime.backends.user_cache import cache_folder
 from ldm_export.verify.loops import add_loop
 from ldm_export.verify.metrics import psnr_db
 from tests.arrays import arrays

@@ -34,8 +34,8 @@ from ldm_export.runtime.backends.base import Backend, allowed_threads
 from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
-from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
+from ldm_export.runtime.backends.user_cache import cache_folder
 from ldm_export.runtime.graph import Array
 
 SETTLE_S = 0.1

@@ -24,8 +24,8 @@ from ldm_export.runtime.backends.base import (
 )
 from ldm_export.runtime.backends.once import OnceGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, RECORDS, Provider
-from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.running import Running
+from ldm_export.runtime.backends.user_cache import cache_folder
 from ldm_export.runtime.graph import Array, Graph
 
 NUMPY_TYPES = {

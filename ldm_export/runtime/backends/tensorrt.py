@@ -28,7 +28,7 @@ from ldm_export.runtime.backends.base import Backend, foreign_errors
 from ldm_export.runtime.backends.cuda import Stream, gpus
 from ldm_export.runtime.backends.device_loop import DeviceLoop, DeviceSampling
 from ldm_export.runtime.backends.engine import BoundEngine, Engine, open_library
-from ldm_export.runtime.backends.remembered import cache_folder
+from ldm_export.runtime.backends.user_cache import cache_folder
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.sampling import Run, Sampling
 
