@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Setting:
+class PassContext:
     """What a pass works with.
 
     Attributes
@@ -73,7 +73,7 @@ class TorchPass(Protocol):
     name: ClassVar[str]
     purpose: ClassVar[Purpose]
 
-    def apply(self, setting: Setting) -> Change: ...
+    def apply(self, setting: PassContext) -> Change: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Training:
             raise InputError(f"{error}.") from error
 
     def train(
-        self, name: str, objective: nn.Module, rows_at: Callable[[torch.Generator], Rows], setting: Setting
+        self, name: str, objective: nn.Module, rows_at: Callable[[torch.Generator], Rows], setting: PassContext
     ) -> dict[str, Tensor]:
         """Minimise ``objective``; gives the averaged weights by parameter name. Goes on where it was interrupted.
 

@@ -27,7 +27,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Change, Purpose, Setting, Training
+from ldm_export.passes.base import Change, PassContext, Purpose, Training
 from ldm_export.passes.teacher import Conditions, predict
 from ldm_export.reading.options import check_least, check_one_of
 
@@ -71,7 +71,7 @@ class DistillSteps(Training):
                     f"start = {self.start} cannot be halved to {self.to} steps; use {self.to} times a power of 2."
                 )
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         model, data = setting.model, setting.data
         if data.empty and not model.drawing.folded:
             raise InputError(
@@ -96,7 +96,7 @@ class DistillSteps(Training):
         report = {"method": self.method, "steps": self.to, "loss": losses}
         return Change({"unet": unet}, drawing, None if scheduler == model.scheduler else scheduler, report)
 
-    def _consistency(self, setting: Setting, unet: UNet2DConditionModel) -> Change:
+    def _consistency(self, setting: PassContext, unet: UNet2DConditionModel) -> Change:
         model = setting.model
         scheduler = {
             **model.scheduler,
@@ -118,7 +118,7 @@ class DistillSteps(Training):
         return Change({"unet": unet}, drawing, scheduler, report)
 
     def _taught(
-        self, setting: Setting, name: str, objective: ProgressiveObjective | ConsistencyObjective, steps: int
+        self, setting: PassContext, name: str, objective: ProgressiveObjective | ConsistencyObjective, steps: int
     ) -> tuple[UNet2DConditionModel, float]:
         """The averaged student, and its loss at the end of training, on a batch of its own."""
 

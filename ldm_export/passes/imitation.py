@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.passes.base import Setting, Training
+from ldm_export.passes.base import PassContext, Training
 from ldm_export.passes.teacher import Conditions, TeacherData, predict
 from ldm_export.plan import compile_plan
 from ldm_export.reading.options import check_between, check_least
@@ -75,7 +75,7 @@ class Imitating(Training):
         check_least("attention_weight", self.attention_weight, 0)
         check_between("temperature", self.temperature, 0.0, 100.0, inclusive=False)
 
-    def imitate(self, name: str, setting: Setting, smaller: Smaller) -> Mapping[str, Any]:
+    def imitate(self, name: str, setting: PassContext, smaller: Smaller) -> Mapping[str, Any]:
         """Teach the student, in place; gives the report: sizes, floating-point operations, errors."""
         model, data = setting.model, setting.data
         student, teacher = smaller.student, smaller.teacher

@@ -18,7 +18,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Change, Purpose, Setting
+from ldm_export.passes.base import Change, PassContext, Purpose
 from ldm_export.passes.channels import Channels, cut, nearest_share
 from ldm_export.passes.imitation import Imitating, Smaller, noisy_rows, timesteps_drawn
 from ldm_export.passes.importance import Sums, magnitude, taylor
@@ -50,7 +50,7 @@ class PruneChannels(Imitating):
         check_between("ratio", self.ratio, 0.0, 0.9)
         check_one_of("importance", self.importance, ("taylor", "magnitude"))
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         teacher = setting.model.load("unet")
         assert isinstance(teacher, UNet2DConditionModel)
         share = nearest_share(teacher.config, 1 - self.ratio)
@@ -85,7 +85,7 @@ def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, sh
     return Smaller(cut(teacher, kept, share), teacher, stages, heads)
 
 
-def _calls(setting: Setting, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor, Conditions]]:
+def _calls(setting: PassContext, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor, Conditions]]:
     """Noisy latents at timesteps spread over all that the model may be asked at."""
     alphas_cumprod = alphas_cumprod_from_config(setting.model.scheduler).float()
     timesteps = timesteps_drawn(setting.model)

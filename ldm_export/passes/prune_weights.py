@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Change, Purpose, Setting
+from ldm_export.passes.base import Change, PassContext, Purpose
 from ldm_export.passes.imitation import Imitating, Smaller
 from ldm_export.reading.options import check_between, check_one_of
 
@@ -44,7 +44,7 @@ class PruneWeights(Imitating):
         check_one_of("pattern", self.pattern, ("unstructured", "2:4"))
         check_between("ratio", self.ratio, 0.0, 1.0, inclusive=False)
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         teacher, student = setting.model.load("unet"), setting.model.load("unet")
         assert isinstance(teacher, UNet2DConditionModel)
         assert isinstance(student, UNet2DConditionModel)

@@ -13,7 +13,7 @@ from ldm_export.checkpoint import PASSES, LatentDiffusion, shipped_checkpoints
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs
 from ldm_export.graph.base import GraphPass
-from ldm_export.passes.base import Setting, TorchPass
+from ldm_export.passes.base import PassContext, TorchPass
 from ldm_export.recipe.material import Material
 from ldm_export.recipe.settings import GRAPH_PASSES
 from ldm_export.recipe.stages import BUNDLE, CHECKPOINT, Record, Stage, hash_of
@@ -57,7 +57,7 @@ def changed(
 
 def _save_changed(stage: Stage, step: Any, path: Path, record: Record, material: Material) -> None:
     """Apply a pass over networks and write the checkpoint that it leads to."""
-    made = step.apply(Setting(stage.checkpoint, material.teacher, material.data, path.parent, material.progress))
+    made = step.apply(PassContext(stage.checkpoint, material.teacher, material.data, path.parent, material.progress))
     drawing = made.drawing or stage.checkpoint.drawing
     passes = [*stage.records, {**record, "report": dict(made.report)}]
     stage.checkpoint.save_changed(path, made.networks, made.scheduler, drawing, passes)

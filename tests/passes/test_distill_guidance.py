@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_export.checkpoint import Drawing, LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.passes import base
-from ldm_export.passes.base import Change, Setting
+from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.distill_guidance import (
     EMBEDDING,
     DistillGuidance,
@@ -33,7 +33,7 @@ from ldm_export.plan import guidance as plan_guidance
 from tests.bundle_fixture import KINDS
 
 SHORT = {"updates": 60, "batch_size": 16, "learning_rate": 5e-3, "ema_decay": 0.9}
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_wrong_options_are_one_sentence(case: str) -> None:
 # --- models that cannot be taught -------------------------------------------------------------------------------------
 
 
-def refusal(setting: Setting) -> str:
+def refusal(setting: PassContext) -> str:
     with pytest.raises(InputError) as refused:
         DistillGuidance(updates=1).apply(setting)
     assert not setting.folder.exists()

@@ -18,7 +18,7 @@ from ldm_export.checkpoint import Drawing, LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.passes import distill_steps
-from ldm_export.passes.base import Setting
+from ldm_export.passes.base import PassContext
 from ldm_export.passes.distill_steps import ConsistencyObjective, DistillSteps, ProgressiveObjective, _levels
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.runtime import Pipeline
@@ -38,7 +38,7 @@ SCHEDULER = {
 }
 SHAPE = (4, 3, 3)
 METHODS: dict[str, Any] = {"progressive": diffusers.DDIMScheduler, "consistency": diffusers.LCMScheduler}
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 
 
 def randn(count: int, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Setting
+from ldm_export.passes.base import PassContext
 from ldm_export.passes.channels import Channels
 from ldm_export.passes.distill_student import DistillStudent, with_fewer_blocks
 from ldm_export.passes.imitation import Smaller
@@ -33,7 +33,7 @@ from tests.passes.unets import (
     random_unet,
 )
 
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 SHORT = {"updates": 25, "batch_size": 12, "learning_rate": 3e-3, "ema_decay": 0.7}
 GONE = ("down_blocks.0.{}.1", "down_blocks.1.{}.1", "up_blocks.0.{}.1", "up_blocks.1.{}.1")
 MOVED = {"up_blocks.0.{}.2": "up_blocks.0.{}.1", "up_blocks.1.{}.2": "up_blocks.1.{}.1"}

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm_export.checkpoint import Drawing, LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.passes import prune_channels
-from ldm_export.passes.base import Change, Setting
+from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.channels import Channels
 from ldm_export.passes.imitation import MEASURED, Imitating, Imitation, Smaller, noisy_rows, timesteps_drawn
 from ldm_export.passes.importance import magnitude
@@ -26,7 +26,7 @@ from ldm_export.passes.prune_channels import PruneChannels, narrowed
 from ldm_export.passes.teacher import TeacherData
 from tests.passes.unets import Errors, diffusers_sizes, diffusers_unet, hooks_of, randn, write_model
 
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 SHORT = {"updates": 25, "batch_size": 12, "learning_rate": 4e-3, "ema_decay": 0.7}
 PLACE = "attentions.{}.transformer_blocks.0.attn2"
 
@@ -35,7 +35,7 @@ PLACE = "attentions.{}.transformer_blocks.0.attn2"
 def bare(layered: LatentDiffusion, data: TeacherData, tmp_path_factory: pytest.TempPathFactory) -> Change:
     """Half of the channels cut, nothing learned."""
     folder = tmp_path_factory.mktemp("bare")
-    setting = Setting(layered, layered, data, folder / "work", lambda what, done, of: None)
+    setting = PassContext(layered, layered, data, folder / "work", lambda what, done, of: None)
     change = PruneChannels(ratio=0.5, updates=0).apply(setting)
     assert not setting.folder.exists()
     return change
