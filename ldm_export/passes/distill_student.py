@@ -16,14 +16,14 @@ from ldm_reference.unet import UNet2DConditionModel
 from ldm_export.errors import InputError
 from ldm_export.passes.base import Change, PassContext, Purpose
 from ldm_export.passes.channels import Channels, nearest_share
-from ldm_export.passes.imitation import Imitating
+from ldm_export.passes.imitation import DistillationOptions
 from ldm_export.passes.importance import magnitude
 from ldm_export.passes.prune_channels import narrowed
 from ldm_export.reading.options import check_between, check_least
 
 
 @dataclass(frozen=True)
-class DistillStudent(Imitating):
+class DistillStudent(DistillationOptions):
     """Options.
 
     Attributes

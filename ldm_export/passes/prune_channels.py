@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm_export.errors import InputError
 from ldm_export.passes.base import Change, PassContext, Purpose
 from ldm_export.passes.channels import Channels, cut, nearest_share
-from ldm_export.passes.imitation import Imitating, Smaller, noisy_rows, timesteps_drawn
+from ldm_export.passes.imitation import DistillationOptions, PrunedStudent, noisy_rows, timesteps_drawn
 from ldm_export.passes.importance import Sums, magnitude, taylor
 from ldm_export.passes.teacher import Conditions
 from ldm_export.reading.options import check_between, check_one_of
@@ -30,7 +30,7 @@ TIMESTEPS, ROWS = 16, 4
 
 
 @dataclass(frozen=True)
-class PruneChannels(Imitating):
+class PruneChannels(DistillationOptions):
     """Options.
 
     Attributes
@@ -74,7 +74,7 @@ class PruneChannels(Imitating):
         return Change({"unet": smaller.student}, report={"ratio": float(1 - share), "asked": self.ratio, **report})
 
 
-def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, share: Fraction) -> Smaller:
+def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, share: Fraction) -> PrunedStudent:
     """The UNet of the channels with the highest scores."""
     kept = channels.kept(scores, share)
     heads = {}
@@ -82,7 +82,7 @@ def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, sh
         each = channels.spaces[space].size // channels.spaces[space].blocks
         heads[attention] = attention, torch.unique(kept[space] // each)
     stages = {stage: kept[space] for stage, space in channels.streams.items()}
-    return Smaller(cut(teacher, kept, share), teacher, stages, heads)
+    return PrunedStudent(cut(teacher, kept, share), teacher, stages, heads)
 
 
 def _calls(setting: PassContext, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor, Conditions]]:

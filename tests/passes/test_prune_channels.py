@@ -20,7 +20,14 @@ from ldm_export.errors import InputError
 from ldm_export.passes import prune_channels
 from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.channels import Channels
-from ldm_export.passes.imitation import MEASURED, Imitating, Imitation, Smaller, noisy_rows, timesteps_drawn
+from ldm_export.passes.imitation import (
+    MEASURED,
+    DistillationOptions,
+    Imitation,
+    PrunedStudent,
+    noisy_rows,
+    timesteps_drawn,
+)
 from ldm_export.passes.importance import magnitude
 from ldm_export.passes.prune_channels import PruneChannels, narrowed
 from ldm_export.passes.teacher import TeacherData
@@ -44,8 +51,8 @@ def bare(layered: LatentDiffusion, data: TeacherData, tmp_path_factory: pytest.T
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def imitation(smaller: Smaller, model: LatentDiffusion, **options: float) -> Imitation:
-    return Imitation(smaller, alphas_cumprod_from_config(model.scheduler).float(), Imitating(**options))  # type: ignore[arg-type]
+def imitation(smaller: PrunedStudent, model: LatentDiffusion, **options: float) -> Imitation:
+    return Imitation(smaller, alphas_cumprod_from_config(model.scheduler).float(), DistillationOptions(**options))  # type: ignore[arg-type]
 
 
 def rows(data: TeacherData, count: int = 6) -> dict[str, Tensor]:
