@@ -57,7 +57,7 @@ GRAPH_PASSES: Mapping[str, type[Any]] = {
     kind.name: kind for kind in (QuantizeStatic, QuantizeDynamic, QuantizeWeights, Half)
 }
 GRAPHS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
-BEFORE = (
+MUST_PRECEDE = (
     ("distill-guidance", "distill-steps"),
     *((name, "prune-weights") for name in ("distill-student", "prune-channels", "distill-guidance", "distill-steps")),
     *((name, "quantize-weights") for name in ("quantize-static", "quantize-dynamic")),
@@ -212,7 +212,7 @@ def _check_order(passes: Sequence[Any], target: str, where: str) -> None:
         raise InputError(
             f"{where}: {late} changes networks and stands behind a pass that changes graphs; put it first."
         )
-    for first, second in BEFORE:
+    for first, second in MUST_PRECEDE:
         if first in names and second in names and names.index(first) > names.index(second):
             raise InputError(f"{where}: {first} stands behind {second}; put it first.")
     for step in passes:
