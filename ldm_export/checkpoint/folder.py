@@ -26,7 +26,7 @@ from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.checkpoint.pipelines import check_parts, latent_size, scheduler_as_used
-from ldm_export.checkpoint.sampling_defaults import FEW, Drawing
+from ldm_export.checkpoint.sampling_defaults import FEW, SamplingDefaults
 from ldm_export.checkpoint.shipped import shipped_checkpoints
 from ldm_export.checkpoint.single_file import SingleFile
 from ldm_export.checkpoint.weights import (
@@ -79,7 +79,7 @@ class LatentDiffusion:
     path: Path
     index: dict[str, Any]
     file: SingleFile | None = None
-    drawn_with: Drawing | None = None
+    drawn_with: SamplingDefaults | None = None
     sampler: str | None = None
     prediction_type: str | None = None
 
@@ -195,13 +195,13 @@ class LatentDiffusion:
         return config
 
     @cached_property
-    def drawing(self) -> Drawing:
+    def drawing(self) -> SamplingDefaults:
         """How it is drawn with: what passes left, or what its scheduler says."""
         if self.drawn_with is not None:
             return self.drawn_with
         if self.file is None and (self.path / PASSES).is_file():
             try:
-                left = Drawing.from_dict(_read_json(self.path / PASSES)["drawing"])
+                left = SamplingDefaults.from_dict(_read_json(self.path / PASSES)["drawing"])
                 return replace(left, sampler=self.sampler or left.sampler)
             except (KeyError, TypeError) as error:
                 raise CheckpointError(
@@ -209,11 +209,13 @@ class LatentDiffusion:
                 ) from error
         try:
             sampler = self.sampler or sampler_of(self.scheduler)
-            steps = next(filter(self._fits(sampler), range(FEW if sampler == "lcm" else Drawing.steps, 1, -1)), 1)
+            steps = next(
+                filter(self._fits(sampler), range(FEW if sampler == "lcm" else SamplingDefaults.steps, 1, -1)), 1
+            )
             compile_plan(self.scheduler, sampler, steps)
         except InputError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-        return Drawing(sampler, steps)
+        return SamplingDefaults(sampler, steps)
 
     def _fits(self, sampler: str) -> Callable[[int], bool]:
         """Whether so many steps of a sampler fit into the training timesteps."""
@@ -284,7 +286,7 @@ class LatentDiffusion:
         folder: Path,
         networks: Mapping[str, Network],
         scheduler: Mapping[str, Any] | None,
-        drawing: Drawing,
+        drawing: SamplingDefaults,
         passes: Sequence[Mapping[str, Any]],
     ) -> LatentDiffusion:
         """Write this checkpoint with other networks in place of its own, weights of those in fp16, and open that."""

@@ -11,7 +11,7 @@ FEW = 4
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingDefaults:
     """How a model is drawn with unless told otherwise.
 
     Attributes
@@ -26,7 +26,7 @@ class Drawing:
     folded: bool = False
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Drawing:
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingDefaults:
         """Raise TypeError for anything that is no drawing."""
         drawing = cls(**values)
         kinds: dict[str, tuple[type, ...]] = {

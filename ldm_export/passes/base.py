@@ -18,7 +18,7 @@ from ldm_reference.fit import Rows, Run, Stage, fit
 from ldm_reference.optimisation import Optimisation
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion, Network
+from ldm_export.checkpoint import LatentDiffusion, Network, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.reading.options import check_least, check_one_of
@@ -62,7 +62,7 @@ class Change:
     """
 
     networks: Mapping[str, Network]
-    drawing: Drawing | None = None
+    drawing: SamplingDefaults | None = None
     scheduler: Mapping[str, Any] | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.bundle import check_output_folder
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import copy_bundle
@@ -71,7 +71,7 @@ def run_recipe(
     _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
     told = [said for _, said in pictures.conditions] if pictures else _told(checkpoint, recipe)
-    drawing = Drawing("ddim", recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
+    drawing = SamplingDefaults("ddim", recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
     teacher = replace(checkpoint, drawn_with=drawing)
     weights = [teacher.sha256(name) for name in teacher.components]
     learned = [] if pictures is None else [hashlib.sha256(pictures.images.tobytes()).hexdigest()]

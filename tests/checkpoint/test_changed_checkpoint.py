@@ -17,7 +17,7 @@ from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import PASSES, Drawing, LatentDiffusion
+from ldm_export.checkpoint import PASSES, LatentDiffusion, SamplingDefaults
 from ldm_export.errors import BundleError, CheckpointError, InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.passes.distill_guidance import conditioned_copy
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", 
 PROMPTS, SEEDS = ["a red circle", "two green triangles on white"], [7, 11]
 TOLERANCE = 2e-5
 """Allowed max |ours - diffusers'| / max |diffusers'| of latents."""
-FOLDED = Drawing("ddim", 4, 3.0, folded=True)
+FOLDED = SamplingDefaults("ddim", 4, 3.0, folded=True)
 RECORDS: list[dict[str, Any]] = [{"name": "teacher", "key": "a"}, {"name": "distill-guidance", "kept": True}]
 
 
@@ -114,9 +114,9 @@ def test_what_differs_is_replaced_and_the_rest_is_copied(
 def test_what_was_changed_once_is_changed_again(checkpoint: LatentDiffusion, tmp_path: Path) -> None:
     once = checkpoint.save_changed(tmp_path / "once", {}, None, FOLDED, RECORDS[:1])
     unet = once.load("unet")
-    twice = once.save_changed(tmp_path / "twice", {"unet": unet}, None, Drawing("ddim", 2, 3.0, True), RECORDS)
+    twice = once.save_changed(tmp_path / "twice", {"unet": unet}, None, SamplingDefaults("ddim", 2, 3.0, True), RECORDS)
     assert (once.drawing, once.passes) == (FOLDED, RECORDS[:1])
-    assert (twice.drawing, twice.passes) == (Drawing("ddim", 2, 3.0, folded=True), RECORDS)
+    assert (twice.drawing, twice.passes) == (SamplingDefaults("ddim", 2, 3.0, folded=True), RECORDS)
     assert twice.sha256("unet") != once.sha256("unet") == checkpoint.sha256("unet")
     assert twice.sha256("vae") == checkpoint.sha256("vae")
     assert twice.scheduler == checkpoint.scheduler
@@ -135,9 +135,9 @@ def test_record_passes_keeps_the_drawing(checkpoint: LatentDiffusion, tmp_path: 
 def test_a_single_file_is_not_changed(tmp_path: Path) -> None:
     file, _ = write_single_file(tmp_path, "sd1")
     model = LatentDiffusion.open(file)
-    assert (model.drawing, model.passes) == (Drawing(), [])
+    assert (model.drawing, model.passes) == (SamplingDefaults(), [])
     with pytest.raises(CheckpointError) as refused:
-        model.save_changed(tmp_path / "changed", {}, None, Drawing(), [])
+        model.save_changed(tmp_path / "changed", {}, None, SamplingDefaults(), [])
     assert str(refused.value) == f"{file} is one file; passes need a folder in diffusers layout. Save it as one."
     assert not (tmp_path / "changed").exists()
 
@@ -148,8 +148,8 @@ def test_a_single_file_is_not_changed(tmp_path: Path) -> None:
 def test_what_no_pass_has_changed_is_drawn_as_its_scheduler_says(tiny_checkpoint: Path, tmp_path: Path) -> None:
     KINDS["lcm"](tmp_path / "lcm", tiny_checkpoint)
     consistency, plain = LatentDiffusion.open(tmp_path / "lcm"), LatentDiffusion.open(tiny_checkpoint)
-    assert (consistency.drawing, consistency.passes) == (Drawing("lcm", 4, 4.0), [])
-    assert (plain.drawing, plain.passes) == (Drawing("ddim", 20, 4.0), [])
+    assert (consistency.drawing, consistency.passes) == (SamplingDefaults("lcm", 4, 4.0), [])
+    assert (plain.drawing, plain.passes) == (SamplingDefaults("ddim", 20, 4.0), [])
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_conditioned_model_is_told_the_guidance(tiny_checkpoint: Path, traced_
     teacher = perturb(UNet2DConditionModel.from_config({**TEXT_UNET, "cross_attention_dim": 32}))
     student = conditioned_copy(teacher)  # type: ignore[arg-type]
     torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.2)  # type: ignore[union-attr]
-    drawing = Drawing("ddim", 10, 5.0)
+    drawing = SamplingDefaults("ddim", 10, 5.0)
     tiny = LatentDiffusion.open(tiny_checkpoint)
     model = tiny.save_changed(tmp_path / "conditioned", {"unet": student}, None, drawing, RECORDS)
     pipeline = Pipeline(export_bundle(model, tmp_path / "bundle"), "cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.checkpoint.pipelines import OPTIONAL_PARTS, OWN_PARTS, PIPELINES, option
 from ldm_export.errors import CheckpointError
 from ldm_export.export import accepted, chain
@@ -69,7 +69,7 @@ def test_the_class_of_the_scheduler_is_that_of_the_index(checkpoint: Path) -> No
     edit_json(checkpoint / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     model = LatentDiffusion.open(checkpoint)
     assert model.scheduler["_class_name"] == "EulerDiscreteScheduler"
-    assert model.drawing == Drawing("euler")
+    assert model.drawing == SamplingDefaults("euler")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_model_is_drawn_with_its_own_scheduler(
     checkpoint: Path, name: str, config: dict[str, Any], sampler: str, steps: int, tmp_path: Path
 ) -> None:
     model = with_scheduler(checkpoint, name, **config)
-    assert model.drawing == Drawing(sampler, steps)
+    assert model.drawing == SamplingDefaults(sampler, steps)
     chain._write_plans(model, tmp_path / "plans")
     assert (tmp_path / "plans" / f"{sampler}-{steps}.json").is_file()
 
@@ -113,7 +113,7 @@ def test_a_scheduler_that_no_sampler_is(checkpoint: Path, name: str) -> None:
         with pytest.raises(CheckpointError, match="Use another checkpoint"):
             _ = chosen.drawing
     else:
-        assert chosen.drawing == Drawing("euler")
+        assert chosen.drawing == SamplingDefaults("euler")
 
 
 def test_what_the_unet_predicts_can_be_said(checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.export.accepted import open_tokenizer
 from ldm_export.passes.base import PassContext
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions
@@ -54,7 +54,7 @@ def model(write_small: Callable[..., LatentDiffusion], tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def folded(model: LatentDiffusion) -> LatentDiffusion:
     """The same, as if guidance were distilled into its UNet."""
-    return dataclasses.replace(model, drawn_with=Drawing("ddim", 8, GUIDANCE, folded=True))
+    return dataclasses.replace(model, drawn_with=SamplingDefaults("ddim", 8, GUIDANCE, folded=True))
 
 
 @pytest.fixture(scope="session")

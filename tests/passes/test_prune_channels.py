@@ -15,7 +15,7 @@ from ldm_reference.schedules import alphas_cumprod_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.passes import prune_channels
 from ldm_export.passes.base import Change, PassContext
@@ -168,8 +168,10 @@ def test_a_term_without_weight_is_not_computed(
 # --- what is taught ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drawing", [Drawing("ddim", 20), Drawing("lcm", 4), Drawing("ddim", 5)], ids=str)
-def test_timesteps_are_those_of_the_sampler(layered: LatentDiffusion, drawing: Drawing) -> None:
+@pytest.mark.parametrize(
+    "drawing", [SamplingDefaults("ddim", 20), SamplingDefaults("lcm", 4), SamplingDefaults("ddim", 5)], ids=str
+)
+def test_timesteps_are_those_of_the_sampler(layered: LatentDiffusion, drawing: SamplingDefaults) -> None:
     found = timesteps_drawn(dataclasses.replace(layered, drawn_with=drawing))
     assert found.dtype == torch.int64
     if drawing.steps == 20:
