@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 
-from ldm_export.bench.sides import PROMPTS
+from ldm_export.bench.variants import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.runtime import Pipeline
 from ldm_export.verify.metrics import psnr_db

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.gates import Gate, judge
-from ldm_export.bench.harness import Bench, Document, Options, results_by_side
-from ldm_export.bench.sides import PROMPTS
+from ldm_export.bench.harness import Bench, Document, Options, results_by_variant
+from ldm_export.bench.variants import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
@@ -48,4 +48,4 @@ def run_demo(
 
 
 def judged(document: Document) -> list[dict[str, Any]]:
-    return judge(GATES, results_by_side(document), document["baseline"])
+    return judge(GATES, results_by_variant(document), document["baseline"])

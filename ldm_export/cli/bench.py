@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from ldm_export.bench.gates import Gate, gate_from_text, judge
-from ldm_export.bench.harness import Bench, Options, results_by_side
+from ldm_export.bench.harness import Bench, Options, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
@@ -103,7 +103,7 @@ def command(
             raise
     wanted = gates if against is None or any(gate.key == KEPT.key for gate in gates) else [*gates, KEPT]
     try:
-        document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
+        document["gates"] = judge(wanted, results_by_variant(document), document["baseline"])
         write_output(output, page(document))
         print_bench(document)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ from ldm_export.bench.blocks import likeness, ratio, table
 from ldm_export.bench.charts import Axis, Curve, Point, curves, scatter
 from ldm_export.bench.formatting import decibels, megabytes, milliseconds, times
 from ldm_export.bench.gates import gate_from_text, judge
-from ldm_export.bench.harness import results_by_side
+from ldm_export.bench.harness import results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.bench.waterfall import pareto_points, waterfall
 from tests.browser import CHROMIUM, browser
@@ -108,7 +108,7 @@ def made(sides: int = 3) -> dict[str, Any]:
     }
     if sides > 1:
         gates = [gate_from_text(text) for text in ("psnr=40", "faster=1.5")]
-        document["gates"] = judge(gates, results_by_side(document), names[0])
+        document["gates"] = judge(gates, results_by_variant(document), names[0])
     return document
 
 

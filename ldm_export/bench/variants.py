@@ -46,7 +46,7 @@ COMPONENTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
 
 
 @dataclass
-class Side:
+class Variant:
     """What is measured.
 
     Attributes
@@ -100,14 +100,14 @@ class Side:
         return {"kind": kind, "target": self.target, "passes": passes, **ran, **drawn}
 
 
-def open_sides(
+def open_variants(
     bundles: Sequence[Path],
     checkpoint: LatentDiffusion | None,
     *,
     sampler: str | None,
     steps: int | None,
     backends: Sequence[str],
-) -> tuple[list[Side], dict[str, str]]:
+) -> tuple[list[Variant], dict[str, str]]:
     """The checkpoint, if there is one, and the bundles, hashes checked, in their order, each by every backend.
 
     Backends that do not run here are left out: the second value says why, by the name that the side would have.
@@ -133,7 +133,7 @@ def open_sides(
     if (sampler or steps) and not any(found for *_, found in plans):
         model = opened[0].manifest.model
         read_plan(opened[0], sampler or model["default_sampler"], steps or model["default_steps"])  # says what there is
-    sides: list[Side] = []
+    sides: list[Variant] = []
     left_out: dict[str, str] = {}
     for (folder, bundle, (its_sampler, its_steps, _)), backend in product(
         zip(names, opened, plans, strict=True), backends
@@ -147,7 +147,9 @@ def open_sides(
             continue
         settings = replace(image_generator.defaults, sampler=its_sampler, steps=its_steps)
         sides.append(
-            Side(name, str(bundle.path), image_generator, settings, image_generator.backend, bundle.size_bytes, bundle)
+            Variant(
+                name, str(bundle.path), image_generator, settings, image_generator.backend, bundle.size_bytes, bundle
+            )
         )
     if not sides:
         raise BackendError(" ".join(dict.fromkeys(left_out.values())))
@@ -168,8 +170,8 @@ def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, 
 
 
 def _checkpoint_side(
-    checkpoint: LatentDiffusion, bundles: Sequence[Side], sampler: str | None, steps: int | None
-) -> Side:
+    checkpoint: LatentDiffusion, bundles: Sequence[Variant], sampler: str | None, steps: int | None
+) -> Variant:
     image_generator = TorchImageGenerator(checkpoint)
     like = next(
         (side.settings for side in bundles if side.bundle and same_weights(side.bundle, checkpoint)["unet"]),
@@ -180,7 +182,7 @@ def _checkpoint_side(
     size = sum(file.stat().st_size for file in {*files})
     name = f"PyTorch {checkpoint.name}"
     backend = f"torch {torch.__version__.partition('+')[0]} cpu"
-    return Side(name, str(checkpoint.path), image_generator, settings, backend, size)
+    return Variant(name, str(checkpoint.path), image_generator, settings, backend, size)
 
 
 def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:
@@ -196,7 +198,7 @@ def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]
     }
 
 
-def conditions_for(side: Side, prompts: Sequence[str]) -> list[str | int]:
+def conditions_for(side: Variant, prompts: Sequence[str]) -> list[str | int]:
     """What is drawn: the prompts, or of models that read none every class, or nothing, a few times.
 
     Raises
@@ -213,7 +215,7 @@ def conditions_for(side: Side, prompts: Sequence[str]) -> list[str | int]:
     return list(range(min(side.image_generator.classes or 1, DEFAULT_PICTURES)))
 
 
-def _check_alike(side: Side, first: Side) -> None:
+def _check_alike(side: Variant, first: Variant) -> None:
     facts = [(x.image_generator.condition, x.image_generator.channels, x.image_generator.pixels) for x in (side, first)]
     if facts[0] != facts[1]:
         told = [
