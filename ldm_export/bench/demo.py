@@ -18,7 +18,7 @@ from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 
 STUDENT = "{}-fast"
-"""Of a shipped model, what its student is called."""
+"""Name of each shipped model's student."""
 BUNDLE, FAST = "bundle", "fast.bundle"
 OPTIONS = Options(prompts=PROMPTS, batch=4, warm_up=1, repeats=4, backends=("cpu",))
 GATES = (Gate("psnr", 45.0), Gate("parity", 1.0))

@@ -26,7 +26,7 @@ def megabytes(value: float | None) -> str:
 
 
 def verdict(record: Mapping[str, Any]) -> str:
-    """Of a parity record; a graph whose weights are another network's is compared and not judged."""
+    """Word for how a parity record came out; a graph whose weights are another network's is compared and not judged."""
     if not record["same_weights"]:
         return "other"
     return "ok" if record["passed"] else "FAIL"

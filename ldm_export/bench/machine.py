@@ -23,7 +23,7 @@ RAN = (
     "torch",
 )
 WIDEST = ("amx_tile", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
-"""Of the instruction sets that matter for speed, the most telling first."""
+"""Instruction sets that matter for speed, the most telling first."""
 
 
 def machine() -> dict[str, Any]:
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and the libraries that run networks, those that are installed."""
+    """Versions of this package, Python and the libraries that run networks, those that are installed."""
     found = {"ldm_export": __version__, "python": platform.python_version()}
     for package in RAN:
         try:

@@ -62,7 +62,7 @@ class Parity:
         return loud and self.max_error <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """As a manifest has it: without signal-to-noise ratios where none was asked for."""
+        """Record as a manifest has it: without signal-to-noise ratios where none was asked for."""
         keys = ("graph", "output", "max_error", "tolerance")
         record: dict[str, Any] = {key: getattr(self, key) for key in keys}
         if self.least_snr_db is not None:
@@ -87,7 +87,10 @@ def snr_db(exact: Array, given: Array) -> float:
 
 @np.errstate(invalid="ignore")
 def largest_error(expected: Sequence[Array], results: Sequence[Array]) -> float:
-    """Of one call, as a share of each output's largest value; NaN if a result is, infinite if a shape is another."""
+    """Largest difference of a call's outputs, as a share of each one's largest value.
+
+    NaN if a result is; infinite if a shape is another.
+    """
     errors = [
         float(np.abs(array - other).max()) / max(float(np.abs(array).max()), 1e-30)
         if array.shape == other.shape

@@ -24,7 +24,7 @@ from ldm_export.graph.files import load_outside, save
 from ldm_export.graph.weights import check_weights, least_snr_db
 
 CALIBRATION = "calibration"
-"""In a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
+"""Key in a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
 
 
 def change_graphs(

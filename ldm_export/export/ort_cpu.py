@@ -40,13 +40,13 @@ from ldm_export.graph.running import session_options
 from ldm_export.graph.weights import least_snr_db
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
-"""Of a graph, the inputs that stay the same from call to call, or come back."""
+"""Inputs that stay the same from call to call, or come back, by the graph that takes them."""
 SMALLEST_OUTSIDE_BYTES = 1024
 SIZES = (
     {"batch": 2, "height": 8, "width": 16, "tokens": 7},
     {"batch": 1, "height": 16, "width": 8, "tokens": 5},
 )
-"""Of the calls that a rewritten graph is compared in; no two sides of one are the same."""
+"""Sizes of the calls that a rewritten graph is compared in; no two sides of one are the same."""
 
 Progress = Callable[[str], None]
 

@@ -183,7 +183,7 @@ def float_values(model: onnx.ModelProto) -> set[str]:
 
 
 def _float_inputs(node: onnx.NodeProto, floats: set[str]) -> list[int]:
-    """Which inputs of a node are float32 and may be narrower."""
+    """Places of the inputs of a node that are float32 and may be narrower."""
     fixed = PARAMETERS_OF.get(node.op_type, ())
     return [index for index, name in enumerate(node.input) if name in floats and index not in fixed]
 

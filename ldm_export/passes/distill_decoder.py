@@ -27,7 +27,7 @@ from ldm_export.passes.imitation import parameters
 from ldm_export.reading.options import check_least
 
 ENCODER_BLOCKS = 1
-"""Of every resolution; the encoder runs once a picture, and only from image to image."""
+"""Blocks of the encoder at every resolution; it runs once a picture, and only from image to image."""
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,11 @@ from ldm_export.passes.teacher import Conditions, predict
 from ldm_export.reading.options import check_least, check_one_of
 
 HIGHEST_WEIGHT = 100.0
-"""Of an error in x0, where next to no noise is left: 1 / sigma^2 has no bound."""
+"""Largest weight of an error in x0, where next to no noise is left: 1 / sigma^2 has no bound."""
 TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5
-"""Of the sampler ``lcm``."""
+"""Boundary scalings of the sampler ``lcm``: a factor of timesteps, and the deviation of the data."""
 HUBER = 0.00054
-"""Of the pseudo-Huber distance, times the root of the dimension (2310.14189, section 3.3)."""
+"""Constant of the pseudo-Huber distance, times the root of the dimension (2310.14189, section 3.3)."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Levels:
 
 
 def _levels(scheduler: Mapping[str, Any], timesteps: int | Sequence[int]) -> Levels:
-    """Of DDIM with that many timesteps, or with these."""
+    """Noise levels of DDIM with that many timesteps, or with these."""
     alphas_cumprod = alphas_cumprod_from_config(scheduler)
     chosen = timesteps_from_config(scheduler, timesteps) if isinstance(timesteps, int) else list(timesteps)
     final = torch.ones(1) if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[:1]
@@ -226,7 +226,7 @@ class ConsistencyObjective(StepObjective):
         self.levels = levels
 
     def forward(self, latents: Tensor, noise: Tensor, index: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
-        """As :meth:`ProgressiveObjective.forward`."""
+        """Give the loss, of inputs as :meth:`ProgressiveObjective.forward` takes them."""
         levels = self.levels
         here = levels.timesteps[index], levels.alpha[index], levels.sigma[index]
         last = index + 1 == len(levels.timesteps)

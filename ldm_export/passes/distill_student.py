@@ -64,7 +64,7 @@ class DistillStudent(DistillationOptions):
 
 
 def layers_of(unet: UNet2DConditionModel) -> tuple[int, ...]:
-    """On the way down, a level."""
+    """Layers of each down block, outermost first: (levels,)."""
     return per_block("layers_per_block", unet.config.layers_per_block, len(unet.config.block_out_channels))
 
 

@@ -136,7 +136,7 @@ def parameters(network: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(unet: UNet2DConditionModel, latents: Tensor, noise: Tensor, timesteps: Tensor, **conditions: Tensor) -> int:
-    """Of one call for one picture, a multiplication and an addition counted as two, as torch counts them."""
+    """Floating-point operations of one call for one picture, a multiplication and an addition being two."""
     with FlopCounterMode(display=False) as counter:
         predict(unet, latents, timesteps, conditions)
     return int(counter.get_total_flops())

@@ -59,7 +59,7 @@ class TeacherData:
 
 
 def autocast(mixed_precision: str) -> torch.autocast:
-    """On the processor, where the teacher draws; "no" computes in float32."""
+    """Mixed precision on the processor, where the teacher draws; "no" computes in float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
 

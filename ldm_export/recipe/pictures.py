@@ -16,7 +16,7 @@ from ldm_export.verify.image_generators import BundleImageGenerator, Settings
 from ldm_export.verify.quality import Progress
 
 GALLERY_SEED, REFERENCE_SEED = 10_000_000, 20_000_000
-"""Of the first picture of each set; what is judged is drawn with seeds from 0 on."""
+"""Seeds of the first picture of each set; what is judged is generated with seeds from 0 on."""
 PNG = "{number:05d}.png"
 MADE = "made.json"
 """Beside the pictures: what drew them, and how."""

@@ -43,7 +43,7 @@ class Run:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Of the UNet's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
+        """Shape of the UNet's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
         batch, *sizes = self.latents.shape
         return (batch * (1 if self.guidance is None else 2), *sizes)
 

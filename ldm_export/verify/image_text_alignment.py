@@ -35,7 +35,7 @@ AT_ONCE = 4
 """Pictures that go through the feature network together: activations of more do not stay in the cache or the heap, and
 take three times as long on a CPU."""
 SETS = 4
-"""Of pictures, whose features are remembered."""
+"""Sets of pictures whose features are remembered."""
 _remembered: dict[str, Array] = {}
 
 

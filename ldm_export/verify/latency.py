@@ -84,7 +84,7 @@ def times_as_fast(theirs: list[Timings], ours: list[Timings]) -> float:
 
 
 def _p90(values: list[float]) -> float:
-    """By linear interpolation, as numpy's."""
+    """90th percentile, interpolated linearly, as numpy's."""
     return values[0] if len(values) == 1 else statistics.quantiles(values, n=10, method="inclusive")[-1]
 
 

@@ -182,7 +182,7 @@ def choose_prompts(data: Pictures, settings: Settings, condition: str | None) ->
 
 
 def choose_held_out(count: int) -> Array:
-    """Which of ``count`` held-out pictures are used, in order: all, or :data:`MOST`, the same whatever the settings."""
+    """Choose which of ``count`` held-out pictures are used, in order: all, or :data:`MOST`, whatever the settings."""
     if count < FEWEST:
         raise InputError(f"{count} held-out pictures are too few to measure anything; use at least {FEWEST}.")
     return np.sort(np.random.default_rng(0).permutation(count)[:MOST])
@@ -211,7 +211,7 @@ def _reconstruction(report: QualityReport, image_generator: ImageGenerator, imag
 
 
 def _distances(report: QualityReport, drawn: Array, gallery: Array, apart: Array, *, same: bool) -> None:
-    """To the held-out set, beside two sets of real pictures of the same sizes; and to the nearest training picture.
+    """Distances to the held-out set, beside two sets of real pictures of the same sizes; and to the nearest training picture.
 
     A median does not show that one picture in ten is a copy. So the share is counted too of drawn pictures that are
     nearer to a training picture than 95 % of the held-out ones are: 0.05 where a model copies nothing.

@@ -12,7 +12,7 @@ VECTORS = {
     "flags": re.compile(r"(amx|avx|fma|sse4).*"),
     "Features": re.compile(r"(asimd|neon|sme|sve).*|bf16|fphp|i8mm"),
 }
-"""Which vector instructions there are, by the field of Linux's ``/proc/cpuinfo`` that names them: x86, ARM."""
+"""Patterns of vector instructions, by the field of Linux's ``/proc/cpuinfo`` that names them: x86, ARM."""
 
 
 def cpu_level() -> str:

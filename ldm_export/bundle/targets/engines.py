@@ -42,7 +42,7 @@ FLAVOURS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """Of a dynamic input: the smallest and largest shape that it may have, and the one that the engine is tuned for."""
+    """Smallest, tuned-for and largest shape of a dynamic input (TensorRT's optimization profile)."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]

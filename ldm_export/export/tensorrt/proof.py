@@ -36,7 +36,8 @@ LOOP_SIZES = {"batch": 2, "height": 16, "width": 8}
 GUIDANCE = 4.0
 LOOP_TOLERANCES = {"images": PICTURE_TOLERANCE, "latents": TOLERANCE}
 Comparison = dict[str, Any]
-"""Which ``graph`` was held ``against`` what, its ``error`` as a share of the largest value, and what is ``allowed``."""
+"""Record of a comparison: the ``graph``, ``against`` what, its ``error`` as a share of the largest value, what is
+``allowed``."""
 
 
 def recorded(bundle: Bundle, graph: str) -> Comparison:

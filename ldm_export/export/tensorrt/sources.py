@@ -43,7 +43,7 @@ class Source:
 
 
 def source_of(bundle: Bundle, name: str) -> Source:
-    """Of one of a bundle's graphs, of ``step``, or of ``loops/<plan>``.
+    """What an engine is built from, by the name of a bundle's graph, ``step``, or ``loops/<plan>``.
 
     Raises
     ------

@@ -57,7 +57,7 @@ class OnceGraph:
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
-        """As any graph's; the first and then every ``every``-th call are of the whole graph, those between of
+        """Bind as any graph does; the first and then every ``every``-th call are of the whole graph, those between of
         ``shallow``."""
         check_inputs(self.spec, inputs)
         held = {

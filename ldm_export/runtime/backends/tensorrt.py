@@ -33,7 +33,7 @@ from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.sampling import Run, Sampling
 
 PRECISIONS = ("fp16", "int8", "fp32")
-"""Which of several targets that fit is taken, the fastest first."""
+"""Precisions of targets, the fastest first, in which those that fit are chosen."""
 REPEATED = ("unet", STEP)
 """Graphs that are launched many times for a picture."""
 NO_WEIGHTS = "its engines have no weights"
