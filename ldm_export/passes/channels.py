@@ -37,7 +37,7 @@ Axis = tuple[str, ...]
 """The spaces along one axis of a parameter, in order; none where it is never cut."""
 FIXED: Axis = ()
 NUM_TIMESTEPS = 1000
-"""Axes on which the time embedding is fitted to its narrower input."""
+"""Timesteps on which the time embedding is fitted to its narrower input."""
 RCOND = 1e-3
 """Least singular value, as a share of the largest, that a fit follows: slow sinusoids are nearly the same one, and
 weights that tell them apart leave fp16."""
@@ -285,7 +285,7 @@ def cut(unet: UNet2DConditionModel, kept: Mapping[str, Tensor], share: Fraction)
 
 
 def _head_dim(attention: nn.Module) -> int:
-    """By whose root queries are divided: those of narrower heads are scaled so that the sums stay what they were."""
+    """Names by whose root queries are divided: those of narrower heads are scaled so that the sums stay what they were."""
     assert isinstance(attention, Attention)
     return attention.to_q.out_features // attention.heads
 

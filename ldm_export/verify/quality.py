@@ -211,7 +211,7 @@ def _reconstruction(report: QualityReport, image_generator: ImageGenerator, imag
 
 
 def _distances(report: QualityReport, drawn: Array, gallery: Array, apart: Array, *, same: bool) -> None:
-    """Distances to the held-out set, beside two sets of real pictures of the same sizes; and to the nearest training picture.
+    """Measure distances to the held-out set, beside two sets of real pictures, and to the nearest training picture.
 
     A median does not show that one picture in ten is a copy. So the share is counted too of drawn pictures that are
     nearer to a training picture than 95 % of the held-out ones are: 0.05 where a model copies nothing.
