@@ -285,7 +285,7 @@ def cut(unet: UNet2DConditionModel, kept: Mapping[str, Tensor], share: Fraction)
 
 
 def _head_dim(attention: nn.Module) -> int:
-    """Names by whose root queries are divided: those of narrower heads are scaled so that the sums stay what they were."""
+    """Width of a head, by whose root queries are divided; narrower heads have theirs scaled, so that sums stay."""
     assert isinstance(attention, Attention)
     return attention.to_q.out_features // attention.heads
 
