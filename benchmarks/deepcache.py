@@ -18,12 +18,12 @@ import numpy as np
 
 from benchmarks.waterfall import PROMPTS
 from ldm_export.bench.machine import cpu
-from ldm_export.bench.metrics import psnr
-from ldm_export.bench.painters import BundlePainter, Settings
-from ldm_export.bench.quality import evaluate
 from ldm_export.bundle import Bundle
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends.auto import SETTLE_S
+from ldm_export.verify.image_generators import BundleImageGenerator, Settings
+from ldm_export.verify.metrics import psnr
+from ldm_export.verify.quality import evaluate
 
 EVERY, ROUNDS, STEPS, GUIDANCE = (1, 2, 3, 5), 11, 50, 4.0
 FIGURES = ("frechet_distance", "retrieval_at_5")
@@ -47,7 +47,9 @@ def main(folder: Path, data: Path, held_out: Path) -> dict[str, Any]:
                 times[every].append(drawn.timings.total_ms)
     rows, whole = [], None
     for every in EVERY:
-        report = evaluate(BundlePainter(bundle, deepcache=every), data, held_out, settings, None, lambda *_: None)
+        report = evaluate(
+            BundleImageGenerator(bundle, deepcache=every), data, held_out, settings, None, lambda *_: None
+        )
         whole = report.images if whole is None else whole
         rows.append(
             {

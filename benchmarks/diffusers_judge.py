@@ -12,10 +12,10 @@ import diffusers
 import numpy as np
 import torch
 
-from ldm_export.bench.parity import psnr_db
-from ldm_export.bench.sides import PROMPTS
+from ldm_export.bench.variants import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.metrics import psnr_db
 
 PICTURES, REPEATS = 8, 5
 STEPS, GUIDANCE = 20, 4.0

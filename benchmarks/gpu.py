@@ -37,17 +37,18 @@ from benchmarks.peers.peer import STEPS, Setup
 from benchmarks.peers.run import OURS, REFERENCE, Peer, Table, in_turn, python_peer
 from benchmarks.peers.workloads import WORKLOADS, make_workload
 from ldm_export.bench.harness import write_document
-from ldm_export.bench.likeness import LARGEST
+from ldm_export.bench.image_similarity import LARGEST
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.tensorrt.build import Settings, build_engines
 from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
 from ldm_export.graph.half import Half
-from ldm_export.manifest import is_loop
-from ldm_export.runtime.backends import ENGINES, one_line
+from ldm_export.runtime.backends import ENGINES
+from ldm_export.runtime.backends.base import one_line
 from ldm_export.runtime.backends.cuda import gpus
 from ldm_export.runtime.backends.providers import PROVIDERS
 

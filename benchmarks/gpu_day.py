@@ -39,7 +39,7 @@ from typing import Any
 from benchmarks.gpu import NO_TIME
 from ldm_export.bench.harness import write_document
 from ldm_export.bench.machine import machine, versions
-from ldm_export.documents import MalformedError, read_json
+from ldm_export.reading.documents import MalformedError, read_json
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "ldm_export" / "cpp"

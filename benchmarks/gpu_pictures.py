@@ -23,10 +23,10 @@ import numpy as np
 from benchmarks.gpu import HALF, bundle_of, half_of
 from benchmarks.peers.peer import GUIDANCE, PROMPTS, STEPS
 from ldm_export.bench.harness import write_document
-from ldm_export.bench.parity import psnr_db
 from ldm_export.errors import LdmExportError
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.backends import one_line
+from ldm_export.runtime.backends.base import one_line
+from ldm_export.verify.metrics import psnr_db
 
 SAMPLERS = ("ddim", "plms", "euler", "euler-ancestral", "heun", "dpmpp-2m", "unipc")
 SAME_PICTURE_DB = {"fp32": 60.0, "fp16": 40.0, "fp32, C++": 60.0}

@@ -29,10 +29,10 @@ import numpy as np
 
 from benchmarks.peers.peer import TIMESTEPS, unet_inputs
 from benchmarks.peers.run import Peer, Table, in_turn, python_peer
-from ldm_export.bench.calibration import calibration_calls, calibration_conditions
 from ldm_export.bench.child import peak_rss_bytes
 from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import ORT_CPU
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.graphs import change_graphs
 from ldm_export.export.ort_cpu import build_ort_cpu
@@ -43,7 +43,7 @@ from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.running import outputs_of, worst_error
 from ldm_export.recipe.settings import read_recipe
 from ldm_export.runtime import Pipeline
-from ldm_export.target import ORT_CPU
+from ldm_export.verify.calibration import calibration_calls, calibration_conditions
 
 PASSES: dict[str, tuple[GraphPass, ...]] = {
     "static Conv, dynamic MatMul": (QuantizeStatic(operators=("Conv",), graphs=("unet",)), QuantizeDynamic()),

@@ -25,8 +25,8 @@ def draw(bundle: str, output: str) -> None:
 
 
 def compare(bundle: str, theirs: str) -> None:
-    from ldm_export.bench.parity import psnr_db
     from ldm_export.runtime import Pipeline
+    from ldm_export.verify.metrics import psnr_db
 
     ours = Pipeline.open(bundle, backend="cpu").generate(PROMPTS, steps=20, guidance=4.0, seed=0).images
     values = [min(psnr_db(a, b), 999.0) for a, b in zip(ours, np.load(theirs, allow_pickle=False), strict=True)]

@@ -23,8 +23,8 @@ from benchmarks.peers.peer import unet_inputs
 from benchmarks.peers.run import sgemm_gflops
 from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import ORT_CPU, Target, needs_of, read_target
 from ldm_export.export.ort_cpu import run_parts
-from ldm_export.target import ORT_CPU, Target, needs_of, read_target
 
 CALLS = {"sd15": 3}
 """Of others: 20."""

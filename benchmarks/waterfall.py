@@ -20,17 +20,17 @@ from typing import Any
 import onnxruntime
 import torch
 
-from ldm_export.bench.latency import Draw, draw_with, runs_in_turn, times_as_fast
-from ldm_export.bench.latency import stages as stages_of
 from ldm_export.bench.machine import cpu
-from ldm_export.bench.painters import CheckpointPainter, Settings
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import ORT_CPU
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.ort_cpu import build_ort_cpu
-from ldm_export.recipe.run import STAGE
+from ldm_export.recipe.stages import STAGE
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
-from ldm_export.target import ORT_CPU
+from ldm_export.verify.image_generators import Settings, TorchImageGenerator
+from ldm_export.verify.latency import Draw, draw_with, runs_in_turn, times_as_fast
+from ldm_export.verify.latency import stages as stages_of
 
 ROUNDS = 11
 PROMPTS = ("red apple", "black cat", "rocket", "pizza", "octopus", "snowman", "frog face", "crescent moon")
@@ -77,9 +77,9 @@ def stages(work: Path) -> list[Path]:
 
 def draw_with_torch(checkpoint: str, plain: Bundle) -> Draw:
     """As the plain bundle is drawn by default."""
-    painter, model = CheckpointPainter(LatentDiffusion.open(checkpoint)), plain.manifest.model
+    image_generator, model = TorchImageGenerator(LatentDiffusion.open(checkpoint)), plain.manifest.model
     settings = Settings(steps=model["default_steps"], guidance=model["default_guidance"])
-    return lambda seed: painter.sample([f"{PROMPTS[seed % len(PROMPTS)]} {seed}"], [seed], settings).timings
+    return lambda seed: image_generator.sample([f"{PROMPTS[seed % len(PROMPTS)]} {seed}"], [seed], settings).timings
 
 
 def row(

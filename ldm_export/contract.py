@@ -7,6 +7,7 @@ evenly spaced noise levels ask for timesteps between the integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,19 @@ def unet_spec(config: Mapping[str, Any]) -> GraphSpec:
     return _graph("unet", inputs, [out])
 
 
+def takes_two_rows(unet: GraphSpec, model: Mapping[str, Any], guidance: float = math.inf) -> bool:
+    """Whether each picture takes two rows of a call, with the prompt and without (guidance, 2207.12598).
+
+    Parameters
+    ----------
+    model : the manifest's facts
+    guidance : the scale; at 1 and below it is off
+    """
+    names = {tensor.name for tensor in unet.inputs}
+    text_alone = "encoder_hidden_states" in names and "timestep_cond" not in names
+    return guidance > 1 and text_alone and not model.get("guidance_folded")
+
+
 def text_encoder_spec(config: Mapping[str, Any], name: str, *, length: int, all_states: bool) -> GraphSpec:
     """A CLIP text model of ``length`` tokens; ``all_states`` adds every layer's hidden states, which SDXL reads the
     last but one of."""
@@ -128,14 +142,13 @@ STEP = "step"
 """The graph of what follows a call of the UNet; engines have it, bundles do not."""
 REMEMBERED = 4
 """Values that go from row to row of a plan: the newest of the five that a row weighs is its own."""
+ROW_FIELDS = ("timestep", "input_scale", "from_output", "from_sample", "clip", "keep", "direct", "noise")
+"""Numbers of a plan's row (:class:`ldm_export.plan.table.Row`), beside its weights."""
+WEIGHT_FIELDS = tuple(f"weight_{age}" for age in range(REMEMBERED + 1))
+"""A row's weights, newest first."""
 STEP_CELLS = (
-    "timestep",
-    "from_output",
-    "from_sample",
-    "clip",
-    "keep",
-    "direct",
-    *(f"weight_{age}" for age in range(REMEMBERED + 1)),
+    *(name for name in ROW_FIELDS if name not in ("input_scale", "noise")),
+    *WEIGHT_FIELDS,
     "noise",
     "guidance_scale",
     "next_input_scale",

@@ -13,7 +13,7 @@ def environment() -> dict[str, str]:
 
 
 def peak_rss_bytes() -> int | None:
-    """Of this process since it began; None where the system does not tell.
+    """Peak resident memory of this process since it began, bytes; None where the system does not tell.
 
     Linux' ``ru_maxrss`` is no use here: it starts at the parent's, whose memory a new process shares for a moment.
     """

@@ -15,11 +15,11 @@ from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
+from ldm_export.bundle.atomic import locked
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.export import onnx
 from ldm_export.export.onnx import GraphModule
-from ldm_export.partial import locked
 
 CLASSES = 5
 SMALL_UNET: dict[str, Any] = {

@@ -16,12 +16,12 @@ from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
 
-from ldm_export.bench.loop import add_loop
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export import chain
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime.backends import auto
+from ldm_export.verify.loops import add_loop
 from tests.bundle_fixture import KINDS, GraphCache
 
 TOKENS = 16

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_export.bench.parity import psnr_db
+from ldm_export.verify.metrics import psnr_db
 from tests.scheduler_configs import diffusers_scheduler, relative_error
 
 LATENT_TOLERANCE = 2e-5

@@ -18,13 +18,13 @@ from ldm_reference.schedules import alphas_cumprod_from_config, leading_timestep
 from ldm_reference.unet import UNet2DConditionModel
 from PIL import Image
 
-from ldm_export.bench.parity import psnr_db
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import main
 from ldm_export.errors import InputError
 from ldm_export.export.chain import compare_bundle
 from ldm_export.export.parity import SIZES
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.metrics import psnr_db
 from tests.scheduler_configs import relative_error
 
 RESOLUTION, SIDE, CLASSES, STEPS = 14, 7, 3, 10

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.main import main
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.graph.quantize_weights import QuantizeWeights
-from ldm_export.manifest import is_loop
 from ldm_export.recipe.pictures import draw_gallery
 from ldm_export.recipe.score import Judge
 from ldm_export.runtime import Pipeline

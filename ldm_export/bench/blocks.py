@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ldm_export.bench.words import times, verdict
+from ldm_export.bench.formatting import times, verdict
 
 SAME_PICTURE_DB, LIKE_PICTURE_DB = 45.0, 30.0
 """Beyond what an eye can tell; and what it sees at once."""

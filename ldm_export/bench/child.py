@@ -37,7 +37,7 @@ def opened(told: dict[str, Any]) -> Callable[[], object]:
         pipeline = Pipeline.open(told["bundle"], backend=told["backend"])
         return lambda: pipeline.generate(**given)
     from ldm_export.checkpoint import LatentDiffusion
-    from ldm_export.torch_reference import TorchReference
+    from ldm_export.verify.torch_reference import TorchReference
 
     reference = TorchReference(LatentDiffusion.open(told["checkpoint"]))
     return lambda: reference.draw_as(given)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.gates import Gate, judge
-from ldm_export.bench.harness import Bench, Document, Options, results_by_side
-from ldm_export.bench.sides import PROMPTS
+from ldm_export.bench.harness import Bench, Document, Options, results_by_variant
+from ldm_export.bench.variants import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 
 STUDENT = "{}-fast"
-"""Of a shipped model, what its student is called."""
+"""Name of each shipped model's student."""
 BUNDLE, FAST = "bundle", "fast.bundle"
 OPTIONS = Options(prompts=PROMPTS, batch=4, warm_up=1, repeats=4, backends=("cpu",))
 GATES = (Gate("psnr", 45.0), Gate("parity", 1.0))
@@ -48,4 +48,4 @@ def run_demo(
 
 
 def judged(document: Document) -> list[dict[str, Any]]:
-    return judge(GATES, results_by_side(document), document["baseline"])
+    return judge(GATES, results_by_variant(document), document["baseline"])

@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.gates import Gate
-from ldm_export.bench.latency import Draw, runs_in_turn, stages, times_as_fast
-from ldm_export.bench.likeness import LARGEST, compare_pictures
+from ldm_export.bench.image_similarity import LARGEST, compare_pictures
 from ldm_export.bench.machine import machine, versions
-from ldm_export.bench.parity import compare_with_checkpoint
 from ldm_export.bench.process import processes_in_turn
-from ldm_export.bench.quality import choose_prompts, evaluate, open_judge
-from ldm_export.bench.sides import Side, conditions_for, open_sides, same_weights
+from ldm_export.bench.variants import Variant, conditions_for, open_variants, same_weights
+from ldm_export.bundle.atomic import write_whole
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.documents import MalformedError, read_json
 from ldm_export.errors import InputError
-from ldm_export.judge import open_pictures
-from ldm_export.partial import write_whole
+from ldm_export.reading.documents import MalformedError, read_json
 from ldm_export.runtime.results import Timings
+from ldm_export.verify.image_text_alignment import open_pictures
+from ldm_export.verify.latency import Draw, runs_in_turn, stages, times_as_fast
+from ldm_export.verify.parity import compare_with_checkpoint
+from ldm_export.verify.quality import choose_prompts, evaluate, open_judge
 
 FORMAT = 1
 MOST_BYTES = 1 << 30
@@ -99,7 +99,7 @@ class Bench:
         self.took_up: Path | None = None
         """The document of an earlier run whose results were taken up."""
         self._checkpoint = checkpoint
-        self.sides, self.left_out = open_sides(
+        self.sides, self.left_out = open_variants(
             bundles, checkpoint, sampler=options.sampler, steps=options.steps, backends=options.backends
         )
         self.conditions = conditions_for(self.sides[0], options.prompts)
@@ -200,26 +200,26 @@ class Bench:
             for name in draws
         }
 
-    def _timed(self, side: Side) -> Draw:
+    def _timed(self, side: Variant) -> Draw:
         batch = self.options.batch
 
         def draw(number: int) -> Timings:
             numbers = range(number * batch, (number + 1) * batch)
             told = [self.conditions[k % len(self.conditions)] for k in numbers]
-            if side.painter.condition == "text":  # new each time: a pipeline remembers what it has encoded
+            if side.image_generator.condition == "text":  # new each time: a pipeline remembers what it has encoded
                 told = [f"{text} {k}" for text, k in zip(told, numbers, strict=True)]
             return side.sample(told, [self.options.seed + k for k in numbers]).timings
 
         return draw
 
     def _pictures(self, progress: Progress) -> dict[str, Any]:
-        def drawn_by(side: Side) -> Any:
+        def drawn_by(side: Variant) -> Any:
             return lambda k: side.sample([self.conditions[k]], [self.options.seed + k])
 
         sides = {side.name: drawn_by(side) for side in self.sides}
         return compare_pictures(sides, len(self.conditions), self.baseline, self.comparable, progress)
 
-    def _parity(self, side: Side, progress: Progress) -> list[dict[str, Any]]:
+    def _parity(self, side: Variant, progress: Progress) -> list[dict[str, Any]]:
         assert self._checkpoint is not None
         assert side.bundle is not None
         same = same_weights(side.bundle, self._checkpoint)
@@ -234,12 +234,12 @@ class Bench:
         children = {side.name: side.child(self.conditions[0], self.options.seed) for side in self.sides}
         return processes_in_turn(children, min(self.options.repeats, PROCESSES), progress)
 
-    def _quality(self, side: Side, progress: Progress) -> dict[str, Any]:
+    def _quality(self, side: Variant, progress: Progress) -> dict[str, Any]:
         assert self.options.data is not None
         settings = replace(side.settings, prompts=self.options.pictures, seed=self.options.seed)
         judge = open_judge(side.target, None)
         report = evaluate(
-            side.painter,
+            side.image_generator,
             self.options.data,
             self.options.held_out,
             settings,
@@ -250,12 +250,14 @@ class Bench:
 
     def _check_data(self, data: Path) -> None:
         """Refuse folders that cannot be judged by before minutes have passed."""
-        painter = self.sides[0].painter
+        image_generator = self.sides[0].image_generator
         settings = replace(self.sides[0].settings, prompts=self.options.pictures)
-        pictures = open_pictures(data, painter.size, painter.channels, painter.condition)
-        choose_prompts(pictures, settings, painter.condition)
+        pictures = open_pictures(data, image_generator.size, image_generator.channels, image_generator.condition)
+        choose_prompts(pictures, settings, image_generator.condition)
         if self.options.held_out is not None:
-            open_pictures(self.options.held_out, painter.size, painter.channels, painter.condition)
+            open_pictures(
+                self.options.held_out, image_generator.size, image_generator.channels, image_generator.condition
+            )
 
     def _begin(self, path: Path, command: str, *, resume: bool) -> Document:
         new = self._new_document(command)
@@ -289,7 +291,7 @@ class Bench:
             "results": {},
         }
 
-    def _hash(self, side: Side) -> Any:
+    def _hash(self, side: Variant) -> Any:
         if side.bundle is not None:
             return hashlib.sha256(side.bundle.manifest.to_json().encode()).hexdigest()
         assert self._checkpoint is not None
@@ -323,7 +325,7 @@ def write_document(document: Document, path: Path) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}). Make room, and run the same again.") from error
 
 
-def results_by_side(document: Document) -> Document:
+def results_by_variant(document: Document) -> Document:
     """Results as measurement -> side -> value, also of those that are made a side at a time."""
     found: Document = {}
     for name, value in document["results"].items():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from ldm_export import __version__
+from ldm_export.bundle.targets.cpu_level import cpuinfo
 from ldm_export.errors import BackendError
 from ldm_export.runtime.backends.cuda import driver_is_there, gpus, used_bytes
 
@@ -23,7 +23,7 @@ RAN = (
     "torch",
 )
 WIDEST = ("amx_tile", "avx512_vnni", "avx_vnni", "avx512f", "avx2")
-"""Of the instruction sets that matter for speed, the most telling first."""
+"""Instruction sets that matter for speed, the most telling first."""
 
 
 def machine() -> dict[str, Any]:
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and the libraries that run networks, those that are installed."""
+    """Versions of this package, Python and the libraries that run networks, those that are installed."""
     found = {"ldm_export": __version__, "python": platform.python_version()}
     for package in RAN:
         try:
@@ -61,9 +61,8 @@ def used_device_bytes() -> int | None:
 
 def cpu() -> str:
     """The processor's name and its widest instruction set, as far as the system tells."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    flags = next((line.partition(": ")[2].split() for line in lines if line.startswith("flags")), [])
+    info = dict(reversed(cpuinfo()))  # the first core's
+    flags = info.get("flags", "").split()
     widest = next((name for name in WIDEST if name in flags), "")
-    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    name = info.get("model name", platform.processor())
     return f"{name or platform.machine()}{f' ({widest})' if widest else ''}"

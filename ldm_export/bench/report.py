@@ -9,10 +9,10 @@ from typing import Any
 
 from ldm_export.bench.blocks import chip, figure, interval, likeness, ratio, table
 from ldm_export.bench.charts import Curve, Point, curves, scatter
-from ldm_export.bench.harness import results_by_side
+from ldm_export.bench.formatting import decibels, megabytes, milliseconds, times
+from ldm_export.bench.harness import results_by_variant
 from ldm_export.bench.style import STYLE
 from ldm_export.bench.waterfall import pareto_points, waterfall
-from ldm_export.bench.words import decibels, megabytes, milliseconds, times
 
 COLOURS = 5
 STAGES = {"text": "text", "unet": "UNet, all calls", "loop": "sampling loop outside", "decode": "decoding"}
@@ -34,7 +34,7 @@ class Report:
 
     def __init__(self, document: Values):
         self.document = document
-        self.results = results_by_side(dict(document))
+        self.results = results_by_variant(dict(document))
         self.sides: Values = document["sides"]
         self.baseline: str | None = document["baseline"]
         others = [name for name in self.sides if name != self.baseline]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldm_export.bench.harness import results_by_side
-from ldm_export.bench.words import decibels, milliseconds, times, verdict
+from ldm_export.bench.formatting import decibels, milliseconds, times, verdict
+from ldm_export.bench.harness import results_by_variant
 
 HEADS = ("", "steps", "ms", "UNet\nms", "faster", "MB", "RSS\nMB", "GPU\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
 
@@ -14,7 +14,7 @@ MEMORIES = ("peak_rss_bytes", "device_bytes")
 
 def summary_rows(document: dict[str, Any]) -> list[list[str]]:
     """One row a side, beneath :data:`HEADS`."""
-    results, rows = results_by_side(document), []
+    results, rows = results_by_variant(document), []
     for side, drawn in document["sides"].items():
         spent, pictures = results["latency"][side]["stages"], results["pictures"][side]
         process, faster = results["process"][side], results["latency"][side]["faster"]
@@ -41,6 +41,6 @@ def parity_lines(document: dict[str, Any]) -> list[str]:
     return [
         f"{verdict(record):5} {side}: {record['graph']} {record['output']} {record['max_error']:.1e} "
         f"(allowed {record['tolerance']:.0e})"
-        for side, records in results_by_side(document).get("parity", {}).items()
+        for side, records in results_by_variant(document).get("parity", {}).items()
         for record in records
     ]

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from ldm_export.bench.charts import Point
-from ldm_export.bench.words import megabytes, milliseconds, times
+from ldm_export.bench.formatting import megabytes, milliseconds, times
 
 Records = Sequence[Mapping[str, Any]]
 

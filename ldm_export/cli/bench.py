@@ -9,13 +9,13 @@ import click
 from click.core import ParameterSource
 
 from ldm_export.bench.gates import Gate, gate_from_text, judge
-from ldm_export.bench.harness import Bench, Options, results_by_side
+from ldm_export.bench.harness import Bench, Options, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
 from ldm_export.cli.options import check_output, console, folder, stages, status, was_given, write_output
-from ldm_export.documents import MalformedError, read_text
 from ldm_export.errors import InputError
+from ldm_export.reading.documents import MalformedError, read_text
 from ldm_export.runtime.backends import BACKENDS
 
 KEPT = Gate("parity", 1.0)
@@ -103,7 +103,7 @@ def command(
             raise
     wanted = gates if against is None or any(gate.key == KEPT.key for gate in gates) else [*gates, KEPT]
     try:
-        document["gates"] = judge(wanted, results_by_side(document), document["baseline"])
+        document["gates"] = judge(wanted, results_by_variant(document), document["baseline"])
         write_output(output, page(document))
         print_bench(document)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -6,10 +6,10 @@ from typing import Any
 import click
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import Target
 from ldm_export.cli.engines import print_engine
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
 from ldm_export.errors import InputError
-from ldm_export.target import Target
 
 OFTEN = {"encoder_hidden_states": "prompt"}
 FLAVOURS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}

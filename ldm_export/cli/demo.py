@@ -7,7 +7,7 @@ import click
 import numpy as np
 
 from ldm_export.bench.demo import run_demo
-from ldm_export.bench.likeness import pictures_of
+from ldm_export.bench.image_similarity import pictures_of
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures

@@ -10,13 +10,13 @@ import click
 
 from ldm_export import __version__
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import ORT_CPU, needs_of, read_target
+from ldm_export.bundle.targets.engines import FLAVOURS, EngineTarget
 from ldm_export.cli.options import console, folder, json_option, print_json
-from ldm_export.engines import FLAVOURS, EngineTarget
 from ldm_export.errors import BackendError
 from ldm_export.runtime.backends.cuda import driver_version, gpus
 from ldm_export.runtime.backends.engine import EXTRAS
 from ldm_export.runtime.backends.tensorrt import engine_fits, remedy
-from ldm_export.target import ORT_CPU, needs_of, read_target
 
 PACKAGES = {
     "numpy": "everything",

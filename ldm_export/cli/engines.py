@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ldm_export.bundle.targets.engines import EngineTarget
 from ldm_export.cli.options import console
-from ldm_export.engines import EngineTarget
 
 
 def print_engine(target: EngineTarget, name: str, took: str, *, kinds: bool = False) -> None:

@@ -6,9 +6,6 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from ldm_export.bench.metrics import Figure
-from ldm_export.bench.painters import Settings, open_painter
-from ldm_export.bench.quality import FEATURES, QualityReport, evaluate, open_judge
 from ldm_export.cli.options import (
     check_output,
     console,
@@ -21,6 +18,9 @@ from ldm_export.cli.options import (
 )
 from ldm_export.cli.pictures import check_writable, save_grid
 from ldm_export.errors import InputError
+from ldm_export.verify.image_generators import Settings, open_image_generator
+from ldm_export.verify.metrics import Figure
+from ldm_export.verify.quality import FEATURES, QualityReport, evaluate, open_judge
 
 ROWS = {
     "reconstruction_psnr_db": ("Reconstruction, PSNR in dB", 1),
@@ -76,18 +76,23 @@ def command(
         check_writable(pictures)
     if output is not None:
         check_output(output)
-    painter = open_painter(target)
-    own = painter.defaults
+    image_generator = open_image_generator(target)
+    own = image_generator.defaults
     settings = Settings(
         prompts, sampler or own.sampler, steps or own.steps, own.guidance if guidance is None else guidance, seed, batch
     )
-    if painter.condition != "text":
+    if image_generator.condition != "text":
         for name in ("guidance", "judge"):
             if was_given(name):
-                raise InputError(f"--{name} is about prompts, and {painter.name} reads no text. Leave it out.")
+                raise InputError(f"--{name} is about prompts, and {image_generator.name} reads no text. Leave it out.")
     with steps_bar("evaluate") as advance:
         report = evaluate(
-            painter, data, held_out, settings, open_judge(target, judge), lambda what, done, of: advance(done, of, what)
+            image_generator,
+            data,
+            held_out,
+            settings,
+            open_judge(target, judge),
+            lambda what, done, of: advance(done, of, what),
         )
     if pictures is not None:
         save_grid(report.images, pictures)

@@ -80,7 +80,7 @@ def command(
             )
     model = LatentDiffusion.open(checkpoint, sampler=sampler, prediction_type=prediction_type)
     if loops:
-        from ldm_export.bench.loop import add_loop, check_loops
+        from ldm_export.verify.loops import add_loop, check_loops
 
         check_loops(model, loops)
     records: list[dict[str, Any]] = []
@@ -131,5 +131,5 @@ def command(
 
 
 def _print_size(bundle: Bundle) -> None:
-    size_mb = sum(entry.size_bytes for entry in bundle.manifest.files.values()) / 1e6
+    size_mb = bundle.size_bytes / 1e6
     console.print(f"{bundle.path}: {len(bundle.manifest.files)} files, {size_mb:.1f} MB")

@@ -6,11 +6,11 @@ import click
 from rich.table import Table
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.engines import EngineTarget, engine_targets, sound_engine_target
 from ldm_export.cli.engines import print_engine
 from ldm_export.cli.options import bundle_argument, console, json_option
 from ldm_export.cli.passes import print_passes
 from ldm_export.contract import TensorSpec
-from ldm_export.engines import EngineTarget, engine_targets, sound_engine_target
 
 
 def _tensors(tensors: tuple[TensorSpec, ...]) -> str:

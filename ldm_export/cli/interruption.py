@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from ldm_export.partial import remove_unfinished
+from ldm_export.bundle.atomic import remove_unfinished
 
 PATIENCE_S = 3.0
 """How long a library may take until the main thread runs again."""

@@ -27,7 +27,7 @@ def command(bundle: Path, sampler: str, steps: int, eta: float, loop: bool, as_j
     document = {"plan": f"plans/{plan.file_name}", "rows": len(plan.rows)}
     records = []
     if loop:
-        from ldm_export.bench.loop import add_loop, records_of
+        from ldm_export.verify.loops import add_loop, records_of
 
         name = plan.file_name.removesuffix(".json")
         with stages("loop") as progress:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ldm_export.checkpoint import train_checkpoint
+from ldm_export.checkpoint.training import train_checkpoint
 from ldm_export.cli.options import console, folder, steps_bar
 
 

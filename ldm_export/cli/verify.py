@@ -5,14 +5,14 @@ from pathlib import Path
 import click
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import stale_loops
+from ldm_export.bundle.targets.base import kinds_of, sound_target
+from ldm_export.bundle.targets.engines import engine_targets, sound_engine_target
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
-from ldm_export.engines import engine_targets, sound_engine_target
 from ldm_export.errors import BundleError
-from ldm_export.manifest import stale_loops
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.conditioning import PromptEncoder
 from ldm_export.runtime.request import check_plans
-from ldm_export.target import kinds_of, sound_target
 
 
 @click.command()
@@ -51,8 +51,8 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
             PromptEncoder(opened, backend)
         records = []
         if against is not None:
-            from ldm_export.bench.parity import compare_with_checkpoint
             from ldm_export.checkpoint import LatentDiffusion
+            from ldm_export.verify.parity import compare_with_checkpoint
 
             compared = compare_with_checkpoint(opened, LatentDiffusion.open(against), progress)
             records = [record.to_dict() for record in compared]

@@ -1,1 +1,1 @@
-"""From PyTorch to what a bundle holds."""
+"""Exporters from PyTorch to what a bundle holds."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.pipelines import PIPELINES, class_name, left_out
 from ldm_export.errors import BundleError, CheckpointError
-from ldm_export.pipelines import PIPELINES, class_name, left_out
 from ldm_export.runtime.tokenizer import Tokenizer
 
 

@@ -15,16 +15,15 @@ import torch
 
 from ldm_export import contract
 from ldm_export.bundle import Bundle, create_bundle
+from ldm_export.bundle.parity import Parity, check_parity
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.pipelines import class_name, left_out, option
 from ldm_export.contract import GraphSpec
-from ldm_export.documents import parsed, read_bytes
 from ldm_export.errors import InputError
 from ldm_export.export.accepted import check_accepted, notes, open_tokenizer, token_count
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
 from ldm_export.export.parity import (
-    Parity,
     Run,
-    check_parity,
     compare_graph,
     compare_weights,
     reference_runs,
@@ -32,8 +31,8 @@ from ldm_export.export.parity import (
 )
 from ldm_export.graph.base import Inputs, spread
 from ldm_export.graph.weights import least_snr_db
-from ldm_export.pipelines import class_name, left_out, option
 from ldm_export.plan import SAMPLERS, compile_plan
+from ldm_export.reading.documents import parsed, read_bytes
 
 _log = logging.getLogger(__name__)
 DEFAULT_STEPS = (10, 20, 30, 50)

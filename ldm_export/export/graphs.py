@@ -12,18 +12,19 @@ import onnx
 import onnx_ir
 
 from ldm_export.bundle import Bundle, create_bundle
+from ldm_export.bundle.atomic import partial_folder
+from ldm_export.bundle.manifest import MANIFEST, is_loop, is_target
+from ldm_export.bundle.parity import check_parity
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.chain import Progress, parity_runs, tolerances
-from ldm_export.export.parity import check_parity, compare_graph
+from ldm_export.export.parity import compare_graph
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.graph.files import load_outside, save
 from ldm_export.graph.weights import check_weights, least_snr_db
-from ldm_export.manifest import MANIFEST, is_loop, is_target
-from ldm_export.partial import partial_folder
 
 CALIBRATION = "calibration"
-"""In a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
+"""Key in a manifest's ``source``: what calibration pictures were drawn of, so that they can be drawn again."""
 
 
 def change_graphs(
@@ -102,8 +103,7 @@ def change_graphs(
 
 def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, Any]], force: bool) -> Bundle:
     """The same bundle elsewhere, with a record of what was done to it."""
-    size = sum(entry.size_bytes for entry in bundle.manifest.files.values())
-    with create_bundle(output, force=force, needed_bytes=size) as writer:
+    with create_bundle(output, force=force, needed_bytes=bundle.size_bytes) as writer:
         copy_files(bundle, writer.path)
         manifest = bundle.manifest
         return writer.seal(

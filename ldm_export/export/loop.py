@@ -27,7 +27,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec, TensorSpec, loop_spec
+from ldm_export.contract import ROW_FIELDS, WEIGHT_FIELDS, GraphSpec, TensorSpec, loop_spec, takes_two_rows
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.splicing import GraphWriter, Weights
 from ldm_export.export.step import guide, update
@@ -36,8 +36,6 @@ from ldm_export.plan import Plan
 from ldm_export.plan.guidance import guidance_frequencies
 
 WEIGHTS = "loops/weights.onnx_data"
-COLUMNS = ("timestep", "input_scale", "from_output", "from_sample", "clip", "keep", "direct", "noise")
-"""Of a plan's row, one number each; its weights follow."""
 UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond"}
 """What a loop can feed a UNet with."""
 
@@ -109,7 +107,7 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     check_loopable(graphs["unet"], facts["latent_channels"], zeros_for_empty_prompt=empty)
     told = {tensor.name: tensor for tensor in graphs["unet"].inputs}
     reads_text = "encoder_hidden_states" in told
-    guided = reads_text and not facts.get("guidance_folded") and "timestep_cond" not in told
+    guided = takes_two_rows(graphs["unet"], facts)
     draws = sum(bool(row.noise) for row in plan.rows)
     spec = loop_spec(Path(plan.file_name).stem, graphs, guided=guided, draws=draws)
     parts = {name: bundle.file(graphs[name].path) for name in _parts(reads_text)}
@@ -174,11 +172,11 @@ def _step(
     body: GraphWriter, plan: Plan, shape: tuple[int | str, ...], predict: Callable[[str, str], str], step_noise: str
 ) -> int:
     """The Loop's body: one row of the plan. Gives the number of remembered values that go from step to step."""
-    table = {name: [getattr(row, name) for row in plan.rows] for name in COLUMNS}
+    table = {name: [getattr(row, name) for row in plan.rows] for name in ROW_FIELDS}
     table["clip"] = [clip or np.inf for clip in table["clip"]]
     history = max(len(row.weights) for row in plan.rows)
     for age in range(history):
-        table[f"weight_{age}"] = [row.weights[age] if age < len(row.weights) else 0.0 for row in plan.rows]
+        table[WEIGHT_FIELDS[age]] = [row.weights[age] if age < len(row.weights) else 0.0 for row in plan.rows]
     absent = {"input_scale": 1.0, "clip": np.inf}
     table = {
         name: column for name, column in table.items() if {*column} != {absent.get(name, 0.0)} or name == "timestep"

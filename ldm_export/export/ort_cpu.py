@@ -21,11 +21,14 @@ import onnxruntime
 from onnx_ir.passes.common import ShapeInferencePass
 
 from ldm_export.bundle import Bundle, export_error
+from ldm_export.bundle.atomic import move_into_place, partial_folder
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.parity import TOLERANCE, largest_error, least_snr
+from ldm_export.bundle.targets.base import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.onnx import random_inputs
-from ldm_export.export.parity import TOLERANCE, largest_error, least_snr
 from ldm_export.graph.base import Array
 from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.deepcache import cut_deep
@@ -33,19 +36,17 @@ from ldm_export.graph.cpu.matching import CONTRIB
 from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
 from ldm_export.graph.files import check_links
+from ldm_export.graph.running import session_options
 from ldm_export.graph.weights import least_snr_db
-from ldm_export.manifest import is_loop
-from ldm_export.partial import move_into_place, partial_folder
-from ldm_export.target import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
 
 ONCE = {"unet": ("timestep", "encoder_hidden_states")}
-"""Of a graph, the inputs that stay the same from call to call, or come back."""
+"""Inputs that stay the same from call to call, or come back, by the graph that takes them."""
 SMALLEST_OUTSIDE_BYTES = 1024
 SIZES = (
     {"batch": 2, "height": 8, "width": 16, "tokens": 7},
     {"batch": 1, "height": 16, "width": 8, "tokens": 5},
 )
-"""Of the calls that a rewritten graph is compared in; no two sides of one are the same."""
+"""Sizes of the calls that a rewritten graph is compared in; no two sides of one are the same."""
 
 Progress = Callable[[str], None]
 
@@ -128,14 +129,12 @@ def _lay_out(model: ir.Model | None, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
         given = Path(temporary) / "model.onnx"
         ir.save(model, given, external_data="model.onnx_data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         options.optimized_model_filepath = str(file)
         for key, value in {
             "session.optimized_model_external_initializers_file_name": f"{file.name}_data",
             "session.optimized_model_external_initializers_min_size_in_bytes": str(SMALLEST_OUTSIDE_BYTES),
             "session.save_external_prepacked_constant_initializers": "1",
-            "session.qdq_matmulnbits_accuracy_level": "1",
         }.items():
             options.add_session_config_entry(key, value)
         onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
@@ -199,7 +198,4 @@ def run_parts(
 
 
 def _opened(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
-    return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, session_options(), ["CPUExecutionProvider"])

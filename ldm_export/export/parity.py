@@ -1,8 +1,7 @@
 """Holds an exported graph against the PyTorch network that it came from, on sizes that the export did not see.
 
-The measure is max |onnx - torch| / max |torch| over every element of an output, the worst of all runs; of graphs whose
-numbers a pass has rounded, also the signal-to-noise ratio 10 log10(|torch|^2 / |onnx - torch|^2), in dB, of the worst
-run. The network runs first and can be freed before the graph is loaded, so that both need not fit into memory together.
+The measures are those of :mod:`ldm_export.bundle.parity`, of the worst run. The network runs first and can be freed
+before the graph is loaded, so that both need not fit into memory together.
 
 On seeded inputs both run in one thread: they then sum in the same order however many there are, and a checkpoint gives
 the same errors, and so the same manifest, each time.
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,13 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from ldm_export.bundle.parity import SILENT_DB, TOLERANCE, Parity, snr_db
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import ExportError, ParityError
+from ldm_export.errors import ExportError
 from ldm_export.export.onnx import GraphModule, random_inputs
 from ldm_export.graph.base import Array
+from ldm_export.graph.running import session_options
 from ldm_export.graph.weights import missing_weights
-
-TOLERANCE = 1e-4
-"""Allowed error of an fp32 graph."""
-
-SILENT_DB = 200.0
-"""Signal-to-noise ratio beyond which none is told apart: float64 ends at about 300 dB, and JSON has no infinity."""
 
 LARGE_BYTES = 1_000_000_000
 """A graph beyond this is checked without ONNX Runtime's second, re-packed copy of its weights."""
@@ -45,36 +39,6 @@ SIZES = (
 
 Run = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """The inputs and outputs of one call of a network."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a graph's output is from the network's.
-
-    Attributes
-    ----------
-    max_error : max |onnx - torch| / max |torch|, at most ``tolerance``
-    snr_db : signal-to-noise ratio, at least ``least_snr_db`` where that is given: of graphs with rounded numbers
-    """
-
-    graph: str
-    output: str
-    max_error: float
-    tolerance: float
-    snr_db: float = SILENT_DB
-    least_snr_db: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        loud = self.least_snr_db is None or self.snr_db >= self.least_snr_db  # false for NaN, as is the next
-        return loud and self.max_error <= self.tolerance
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a manifest has it: without signal-to-noise ratios where none was asked for."""
-        record = {"graph": self.graph, "output": self.output, "max_error": self.max_error, "tolerance": self.tolerance}
-        if self.least_snr_db is not None:
-            record |= {"snr_db": self.snr_db, "least_snr_db": self.least_snr_db}
-        return {**record, "passed": self.passed}
 
 
 @torch.no_grad()
@@ -117,15 +81,12 @@ def graph_session(path: Path, *, as_written: bool = False, threads: int = 0) -> 
         gives the same bits alone and within another
     threads : 0 for one a core
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     options.intra_op_num_threads = threads
     large = _is_large(path)
     if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
-    if as_written:
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime
     if large or as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
@@ -162,16 +123,6 @@ def compare_outputs(
     return parities
 
 
-@np.errstate(invalid="ignore")
-def snr_db(exact: Array, given: Array) -> float:
-    """10 log10(|exact|^2 / |given - exact|^2), in dB, within +-:data:`SILENT_DB`; NaN if a value is no number."""
-    signal = exact.astype(np.float64)
-    noise = float(np.square(given - signal).sum())
-    if noise == 0:
-        return SILENT_DB
-    return float(np.clip(10 * np.log10(max(float(np.square(signal).sum()) / noise, 1e-300)), -SILENT_DB, SILENT_DB))
-
-
 def compare_weights(path: Path, graph: GraphSpec, weights: Mapping[str, Array]) -> list[Parity]:
     """Look for every weight of the network in the graph, as it is, transposed, or rounded.
 
@@ -198,40 +149,3 @@ def weights_read(module: GraphModule, inputs: Sequence[Tensor]) -> dict[str, Arr
         found.add(id(getattr(function, "variable", None)))
         waiting += [source for source, _ in function.next_functions]
     return {name: p.requires_grad_(False).detach().numpy() for name, p in named.items() if id(p) in found}
-
-
-@np.errstate(invalid="ignore")
-def largest_error(expected: Sequence[Array], results: Sequence[Array]) -> float:
-    """Of one call, as a share of each output's largest value; NaN if a result is, infinite if a shape is another."""
-    errors = [
-        float(np.abs(array - other).max()) / max(float(np.abs(array).max()), 1e-30)
-        if array.shape == other.shape
-        else np.inf
-        for array, other in zip(expected, results, strict=True)
-    ]
-    return float(np.max(errors))  # NaN if one is, which max() is not
-
-
-def least_snr(expected: Sequence[Array], results: Sequence[Array]) -> float:
-    """Signal-to-noise ratio of the noisiest array, in dB; NaN if a value is no number."""
-    ratios = [
-        snr_db(array, other) if array.shape == other.shape else -SILENT_DB
-        for array, other in zip(expected, results, strict=True)
-    ]
-    return float(np.min(ratios))  # NaN if one is, which min() is not
-
-
-def check_parity(parities: list[Parity]) -> None:
-    """Raise ParityError, with the graph, the tensor and the numbers, unless every output is close enough."""
-    for parity in parities:
-        if not parity.max_error <= parity.tolerance:  # NaN is not, either
-            raise ParityError(
-                f"{parity.graph} output {parity.output!r} differs from PyTorch by {parity.max_error:.3g} of its "
-                f"largest value; {parity.tolerance:.3g} is allowed. Nothing was sealed."
-            )
-        if not parity.passed:
-            raise ParityError(
-                f"{parity.graph} output {parity.output!r} has a signal-to-noise ratio of {parity.snr_db:.1f} dB, "
-                f"compared with PyTorch; {parity.least_snr_db:.1f} dB is the least for numbers that are rounded as its "
-                "are. Nothing was sealed."
-            )

@@ -62,8 +62,8 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def spread(calls: Sequence[Inputs], count: int) -> list[Inputs]:
-    """At most so many calls, evenly from the first to the last, and so of pictures of more than one step at several
-    timesteps."""
+    """Choose at most so many calls, evenly from the first to the last, and so of pictures of more than one step at
+    several timesteps."""
     chosen = np.linspace(0, len(calls) - 1, min(count, len(calls))).round().astype(int)
     return [calls[number] for number in chosen]
 

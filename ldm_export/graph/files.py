@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from ldm_export.bundle.onnx_wire import external_data_from_onnx
 from ldm_export.errors import BundleError
 from ldm_export.graph.base import copied
-from ldm_export.onnx_wire import external_data_from_onnx
 
 EXTERNAL_DATA_ABOVE_BYTES = 1_500_000_000
 """Weights beyond this go to one external file."""

@@ -21,7 +21,7 @@ from ldm_export.errors import ExportError
 from ldm_export.graph.base import CALLS_JUDGED, GraphChange, Inputs, Purpose, check_calibration, copied, spread
 from ldm_export.graph.integers import array, initializers, remove_unused, tensor
 from ldm_export.graph.running import outputs_of, watched, worst_error
-from ldm_export.options import check_between, check_one_of
+from ldm_export.reading.options import check_between, check_one_of
 
 FORMATS = {"fp16": (TensorProto.FLOAT16, 65504.0), "bf16": (TensorProto.BFLOAT16, 3.39e38)}
 """ONNX's type and the largest number."""
@@ -183,7 +183,7 @@ def float_values(model: onnx.ModelProto) -> set[str]:
 
 
 def _float_inputs(node: onnx.NodeProto, floats: set[str]) -> list[int]:
-    """Which inputs of a node are float32 and may be narrower."""
+    """Places of the inputs of a node that are float32 and may be narrower."""
     fixed = PARAMETERS_OF.get(node.op_type, ())
     return [index for index, name in enumerate(node.input) if name in floats and index not in fixed]
 

@@ -28,8 +28,8 @@ def quantized(weight: Array, axis: int, highest: int) -> tuple[Array, Array]:
 
 
 def quantized_in_blocks(weight: Array, axis: int, block: int, highest: int) -> tuple[Array, Array]:
-    """As :func:`quantized` with a scale for every ``block`` weights along ``axis``, which it must divide; the scales
-    have the weight's shape with that axis shorter."""
+    """Quantize as :func:`quantized`, with a scale for every ``block`` weights along ``axis``, which it must divide; the
+    scales have the weight's shape with that axis shorter."""
     size = weight.shape[axis]
     split = (*weight.shape[:axis], size // block, block, *weight.shape[axis + 1 :])
     scale = np.abs(weight.reshape(split)).max(axis=axis + 1) / highest

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from ldm_export.graph.base import GraphChange, Inputs, Purpose
 from ldm_export.graph.integers import SAFE_MAX, array, initializers, quantized, remove_unused, tensor
-from ldm_export.options import check_least
+from ldm_export.reading.options import check_least
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from ldm_export.graph.base import (
 )
 from ldm_export.graph.integers import SAFE_MAX, array, initializers, quantized, remove_unused, tensor
 from ldm_export.graph.running import outputs_of, session, watched, worst_error
-from ldm_export.options import check_between, check_one_of
+from ldm_export.reading.options import check_between, check_one_of
 
 CALLS = 64
 """Calibration calls that ranges are taken from."""

@@ -40,11 +40,12 @@ from ldm_export.graph.integers import (
     tensor_of_4_bits,
 )
 from ldm_export.graph.running import outputs_of, worst_error
-from ldm_export.options import check_between, check_least
+from ldm_export.reading.options import check_between, check_least
 
 BLOCKED_OPSET = 21
 OUTPUT_AXIS = {"Conv": 0, "MatMul": 1, "Gemm": 0, "Gather": 0}
-"""Of a weight, by the operator that reads it; Gemm as the export writes it, with the second factor transposed."""
+"""Axis of a weight's outputs, by the operator that reads it; of Gemm as the export writes it, the second factor being
+transposed."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,14 @@ from ldm_export.graph.base import Array, Inputs
 from ldm_export.graph.files import as_in_a_file
 
 
+def session_options() -> onnxruntime.SessionOptions:
+    """Options of a session on the CPU that computes what the runtime's do: with rounded weights in fp32."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
 def session(model: onnx.ModelProto, *, optimised: bool = True) -> onnxruntime.InferenceSession:
     """Open a graph; if not ``optimised``, as it stands and without a second, packed copy of its weights.
 
@@ -23,8 +31,7 @@ def session(model: onnx.ModelProto, *, optimised: bool = True) -> onnxruntime.In
     ExportError
         If ONNX Runtime refuses the graph.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -131,7 +131,7 @@ def _without_ones(values: Array, allowed: Array) -> tuple[Array, Array]:
 
 
 def _digest(values: Array) -> bytes:
-    """Of dtype, shape and numbers."""
+    """SHA-256 of dtype, shape and numbers."""
     return hashlib.sha256(f"{values.dtype} {values.shape}".encode() + values.tobytes()).digest()
 
 

@@ -18,10 +18,10 @@ from ldm_reference.fit import Rows, Run, Stage, fit
 from ldm_reference.optimisation import Optimisation
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion, Network
+from ldm_export.checkpoint import LatentDiffusion, Network, SamplingDefaults
 from ldm_export.errors import InputError
-from ldm_export.options import check_least, check_one_of
 from ldm_export.passes.teacher import TeacherData
+from ldm_export.reading.options import check_least, check_one_of
 
 PRECISIONS = ("no", "bf16", "fp16")
 Purpose = Literal["speed", "bytes", "zeros"]
@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Setting:
+class PassContext:
     """What a pass works with.
 
     Attributes
@@ -62,7 +62,7 @@ class Change:
     """
 
     networks: Mapping[str, Network]
-    drawing: Drawing | None = None
+    drawing: SamplingDefaults | None = None
     scheduler: Mapping[str, Any] | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class TorchPass(Protocol):
     name: ClassVar[str]
     purpose: ClassVar[Purpose]
 
-    def apply(self, setting: Setting) -> Change: ...
+    def apply(self, setting: PassContext) -> Change: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Training:
             raise InputError(f"{error}.") from error
 
     def train(
-        self, name: str, objective: nn.Module, rows_at: Callable[[torch.Generator], Rows], setting: Setting
+        self, name: str, objective: nn.Module, rows_at: Callable[[torch.Generator], Rows], setting: PassContext
     ) -> dict[str, Tensor]:
         """Minimise ``objective``; gives the averaged weights by parameter name. Goes on where it was interrupted.
 

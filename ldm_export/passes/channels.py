@@ -1,4 +1,4 @@
-"""Which channels of a UNet belong together, and a UNet with fewer of them.
+"""Spaces of a UNet's channels, which belong together, and a UNet with fewer of them.
 
 A *space* is a set of channels that every parameter which reads or writes it must lose together: a residual stream with
 all that adds to it, the inside of a residual block, an attention's heads, the inside of a feed-forward. Each axis of
@@ -37,7 +37,7 @@ Axis = tuple[str, ...]
 """The spaces along one axis of a parameter, in order; none where it is never cut."""
 FIXED: Axis = ()
 NUM_TIMESTEPS = 1000
-"""On which the time embedding is fitted to its narrower input."""
+"""Timesteps on which the time embedding is fitted to its narrower input."""
 RCOND = 1e-3
 """Least singular value, as a share of the largest, that a fit follows: slow sinusoids are nearly the same one, and
 weights that tell them apart leave fp16."""
@@ -285,7 +285,7 @@ def cut(unet: UNet2DConditionModel, kept: Mapping[str, Tensor], share: Fraction)
 
 
 def _head_dim(attention: nn.Module) -> int:
-    """By whose root queries are divided: those of narrower heads are scaled so that the sums stay what they were."""
+    """Width of a head, by whose root queries are divided; narrower heads have theirs scaled, so that sums stay."""
     assert isinstance(attention, Attention)
     return attention.to_q.out_features // attention.heads
 

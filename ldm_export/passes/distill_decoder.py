@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from ldm_export.checkpoint import Autoencoder
 from ldm_export.errors import InputError
-from ldm_export.options import check_least
-from ldm_export.passes.base import Change, Purpose, Setting, Training
+from ldm_export.passes.base import Change, PassContext, Purpose, Training
 from ldm_export.passes.imitation import parameters
+from ldm_export.reading.options import check_least
 
 ENCODER_BLOCKS = 1
-"""Of every resolution; the encoder runs once a picture, and only from image to image."""
+"""Blocks of the encoder at every resolution; it runs once a picture, and only from image to image."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DistillDecoder(Training):
         if not self.blocks or not all(type(count) is int and count >= 0 for count in self.blocks):
             raise InputError(f"blocks = {list(self.blocks)!r} must be whole numbers of at least 0, one a resolution.")
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         model, data = setting.model, setting.data
         teacher = model.load("vae")
         assert isinstance(teacher, Autoencoder)

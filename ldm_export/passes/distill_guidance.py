@@ -21,10 +21,10 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_one_of
-from ldm_export.passes.base import Change, Purpose, Setting, Training
+from ldm_export.passes.base import Change, PassContext, Purpose, Training
 from ldm_export.passes.teacher import Conditions, predict, predict_guided
 from ldm_export.plan.guidance import guidance_frequencies
+from ldm_export.reading.options import check_between, check_one_of
 
 EMBEDDING = 64
 """Width of the guidance embedding, where there is one."""
@@ -57,7 +57,7 @@ class DistillGuidance(Training):
             check_between("lowest", self.lowest, 1.0, self.highest)
             check_between("guidance", self.guidance, self.lowest, self.highest)
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         model, data = setting.model, setting.data
         if not data.empty:
             raise InputError(f"{self.name}: {model.name} is drawn without guidance; leave this pass out.")

@@ -27,16 +27,16 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_least, check_one_of
-from ldm_export.passes.base import Change, Purpose, Setting, Training
+from ldm_export.passes.base import Change, PassContext, Purpose, Training
 from ldm_export.passes.teacher import Conditions, predict
+from ldm_export.reading.options import check_least, check_one_of
 
 HIGHEST_WEIGHT = 100.0
-"""Of an error in x0, where next to no noise is left: 1 / sigma^2 has no bound."""
+"""Largest weight of an error in x0, where next to no noise is left: 1 / sigma^2 has no bound."""
 TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5
-"""Of the sampler ``lcm``."""
+"""Boundary scalings of the sampler ``lcm``: a factor of timesteps, and the deviation of the data."""
 HUBER = 0.00054
-"""Of the pseudo-Huber distance, times the root of the dimension (2310.14189, section 3.3)."""
+"""Constant of the pseudo-Huber distance, times the root of the dimension (2310.14189, section 3.3)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DistillSteps(Training):
                     f"start = {self.start} cannot be halved to {self.to} steps; use {self.to} times a power of 2."
                 )
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         model, data = setting.model, setting.data
         if data.empty and not model.drawing.folded:
             raise InputError(
@@ -96,7 +96,7 @@ class DistillSteps(Training):
         report = {"method": self.method, "steps": self.to, "loss": losses}
         return Change({"unet": unet}, drawing, None if scheduler == model.scheduler else scheduler, report)
 
-    def _consistency(self, setting: Setting, unet: UNet2DConditionModel) -> Change:
+    def _consistency(self, setting: PassContext, unet: UNet2DConditionModel) -> Change:
         model = setting.model
         scheduler = {
             **model.scheduler,
@@ -118,7 +118,7 @@ class DistillSteps(Training):
         return Change({"unet": unet}, drawing, scheduler, report)
 
     def _taught(
-        self, setting: Setting, name: str, objective: ProgressiveObjective | ConsistencyObjective, steps: int
+        self, setting: PassContext, name: str, objective: ProgressiveObjective | ConsistencyObjective, steps: int
     ) -> tuple[UNet2DConditionModel, float]:
         """The averaged student, and its loss at the end of training, on a batch of its own."""
 
@@ -147,7 +147,7 @@ class Levels:
 
 
 def _levels(scheduler: Mapping[str, Any], timesteps: int | Sequence[int]) -> Levels:
-    """Of DDIM with that many timesteps, or with these."""
+    """Noise levels of DDIM with that many timesteps, or with these."""
     alphas_cumprod = alphas_cumprod_from_config(scheduler)
     chosen = timesteps_from_config(scheduler, timesteps) if isinstance(timesteps, int) else list(timesteps)
     final = torch.ones(1) if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[:1]
@@ -226,7 +226,7 @@ class ConsistencyObjective(StepObjective):
         self.levels = levels
 
     def forward(self, latents: Tensor, noise: Tensor, index: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
-        """As :meth:`ProgressiveObjective.forward`."""
+        """Give the loss, of inputs as :meth:`ProgressiveObjective.forward` takes them."""
         levels = self.levels
         here = levels.timesteps[index], levels.alpha[index], levels.sigma[index]
         last = index + 1 == len(levels.timesteps)

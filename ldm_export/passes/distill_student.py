@@ -14,16 +14,16 @@ from ldm_reference.config import per_block
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_least
-from ldm_export.passes.base import Change, Purpose, Setting
+from ldm_export.passes.base import Change, PassContext, Purpose
 from ldm_export.passes.channels import Channels, nearest_share
-from ldm_export.passes.imitation import Imitating
+from ldm_export.passes.imitation import DistillationOptions
 from ldm_export.passes.importance import magnitude
 from ldm_export.passes.prune_channels import narrowed
+from ldm_export.reading.options import check_between, check_least
 
 
 @dataclass(frozen=True)
-class DistillStudent(Imitating):
+class DistillStudent(DistillationOptions):
     """Options.
 
     Attributes
@@ -45,7 +45,7 @@ class DistillStudent(Imitating):
         check_least("layers_per_block", self.layers_per_block, 1)
         check_between("width", self.width, 0.1, 1.0)
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         teacher = setting.model.load("unet")
         assert isinstance(teacher, UNet2DConditionModel)
         shorter = with_fewer_blocks(teacher, self.layers_per_block, middle_block=self.middle_block)
@@ -64,7 +64,7 @@ class DistillStudent(Imitating):
 
 
 def layers_of(unet: UNet2DConditionModel) -> tuple[int, ...]:
-    """On the way down, a level."""
+    """Layers of each down block, outermost first: (levels,)."""
     return per_block("layers_per_block", unet.config.layers_per_block, len(unet.config.block_out_channels))
 
 

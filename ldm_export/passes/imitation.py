@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.options import check_between, check_least
-from ldm_export.passes.base import Setting, Training
+from ldm_export.passes.base import PassContext, Training
 from ldm_export.passes.teacher import Conditions, TeacherData, predict
 from ldm_export.plan import compile_plan
+from ldm_export.reading.options import check_between, check_least
 
 FEW_STEPS = 10
 """A model that is drawn with fewer is asked at the timesteps of its sampler alone."""
@@ -38,7 +38,7 @@ MEASURED = 64
 
 
 @dataclass(frozen=True)
-class Smaller:
+class PrunedStudent:
     """A student as it was cut out of its teacher.
 
     Attributes
@@ -54,7 +54,7 @@ class Smaller:
 
 
 @dataclass(frozen=True)
-class Imitating(Training):
+class DistillationOptions(Training):
     """Options of every pass that makes a UNet smaller; with 0 ``updates`` it is left as it was cut.
 
     Attributes
@@ -75,7 +75,7 @@ class Imitating(Training):
         check_least("attention_weight", self.attention_weight, 0)
         check_between("temperature", self.temperature, 0.0, 100.0, inclusive=False)
 
-    def imitate(self, name: str, setting: Setting, smaller: Smaller) -> Mapping[str, Any]:
+    def imitate(self, name: str, setting: PassContext, smaller: PrunedStudent) -> Mapping[str, Any]:
         """Teach the student, in place; gives the report: sizes, floating-point operations, errors."""
         model, data = setting.model, setting.data
         student, teacher = smaller.student, smaller.teacher
@@ -136,13 +136,13 @@ def parameters(network: nn.Module) -> int:
 
 @torch.no_grad()
 def flops(unet: UNet2DConditionModel, latents: Tensor, noise: Tensor, timesteps: Tensor, **conditions: Tensor) -> int:
-    """Of one call for one picture, a multiplication and an addition counted as two, as torch counts them."""
+    """Floating-point operations of one call for one picture, a multiplication and an addition being two."""
     with FlopCounterMode(display=False) as counter:
         predict(unet, latents, timesteps, conditions)
     return int(counter.get_total_flops())
 
 
-class Taps:
+class FeatureHooks:
     """What some modules of a network gave in its last call, by name."""
 
     def __init__(self, network: nn.Module, names: list[str]):
@@ -164,15 +164,17 @@ class Taps:
 class Imitation(nn.Module):
     """The loss; ``student`` is trained, ``teacher`` is not."""
 
-    def __init__(self, smaller: Smaller, alphas_cumprod: Tensor, options: Imitating):
+    def __init__(self, smaller: PrunedStudent, alphas_cumprod: Tensor, options: DistillationOptions):
         super().__init__()
         self.student, self.teacher = smaller.student, smaller.teacher.requires_grad_(False)
         self.stages = smaller.stages if options.feature_weight else {}
         self.heads = smaller.heads if options.attention_weight else {}
         self.options = options
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
-        self._ours = Taps(self.student, [*self.stages, *_projections(self.heads)])
-        self._theirs = Taps(self.teacher, [*self.stages, *_projections(name for name, _ in self.heads.values())])
+        self._ours = FeatureHooks(self.student, [*self.stages, *_projections(self.heads)])
+        self._theirs = FeatureHooks(
+            self.teacher, [*self.stages, *_projections(name for name, _ in self.heads.values())]
+        )
 
     def train(self, mode: bool = True) -> Imitation:
         super().train(mode)

@@ -18,19 +18,19 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_one_of
-from ldm_export.passes.base import Change, Purpose, Setting
+from ldm_export.passes.base import Change, PassContext, Purpose
 from ldm_export.passes.channels import Channels, cut, nearest_share
-from ldm_export.passes.imitation import Imitating, Smaller, noisy_rows, timesteps_drawn
+from ldm_export.passes.imitation import DistillationOptions, PrunedStudent, noisy_rows, timesteps_drawn
 from ldm_export.passes.importance import Sums, magnitude, taylor
 from ldm_export.passes.teacher import Conditions
+from ldm_export.reading.options import check_between, check_one_of
 
 TIMESTEPS, ROWS = 16, 4
 """That the Taylor score is a sum over, and pictures at each."""
 
 
 @dataclass(frozen=True)
-class PruneChannels(Imitating):
+class PruneChannels(DistillationOptions):
     """Options.
 
     Attributes
@@ -50,7 +50,7 @@ class PruneChannels(Imitating):
         check_between("ratio", self.ratio, 0.0, 0.9)
         check_one_of("importance", self.importance, ("taylor", "magnitude"))
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         teacher = setting.model.load("unet")
         assert isinstance(teacher, UNet2DConditionModel)
         share = nearest_share(teacher.config, 1 - self.ratio)
@@ -74,7 +74,7 @@ class PruneChannels(Imitating):
         return Change({"unet": smaller.student}, report={"ratio": float(1 - share), "asked": self.ratio, **report})
 
 
-def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, share: Fraction) -> Smaller:
+def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, share: Fraction) -> PrunedStudent:
     """The UNet of the channels with the highest scores."""
     kept = channels.kept(scores, share)
     heads = {}
@@ -82,10 +82,10 @@ def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, sh
         each = channels.spaces[space].size // channels.spaces[space].blocks
         heads[attention] = attention, torch.unique(kept[space] // each)
     stages = {stage: kept[space] for stage, space in channels.streams.items()}
-    return Smaller(cut(teacher, kept, share), teacher, stages, heads)
+    return PrunedStudent(cut(teacher, kept, share), teacher, stages, heads)
 
 
-def _calls(setting: Setting, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor, Conditions]]:
+def _calls(setting: PassContext, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor, Conditions]]:
     """Noisy latents at timesteps spread over all that the model may be asked at."""
     alphas_cumprod = alphas_cumprod_from_config(setting.model.scheduler).float()
     timesteps = timesteps_drawn(setting.model)

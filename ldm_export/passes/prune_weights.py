@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from ldm_export.errors import InputError
-from ldm_export.options import check_between, check_one_of
-from ldm_export.passes.base import Change, Purpose, Setting
-from ldm_export.passes.imitation import Imitating, Smaller
+from ldm_export.passes.base import Change, PassContext, Purpose
+from ldm_export.passes.imitation import DistillationOptions, PrunedStudent
+from ldm_export.reading.options import check_between, check_one_of
 
 
 @dataclass(frozen=True)
-class PruneWeights(Imitating):
+class PruneWeights(DistillationOptions):
     """Options.
 
     Attributes
@@ -44,7 +44,7 @@ class PruneWeights(Imitating):
         check_one_of("pattern", self.pattern, ("unstructured", "2:4"))
         check_between("ratio", self.ratio, 0.0, 1.0, inclusive=False)
 
-    def apply(self, setting: Setting) -> Change:
+    def apply(self, setting: PassContext) -> Change:
         teacher, student = setting.model.load("unet"), setting.model.load("unet")
         assert isinstance(teacher, UNet2DConditionModel)
         assert isinstance(student, UNet2DConditionModel)
@@ -57,7 +57,7 @@ class PruneWeights(Imitating):
             weights = [(layer, "weight") for layer in layers.values()]
             prune.global_unstructured(weights, prune.L1Unstructured, amount=self.ratio)
         check_none_is_lost(layers, self.ratio)
-        report = self.imitate(self.name, setting, Smaller(student, teacher, {}, {}))
+        report = self.imitate(self.name, setting, PrunedStudent(student, teacher, {}, {}))
         for layer in layers.values():
             prune.remove(layer, "weight")
         zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())

@@ -23,7 +23,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_export.checkpoint import Autoencoder, Drawing, LatentDiffusion
+from ldm_export.checkpoint import Autoencoder, LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 
 Conditions = dict[str, Tensor]
@@ -59,7 +59,7 @@ class TeacherData:
 
 
 def autocast(mixed_precision: str) -> torch.autocast:
-    """On the processor, where the teacher draws; "no" computes in float32."""
+    """Mixed precision on the processor, where the teacher draws; "no" computes in float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     return torch.autocast("cpu", dtype, enabled=dtype is not None)
 
@@ -117,7 +117,7 @@ def draw_latents(
     model: LatentDiffusion,
     conditions: Conditions,
     empty: Conditions,
-    drawing: Drawing,
+    drawing: SamplingDefaults,
     count: int,
     seed: int,
     file: Path,
@@ -170,7 +170,7 @@ def _draw(
     unet: UNet2DConditionModel,
     rows: Conditions,
     empty: Conditions,
-    drawing: Drawing,
+    drawing: SamplingDefaults,
     seeds: Sequence[int],
     shape: tuple[int, ...],
 ) -> Tensor:

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.documents import MalformedError, parsed
 from ldm_export.errors import InputError
+from ldm_export.reading.documents import MalformedError, parsed
 
 FORMAT_VERSION = 1
 MAX_HISTORY = 5

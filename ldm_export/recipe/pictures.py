@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm_export.bench.painters import BundlePainter, Settings
-from ldm_export.bench.quality import Progress
 from ldm_export.bundle import Bundle
+from ldm_export.verify.image_generators import BundleImageGenerator, Settings
+from ldm_export.verify.quality import Progress
 
 GALLERY_SEED, REFERENCE_SEED = 10_000_000, 20_000_000
-"""Of the first picture of each set; what is judged is drawn with seeds from 0 on."""
+"""Seeds of the first picture of each set; what is judged is generated with seeds from 0 on."""
 PNG = "{number:05d}.png"
 MADE = "made.json"
 """Beside the pictures: what drew them, and how."""
@@ -27,7 +27,7 @@ def draw_gallery(
 ) -> tuple[Path, Path]:
     """Two folders of pictures with captions or classes, in the layout of training data: ``count`` each, of different
     conditions (as far as there are enough) and seeds. What the same bundle has drawn there is not drawn again."""
-    painter = BundlePainter(bundle)
+    image_generator = BundleImageGenerator(bundle)
     model = bundle.manifest.model
     settings = Settings(
         sampler=model["default_sampler"], steps=model["default_steps"], guidance=model["default_guidance"]
@@ -48,7 +48,7 @@ def draw_gallery(
             progress(f"teacher draws the {name}", start, count)
             numbers = range(start, min(start + settings.batch, count))
             chosen = [told[order[(skip + k) % len(told)]] if told else "" for k in numbers]
-            images = painter.draw(chosen, [first_seed + k for k in numbers], settings)
+            images = image_generator.draw(chosen, [first_seed + k for k in numbers], settings)
             for number, condition, image in zip(numbers, chosen, images, strict=True):
                 file = PNG.format(number=number)
                 Image.fromarray(image.squeeze()).save(path / file)

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.bench.latency import Latency, draw_with, time_in_turn
-from ldm_export.bench.metrics import psnr
-from ldm_export.bench.painters import BundlePainter, Settings
-from ldm_export.bench.quality import Progress, evaluate
-from ldm_export.bench.sides import bundle_bytes
 from ldm_export.bundle import Bundle
 from ldm_export.errors import InputError
-from ldm_export.judge import AlignmentJudge
 from ldm_export.passes.base import Purpose
 from ldm_export.recipe.settings import Budget
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.image_generators import BundleImageGenerator, Settings
+from ldm_export.verify.image_text_alignment import AlignmentJudge
+from ldm_export.verify.latency import Latency, draw_with, time_in_turn
+from ldm_export.verify.metrics import psnr
+from ldm_export.verify.quality import Progress, evaluate
 
 ROUNDS = 9
 FASTER = 0.98
@@ -97,7 +96,9 @@ class Judge:
             steps=model["default_steps"],
             guidance=model["default_guidance"],
         )
-        report = evaluate(BundlePainter(bundle), self.gallery, self.reference, settings, self.alignment, self.progress)
+        report = evaluate(
+            BundleImageGenerator(bundle), self.gallery, self.reference, settings, self.alignment, self.progress
+        )
         prompts = [str(prompt) for prompt in report.prompts]
         sides = {"this": bundle, **({} if beside is None else {"beside": beside})}
         reads_text = "text_encoder" in bundle.manifest.graphs
@@ -107,7 +108,7 @@ class Judge:
         )
         figures = {name: figure.value for name, figure in report.figures.items()}
         score = Score(
-            bytes=bundle_bytes(bundle),
+            bytes=bundle.size_bytes,
             latency=latencies["this"],
             sampler=settings.sampler,
             steps=settings.steps,

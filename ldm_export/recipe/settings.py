@@ -33,7 +33,6 @@ from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.quantize_weights import QuantizeWeights
-from ldm_export.options import check_between, check_least, check_one_of, options_from_table
 from ldm_export.passes.base import PRECISIONS, TorchPass
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
@@ -41,6 +40,7 @@ from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.distill_student import DistillStudent
 from ldm_export.passes.prune_channels import PruneChannels
 from ldm_export.passes.prune_weights import PruneWeights
+from ldm_export.reading.options import check_between, check_least, check_one_of, options_from_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,7 +57,7 @@ GRAPH_PASSES: Mapping[str, type[Any]] = {
     kind.name: kind for kind in (QuantizeStatic, QuantizeDynamic, QuantizeWeights, Half)
 }
 GRAPHS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
-BEFORE = (
+MUST_PRECEDE = (
     ("distill-guidance", "distill-steps"),
     *((name, "prune-weights") for name in ("distill-student", "prune-channels", "distill-guidance", "distill-steps")),
     *((name, "quantize-weights") for name in ("quantize-static", "quantize-dynamic")),
@@ -212,7 +212,7 @@ def _check_order(passes: Sequence[Any], target: str, where: str) -> None:
         raise InputError(
             f"{where}: {late} changes networks and stands behind a pass that changes graphs; put it first."
         )
-    for first, second in BEFORE:
+    for first, second in MUST_PRECEDE:
         if first in names and second in names and names.index(first) > names.index(second):
             raise InputError(f"{where}: {first} stands behind {second}; put it first.")
     for step in passes:

@@ -14,8 +14,9 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec
 from ldm_export.plan.guidance import guidance_embedding
-from ldm_export.runtime.backends import Array, Backend, Graph
+from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
+from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
 
 CACHED_PROMPTS = 256

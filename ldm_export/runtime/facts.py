@@ -40,10 +40,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import LARGEST_SIZE, is_loop
 from ldm_export.contract import GraphSpec, TensorSpec
-from ldm_export.documents import MalformedError
 from ldm_export.errors import BundleError
-from ldm_export.manifest import LARGEST_SIZE, is_loop
+from ldm_export.reading.documents import MalformedError
 
 if TYPE_CHECKING:
     from ldm_export.runtime.tokenizer import Tokenizer

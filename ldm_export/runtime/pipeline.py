@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.contract import takes_two_rows
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
-from ldm_export.manifest import is_loop
-from ldm_export.runtime.backends import ENGINES, Array, Backend, Graph, open_backend
+from ldm_export.runtime.backends import ENGINES, open_backend
+from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
 from ldm_export.runtime.facts import check_drawable, check_pictures
+from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.loop_inputs import check_results, loop_inputs
 from ldm_export.runtime.request import (
     DEFAULT_GUIDANCE,
     Options,
@@ -32,10 +36,9 @@ from ldm_export.runtime.request import (
     latents_image,
     picture_channels,
 )
-from ldm_export.runtime.results import Generation, Step, Timings
+from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import Run, Sampling
 from ldm_export.runtime.values import flag, shown, whole_number
-from ldm_export.runtime.whole import check_results, loop_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -245,7 +248,7 @@ class Pipeline:
     def _sample(self, request: Request, timings: Timings) -> Generator[Step, None, None]:
         if request.loop is not None:
             with self._interruptible():
-                step = self._at_once(request, request.loop, timings)
+                step = self._run_loop_graph(request, request.loop, timings)
             self._check_latents(step, request)
             yield step
             return
@@ -315,7 +318,7 @@ class Pipeline:
             + (f"{lower}." if request.guidance > max(own, 1.0) else _REMEDY)
         )
 
-    def _at_once(self, request: Request, plan: str, timings: Timings) -> Step:
+    def _run_loop_graph(self, request: Request, plan: str, timings: Timings) -> Step:
         """All of a drawing by the loop graph of a plan, in one call."""
         name = f"loops/{plan}"
         graphs = {*self.bundle.manifest.graphs, *self._backend.own_graphs}
@@ -340,8 +343,7 @@ class Pipeline:
 
     def _conditions(self, request: Request, unet: Graph) -> tuple[dict[str, Array], bool]:
         """The UNet's inputs beside latents and timestep, and whether each picture has two rows for guidance."""
-        names = {tensor.name for tensor in unet.spec.inputs}
-        guided = bool(request.prompts) and request.guidance > 1 and "timestep_cond" not in names
+        guided = takes_two_rows(unet.spec, self.bundle.manifest.model, request.guidance)
         conditions = fixed_inputs(
             unet.spec,
             request.batch * (1 + guided),
@@ -387,9 +389,7 @@ class Pipeline:
         check_pictures(sample.shape, latents.shape, factor, graph)
         if not np.isfinite(sample).all():
             raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {_REMEDY}")
-        pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
-        images: Array = pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
-        return images
+        return pixels_of(sample)
 
 
 def _since(started: float) -> float:

@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import LARGEST_SIZE
 from ldm_export.contract import TensorSpec
 from ldm_export.errors import BundleError, InputError
-from ldm_export.manifest import LARGEST_SIZE
 from ldm_export.plan import Plan, Trajectory
-from ldm_export.runtime.backends import Array
+from ldm_export.runtime.graph import Array
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
@@ -93,7 +93,7 @@ class Request:
         return len(self.seeds)
 
     def latents_shape(self, bundle: Bundle) -> tuple[int, int, int]:
-        """Of one picture: (C, h, w)."""
+        """Shape of one picture's latents: (C, h, w)."""
         facts = bundle.manifest.model
         factor = facts["pixels_per_latent"]
         return (facts["latent_channels"], self.height // factor, self.width // factor)
@@ -352,7 +352,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 def picture_channels(bundle: Bundle) -> int:
-    """Of the pictures that the model reads: 3, or 1 for grey ones."""
+    """Channels of the pictures that the model reads: 3, or 1 for grey ones."""
     return int(bundle.manifest.graphs["vae_encoder"].inputs[0].shape[1])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -81,3 +82,10 @@ class Generation:
     seeds: tuple[int, ...]
     timings: Timings
     backend: str
+
+
+def pixels_of(sample: Array) -> Array:
+    """Pictures (B, C, H, W) in [-1, 1], clipped to that, as uint8 (B, H, W, C), as diffusers rounds them."""
+    pixels = np.clip(sample / 2 + 0.5, 0.0, 1.0) * 255
+    images: Array = pixels.round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return images

@@ -12,17 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ldm_export.plan import Row, Stepper
-
-if TYPE_CHECKING:
-    from ldm_export.runtime.backends import Graph
-
-Array = npt.NDArray[Any]
+from ldm_export.runtime.graph import Array, Graph
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Run:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Of the UNet's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
+        """Shape of the UNet's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
         batch, *sizes = self.latents.shape
         return (batch * (1 if self.guidance is None else 2), *sizes)
 

@@ -31,8 +31,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from ldm_export.bundle import Bundle
-from ldm_export.documents import MalformedError, parsed, read_bytes, text_of
 from ldm_export.errors import BundleError, InputError, warn
+from ldm_export.reading.documents import MalformedError, parsed, read_bytes, text_of
 
 _END_OF_WORD = "</w>"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

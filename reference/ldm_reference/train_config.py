@@ -232,7 +232,7 @@ class TrainConfig:
 
     @property
     def channels(self) -> int:
-        """Of the pictures: 3, or 1 for grey ones."""
+        """Channels of the pictures: 3, or 1 for grey ones."""
         return int(self.vae.get("in_channels", 3))
 
     @property

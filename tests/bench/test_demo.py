@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from ldm_export.bench import demo, harness
 from ldm_export.bench.demo import run_demo
 from ldm_export.bench.harness import Document
-from ldm_export.bench.parity import psnr_db
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import main
 from ldm_export.errors import InputError
+from ldm_export.verify.metrics import psnr_db
 
 PROMPTS = ("red apple", "a <b>red</b> & blue")
 OPTIONS = replace(demo.OPTIONS, prompts=PROMPTS, batch=1, repeats=1)

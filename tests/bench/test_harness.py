@@ -13,12 +13,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from ldm_export.bench import harness, latency, process
+from ldm_export.bench import harness, process
 from ldm_export.bench.gates import Gate, gate_from_text, judge
-from ldm_export.bench.harness import Bench, Document, Options, read_document, results_by_side, write_document
-from ldm_export.bench.latency import stages, times_as_fast
-from ldm_export.bench.likeness import LARGEST, compare_pictures, drift, pictures_of
-from ldm_export.bench.painters import Sample
+from ldm_export.bench.harness import Bench, Document, Options, read_document, results_by_variant, write_document
+from ldm_export.bench.image_similarity import LARGEST, compare_pictures, drift, pictures_of
 from ldm_export.bench.report import page
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.checkpoint import LatentDiffusion
@@ -26,6 +24,9 @@ from ldm_export.errors import BackendError, BundleError, InputError
 from ldm_export.export.graphs import copy_files
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
+from ldm_export.verify import latency
+from ldm_export.verify.image_generators import Sample
+from ldm_export.verify.latency import stages, times_as_fast
 
 OPTIONS = Options(
     prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backends=("cpu",)
@@ -102,7 +103,7 @@ def test_a_disturbed_bundle_drifts_and_fails(document: Document) -> None:
     records = {record["graph"]: record["passed"] for record in document["results"]["parity of disturbed"]}
     assert records == {"text_encoder": True, "unet": False, "vae_decoder": True, "vae_encoder": True}
     gates = [Gate("drift", 1e-4), Gate("parity", 1.0)]
-    judged = judge(gates, results_by_side(document), document["baseline"])
+    judged = judge(gates, results_by_variant(document), document["baseline"])
     assert {(gate["key"], gate["side"]): gate["passed"] for gate in judged} == {
         ("drift", "tiny"): True,
         ("drift", "disturbed"): False,

@@ -16,7 +16,7 @@ from benchmarks import gpu
 from benchmarks.gpu import HALF, Kept, Row, bundle_of, engines_of, error_of, half_of, print_tables, rows_of, run
 from benchmarks.peers.peer import Setup
 from benchmarks.peers.run import OURS, REFERENCE
-from ldm_export.bench.likeness import LARGEST
+from ldm_export.bench.image_similarity import LARGEST
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bundle import Bundle
 from ldm_export.errors import BackendError, InputError

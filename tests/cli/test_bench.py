@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from ldm_export.bench import harness, latency
+from ldm_export.bench import harness
 from ldm_export.bench.harness import Bench, read_document
 from ldm_export.cli import main
+from ldm_export.verify import latency
 
 QUICK = ["--prompt", "a <b>red</b> circle", "--steps", "10", "--repeats", "1", "--warm-up", "0", "--backend", "cpu"]
 

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 import ldm_export.cli.options
+from ldm_export.bundle.atomic import remove_unfinished, write_whole
 from ldm_export.cli import interruption, main
 from ldm_export.cli.terminal import PlainConsole, printable
 from ldm_export.errors import BackendError, InputError
-from ldm_export.partial import remove_unfinished, write_whole
 
 PROGRAM = [sys.executable, "-c", "from ldm_export.cli import main; main(prog_name='ldm-export')"]
 CLI = Path(ldm_export.cli.options.__file__).parent
@@ -197,7 +197,7 @@ def test_what_is_unfinished_is_removed_before_an_end_by_force(tmp_path: Path, mo
     left = [tmp_path / ".a.partial-1-aa", tmp_path / ".b.partial-1-bb"]
     left[0].mkdir()
     left[1].write_bytes(b"half")
-    monkeypatch.setattr("ldm_export.partial._unfinished", {*left})
+    monkeypatch.setattr("ldm_export.bundle.atomic._unfinished", {*left})
     remove_unfinished()
     assert list(tmp_path.iterdir()) == []
 
@@ -209,8 +209,8 @@ import sys, time, hashlib
 from pathlib import Path
 import ldm_export.cli.doctor as doctor
 from ldm_export.cli import interruption, main
-from ldm_export.partial import partial_folder
-from ldm_export.runtime.backends import Backend
+from ldm_export.bundle.atomic import partial_folder
+from ldm_export.runtime.backends.base import Backend
 interruption.PATIENCE_S = 0.5
 class Fake(Backend):
     def interrupt(self):

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from ldm_export.bench.loop import add_loop
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.atomic import locked
 from ldm_export.export.ort_cpu import build_ort_cpu
-from ldm_export.partial import locked
+from ldm_export.verify.loops import add_loop
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "ldm_export" / "cpp"

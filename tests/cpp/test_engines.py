@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
-from ldm_export.manifest import MANIFEST
+from ldm_export.bundle.manifest import MANIFEST
+from ldm_export.bundle.targets.base import TARGET
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import cuda
-from ldm_export.target import TARGET
+from ldm_export.verify.metrics import psnr_db
+from tests.bundle.test_engines import DOES_NOT_FIT, KIND
+from tests.bundle.test_engines import bundle as one_engine  # a fixture
 from tests.cpp import test_build
 from tests.cpp.conftest import SOURCES, run
-from tests.test_engines import DOES_NOT_FIT, KIND
-from tests.test_engines import bundle as one_engine  # a fixture
 
 pytest.importorskip("cuda.bindings.runtime", reason="CUDA's bindings (extra rtx) are not installed")
 from tests.runtime.host_gpu import add_engines

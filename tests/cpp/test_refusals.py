@@ -13,9 +13,9 @@ from typing import Any
 import onnx
 import pytest
 
-from ldm_export.manifest import MANIFEST
-from tests.test_bundle import DEEP_LIES, LIES, make
-from tests.test_target import DOES_NOT_FIT
+from ldm_export.bundle.manifest import MANIFEST
+from tests.bundle.test_bundle import DEEP_LIES, LIES, make
+from tests.bundle.test_target import DOES_NOT_FIT
 
 STATUS_INPUT, STATUS_BUNDLE, STATUS_BACKEND = 1, 2, 3
 PROMPT = "a red circle"

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.errors import InputError
-from ldm_export.manifest import MANIFEST
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline, Tokenizer
 from tests.hostile.base import entry_of, sound

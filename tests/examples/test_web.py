@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_export.bench.loop import add_loop
-from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.chain import export_bundle
 from ldm_export.runtime import Generator, Pipeline, Tokenizer
+from ldm_export.verify.loops import add_loop
+from ldm_export.verify.metrics import psnr_db
 from tests.examples.chromium import Chromium
 
 pytestmark = pytest.mark.browser

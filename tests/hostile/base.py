@@ -209,7 +209,7 @@ def with_target(draft: Draft) -> None:
     """Add an ``ort-cpu`` target for this machine, whose graphs are the bundle's own."""
     import onnxruntime
 
-    from ldm_export.target import needs_of
+    from ldm_export.bundle.targets.base import needs_of
 
     graphs = {name: f"{name}.onnx" for name in SPECS}
     draft.target = {

@@ -13,9 +13,9 @@ import torch
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.export.accepted import open_tokenizer
-from ldm_export.passes.base import Setting
+from ldm_export.passes.base import PassContext
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions
 from tests.bundle_fixture import TEXT_UNET, perturb
 from tests.conftest import CAPTIONS
@@ -54,7 +54,7 @@ def model(write_small: Callable[..., LatentDiffusion], tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def folded(model: LatentDiffusion) -> LatentDiffusion:
     """The same, as if guidance were distilled into its UNet."""
-    return dataclasses.replace(model, drawn_with=Drawing("ddim", 8, GUIDANCE, folded=True))
+    return dataclasses.replace(model, drawn_with=SamplingDefaults("ddim", 8, GUIDANCE, folded=True))
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +72,11 @@ def data(told: tuple[Conditions, Conditions]) -> TeacherData:
 
 
 @pytest.fixture
-def setting(data: TeacherData, tmp_path: Path) -> Callable[..., Setting]:
+def setting(data: TeacherData, tmp_path: Path) -> Callable[..., PassContext]:
     """A function from a model to what a pass is given; its data, folder and progress may be others."""
 
-    def make(model: LatentDiffusion, **changes: Any) -> Setting:
-        plain = Setting(model, model, data, tmp_path / "work", lambda what, done, of: None)
+    def make(model: LatentDiffusion, **changes: Any) -> PassContext:
+        plain = PassContext(model, model, data, tmp_path / "work", lambda what, done, of: None)
         return dataclasses.replace(plain, **changes)
 
     return make

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Setting
+from ldm_export.passes.base import PassContext
 from ldm_export.passes.distill_decoder import DecoderObjective, DistillDecoder
 from ldm_export.passes.teacher import TeacherData
 
 SHORT = {"width": 8, "blocks": (1, 1), "batch_size": 8, "perceptual_weight": 0.0, "learning_rate": 5e-3}
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 
 
 @pytest.fixture(scope="module")

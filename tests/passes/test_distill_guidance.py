@@ -17,10 +17,10 @@ from ldm_reference.schedules import alphas_cumprod_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.passes import base
-from ldm_export.passes.base import Change, Setting
+from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.distill_guidance import (
     EMBEDDING,
     DistillGuidance,
@@ -33,7 +33,7 @@ from ldm_export.plan import guidance as plan_guidance
 from tests.bundle_fixture import KINDS
 
 SHORT = {"updates": 60, "batch_size": 16, "learning_rate": 5e-3, "ema_decay": 0.9}
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_fixed_student_draws_near_the_guided_teacher(
     assert error(student, batch, judged, 4.0) < 0.4 * error(unet, batch, judged, 4.0)
     assert error(student, batch, judged, 1.0) > error(student, batch, judged, 4.0)
     assert change.networks.keys() == {"unet"}
-    assert change.drawing == Drawing("ddim", 20, 4.0, folded=True)
+    assert change.drawing == SamplingDefaults("ddim", 20, 4.0, folded=True)
     assert change.scheduler is None
     assert change.report == {"calls_a_step": {"before": 2, "after": 1}}
     assert not student.training
@@ -192,7 +192,7 @@ def test_a_conditioned_student_draws_near_the_teacher_at_the_scale_that_it_is_to
         near = error(student, batch, judged, guidance)
         assert near < (0.7 if guidance == 3 else 0.3) * error(unet, batch, judged, guidance)
         assert near < 0.5 * error(student, batch, judged, guidance, scale=other)  # it listens to the scale
-    assert change.drawing == Drawing("ddim", 20, 5.0, folded=False)
+    assert change.drawing == SamplingDefaults("ddim", 20, 5.0, folded=False)
     assert student.time_embedding.cond_proj.weight.abs().max() > 0  # the scale is listened to
     save_component(student, tmp_path / "unet")
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
@@ -300,7 +300,7 @@ def test_wrong_options_are_one_sentence(case: str) -> None:
 # --- models that cannot be taught -------------------------------------------------------------------------------------
 
 
-def refusal(setting: Setting) -> str:
+def refusal(setting: PassContext) -> str:
     with pytest.raises(InputError) as refused:
         DistillGuidance(updates=1).apply(setting)
     assert not setting.folder.exists()

@@ -14,11 +14,11 @@ from ldm_reference.samplers import PREDICTIONS
 from ldm_reference.schedules import alphas_cumprod_from_config
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.passes import distill_steps
-from ldm_export.passes.base import Setting
+from ldm_export.passes.base import PassContext
 from ldm_export.passes.distill_steps import ConsistencyObjective, DistillSteps, ProgressiveObjective, _levels
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.runtime import Pipeline
@@ -38,7 +38,7 @@ SCHEDULER = {
 }
 SHAPE = (4, 3, 3)
 METHODS: dict[str, Any] = {"progressive": diffusers.DDIMScheduler, "consistency": diffusers.LCMScheduler}
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 
 
 def randn(count: int, seed: int) -> Tensor:
@@ -164,7 +164,7 @@ def test_a_student_of_few_steps_arrives_nearer_to_the_teacher_of_many(
     untaught = (drawn(folded.load("unet"), folded, data, to) - goal).square().mean().item()
     taught = (drawn(change.networks["unet"], folded, data, to) - goal).square().mean().item()
     assert taught < 0.5 * untaught
-    assert change.drawing == Drawing("ddim", to, 4.0, folded=True)
+    assert change.drawing == SamplingDefaults("ddim", to, 4.0, folded=True)
     assert change.report["steps"] == to
     assert list(change.report["loss"]) == [2, 1][: 3 - to]
 
@@ -283,7 +283,7 @@ def test_a_consistency_model_is_drawn_as_by_diffusers(
 ) -> None:
     step = DistillSteps(method="consistency", start=20, to=4, updates=3, batch_size=8)
     change = step.apply(setting(folded))
-    assert change.drawing == Drawing("lcm", 4, 4.0, folded=True)
+    assert change.drawing == SamplingDefaults("lcm", 4, 4.0, folded=True)
     assert change.report["loss"] > 0
     assert change.scheduler is not None
     changed = folded.save_changed(tmp_path / "few", change.networks, change.scheduler, change.drawing, [])
@@ -339,7 +339,9 @@ def test_a_model_that_is_drawn_with_guidance(setting: MakeSetting, model: Latent
 
 def test_a_consistency_model_is_not_halved(setting: MakeSetting, tiny_checkpoint: Path, tmp_path: Path) -> None:
     KINDS["lcm"](tmp_path / "lcm", tiny_checkpoint)
-    model = dataclasses.replace(LatentDiffusion.open(tmp_path / "lcm"), drawn_with=Drawing("lcm", 4, 4.0, folded=True))
+    model = dataclasses.replace(
+        LatentDiffusion.open(tmp_path / "lcm"), drawn_with=SamplingDefaults("lcm", 4, 4.0, folded=True)
+    )
     with pytest.raises(InputError, match=r"lcm is a consistency model already; leave this pass out\.$"):
         DistillSteps(start=8, updates=1).apply(setting(model))
 

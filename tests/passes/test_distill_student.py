@@ -14,10 +14,10 @@ from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Setting
+from ldm_export.passes.base import PassContext
 from ldm_export.passes.channels import Channels
 from ldm_export.passes.distill_student import DistillStudent, with_fewer_blocks
-from ldm_export.passes.imitation import Smaller
+from ldm_export.passes.imitation import PrunedStudent
 from ldm_export.passes.importance import magnitude
 from tests.passes.unets import (
     KINDS,
@@ -33,7 +33,7 @@ from tests.passes.unets import (
     random_unet,
 )
 
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 SHORT = {"updates": 25, "batch_size": 12, "learning_rate": 3e-3, "ema_decay": 0.7}
 GONE = ("down_blocks.0.{}.1", "down_blocks.1.{}.1", "up_blocks.0.{}.1", "up_blocks.1.{}.1")
 MOVED = {"up_blocks.0.{}.2": "up_blocks.0.{}.1", "up_blocks.1.{}.2": "up_blocks.1.{}.1"}
@@ -108,9 +108,9 @@ def test_where_layers_on_the_way_up_come_from(kind: str, layers: int, after: Any
 
 
 @pytest.fixture
-def imitated(monkeypatch: pytest.MonkeyPatch) -> list[Smaller]:
+def imitated(monkeypatch: pytest.MonkeyPatch) -> list[PrunedStudent]:
     """What is handed over to be taught."""
-    seen: list[Smaller] = []
+    seen: list[PrunedStudent] = []
     imitate = DistillStudent.imitate
     monkeypatch.setattr(
         DistillStudent,
@@ -121,7 +121,7 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> list[Smaller]:
 
 
 def test_stages_and_heads_are_held_against_those_that_they_come_from(
-    setting: MakeSetting, layered: LatentDiffusion, teacher: UNet2DConditionModel, imitated: list[Smaller]
+    setting: MakeSetting, layered: LatentDiffusion, teacher: UNet2DConditionModel, imitated: list[PrunedStudent]
 ) -> None:
     DistillStudent(updates=0, middle_block=False, width=0.5).apply(setting(layered))
     (smaller,) = imitated
@@ -165,7 +165,7 @@ def test_a_narrower_student_keeps_the_largest_weights(
 
 
 def test_updates_bring_the_student_nearer(
-    setting: MakeSetting, layered: LatentDiffusion, errors: Errors, imitated: list[Smaller]
+    setting: MakeSetting, layered: LatentDiffusion, errors: Errors, imitated: list[PrunedStudent]
 ) -> None:
     bare = DistillStudent(updates=0, middle_block=False).apply(setting(layered)).networks["unet"]
     change = DistillStudent(middle_block=False, **SHORT).apply(setting(layered))  # type: ignore[arg-type]

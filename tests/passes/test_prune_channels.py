@@ -15,18 +15,25 @@ from ldm_reference.schedules import alphas_cumprod_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.passes import prune_channels
-from ldm_export.passes.base import Change, Setting
+from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.channels import Channels
-from ldm_export.passes.imitation import MEASURED, Imitating, Imitation, Smaller, noisy_rows, timesteps_drawn
+from ldm_export.passes.imitation import (
+    MEASURED,
+    DistillationOptions,
+    Imitation,
+    PrunedStudent,
+    noisy_rows,
+    timesteps_drawn,
+)
 from ldm_export.passes.importance import magnitude
 from ldm_export.passes.prune_channels import PruneChannels, narrowed
 from ldm_export.passes.teacher import TeacherData
 from tests.passes.unets import Errors, diffusers_sizes, diffusers_unet, hooks_of, randn, write_model
 
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 SHORT = {"updates": 25, "batch_size": 12, "learning_rate": 4e-3, "ema_decay": 0.7}
 PLACE = "attentions.{}.transformer_blocks.0.attn2"
 
@@ -35,7 +42,7 @@ PLACE = "attentions.{}.transformer_blocks.0.attn2"
 def bare(layered: LatentDiffusion, data: TeacherData, tmp_path_factory: pytest.TempPathFactory) -> Change:
     """Half of the channels cut, nothing learned."""
     folder = tmp_path_factory.mktemp("bare")
-    setting = Setting(layered, layered, data, folder / "work", lambda what, done, of: None)
+    setting = PassContext(layered, layered, data, folder / "work", lambda what, done, of: None)
     change = PruneChannels(ratio=0.5, updates=0).apply(setting)
     assert not setting.folder.exists()
     return change
@@ -44,8 +51,8 @@ def bare(layered: LatentDiffusion, data: TeacherData, tmp_path_factory: pytest.T
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def imitation(smaller: Smaller, model: LatentDiffusion, **options: float) -> Imitation:
-    return Imitation(smaller, alphas_cumprod_from_config(model.scheduler).float(), Imitating(**options))  # type: ignore[arg-type]
+def imitation(smaller: PrunedStudent, model: LatentDiffusion, **options: float) -> Imitation:
+    return Imitation(smaller, alphas_cumprod_from_config(model.scheduler).float(), DistillationOptions(**options))  # type: ignore[arg-type]
 
 
 def rows(data: TeacherData, count: int = 6) -> dict[str, Tensor]:
@@ -161,8 +168,10 @@ def test_a_term_without_weight_is_not_computed(
 # --- what is taught ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drawing", [Drawing("ddim", 20), Drawing("lcm", 4), Drawing("ddim", 5)], ids=str)
-def test_timesteps_are_those_of_the_sampler(layered: LatentDiffusion, drawing: Drawing) -> None:
+@pytest.mark.parametrize(
+    "drawing", [SamplingDefaults("ddim", 20), SamplingDefaults("lcm", 4), SamplingDefaults("ddim", 5)], ids=str
+)
+def test_timesteps_are_those_of_the_sampler(layered: LatentDiffusion, drawing: SamplingDefaults) -> None:
     found = timesteps_drawn(dataclasses.replace(layered, drawn_with=drawing))
     assert found.dtype == torch.int64
     if drawing.steps == 20:

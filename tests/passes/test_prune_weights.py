@@ -18,12 +18,12 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import unet_spec
 from ldm_export.errors import InputError
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs
-from ldm_export.passes.base import Change, Setting
+from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.prune_weights import PruneWeights, two_of_four
 from ldm_export.passes.teacher import TeacherData
 from tests.passes.unets import Errors, diffusers_unet, hooks_of, randn, write_model
 
-MakeSetting = Callable[..., Setting]
+MakeSetting = Callable[..., PassContext]
 SHORT = {"updates": 25, "batch_size": 12, "learning_rate": 2e-3, "ema_decay": 0.7}
 PATTERNS = ("unstructured", "2:4")
 RATIO = 0.6
@@ -53,7 +53,7 @@ def zipped_bytes(network: Any, folder: Path) -> int:
 
 def apply(model: LatentDiffusion, data: TeacherData, folder: Path, **options: Any) -> Change:
     nothing: Callable[[str, int, int], None] = lambda what, done, of: None  # noqa: E731
-    return PruneWeights(**options).apply(Setting(model, model, data, folder, nothing))
+    return PruneWeights(**options).apply(PassContext(model, model, data, folder, nothing))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_export.checkpoint import Drawing, LatentDiffusion
+from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.export.accepted import open_tokenizer
 from ldm_export.passes import teacher
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", 
 TOLERANCE = 2e-5
 """Allowed max |ours - theirs| / max |theirs|."""
 STEPS, GUIDANCE, SEED = 5, 4.0, 3
-DRAWING = Drawing("ddim", STEPS, GUIDANCE)
+DRAWING = SamplingDefaults("ddim", STEPS, GUIDANCE)
 TINY_WIDTHS = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
 Told = tuple[Conditions, Conditions]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from ldm_export import checkpoint as checkpoints
-from ldm_export.bench.latency import Latency
 from ldm_export.checkpoint import PASSES, LatentDiffusion
+from ldm_export.checkpoint import folder as checkpoints
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
-from ldm_export.recipe import run as recipe_run
+from ldm_export.recipe import change as recipe_change
 from ldm_export.recipe import run_recipe, score
+from ldm_export.verify.latency import Latency
 from tests.recipe.conftest import Make
 from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
 
@@ -43,7 +43,7 @@ def ship(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let these be the shipped checkpoints."""
 
     def shipped(**folders: Path) -> None:
-        for module in (checkpoints, recipe_run):
+        for module in (checkpoints, recipe_change):
             monkeypatch.setattr(module, "shipped_checkpoints", lambda: folders)
 
     return shipped

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_export.bench.calibration import (
+from ldm_export.bundle import Bundle
+from ldm_export.contract import check_inputs
+from ldm_export.recipe.pictures import GALLERY_SEED, REFERENCE_SEED, draw_gallery
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.backends import open_backend
+from ldm_export.verify.calibration import (
     CALIBRATION_PICTURES,
     RecordingBackend,
     calibration_calls,
     calibration_conditions,
 )
-from ldm_export.bundle import Bundle
-from ldm_export.contract import check_inputs
-from ldm_export.judge import open_pictures
-from ldm_export.recipe.pictures import GALLERY_SEED, REFERENCE_SEED, draw_gallery
-from ldm_export.runtime import Pipeline
-from ldm_export.runtime.backends import open_backend
+from ldm_export.verify.image_text_alignment import open_pictures
 from tests.bundle_fixture import CLASSES
 from tests.recipe.tiny import PROMPTS, files_of
 

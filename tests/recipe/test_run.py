@@ -14,20 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_export import checkpoint as checkpoints
-from ldm_export.bench.metrics import frechet_distance
-from ldm_export.bench.painters import BundlePainter
-from ldm_export.bench.quality import evaluate
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint import folder as checkpoints
 from ldm_export.errors import InputError
 from ldm_export.graph.quantize_weights import QuantizeWeights
-from ldm_export.judge import features_of, open_pictures
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.recipe import run_recipe, score
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.image_generators import BundleImageGenerator
+from ldm_export.verify.image_text_alignment import features_of, open_pictures
+from ldm_export.verify.metrics import frechet_distance
+from ldm_export.verify.quality import evaluate
 from tests.recipe.conftest import Make
 from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
 from tests.training import write_pictures
@@ -104,7 +104,7 @@ def test_scores_follow_the_stages(whole: tuple[Path, list[dict[str, Any]]]) -> N
     """Each stage is measured on its own bundle, and timed against the stage before."""
     folder, records = whole
     stages = [Bundle.open(path / "bundle") for path in sorted((folder / "work").glob("0*"))]
-    assert [record["score"]["bytes"] for record in records] == [score.bundle_bytes(stage) for stage in stages]
+    assert [record["score"]["bytes"] for record in records] == [stage.size_bytes for stage in stages]
     totals = [record["score"]["latency"]["total_ms"] for record in records]
     for number, record in enumerate(records[1:], 1):
         assert record["faster"] == pytest.approx(totals[number - 1] / totals[number])
@@ -181,9 +181,9 @@ def test_a_whole_recipe_with_the_real_judge(tiny_checkpoint: Path, begun: Path, 
     drawn = np.load(tmp_path / "work" / "00-teacher" / "pictures.npy")
     distance = frechet_distance(features_of(drawn), reference)
     assert teacher["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
-    painter = BundlePainter(bundle, "cpu")
-    settings = replace(painter.defaults, prompts=recipe.budget.pictures)
-    images = evaluate(painter, *folders, settings, None, lambda what, done, of: None).images
+    image_generator = BundleImageGenerator(bundle, "cpu")
+    settings = replace(image_generator.defaults, prompts=recipe.budget.pictures)
+    images = evaluate(image_generator, *folders, settings, None, lambda what, done, of: None).images
     distance = frechet_distance(features_of(images), reference)
     assert quantized["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
     assert all(record["score"]["latency"]["unet_ms"] > 0 for record in records)

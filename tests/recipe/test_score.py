@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_export.bench.latency import Latency
 from ldm_export.bundle import Bundle
 from ldm_export.errors import InputError
-from ldm_export.recipe.score import FASTER, Judge, Score, bundle_bytes, verdict
+from ldm_export.recipe.score import FASTER, Judge, Score, verdict
 from ldm_export.recipe.settings import Budget
+from ldm_export.verify.latency import Latency
 from tests.recipe.tiny import cost_of
 from tests.training import write_pictures
 
@@ -136,7 +136,7 @@ def test_a_bundle_is_scored(tiny_bundle: Path, data: Path, cheap_judge: None) ->
     assert score.psnr_to_teacher_db is None
     assert (score.sampler, score.steps, score.guidance) == ("ddim", 20, 4.0)
     listed = sum(file.stat().st_size for file in tiny_bundle.rglob("*") if file.is_file())
-    assert score.bytes == bundle_bytes(bundle) == listed - (tiny_bundle / "manifest.json").stat().st_size
+    assert score.bytes == bundle.size_bytes == listed - (tiny_bundle / "manifest.json").stat().st_size
     assert score.latency == cost_of(bundle)
     assert score.frechet_distance > 0
     assert 0 <= score.retrieval_at_1 <= score.retrieval_at_5 <= 1

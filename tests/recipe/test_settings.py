@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ldm_export.errors import InputError
-from ldm_export.options import KINDS
+from ldm_export.reading.options import KINDS
 from ldm_export.recipe import Recipe, read_recipe
 from ldm_export.recipe.settings import GRAPH_PASSES, TORCH_PASSES, Budget, Teacher, shipped_recipes
 from tests.recipe.tiny import PROMPTS, write_recipe

@@ -13,14 +13,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from ldm_export.bench import quality
-from ldm_export.bench.latency import Latency
 from ldm_export.bundle import Bundle
 from ldm_export.errors import ExportError
 from ldm_export.graph.base import GraphChange, Inputs, Purpose
 from ldm_export.graph.integers import array
 from ldm_export.recipe import Recipe, read_recipe, score
 from ldm_export.runtime import Pipeline
+from ldm_export.verify import quality
+from ldm_export.verify.latency import Latency
 
 PROMPTS = tuple(f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "line"))
 LOOSE = "frechet_ratio = 1e6\nretrieval_drop = 1.0"

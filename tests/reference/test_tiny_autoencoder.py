@@ -19,11 +19,11 @@ from ldm_reference.tokenizer import save_tokenizer, train_tokenizer
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_export.bench.parity import psnr_db
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import CheckpointError
 from ldm_export.export.chain import export_bundle
 from ldm_export.runtime import Pipeline
+from ldm_export.verify.metrics import psnr_db
 from tests.conftest import CAPTIONS, TOKENS, perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")

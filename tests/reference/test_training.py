@@ -25,7 +25,8 @@ from ldm_reference.train import train
 from ldm_reference.train_config import TrainConfig
 from torch import Tensor
 
-from ldm_export.checkpoint import LatentDiffusion, train_checkpoint
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.training import train_checkpoint
 from ldm_export.errors import InputError
 from tests.tiny_recipe import CONFIG
 from tests.training import TEXT_STAGE, Losses, config_from, edited, weights

@@ -23,12 +23,12 @@ import pytest
 from cuda.bindings import runtime as real
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import folder_of
+from ldm_export.bundle.targets.engines import Engine, EngineTarget, ShapeRange, engine_kind, write_engine_target
 from ldm_export.contract import STEP, TensorSpec, step_spec
-from ldm_export.engines import Engine, EngineTarget, ShapeRange, engine_kind, write_engine_target
 from ldm_export.export.step import step_model
 from ldm_export.runtime.backends import cuda, tensorrt
 from ldm_export.runtime.backends.engine import Library
-from ldm_export.target import folder_of
 
 OK, BAD_VALUE = real.cudaError_t.cudaSuccess, real.cudaError_t.cudaErrorInvalidValue
 CAPABILITY, VERSION = "8.9", "1.0"

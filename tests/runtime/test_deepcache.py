@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.targets.base import ORT_CPU, folder_of
 from ldm_export.errors import InputError
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime import Pipeline
-from ldm_export.target import ORT_CPU, folder_of
 from tests.runtime.test_pipeline import LATENT_TOLERANCE, PROMPTS, SEEDS, judged, opened
 from tests.scheduler_configs import relative_error
 

@@ -15,7 +15,7 @@ from ldm_export.contract import (
     vae_decoder_spec,
     vae_encoder_spec,
 )
-from ldm_export.documents import MalformedError
+from ldm_export.reading.documents import MalformedError
 from ldm_export.runtime.facts import check_graphs
 
 UNET: dict[str, Any] = {

@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_export.bench.loop import add_loop
-from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.backends import Backend, cuda, engine, open_backend
-from ldm_export.runtime.backends.remembered import cache_folder
+from ldm_export.runtime.backends import cuda, engine, open_backend
+from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
+from ldm_export.runtime.backends.user_cache import cache_folder
+from ldm_export.verify.loops import add_loop
+from ldm_export.verify.metrics import psnr_db
 from tests.arrays import arrays
 from tests.scheduler_configs import relative_error
 

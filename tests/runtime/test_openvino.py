@@ -16,13 +16,13 @@ import numpy as np
 import onnx
 import pytest
 
-from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
 from ldm_export.errors import BackendError, BundleError, InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.backends import openvino as backend_module
 from ldm_export.runtime.backends.openvino import OpenVinoBackend, OpenVinoGraph
+from ldm_export.verify.metrics import psnr_db
 from tests.arrays import arrays
 from tests.hostile.base import entry_of
 from tests.scheduler_configs import relative_error

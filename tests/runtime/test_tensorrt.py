@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_export.bench.loop import add_loop
-from ldm_export.bench.parity import psnr_db
 from ldm_export.bundle import Bundle
-from ldm_export.engines import ShapeRange
+from ldm_export.bundle.targets.base import TARGET
+from ldm_export.bundle.targets.engines import ShapeRange
 from ldm_export.errors import BackendError, BundleError, CancelledError, InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import cuda, engine, open_backend
 from ldm_export.runtime.backends.engine import check_profile, check_validity, open_library
 from ldm_export.runtime.backends.tensorrt import build_command, fitting_target
-from ldm_export.target import TARGET
+from ldm_export.verify.loops import add_loop
+from ldm_export.verify.metrics import psnr_db
 from tests.scheduler_configs import relative_error
 
 pytest.importorskip("cuda.bindings.runtime", reason="CUDA's bindings (extra rtx) are not installed")

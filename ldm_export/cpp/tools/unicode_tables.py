@@ -41,7 +41,7 @@ def word_characters() -> Iterator[int]:
 
 
 def combining_class(c: int) -> int:
-    """By which marks a character changes places with: those of a higher class before it, of a lower one after it."""
+    """Class by which marks change places: one of a higher class moves behind one of a lower."""
     mark = chr(c)
     above = [k for k, other in MARKS.items() if nfd(chr(other) + mark) != chr(other) + mark]
     below = [k for k, other in MARKS.items() if nfd(mark + chr(other)) != mark + chr(other)]

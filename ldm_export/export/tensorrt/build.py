@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bundle import Bundle, export_error
-from ldm_export.contract import STEP, GraphSpec, TensorSpec
-from ldm_export.engines import (
+from ldm_export.bundle.atomic import move_into_place, partial_folder
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.targets.base import damage, folder_of, strays
+from ldm_export.bundle.targets.engines import (
     FLAVOURS,
     Engine,
     EngineTarget,
@@ -28,15 +30,13 @@ from ldm_export.engines import (
     read_engine_target,
     write_engine_target,
 )
+from ldm_export.contract import STEP, GraphSpec, TensorSpec
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_of
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
 from ldm_export.export.tensorrt.sources import PRECISIONS, Source, converted, onnx_of, parts_of, source_of
-from ldm_export.manifest import is_loop
-from ldm_export.options import check_one_of
-from ldm_export.partial import move_into_place, partial_folder
-from ldm_export.target import damage, folder_of, strays
+from ldm_export.reading.options import check_one_of
 
 DEFAULT_BATCH = Range(1, 1, 4)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm_export.contract import GraphSpec
-from ldm_export.engines import ShapeRange
+from ldm_export.bundle.targets.engines import ShapeRange
+from ldm_export.contract import GraphSpec, takes_two_rows
 from ldm_export.errors import InputError
 
 GUIDED = ("unet", "text_encoder", "text_encoder_2")
@@ -62,7 +62,7 @@ def profile_of(
     batch, pixels : pictures at a time, and their height and width
     """
     per_latent = facts["pixels_per_latent"]
-    rows = Range(batch.min, 2 * batch.opt, 2 * batch.max) if is_guided(graphs, facts) else batch
+    rows = Range(batch.min, 2 * batch.opt, 2 * batch.max) if takes_two_rows(graphs["unet"], facts) else batch
     count = rows if graph.name in GUIDED else batch
     images = (pixels.min, pixels.opt, pixels.max)
     latents = tuple(size // per_latent for size in images)
@@ -83,9 +83,3 @@ def profile_of(
         for tensor in graph.inputs
         if any(isinstance(size, str) for size in tensor.shape)
     }
-
-
-def is_guided(graphs: Mapping[str, GraphSpec], facts: Mapping[str, Any]) -> bool:
-    """Whether a model's UNet is called with and without the prompt."""
-    told = {tensor.name for tensor in graphs["unet"].inputs}
-    return "encoder_hidden_states" in told and "timestep_cond" not in told and not facts.get("guidance_folded")

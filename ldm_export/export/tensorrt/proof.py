@@ -19,25 +19,25 @@ import onnx_ir
 import torch
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.parity import PICTURE_TOLERANCE, STEP_TOLERANCE, TOLERANCE, largest_error, least_snr
 from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec
 from ldm_export.errors import ParityError
-from ldm_export.export.parity import TOLERANCE, graph_session, largest_error, least_snr
+from ldm_export.export.parity import graph_session
 from ldm_export.export.tensorrt.calls import drawn, example_calls
 from ldm_export.graph.base import Array, Inputs
 from ldm_export.graph.weights import least_snr_db
 from ldm_export.passes.distill_guidance import guidance_embedding
 from ldm_export.plan import Plan, Stepper
+from ldm_export.runtime.results import pixels_of
 
 COMPARED = {"batch": 3, "height": 21, "width": 15}
 """Sizes of a graph's inputs, in latents: odd, so that halvings round."""
 LOOP_SIZES = {"batch": 2, "height": 16, "width": 8}
 GUIDANCE = 4.0
-LOOP_TOLERANCES = {"images": 2 / 255, "latents": TOLERANCE}
-"""Of pictures a value that is rounded the other way, and one to spare."""
-STEP_TOLERANCE = 1e-5
-"""Of ``step``: float32 sums of some ten terms."""
+LOOP_TOLERANCES = {"images": PICTURE_TOLERANCE, "latents": TOLERANCE}
 Comparison = dict[str, Any]
-"""Which ``graph`` was held ``against`` what, its ``error`` as a share of the largest value, and what is ``allowed``."""
+"""Record of a comparison: the ``graph``, ``against`` what, its ``error`` as a share of the largest value, what is
+``allowed``."""
 
 
 def recorded(bundle: Bundle, graph: str) -> Comparison:
@@ -146,8 +146,8 @@ def _called_one_by_one(made: Bundle, plan: Plan, given: Inputs) -> list[Array]:
         stepper.advance(out, lambda: next(noise))
     del unet
     unscaled = latents / np.float32(made.manifest.model["scaling_factor"])
-    pictures = run("vae_decoder", "sample", latent_sample=unscaled).transpose(0, 2, 3, 1)
-    return [np.round(np.clip(pictures / 2 + 0.5, 0, 1) * 255), latents]
+    pictures = pixels_of(run("vae_decoder", "sample", latent_sample=unscaled))
+    return [pictures.astype(np.float32), latents]
 
 
 def _stepped(given: Mapping[str, Array]) -> list[Array]:

@@ -19,16 +19,22 @@ import numpy as np
 import onnx_ir
 
 from ldm_export.bundle import Bundle, export_error
-from ldm_export.engines import Engine, EngineTarget, engine_targets, read_engine_target, write_engine_target
+from ldm_export.bundle.atomic import move_into_place, partial_folder
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.targets.base import folder_of
+from ldm_export.bundle.targets.engines import (
+    Engine,
+    EngineTarget,
+    engine_targets,
+    read_engine_target,
+    write_engine_target,
+)
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.tensorrt.build import Progress, bytes_of
 from ldm_export.export.tensorrt.library import library_of
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.sources import Source, converted, onnx_of, parts_of, source_of
 from ldm_export.graph.files import load
-from ldm_export.manifest import is_loop
-from ldm_export.partial import move_into_place, partial_folder
-from ldm_export.target import folder_of
 
 WEIGHTS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
 """Types of what may differ; of others, such as int64, are shapes and axes, which the engine was built for."""

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
 from ldm_export.contract import STEP, GraphSpec, step_spec
 from ldm_export.errors import BundleError, InputError
 from ldm_export.export.chain import tolerances
@@ -26,7 +27,6 @@ from ldm_export.graph.files import load, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.graph.weights import check_weights
-from ldm_export.manifest import is_loop
 from ldm_export.plan import Plan
 
 PRECISIONS: dict[str, GraphPass | None] = {"fp32": None, "fp16": Half(), "int8": QuantizeWeights()}
@@ -43,7 +43,7 @@ class Source:
 
 
 def source_of(bundle: Bundle, name: str) -> Source:
-    """Of one of a bundle's graphs, of ``step``, or of ``loops/<plan>``.
+    """What an engine is built from, by the name of a bundle's graph, ``step``, or ``loops/<plan>``.
 
     Raises
     ------

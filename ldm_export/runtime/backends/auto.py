@@ -16,27 +16,27 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import TensorSpec
-from ldm_export.documents import read_json
-from ldm_export.engines import FLAVOURS, engine_targets
+from ldm_export.bundle.atomic import write_whole
+from ldm_export.bundle.targets.cpu_level import cpu_level
+from ldm_export.bundle.targets.engines import FLAVOURS, engine_targets
+from ldm_export.contract import TensorSpec, takes_two_rows
 from ldm_export.errors import BackendError, LdmExportError, warn
-from ldm_export.partial import write_whole
-from ldm_export.runtime.backends import Array, Backend, allowed_threads
+from ldm_export.reading.documents import read_json
+from ldm_export.runtime.backends.base import Backend, allowed_threads
 from ldm_export.runtime.backends.cuda import driver_is_there
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ldm_export.runtime.backends.openvino import OpenVinoBackend
-from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.tensorrt import TensorRtBackend
+from ldm_export.runtime.backends.user_cache import cache_folder
+from ldm_export.runtime.graph import Array
 
 SETTLE_S = 0.1
 """Between sides that are timed in turn: threads of one that still wait, spinning, for work would slow the other."""
@@ -147,10 +147,9 @@ def time_calls(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
 def _unet_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
     """A call of the UNet with noise, for one picture of the model's own size, in two rows where guidance needs them."""
     model, unet = bundle.manifest.model, backend.load("unet")
-    names = {tensor.name for tensor in unet.spec.inputs}
     text = bundle.manifest.graphs.get("text_encoder")
     sizes = {
-        "batch": 1 + ("encoder_hidden_states" in names and "timestep_cond" not in names),
+        "batch": 1 + takes_two_rows(unet.spec, model),
         "height": model["height"] // model["pixels_per_latent"],
         "width": model["width"] // model["pixels_per_latent"],
         "tokens": text.inputs[0].shape[-1] if text else CLIP_TOKENS,
@@ -172,17 +171,9 @@ def _unet_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
 def _cache_file(bundle: Bundle, runs_on: list[object]) -> Path | None:
     """Where the times are remembered; None where there is no home."""
     unet = bundle.manifest.files[bundle.manifest.graphs["unet"].path].sha256
-    digest = hashlib.sha256(json.dumps([unet, _processor(), *runs_on]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([unet, cpu_level(), *runs_on]).encode()).hexdigest()
     folder = cache_folder()
     return None if folder is None else folder / f"unet-{digest[:32]}.json"
-
-
-def _processor() -> str:
-    """The processor's name and, where the system tells them, the instructions that it has."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    return f"{platform.machine()} {platform.processor()}"
 
 
 def remembered(file: Path | None) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ldm_export.contract import REMEMBERED, STEP_CELLS
+from ldm_export.contract import REMEMBERED, STEP_CELLS, WEIGHT_FIELDS
 from ldm_export.plan import Row
 from ldm_export.runtime.backends.cuda import Buffer, Event, Stream
 from ldm_export.runtime.backends.engine import Engine
@@ -30,7 +30,7 @@ def table_of(rows: Sequence[Row], guidance: float | None) -> Array:
     table = np.zeros((len(rows), len(STEP_CELLS)), np.float32)
     for number, row in enumerate(rows):
         following = rows[number + 1].input_scale if number + 1 < len(rows) else 1.0
-        weights = {f"weight_{age}": weight for age, weight in enumerate(row.weights)}
+        weights = dict(zip(WEIGHT_FIELDS, row.weights, strict=False))
         special = {
             "clip": row.clip or np.inf,
             "guidance_scale": 1.0 if guidance is None else guidance,

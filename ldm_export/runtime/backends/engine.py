@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ldm_export.bundle.atomic import write_whole
+from ldm_export.bundle.targets.engines import ShapeRange
 from ldm_export.contract import GraphSpec
-from ldm_export.documents import MalformedError, read_bytes
-from ldm_export.engines import ShapeRange
 from ldm_export.errors import BackendError, InputError
-from ldm_export.partial import write_whole
-from ldm_export.runtime.backends import check_contract
+from ldm_export.reading.documents import MalformedError, read_bytes
+from ldm_export.runtime.backends.base import check_contract
 from ldm_export.runtime.backends.cuda import Buffer, CapturedGraph, Stream
 
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "gpu"}

@@ -8,10 +8,10 @@ from itertools import cycle
 
 import numpy as np
 
+from ldm_export.bundle.targets.base import TargetGraph
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import BundleError
-from ldm_export.runtime.backends import Array, Graph
-from ldm_export.target import TargetGraph
+from ldm_export.runtime.graph import Array, Graph
 
 DEEP = "deep"
 REMEMBERED = 1024
@@ -57,7 +57,7 @@ class OnceGraph:
     def bind(
         self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
-        """As any graph's; the first and then every ``every``-th call are of the whole graph, those between of
+        """Bind as any graph does; the first and then every ``every``-th call are of the whole graph, those between of
         ``shallow``."""
         check_inputs(self.spec, inputs)
         held = {

@@ -8,26 +8,25 @@ from itertools import count
 from typing import Any
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.listed import GraphFiles, MappedFile
+from ldm_export.bundle.targets.base import ORT_CPU, Target, files_in, needs_of, read_target
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs
-from ldm_export.documents import MalformedError
 from ldm_export.errors import BackendError, BundleError, LdmExportError, warn
-from ldm_export.listed import GraphFiles, MappedFile
-from ldm_export.runtime.backends import (
-    Array,
+from ldm_export.reading.documents import MalformedError
+from ldm_export.runtime.backends import providers
+from ldm_export.runtime.backends.base import (
     Backend,
-    Graph,
     Signature,
     allowed_threads,
     check_contract,
     foreign_errors,
     one_line,
-    providers,
 )
 from ldm_export.runtime.backends.once import OnceGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, RECORDS, Provider
-from ldm_export.runtime.backends.remembered import cache_folder
 from ldm_export.runtime.backends.running import Running
-from ldm_export.target import ORT_CPU, Target, files_in, needs_of, read_target
+from ldm_export.runtime.backends.user_cache import cache_folder
+from ldm_export.runtime.graph import Array, Graph
 
 NUMPY_TYPES = {
     "tensor(float)": "float32",

@@ -14,8 +14,7 @@ from typing import Any
 from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, check_inputs, check_outputs
 from ldm_export.errors import BackendError, BundleError
-from ldm_export.runtime.backends import (
-    Array,
+from ldm_export.runtime.backends.base import (
     Backend,
     Signature,
     allowed_threads,
@@ -23,6 +22,7 @@ from ldm_export.runtime.backends import (
     foreign_errors,
     one_line,
 )
+from ldm_export.runtime.graph import Array
 
 CONFIG: dict[str, Any] = {
     "PERFORMANCE_HINT": "LATENCY",

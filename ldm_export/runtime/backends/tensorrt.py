@@ -1,7 +1,7 @@
 """TensorRT engines of a bundle, for data-centre GPUs (``tensorrt``) and for RTX GPUs (``tensorrt_rtx``).
 
 Which of a bundle's engine targets runs is decided without opening an engine: it must be of this release of the library
-and for this GPU, and have every graph that drawing takes (``ldm_export.engines``).
+and for this GPU, and have every graph that drawing takes (``ldm_export.bundle.targets.engines``).
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from pathlib import Path
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import LOOPS, is_loop
+from ldm_export.bundle.targets.base import files_in
+from ldm_export.bundle.targets.engines import FLAVOURS, EngineTarget, engine_targets, read_engine_target
+from ldm_export.bundle.targets.engines import Engine as EngineEntry
 from ldm_export.contract import STEP, GraphSpec, TensorSpec, check_inputs, step_spec
-from ldm_export.documents import MalformedError
-from ldm_export.engines import FLAVOURS, EngineTarget, engine_targets, read_engine_target
-from ldm_export.engines import Engine as EngineEntry
 from ldm_export.errors import BackendError
-from ldm_export.fields import MOST_FILE_BYTES
-from ldm_export.manifest import LOOPS, is_loop
-from ldm_export.runtime.backends import Array, Backend, Graph, foreign_errors
+from ldm_export.reading.documents import MalformedError
+from ldm_export.reading.json_fields import MOST_FILE_BYTES
+from ldm_export.runtime.backends.base import Backend, foreign_errors
 from ldm_export.runtime.backends.cuda import Stream, gpus
 from ldm_export.runtime.backends.device_loop import DeviceLoop, DeviceSampling
 from ldm_export.runtime.backends.engine import BoundEngine, Engine, open_library
-from ldm_export.runtime.backends.remembered import cache_folder
+from ldm_export.runtime.backends.user_cache import cache_folder
+from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.sampling import Run, Sampling
-from ldm_export.target import files_in
 
 PRECISIONS = ("fp16", "int8", "fp32")
-"""Which of several targets that fit is taken, the fastest first."""
+"""Precisions of targets, the fastest first, in which those that fit are chosen."""
 REPEATED = ("unet", STEP)
 """Graphs that are launched many times for a picture."""
 NO_WEIGHTS = "its engines have no weights"

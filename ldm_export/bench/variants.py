@@ -1,0 +1,234 @@
+"""The sides of a bench: a checkpoint in PyTorch, if one is given, and bundles; each drawn as it is meant to be."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.errors import BackendError, InputError
+from ldm_export.export.chain import check_same_graphs
+from ldm_export.runtime.facts import check_drawable
+from ldm_export.runtime.request import read_plan
+from ldm_export.verify.image_generators import BundleImageGenerator, Sample, Settings, TorchImageGenerator
+
+PROMPTS = (
+    "grinning face with smiling eyes",
+    "red apple",
+    "black cat",
+    "heavy black heart",
+    "pizza",
+    "sunflower",
+    "automobile",
+    "rocket",
+    "snowman",
+    "strawberry",
+    "octopus",
+    "soccer ball",
+    "crescent moon",
+    "birthday cake",
+    "frog face",
+    "smiling face with sunglasses",
+)
+"""What is drawn unless something else is asked for; the pictures that the shipped model knows."""
+DEFAULT_PICTURES = 8
+COMPONENTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
+"""Whose weights a graph has, where that is not a component of its own name."""
+
+
+@dataclass
+class Variant:
+    """What is measured.
+
+    Attributes
+    ----------
+    name : the checkpoint's, with "PyTorch", or the bundle folder's, as long as it must be to tell all apart; and, where
+        bundles are drawn by several backends, the backend's as it was asked for
+    target : the folder, or the name of a shipped checkpoint
+    settings : sampler, steps, guidance
+    backend : what runs it
+    bytes : the bundle's files, or the checkpoint's weights as they lie on disk
+    """
+
+    name: str
+    target: str
+    image_generator: BundleImageGenerator | TorchImageGenerator
+    settings: Settings
+    backend: str
+    bytes: int
+    bundle: Bundle | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the UNet is called with and without the prompt, so on two pictures for one."""
+        return self.image_generator.guided(self.settings.guidance)
+
+    @property
+    def drawing(self) -> tuple[str, int, float]:
+        """Sides with the same draw step by step alike."""
+        guidance = self.settings.guidance if self.image_generator.uses_guidance else 1.0
+        return self.settings.sampler, self.settings.steps, guidance
+
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int]) -> Sample:
+        return self.image_generator.sample(conditions, seeds, self.settings)
+
+    def child(self, condition: str | int, seed: int) -> dict[str, Any]:
+        """What a process of its own is told, to draw one picture."""
+        given = self.image_generator.given([condition], [seed], self.settings)
+        if isinstance(self.image_generator, BundleImageGenerator):
+            return {"bundle": self.target, "backend": self.image_generator.requested_backend, "given": given}
+        return {"checkpoint": self.target, "given": given}
+
+    def facts(self) -> dict[str, Any]:
+        """What a row of results says of how it came about."""
+        sampler, steps, guidance = self.settings.sampler, self.settings.steps, self.settings.guidance
+        size = {"height": self.image_generator.pixels[0], "width": self.image_generator.pixels[1]}
+        drawn = {"sampler": sampler, "steps": steps, "guidance": guidance, "guided": self.guided, **size}
+        passes = [] if self.bundle is None else [dict(record) for record in self.bundle.manifest.passes]
+        kind = "checkpoint" if self.bundle is None else "bundle"
+        threads = torch.get_num_threads() if self.bundle is None else None
+        ran = {"backend": self.backend, "threads": threads}
+        return {"kind": kind, "target": self.target, "passes": passes, **ran, **drawn}
+
+
+def open_variants(
+    bundles: Sequence[Path],
+    checkpoint: LatentDiffusion | None,
+    *,
+    sampler: str | None,
+    steps: int | None,
+    backends: Sequence[str],
+) -> tuple[list[Variant], dict[str, str]]:
+    """The checkpoint, if there is one, and the bundles, hashes checked, in their order, each by every backend.
+
+    Backends that do not run here are left out: the second value says why, by the name that the side would have.
+
+    ``sampler`` and ``steps`` hold for the bundles that have such a plan, and one must; a student that was taught to
+    draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as the
+    first bundle that was exported from it.
+
+    Raises
+    ------
+    BackendError
+        If no bundle can be drawn by any of the backends.
+    BundleError, CheckpointError, InputError
+        If a side cannot be opened, or they do not all draw the same kind of pictures.
+    """
+    opened = [Bundle.open(path, verify=True) for path in bundles]
+    for bundle in opened:
+        check_drawable(bundle)
+        if checkpoint is not None:
+            check_same_graphs(bundle, checkpoint)
+    names = _names([os.path.abspath(path) for path in bundles])
+    plans = [_plan(bundle, sampler, steps) for bundle in opened]
+    if (sampler or steps) and not any(found for *_, found in plans):
+        model = opened[0].manifest.model
+        read_plan(opened[0], sampler or model["default_sampler"], steps or model["default_steps"])  # says what there is
+    sides: list[Variant] = []
+    left_out: dict[str, str] = {}
+    for (folder, bundle, (its_sampler, its_steps, _)), backend in product(
+        zip(names, opened, plans, strict=True), backends
+    ):
+        name = folder if len(backends) == 1 else f"{folder} {backend}"
+        try:
+            image_generator = BundleImageGenerator(bundle, backend)
+            image_generator.load()
+        except BackendError as error:
+            left_out[name] = str(error)
+            continue
+        settings = replace(image_generator.defaults, sampler=its_sampler, steps=its_steps)
+        sides.append(
+            Variant(
+                name, str(bundle.path), image_generator, settings, image_generator.backend, bundle.size_bytes, bundle
+            )
+        )
+    if not sides:
+        raise BackendError(" ".join(dict.fromkeys(left_out.values())))
+    if checkpoint is not None:
+        sides.insert(0, _checkpoint_side(checkpoint, sides, sampler, steps))
+    for side in sides[1:]:
+        _check_alike(side, sides[0])
+    return sides, left_out
+
+
+def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, int, bool]:
+    """What the bundle is drawn with, and whether that is what was asked for."""
+    model = bundle.manifest.model
+    wanted = sampler or model["default_sampler"], steps or model["default_steps"]
+    if f"plans/{wanted[0]}-{wanted[1]}.json" in bundle.manifest.files:
+        return *wanted, True
+    return model["default_sampler"], model["default_steps"], False
+
+
+def _checkpoint_side(
+    checkpoint: LatentDiffusion, bundles: Sequence[Variant], sampler: str | None, steps: int | None
+) -> Variant:
+    image_generator = TorchImageGenerator(checkpoint)
+    like = next(
+        (side.settings for side in bundles if side.bundle and same_weights(side.bundle, checkpoint)["unet"]),
+        image_generator.defaults,
+    )
+    settings = replace(like, sampler=sampler or like.sampler, steps=steps or like.steps)
+    files = [file for component in checkpoint.components for file in checkpoint.weight_files(component)]
+    size = sum(file.stat().st_size for file in {*files})
+    name = f"PyTorch {checkpoint.name}"
+    backend = f"torch {torch.__version__.partition('+')[0]} cpu"
+    return Variant(name, str(checkpoint.path), image_generator, settings, backend, size)
+
+
+def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:
+    """Whether each graph's network was exported from this checkpoint, by the hashes that the manifest keeps.
+
+    Loops are made of the bundle's own graphs, and left out.
+    """
+    exported: Any = bundle.manifest.source.get("sha256", {})
+    return {
+        name: exported.get(component := COMPONENTS.get(name, name)) == checkpoint.sha256(component)
+        for name, graph in bundle.manifest.graphs.items()
+        if not is_loop(graph.path)
+    }
+
+
+def conditions_for(side: Variant, prompts: Sequence[str]) -> list[str | int]:
+    """What is drawn: the prompts, or of models that read none every class, or nothing, a few times.
+
+    Raises
+    ------
+    InputError
+        If there are prompts for a model that reads none.
+    """
+    if side.image_generator.condition == "text":
+        return list(prompts or PROMPTS[:DEFAULT_PICTURES])
+    if prompts:
+        raise InputError(f"{len(prompts)} prompts were given; {side.name} reads no text. Leave them out.")
+    if side.image_generator.condition is None:
+        return [""] * DEFAULT_PICTURES
+    return list(range(min(side.image_generator.classes or 1, DEFAULT_PICTURES)))
+
+
+def _check_alike(side: Variant, first: Variant) -> None:
+    facts = [(x.image_generator.condition, x.image_generator.channels, x.image_generator.pixels) for x in (side, first)]
+    if facts[0] != facts[1]:
+        told = [
+            f"{x.name} (told {kind or 'nothing'}, {c} channels, {h}x{w})"
+            for x, (kind, c, (h, w)) in zip((side, first), facts, strict=True)
+        ]
+        raise InputError(f"{told[0]} and {told[1]} draw different pictures. Compare models of one kind and size.")
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The end of each path, without ``.bundle``, of as many parts as it takes to tell all apart."""
+    for count in range(1, max(path.count(os.sep) for path in paths) + 1):
+        names = [os.sep.join(path.split(os.sep)[-count:]).removesuffix(".bundle") for path in paths]
+        if max(Counter(names).values()) == 1:
+            return names
+    raise InputError(f"{Counter(paths).most_common(1)[0][0]} was given twice. Name each bundle once.")

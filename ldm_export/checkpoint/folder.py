@@ -1,0 +1,392 @@
+"""Opens a checkpoint, in diffusers layout or as CompVis' single file, as the reference networks.
+
+The seam to ``ldm_reference``.
+
+Components are loaded one at a time, when they are asked for, and their weights are memory-mapped: a model larger than
+half of the memory can be exported. What a file leaves out has the value that diffusers gives it
+(:mod:`ldm_export.checkpoint.pipelines`, :mod:`ldm_export.plan.samplers`); keys that diffusers and transformers read
+past are read past here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from ldm_reference.autoencoder import AutoencoderKL
+from ldm_reference.config import ConfigError, UnsupportedError
+from ldm_reference.layout import config_to_dict, save_component, write_json
+from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.tiny_autoencoder import AutoencoderTiny
+from ldm_reference.unet import UNet2DConditionModel
+
+from ldm_export.checkpoint.pipelines import check_parts, latent_size, scheduler_as_used
+from ldm_export.checkpoint.sampling_defaults import FEW, SamplingDefaults
+from ldm_export.checkpoint.shipped import shipped_checkpoints
+from ldm_export.checkpoint.single_file import SingleFile
+from ldm_export.checkpoint.weights import (
+    HOW_TO_CONVERT,
+    OF_DIFFUSERS,
+    OF_TRANSFORMERS,
+    PICKLES,
+    WeightFiles,
+    check_tensors,
+    current_names,
+    find_weights,
+    read_tensors,
+    remedy_of,
+)
+from ldm_export.errors import CheckpointError, InputError
+from ldm_export.plan import compile_plan, sampler_of
+from ldm_export.reading.documents import MalformedError, parsed, read_bytes
+from ldm_export.reading.hashes import sha256_of
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
+
+CLASSES: dict[str, dict[str, type[Any]]] = {
+    "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
+    "unet": {"UNet2DConditionModel": UNet2DConditionModel},
+    "text_encoder": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
+    "text_encoder_2": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
+}
+"""What ``model_index.json`` may say that a component is, and what it is opened as."""
+PASSES = "passes.json"
+"""Beside ``model_index.json``: how a model that passes have changed is drawn with, and what each of them did."""
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """A checkpoint on disk.
+
+    Attributes
+    ----------
+    name : the folder's name
+    path : the folder, or the single file
+    index : the content of ``model_index.json``
+    file : the single file in CompVis' layout, where it is one
+    drawn_with : how to draw it, where that is not what its files say
+    sampler : the sampler to use by default in place of the scheduler's own, or None
+    prediction_type : what the UNet predicts, where its files do not say or say it wrongly, or None
+    """
+
+    name: str
+    path: Path
+    index: dict[str, Any]
+    file: SingleFile | None = None
+    drawn_with: SamplingDefaults | None = None
+    sampler: str | None = None
+    prediction_type: str | None = None
+
+    @classmethod
+    def open(
+        cls, checkpoint: str | Path, *, sampler: str | None = None, prediction_type: str | None = None
+    ) -> LatentDiffusion:
+        """Open a folder, a single safetensors file in CompVis' layout, or a shipped checkpoint by its name.
+
+        Parameters
+        ----------
+        sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such checkpoint, it is a pickle, or a component is missing.
+        """
+        path = Path(checkpoint)
+        if not path.exists() and str(checkpoint) in shipped_checkpoints():
+            path = shipped_checkpoints()[str(checkpoint)]
+        if not path.exists():
+            raise CheckpointError(
+                f"There is no checkpoint {str(checkpoint)!r}; give a folder in diffusers layout or one of the shipped: "
+                f"{', '.join(shipped_checkpoints()) or 'none'}."
+            )
+        if path.suffix in PICKLES:
+            raise CheckpointError(f"{path} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
+        if path.is_file():
+            file = SingleFile(path, prediction_type)
+            return cls(path.stem, path, file.index, file, sampler=sampler, prediction_type=prediction_type)
+        if not (path / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{path} has no model_index.json; a checkpoint is a folder in diffusers layout. "
+                "Save it with diffusers' save_pretrained, or train one with `ldm-export train`."
+            )
+        index = _read_json(path / "model_index.json")
+        model = cls(path.resolve().name, path, index, sampler=sampler, prediction_type=prediction_type)
+        check_parts(path / "model_index.json", model.index)
+        for component in ("unet", "vae"):
+            if component not in model.components:
+                raise CheckpointError(
+                    f"{path / 'model_index.json'} names no {component}; a latent diffusion model has one."
+                )
+        for component in model.components:
+            given, allowed = model.index[component], CLASSES[component]
+            if (
+                not isinstance(given, list)
+                or len(given) != 2
+                or not isinstance(given[1], str)
+                or given[1] not in allowed
+            ):
+                raise CheckpointError(
+                    f"{path / 'model_index.json'} says that the {component} is {given!r}; "
+                    f"{' and '.join(allowed)} can be opened. Choose another checkpoint."
+                )
+        return model
+
+    @cached_property
+    def components(self) -> tuple[str, ...]:
+        """The networks that it has, in the order in which they run."""
+        order = ("text_encoder", "text_encoder_2", "unet", "vae")
+        return tuple(name for name in order if self.index.get(name) not in (None, [None, None]))
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of its text encoders, in the order in which the UNet reads them."""
+        return tuple(name for name in self.components if name.startswith("text_encoder"))
+
+    @property
+    def reads_text(self) -> bool:
+        return bool(self.text_encoders)
+
+    @cached_property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Each network's config, defaults filled in, the UNet's ``sample_size`` being never null; ``with_projection``
+        is added for text encoders."""
+        configs = {}
+        for name in self.components:
+            network = self._skeleton(name)
+            configs[name] = config_to_dict(network)
+            if isinstance(network, CLIPTextModel):
+                configs[name]["with_projection"] = network.config.with_projection
+        version = (
+            None if self.file is not None else _read_json(self.path / "unet" / "config.json").get("_diffusers_version")
+        )
+        height, width = latent_size(self.index, configs["unet"], version)
+        configs["unet"]["sample_size"] = height if height == width else (height, width)
+        return configs
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of a picture's side for one of its latents'."""
+        return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of its pictures, in pixels."""
+        size = self.configs["unet"]["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pixels_per_latent, width * self.pixels_per_latent
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """The content of ``scheduler_config.json``, as the pipeline of the checkpoint's class uses it."""
+        if self.file is not None:
+            config = self.file.scheduler
+        else:
+            config = _read_json(self.path / "scheduler" / "scheduler_config.json")
+            config = scheduler_as_used(self.index, config)
+        if self.prediction_type is not None:
+            config = {**config, "prediction_type": self.prediction_type}
+        return config
+
+    @cached_property
+    def drawing(self) -> SamplingDefaults:
+        """How it is drawn with: what passes left, or what its scheduler says."""
+        if self.drawn_with is not None:
+            return self.drawn_with
+        if self.file is None and (self.path / PASSES).is_file():
+            try:
+                left = SamplingDefaults.from_dict(_read_json(self.path / PASSES)["drawing"])
+                return replace(left, sampler=self.sampler or left.sampler)
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{self.path / PASSES} does not say how to draw ({error}). Run the recipe again."
+                ) from error
+        try:
+            sampler = self.sampler or sampler_of(self.scheduler)
+            steps = next(
+                filter(self._fits(sampler), range(FEW if sampler == "lcm" else SamplingDefaults.steps, 1, -1)), 1
+            )
+            compile_plan(self.scheduler, sampler, steps)
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        return SamplingDefaults(sampler, steps)
+
+    def _fits(self, sampler: str) -> Callable[[int], bool]:
+        """Whether so many steps of a sampler fit into the training timesteps."""
+
+        def fits(steps: int) -> bool:
+            try:
+                compile_plan(self.scheduler, sampler, steps)
+            except InputError:
+                return False
+            return True
+
+        return fits
+
+    @cached_property
+    def passes(self) -> list[dict[str, Any]]:
+        """What passes did to it, in order."""
+        if self.file is not None or not (self.path / PASSES).is_file():
+            return []
+        records = _read_json(self.path / PASSES).get("passes", [])
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise CheckpointError(f"{self.path / PASSES} does not say what passes did. Fetch it again.")
+        return records
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """What all weights take in float32."""
+        networks = map(self._skeleton, self.components)
+        return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
+
+    def weight_files(self, component: str) -> tuple[Path, ...]:
+        """The component's safetensors files, in name order: those that diffusers and transformers read."""
+        if self.file is not None:
+            return (self.path,)
+        return self._weights(component).files
+
+    def _weights(self, component: str) -> WeightFiles:
+        base = OF_TRANSFORMERS if component.startswith("text_encoder") else OF_DIFFUSERS
+        return find_weights(self.path / component, base)
+
+    def sha256(self, component: str) -> str:
+        """SHA-256 of the component's weight files, in name order, hex."""
+        if self.file is not None:
+            return self.file.sha256
+        return sha256_of(*self.weight_files(component))
+
+    def load(self, component: str) -> Network:
+        """The network with its weights, float32, in evaluation mode, without gradients.
+
+        Raises
+        ------
+        CheckpointError
+            If weights are missing, truncated, quantized, not finite, of another shape, or of a network that the
+            config does not describe.
+        """
+        network = self._skeleton(component)
+        expected, place = network.state_dict(), self.path / component
+        if self.file is not None:
+            tensors = self.file.tensors(component, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+        else:
+            tensors = current_names(place, component, read_tensors(self._weights(component)), expected)
+        check_tensors(place, tensors, expected)
+        tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
+        network.load_state_dict(tensors, assign=True)
+        return network.requires_grad_(False).eval()
+
+    def save_changed(
+        self,
+        folder: Path,
+        networks: Mapping[str, Network],
+        scheduler: Mapping[str, Any] | None,
+        drawing: SamplingDefaults,
+        passes: Sequence[Mapping[str, Any]],
+    ) -> LatentDiffusion:
+        """Write this checkpoint with other networks in place of its own, weights of those in fp16, and open that."""
+        if self.file is not None:
+            raise CheckpointError(f"{self.path} is one file; passes need a folder in diffusers layout. Save it as one.")
+        for file in self._files_read(left_out=networks):
+            copy = folder / file.relative_to(self.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(_regular(file), copy)
+        index = dict(self.index)
+        for component, network in networks.items():
+            save_component(network.half(), folder / component)
+            index[component] = [self.index[component][0], type(network).__name__]
+        if scheduler is None and self.prediction_type is not None:
+            scheduler = self.scheduler
+        if scheduler is not None:
+            write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        write_json(folder / "model_index.json", index)
+        write_json(folder / PASSES, {"drawing": asdict(drawing), "passes": list(passes)})
+        return LatentDiffusion.open(folder)
+
+    def _files_read(self, left_out: Collection[str]) -> list[Path]:
+        """The files that opening and exporting read, without those of some networks, ``model_index.json`` and
+        `PASSES`."""
+        alignment = self.path / "alignment"  # that pictures are judged by, of models that were trained here
+        files = [self.path / "scheduler" / "scheduler_config.json"]
+        files += sorted(file for pattern in ("*.json", "*.safetensors") for file in alignment.glob(pattern))
+        for component in self.components:
+            if component not in left_out:
+                weights = self.weight_files(component)
+                files += [self.path / component / "config.json", *weights]
+                for index in sorted((self.path / component).glob("*.safetensors.index*.json")):
+                    named = _read_json(index).get("weight_map", {})
+                    files += [index] if {*named.values()} <= {file.name for file in weights} else []
+            if component.startswith("text_encoder"):
+                folder = self.tokenizer_folder(component)
+                files += sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".model"))
+        return files
+
+    def record_passes(self, passes: Sequence[Mapping[str, Any]]) -> None:
+        """Write down what passes did to it."""
+        write_json(self.path / PASSES, {"drawing": asdict(self.drawing), "passes": list(passes)})
+
+    def tokenizer_folder(self, component: str) -> Path:
+        """Where the tokenizer of a text encoder is: in the checkpoint, or beside a single file."""
+        folder = self.path if self.file is None else self.path.parent
+        return folder / component.replace("text_encoder", "tokenizer")
+
+    def _skeleton(self, component: str) -> Network:
+        """The network on the meta device: shapes, no memory."""
+        file = self.path / component / "config.json"
+        if component not in self.components:
+            raise CheckpointError(
+                f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}."
+            )
+        values = dict(_read_json(file) if self.file is None else self.file.config(component))
+        if values.get("quantization_config"):
+            raise CheckpointError(
+                f"{file} has a quantization_config, so the weights are quantized; float32, float16 and bfloat16 can be "
+                "read. Use the model before it was quantized; export quantizes by recipe."
+            )
+        if component.startswith("text_encoder"):
+            values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
+        try:
+            with torch.device("meta"):
+                network: Network = CLASSES[component][self.index[component][1]].from_config(values, strict=False)
+                return network
+        except UnsupportedError as error:
+            raise CheckpointError(
+                f"{file}: {error}. Such a network cannot be exported; choose another checkpoint."
+            ) from error
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}. Use the config.json that was saved with the weights.") from error
+        except (ValueError, TypeError, RuntimeError) as error:  # torch's own words on sizes that no layer can have
+            raise CheckpointError(
+                f"{file} describes a network that cannot be built ({error}). "
+                "Use the config.json that was saved with the weights."
+            ) from error
+
+
+def _regular(file: Path) -> Path:
+    """Raise CheckpointError unless a file, or what it links to, is one that can be read to its end."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no regular file; the checkpoint is incomplete. Fetch it again.")
+    return file
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = parsed(read_bytes(file), repeats=True, constants=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is missing; the checkpoint is incomplete. Download or save it again, whole."
+        ) from error
+    except (OSError, MalformedError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error}). {remedy_of(file)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{file} holds a {type(values).__name__}; a JSON object is needed. "
+            "Use the file that was saved with the model."
+        )
+    return values

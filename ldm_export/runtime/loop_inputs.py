@@ -1,0 +1,51 @@
+"""What a loop graph, the whole of a drawing in one call, is given to draw what a request asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ldm_export.bundle import Bundle
+from ldm_export.contract import GraphSpec
+from ldm_export.errors import BundleError
+from ldm_export.runtime.facts import check_pictures
+from ldm_export.runtime.graph import Array
+from ldm_export.runtime.request import Request
+from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
+
+
+def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, Array]:
+    """The inputs of a loop graph of a bundle, by name (``ldm_export.contract.loop_spec``).
+
+    The noise is drawn in the order in which a loop of single steps draws it, so that the picture is the same.
+    """
+    takes = {tensor.name: tensor for tensor in loop.inputs}
+    draw = request.noise(request.latents_shape(bundle))
+    given: dict[str, Array] = {"noise": draw(), "guidance_scale": np.array(request.guidance, np.float32)}
+    if "step_noise" in takes:
+        rows = sum(bool(row.noise) for row in request.trajectory.rows)
+        if takes["step_noise"].shape[0] != rows:
+            raise BundleError(
+                f"{loop.path} takes noise for {takes['step_noise'].shape[0]} rows, and its plan adds some in {rows}. "
+                "Make it again with: ldm-export plan --loop"
+            )
+        given["step_noise"] = np.stack([draw() for _ in range(rows)])
+    if "input_ids" in takes:
+        tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle))
+        negatives = [prompt or "" for prompt in request.negative_prompts]  # no loop is of a model with zeros for none
+        given |= {"input_ids": tokenizer(request.prompts), "negative_input_ids": tokenizer(negatives)}
+    if request.class_labels is not None:
+        given["class_labels"] = request.class_labels
+    return {name: given[name] for name in takes}
+
+
+def check_results(bundle: Bundle, loop: GraphSpec, request: Request, results: Mapping[str, Array]) -> None:
+    """Raise BundleError unless a loop gave latents and pictures of the sizes that were asked for."""
+    batch, height, width, channels = results["images"].shape
+    shape = (request.batch, *request.latents_shape(bundle))
+    if results["latents"].shape != shape:
+        raise BundleError(
+            f"{loop.path} gave latents of shape {results['latents'].shape} for {shape}. Export the bundle anew."
+        )
+    check_pictures((batch, channels, height, width), shape, bundle.manifest.model["pixels_per_latent"], loop)

@@ -1,0 +1,1 @@
+"""Bundles and checkpoints compared with one another, and pictures judged: above export and runtime, which it uses."""

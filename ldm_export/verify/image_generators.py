@@ -1,0 +1,230 @@
+"""What draws pictures, a PyTorch checkpoint or a bundle, behind one interface: the sides that a bench compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ldm_export.bundle import Bundle
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.contract import takes_two_rows, unet_spec
+from ldm_export.errors import InputError
+from ldm_export.export.accepted import check_accepted, open_tokenizer
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import DEFAULT_GUIDANCE
+from ldm_export.runtime.results import Step, Timings
+from ldm_export.verify.torch_reference import TorchReference
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn: ``prompts`` of them, ``batch`` at a time; picture k has seed ``seed + k``."""
+
+    prompts: int = 200
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 4.0
+    seed: int = 0
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures, and how they came about.
+
+    Attributes
+    ----------
+    images : uint8 (B, H, W, C)
+    trajectory : float32 (steps, B, C, h, w), the latents after each step
+    timings : milliseconds by stage
+    """
+
+    images: Array
+    trajectory: Array
+    timings: Timings
+
+
+class ImageGenerator(Protocol):
+    """What both sides can do.
+
+    Attributes
+    ----------
+    condition : what a picture is asked for by: "text", "label" or None
+    uses_guidance : whether the scale changes pictures
+    defaults : sampler, steps and guidance of the model's own
+    """
+
+    name: str
+    channels: int
+    condition: str | None
+    uses_guidance: bool
+    defaults: Settings
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side, of models that draw squares."""
+
+    def guided(self, guidance: float) -> bool:
+        """Whether a picture with that scale takes two rows of the UNet, with the prompt and without."""
+
+    def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
+        """What one drawing is told, as JSON can hold it; :mod:`ldm_export.bench.child` draws by it too."""
+
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
+        """Pictures with latents and timings."""
+
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+        """Pictures uint8 (B, H, W, C)."""
+
+    def reconstruct(self, images: Array) -> Array:
+        """Pictures uint8 (B, H, W, C) through the autoencoder and back."""
+
+
+class TorchImageGenerator:
+    """A checkpoint in PyTorch.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be exported either.
+    InputError
+        If the model is given more than text or a class number.
+    """
+
+    def __init__(self, checkpoint: LatentDiffusion):
+        check_accepted(checkpoint)
+        configs = checkpoint.configs
+        self._reference = TorchReference(checkpoint)
+        own = checkpoint.drawing
+        self.defaults = Settings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
+        self._two_rows = partial(takes_two_rows, unet_spec(configs["unet"]), {"guidance_folded": own.folded})
+        self.classes = configs["unet"]["num_class_embeds"]
+        self.condition = "text" if checkpoint.reads_text else "label" if self.classes else None
+        self.uses_guidance = self.condition == "text" and not own.folded
+        self.channels = int(configs["vae"]["in_channels"])
+        self.name = f"checkpoint {checkpoint.name}"
+        self.pixels = checkpoint.picture_size
+        self._tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]
+
+    @property
+    def size(self) -> int:
+        return _side(self.pixels)
+
+    def guided(self, guidance: float) -> bool:
+        return self._two_rows(guidance)
+
+    def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
+        plan = {"sampler": settings.sampler, "steps": settings.steps}
+        drawing = {"seeds": list(seeds), **plan, "guidance": settings.guidance, "size": self.pixels}
+        if self.condition == "text":
+            prompts = list(map(str, conditions))
+            drawing |= {
+                "ids": [tokenizer(prompts).tolist() for tokenizer in self._tokenizers],
+                "empty_ids": [tokenizer([""] * len(prompts)).tolist() for tokenizer in self._tokenizers],
+                "guidance": settings.guidance if self.uses_guidance else 1.0,
+            }
+        elif self.condition == "label":
+            labels = [int(label) for label in conditions]
+            if max(labels) >= self.classes:
+                raise InputError(f"class label {max(labels)} is none; this model has 0 to {self.classes - 1}.")
+            drawing["labels"] = labels
+        return drawing
+
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
+        drawn = self._reference.draw_as(self.given(conditions, seeds, settings))
+        spent = Timings(text_ms=drawn.text_ms, unet_ms=drawn.unet_ms, loop_ms=drawn.loop_ms, decode_ms=drawn.decode_ms)
+        return Sample(drawn.images, drawn.trajectory, spent)
+
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+        return self.sample(conditions, seeds, settings).images
+
+    def reconstruct(self, images: Array) -> Array:
+        return self._reference.reconstruct(images)
+
+
+class BundleImageGenerator:
+    """A bundle, without PyTorch; ``options`` are further ones of how the pipeline draws."""
+
+    def __init__(self, bundle: Bundle, backend: str = "cpu", **options: Any):
+        self._pipeline, self._options = Pipeline(bundle, backend), options
+        model, graphs = bundle.manifest.model, bundle.manifest.graphs
+        self.name = f"bundle {bundle.path.resolve().name}"
+        self.defaults = Settings(
+            sampler=model["default_sampler"],
+            steps=model["default_steps"],
+            guidance=float(model.get("default_guidance", DEFAULT_GUIDANCE)),
+        )
+        self.pixels = (model["height"], model["width"])
+        self.classes = model.get("num_class_embeds")
+        self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
+        inputs = {tensor.name for tensor in graphs["unet"].inputs}
+        self._two_rows = partial(takes_two_rows, graphs["unet"], model)
+        self.condition = next(
+            (kind for kind, name in (("text", "encoder_hidden_states"), ("label", "class_labels")) if name in inputs),
+            None,
+        )
+        self.uses_guidance = self.condition == "text" and not model.get("guidance_folded")
+
+    def load(self) -> None:
+        """Open what drawing takes; raises what :meth:`ldm_export.runtime.Pipeline.load` raises."""
+        self._pipeline.load()
+
+    @property
+    def requested_backend(self) -> str:
+        return self._pipeline.requested_backend
+
+    @property
+    def backend(self) -> str:
+        """What really runs the graphs."""
+        return self._pipeline.backend
+
+    @property
+    def size(self) -> int:
+        return _side(self.pixels)
+
+    def guided(self, guidance: float) -> bool:
+        return self._two_rows(guidance)
+
+    def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
+        told = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
+        if self.condition == "text":
+            told |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
+        elif self.condition == "label":
+            told["class_labels"] = [int(label) for label in conditions]
+        return told
+
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
+        trajectory: list[Array] = []
+
+        def keep(step: Step) -> None:
+            trajectory.append(step.latents.copy())
+
+        drawn = self._pipeline.generate(**self.given(conditions, seeds, settings), callback=keep)
+        return Sample(drawn.images, np.stack(trajectory), drawn.timings)
+
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+        return self._pipeline.generate(**self.given(conditions, seeds, settings)).images
+
+    def reconstruct(self, images: Array) -> Array:
+        return self._pipeline.reconstruct(images)
+
+
+def open_image_generator(target: str) -> ImageGenerator:
+    """A bundle's folder, a checkpoint's folder, or a shipped checkpoint's name."""
+    if (Path(target) / "manifest.json").is_file():
+        return BundleImageGenerator(Bundle.open(target))
+    return TorchImageGenerator(LatentDiffusion.open(target))
+
+
+def _side(size: tuple[int, int]) -> int:
+    if size[0] != size[1]:
+        raise InputError(f"The model draws {size[0]} x {size[1]}; only square pictures are evaluated.")
+    return size[0]

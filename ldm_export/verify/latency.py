@@ -1,0 +1,101 @@
+"""How long a picture takes, in turn: every round times each side once, so that a slow minute slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.backends.auto import SETTLE_S
+from ldm_export.runtime.results import Timings
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for one picture, medians over the rounds; ``unet_ms`` is one call, ``calls`` how many there are."""
+
+    total_ms: float
+    text_ms: float
+    unet_ms: float
+    decode_ms: float
+    calls: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+Draw = Callable[[int], Timings]
+"""Draws one picture with a seed and tells how long each stage took."""
+
+
+def draw_with(pipeline: Pipeline, prompts: list[str] | None) -> Draw:
+    """One picture of a bundle a call, as it is drawn by default, prompt after prompt; None for models without text."""
+
+    def draw(seed: int) -> Timings:
+        if prompts:  # a prompt that is new each time, as the cache of encoded prompts would make text free
+            return pipeline.generate(f"{prompts[seed % len(prompts)]} {seed}", seed=seed).timings
+        return pipeline.generate(seed=[seed]).timings
+
+    return draw
+
+
+def time_in_turn(sides: Mapping[str, Draw], rounds: int) -> dict[str, Latency]:
+    """Time every side once a round, after a round that is not counted."""
+    return {name: _medians(runs) for name, runs in runs_in_turn(sides, rounds).items()}
+
+
+def runs_in_turn(
+    sides: Mapping[str, Draw], rounds: int, warm_up: int = 1, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, list[Timings]]:
+    """Every side once a round, after ``warm_up`` rounds that are not counted; ``progress`` is told of each."""
+    timed: dict[str, list[Timings]] = {name: [] for name in sides}
+    for number in range(warm_up + rounds):
+        progress(number)
+        for name, draw in sides.items():
+            time.sleep(SETTLE_S)
+            timings = draw(number)
+            if number >= warm_up:
+                timed[name].append(timings)
+    return timed
+
+
+def stages(runs: list[Timings]) -> dict[str, dict[str, float]]:
+    """Median and 90th percentile of each stage over the runs, in ms.
+
+    ``unet_call`` is over single calls, and 0 of pictures that one call of a loop graph makes, which is ``whole``.
+    """
+    values = {
+        "text": [run.text_ms for run in runs],
+        "unet_call": [call for run in runs for call in run.unet_ms] or [0.0],
+        "unet": [sum(run.unet_ms) for run in runs],
+        "loop": [run.loop_ms for run in runs],
+        "decode": [run.decode_ms for run in runs],
+        "whole": [run.whole_ms for run in runs],
+        "total": [run.total_ms for run in runs],
+    }
+    return {name: {"median_ms": statistics.median(ms), "p90_ms": _p90(ms)} for name, ms in values.items()}
+
+
+def times_as_fast(theirs: list[Timings], ours: list[Timings]) -> float:
+    """How many times ours is as fast: the median of the ratios of each round, so that a slow minute cancels out."""
+    return statistics.median(a.total_ms / b.total_ms for a, b in zip(theirs, ours, strict=True))
+
+
+def _p90(values: list[float]) -> float:
+    """90th percentile, interpolated linearly, as numpy's."""
+    return values[0] if len(values) == 1 else statistics.quantiles(values, n=10, method="inclusive")[-1]
+
+
+def _medians(runs: list[Timings]) -> Latency:
+    def median(values: list[float]) -> float:
+        return statistics.median(values)
+
+    return Latency(
+        total_ms=median([run.total_ms for run in runs]),
+        text_ms=median([run.text_ms for run in runs]),
+        unet_ms=median([call for run in runs for call in run.unet_ms] or [0.0]),
+        decode_ms=median([run.decode_ms for run in runs]),
+        calls=len(runs[0].unet_ms),
+    )
