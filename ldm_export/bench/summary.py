@@ -37,7 +37,7 @@ def summary_rows(document: dict[str, Any]) -> list[list[str]]:
 
 
 def parity_lines(document: dict[str, Any]) -> list[str]:
-    """One line an output of a graph that was held against PyTorch."""
+    """One line an output of a graph that was compared with PyTorch."""
     return [
         f"{verdict(record):5} {side}: {record['graph']} {record['output']} {record['max_error']:.1e} "
         f"(allowed {record['tolerance']:.0e})"

@@ -10,7 +10,7 @@ from ldm_export.cli.options import console
 
 
 def print_engine(target: EngineTarget, name: str, took: str, *, kinds: bool = False) -> None:
-    """Print the size and layers by precision, with ``kinds`` also by kind, and what the graph was held against."""
+    """Print the size and layers by precision, with ``kinds`` also by kind, and what the graph was compared with."""
     size_mb = target.files[target.engines[name].path].size_bytes / 1e6
     _line(name, f"{size_mb:8.1f} MB, {took}")
     report = target.report.get(name, {})

@@ -69,9 +69,9 @@ def command(
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
 
-    Every graph is held against PyTorch before the bundle is sealed; exit code 1 if one differs. With --recipe the model
-    is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much. A loop is held
-    against the runtime before it is added to the bundle; exit code 1 if one differs.
+    Every graph is compared with PyTorch before the bundle is sealed; exit code 1 if one differs. With --recipe the
+    model is distilled, pruned or quantized first, pass by pass, each measured and undone if it costs too much. A loop
+    is compared with the runtime before it is added to the bundle; exit code 1 if one differs.
     """
     for name in ("prompts", "work", "data", "held_out", "from_scratch"):
         if recipe is None and was_given(name):

@@ -21,7 +21,7 @@ def command(bundle: Path, sampler: str, steps: int, eta: float, loop: bool, as_j
     """Compile a sampler into a plan and add it to BUNDLE; an installed C++ application can then use it too.
 
     With --loop, loops/SAMPLER-STEPS.onnx goes from token ids and noise to pictures by this plan, in any language that
-    has ONNX Runtime. It is held against the runtime before it is added; exit code 1 if it differs.
+    has ONNX Runtime. It is compared with the runtime before it is added; exit code 1 if it differs.
     """
     opened, plan = add_plan(Bundle.open(bundle), sampler, steps, eta=eta)
     document = {"plan": f"plans/{plan.file_name}", "rows": len(plan.rows)}

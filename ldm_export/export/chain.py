@@ -1,4 +1,4 @@
-"""The chain from a checkpoint to a sealed bundle: every network is exported, held against PyTorch, and freed."""
+"""The chain from a checkpoint to a sealed bundle: every network is exported, compared with PyTorch, and freed."""
 
 from __future__ import annotations
 

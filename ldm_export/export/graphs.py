@@ -1,4 +1,4 @@
-"""Changes the graphs of a bundle: the same files, some graphs rewritten by a pass, held against PyTorch again."""
+"""Changes the graphs of a bundle: the same files, some graphs rewritten by a pass, compared with PyTorch again."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ that reads a concatenation with a skip connection, whose two parts have ranges o
 (section 4.3, "split quantization").
 
 Each operator is tried alone, on what the graph gives it: one that loses too much, or that is not faster here than in
-fp32, stays as it is. Then the whole graph is held against itself in fp32; where it is off by too much, those that lose
+fp32, stays as it is. Then the whole graph is compared with itself in fp32; where it is off by too much, those that lose
 the most are put back, as few as bisection finds.
 """
 

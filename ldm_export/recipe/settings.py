@@ -4,7 +4,7 @@ target = "cpu"                     # cpu or gpu: what the passes must be able to
 prompts = "prompts.txt"            # one a line, beside this file; what the teacher draws for its students
                                    # (not needed with latents_from = "data" under [teacher])
 
-[teacher]                          # how the model is drawn before any pass: what everything is held against
+[teacher]                          # how the model is drawn before any pass: what everything is compared with
 steps = 50
 guidance = 4.0
 

@@ -1,4 +1,4 @@
-"""The inputs of every graph over whole drawings: what quantization is calibrated with and held against PyTorch on."""
+"""The inputs of every graph over whole drawings: what quantization is calibrated on, and compared with PyTorch on."""
 
 from __future__ import annotations
 

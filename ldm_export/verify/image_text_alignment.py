@@ -1,4 +1,4 @@
-"""What judges pictures: the data they are held against, EfficientNet-Lite0 features, image-text alignment.
+"""What judges pictures: the data they are compared with, EfficientNet-Lite0 features, image-text alignment.
 
 With ``checkpoint``, the seam to ``ldm_reference``. A judge is fixed by its weights and is never part of what it judges.
 """
@@ -78,7 +78,7 @@ def _bytes(pictures: torch.Tensor) -> Array:
 
 def features_of(images: Array, progress: Callable[[int, int], None] = lambda done, of: None) -> Array:
     """EfficientNet-Lite0 features of pictures uint8 (N, H, W, C): (N, 1280), float64. Those of the last few sets are
-    remembered: models that are compared are held against the same real pictures.
+    remembered: models that are compared are judged by the same real pictures.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Textbook samplers: DDPM, DDIM and PLMS as plain loops, the truth that compiled plans are held against.
+"""Textbook samplers: DDPM, DDIM and PLMS as plain loops, the truth that compiled plans are compared with.
 
 Each walks down a list of timesteps and from the last to ``final_alpha_cumprod``. ``denoise(x, timestep)`` is the
 (guided) network; what it predicts enters through an adapter that gives the predicted image and noise, and randomness

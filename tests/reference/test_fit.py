@@ -67,7 +67,7 @@ def state(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("steps", [5, 60])
 def test_average_of_the_weights_is_what_is_left(tmp_path: Path, steps: int) -> None:
-    """AdamW, clipping and the average, held against the formulas written out in numbers."""
+    """AdamW, clipping and the average, compared with the formulas written out in numbers."""
     pull = torch.tensor([3.0, 4.0])
     ours = settings(steps=steps, ema_decay=0.8, weight_decay=0.1)
     left = fit_point(tmp_path, ours, lambda at, rows: (at * pull).sum() * (1 + rows[0] % 3))

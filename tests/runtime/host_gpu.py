@@ -1,7 +1,7 @@
 """A GPU that is the host: CUDA's calls on the host's memory, and TensorRT's on ONNX Runtime.
 
 It stands in for what a machine without a GPU lacks, so that what is written over those calls, which memory goes where
-and when, is run, and held against the pipeline's own pictures. Memory is handed out full of NaN; what is recorded runs
+and when, is run, and compared with the pipeline's own pictures. Memory is handed out full of NaN; what is recorded runs
 when it is launched, and nothing but engines may be recorded; what is not given back is counted.
 """
 

@@ -1,4 +1,4 @@
-"""DeepCache from the target's two graphs, held against diffusers' UNet whose last block is fed with old features."""
+"""DeepCache from the target's two graphs, compared with diffusers' UNet whose last block is fed with old features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenVINO as a backend, held against ONNX Runtime: graph by graph, picture by picture, and where it must refuse."""
+"""OpenVINO as a backend, compared with ONNX Runtime: graph by graph, picture by picture, and where it must refuse."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What engines are built from, held against what it shall compute before anything is built of it, in ONNX Runtime.
+"""What engines are built from, compared with what it shall compute before anything is built of it, in ONNX Runtime.
 
-A plain graph was held against PyTorch when it was exported: its files have the hashes that the bundle's parity record
-is of. A converted graph is held against the plain one, on other values and sizes than it was calibrated with; a loop
+A plain graph was compared with PyTorch when it was exported: its files have the hashes that the bundle's parity record
+is of. A converted graph is compared with the plain one, on other values and sizes than it was calibrated with; a loop
 against the graphs that it is composed of, called one by one; ``step`` against its formula in float64. On a CPU that
 computes fp16 in fp32, this proves graphs and weights; that rounding what lies between costs little is what `Half`
 itself makes sure of.

@@ -1,7 +1,7 @@
 """The ONNX graphs that engines are built from: the bundle's own, converted where another precision is asked for.
 
 TensorRT takes every type as the graph has it (it is strongly typed), so precision is a matter of the graph. Nothing is
-built of a graph that was not held against what it shall compute (`ldm_export.export.tensorrt.proof`).
+built of a graph that was not compared with what it shall compute (`ldm_export.export.tensorrt.proof`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What engines are built from is held against what it shall compute, and what computes something else is found out."""
+"""What engines are built from is compared with what it shall compute, and what computes something else is found out."""
 
 from __future__ import annotations
 
