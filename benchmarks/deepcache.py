@@ -21,7 +21,7 @@ from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends.auto import SETTLE_S
-from ldm_export.verify.image_generators import BundleImageGenerator, Settings
+from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
 from ldm_export.verify.metrics import psnr
 from ldm_export.verify.quality import evaluate
 
@@ -30,7 +30,7 @@ FIGURES = ("frechet_distance", "retrieval_at_5")
 
 
 def main(folder: Path, data: Path, held_out: Path) -> dict[str, Any]:
-    bundle, settings = Bundle.open(folder), Settings(steps=STEPS, guidance=GUIDANCE)
+    bundle, settings = Bundle.open(folder), SamplingSettings(steps=STEPS, guidance=GUIDANCE)
     pipeline = Pipeline(bundle, "cpu")
     times: dict[int, list[float]] = {every: [] for every in EVERY}
     for number in range(ROUNDS + 1):  # the first is warm-up

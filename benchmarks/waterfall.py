@@ -28,7 +28,7 @@ from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.recipe.stages import STAGE
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
-from ldm_export.verify.image_generators import Settings, TorchImageGenerator
+from ldm_export.verify.image_generators import SamplingSettings, TorchImageGenerator
 from ldm_export.verify.latency import Draw, draw_with, runs_in_turn, times_as_fast
 from ldm_export.verify.latency import stages as stages_of
 
@@ -78,7 +78,7 @@ def stages(work: Path) -> list[Path]:
 def draw_with_torch(checkpoint: str, plain: Bundle) -> Draw:
     """As the plain bundle is drawn by default."""
     image_generator, model = TorchImageGenerator(LatentDiffusion.open(checkpoint)), plain.manifest.model
-    settings = Settings(steps=model["default_steps"], guidance=model["default_guidance"])
+    settings = SamplingSettings(steps=model["default_steps"], guidance=model["default_guidance"])
     return lambda seed: image_generator.sample([f"{PROMPTS[seed % len(PROMPTS)]} {seed}"], [seed], settings).timings
 
 

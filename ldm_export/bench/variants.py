@@ -19,7 +19,7 @@ from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.runtime.request import read_plan
-from ldm_export.verify.image_generators import BundleImageGenerator, Sample, Settings, TorchImageGenerator
+from ldm_export.verify.image_generators import BundleImageGenerator, Sample, SamplingSettings, TorchImageGenerator
 
 PROMPTS = (
     "grinning face with smiling eyes",
@@ -62,7 +62,7 @@ class Variant:
     name: str
     target: str
     image_generator: BundleImageGenerator | TorchImageGenerator
-    settings: Settings
+    settings: SamplingSettings
     backend: str
     bytes: int
     bundle: Bundle | None = None

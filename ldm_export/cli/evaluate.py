@@ -18,7 +18,7 @@ from ldm_export.cli.options import (
 )
 from ldm_export.cli.pictures import check_writable, save_grid
 from ldm_export.errors import InputError
-from ldm_export.verify.image_generators import Settings, open_image_generator
+from ldm_export.verify.image_generators import SamplingSettings, open_image_generator
 from ldm_export.verify.metrics import Figure
 from ldm_export.verify.quality import FEATURES, QualityReport, evaluate, open_judge
 
@@ -78,7 +78,7 @@ def command(
         check_output(output)
     image_generator = open_image_generator(target)
     own = image_generator.defaults
-    settings = Settings(
+    settings = SamplingSettings(
         prompts, sampler or own.sampler, steps or own.steps, own.guidance if guidance is None else guidance, seed, batch
     )
     if image_generator.condition != "text":

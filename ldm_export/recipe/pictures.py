@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_export.bundle import Bundle
-from ldm_export.verify.image_generators import BundleImageGenerator, Settings
+from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
 from ldm_export.verify.quality import Progress
 
 GALLERY_SEED, REFERENCE_SEED = 10_000_000, 20_000_000
@@ -29,7 +29,7 @@ def draw_gallery(
     conditions (as far as there are enough) and seeds. What the same bundle has drawn there is not drawn again."""
     image_generator = BundleImageGenerator(bundle)
     model = bundle.manifest.model
-    settings = Settings(
+    settings = SamplingSettings(
         sampler=model["default_sampler"], steps=model["default_steps"], guidance=model["default_guidance"]
     )
     order = np.random.default_rng(0).permutation(max(len(told), 1))

@@ -16,7 +16,7 @@ from ldm_export.errors import InputError
 from ldm_export.passes.base import Purpose
 from ldm_export.recipe.settings import Budget
 from ldm_export.runtime import Pipeline
-from ldm_export.verify.image_generators import BundleImageGenerator, Settings
+from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
 from ldm_export.verify.image_text_alignment import AlignmentJudge
 from ldm_export.verify.latency import Latency, draw_with, time_in_turn
 from ldm_export.verify.metrics import psnr
@@ -90,7 +90,7 @@ class Judge:
     ) -> tuple[Score, float | None, npt.NDArray[Any]]:
         """The score of a bundle; by how much it is faster than ``beside``, timed in turn; and its pictures."""
         model = bundle.manifest.model
-        settings = Settings(
+        settings = SamplingSettings(
             prompts=self.pictures,
             sampler=model["default_sampler"],
             steps=model["default_steps"],

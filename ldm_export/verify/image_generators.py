@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingSettings:
     """How pictures are drawn: ``prompts`` of them, ``batch`` at a time; picture k has seed ``seed + k``."""
 
     prompts: int = 200
@@ -66,7 +66,7 @@ class ImageGenerator(Protocol):
     channels: int
     condition: str | None
     uses_guidance: bool
-    defaults: Settings
+    defaults: SamplingSettings
 
     @property
     def size(self) -> int:
@@ -75,13 +75,15 @@ class ImageGenerator(Protocol):
     def guided(self, guidance: float) -> bool:
         """Whether a picture with that scale takes two rows of the UNet, with the prompt and without."""
 
-    def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
+    def given(
+        self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
+    ) -> dict[str, Any]:
         """What one drawing is told, as JSON can hold it; :mod:`ldm_export.bench.child` draws by it too."""
 
-    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
         """Pictures with latents and timings."""
 
-    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Array:
         """Pictures uint8 (B, H, W, C)."""
 
     def reconstruct(self, images: Array) -> Array:
@@ -104,7 +106,7 @@ class TorchImageGenerator:
         configs = checkpoint.configs
         self._reference = TorchReference(checkpoint)
         own = checkpoint.drawing
-        self.defaults = Settings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
+        self.defaults = SamplingSettings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
         self._two_rows = partial(takes_two_rows, unet_spec(configs["unet"]), {"guidance_folded": own.folded})
         self.classes = configs["unet"]["num_class_embeds"]
         self.condition = "text" if checkpoint.reads_text else "label" if self.classes else None
@@ -121,7 +123,9 @@ class TorchImageGenerator:
     def guided(self, guidance: float) -> bool:
         return self._two_rows(guidance)
 
-    def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
+    def given(
+        self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
+    ) -> dict[str, Any]:
         plan = {"sampler": settings.sampler, "steps": settings.steps}
         drawing = {"seeds": list(seeds), **plan, "guidance": settings.guidance, "size": self.pixels}
         if self.condition == "text":
@@ -138,12 +142,12 @@ class TorchImageGenerator:
             drawing["labels"] = labels
         return drawing
 
-    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
         drawn = self._reference.draw_as(self.given(conditions, seeds, settings))
         spent = Timings(text_ms=drawn.text_ms, unet_ms=drawn.unet_ms, loop_ms=drawn.loop_ms, decode_ms=drawn.decode_ms)
         return Sample(drawn.images, drawn.trajectory, spent)
 
-    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Array:
         return self.sample(conditions, seeds, settings).images
 
     def reconstruct(self, images: Array) -> Array:
@@ -157,7 +161,7 @@ class BundleImageGenerator:
         self._pipeline, self._options = Pipeline(bundle, backend), options
         model, graphs = bundle.manifest.model, bundle.manifest.graphs
         self.name = f"bundle {bundle.path.resolve().name}"
-        self.defaults = Settings(
+        self.defaults = SamplingSettings(
             sampler=model["default_sampler"],
             steps=model["default_steps"],
             guidance=float(model.get("default_guidance", DEFAULT_GUIDANCE)),
@@ -193,7 +197,9 @@ class BundleImageGenerator:
     def guided(self, guidance: float) -> bool:
         return self._two_rows(guidance)
 
-    def given(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
+    def given(
+        self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
+    ) -> dict[str, Any]:
         told = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
         if self.condition == "text":
             told |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
@@ -201,7 +207,7 @@ class BundleImageGenerator:
             told["class_labels"] = [int(label) for label in conditions]
         return told
 
-    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Sample:
+    def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
         trajectory: list[Array] = []
 
         def keep(step: Step) -> None:
@@ -210,7 +216,7 @@ class BundleImageGenerator:
         drawn = self._pipeline.generate(**self.given(conditions, seeds, settings), callback=keep)
         return Sample(drawn.images, np.stack(trajectory), drawn.timings)
 
-    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: Settings) -> Array:
+    def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Array:
         return self._pipeline.generate(**self.given(conditions, seeds, settings)).images
 
     def reconstruct(self, images: Array) -> Array:

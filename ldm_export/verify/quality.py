@@ -19,7 +19,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.export.accepted import open_tokenizer
-from ldm_export.verify.image_generators import ImageGenerator, Settings
+from ldm_export.verify.image_generators import ImageGenerator, SamplingSettings
 from ldm_export.verify.image_text_alignment import AlignmentJudge, Pictures, features_of, open_pictures
 from ldm_export.verify.metrics import (
     Figure,
@@ -60,7 +60,7 @@ class QualityReport:
     """
 
     target: str
-    settings: Settings
+    settings: SamplingSettings
     figures: dict[str, Figure] = field(default_factory=dict)
     floors: dict[str, Figure] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ def evaluate(
     image_generator: ImageGenerator,
     data_folder: Path,
     held_out_folder: Path | None,
-    settings: Settings,
+    settings: SamplingSettings,
     judge: AlignmentJudge | None,
     progress: Progress,
 ) -> QualityReport:
@@ -162,7 +162,7 @@ def evaluate(
     return report
 
 
-def choose_prompts(data: Pictures, settings: Settings, condition: str | None) -> list[tuple[int, str | int]]:
+def choose_prompts(data: Pictures, settings: SamplingSettings, condition: str | None) -> list[tuple[int, str | int]]:
     """``prompts`` different pictures and one caption of each, or its class; a function of the seed."""
     generator = np.random.default_rng(settings.seed)
     count = len(data.images)
@@ -189,7 +189,7 @@ def choose_held_out(count: int) -> Array:
 
 
 def _draw(
-    image_generator: ImageGenerator, prompts: Sequence[str | int], settings: Settings, progress: Progress
+    image_generator: ImageGenerator, prompts: Sequence[str | int], settings: SamplingSettings, progress: Progress
 ) -> Array:
     images = []
     for start in range(0, len(prompts), settings.batch):

@@ -20,14 +20,14 @@ from ldm_export.cli.main import main
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.verify import quality
-from ldm_export.verify.image_generators import Settings, open_image_generator
+from ldm_export.verify.image_generators import SamplingSettings, open_image_generator
 from ldm_export.verify.image_text_alignment import features_of, open_pictures
 from ldm_export.verify.quality import choose_prompts, evaluate, open_judge
 from tests.bundle_fixture import CLASSES
 from tests.tiny_recipe import CONFIG
 from tests.training import TEXT_STAGE, Losses, config_from, write_pictures
 
-SETTINGS = Settings(prompts=10, steps=10, batch=4, seed=3)
+SETTINGS = SamplingSettings(prompts=10, steps=10, batch=4, seed=3)
 FIGURES = {
     *("reconstruction_psnr_db", "reconstruction_ssim", "frechet_distance", "kernel_distance"),
     *("retrieval_at_1", "retrieval_at_5", "alignment", "alignment_with_another_prompt", "nearest_training_picture"),
@@ -158,7 +158,7 @@ def test_prompts_are_of_different_pictures_and_of_the_seed(data: Path) -> None:
     assert len({picture for picture, _ in chosen}) == 10
     assert set(chosen) <= set(pictures.conditions)
     assert choose_prompts(pictures, SETTINGS, "text") == chosen
-    assert choose_prompts(pictures, Settings(prompts=10, seed=4), "text") != chosen
+    assert choose_prompts(pictures, SamplingSettings(prompts=10, seed=4), "text") != chosen
 
 
 def test_features_do_not_depend_on_the_chunk(data: Path) -> None:

@@ -17,7 +17,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.plan import SAMPLERS
-from ldm_export.verify.image_generators import BundleImageGenerator, Settings, TorchImageGenerator
+from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings, TorchImageGenerator
 from tests.diffusers_pipelines import LATENT_TOLERANCE, assert_same, judged, opened
 from tests.scheduler_configs import relative_error
 
@@ -28,7 +28,7 @@ SEEDS = [7, 11]
 Kinds = Callable[[str], tuple[Path, Path]]
 
 
-def generated(checkpoint: Path, settings: Settings, conditions: Sequence[str | int] = PROMPTS) -> Any:
+def generated(checkpoint: Path, settings: SamplingSettings, conditions: Sequence[str | int] = PROMPTS) -> Any:
     """Latents and images of the PyTorch side."""
     sample = TorchImageGenerator(LatentDiffusion.open(checkpoint)).sample(conditions, SEEDS, settings)
     assert len(sample.timings.unet_ms) == len(sample.trajectory)
@@ -41,7 +41,7 @@ def generated(checkpoint: Path, settings: Settings, conditions: Sequence[str | i
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_stable_diffusion(tiny_checkpoint: Path, sampler: str, guidance: float) -> None:
     pipe = opened(diffusers.StableDiffusionPipeline, tiny_checkpoint)
-    ours = generated(tiny_checkpoint, Settings(sampler=sampler, steps=8, guidance=guidance))
+    ours = generated(tiny_checkpoint, SamplingSettings(sampler=sampler, steps=8, guidance=guidance))
     assert_same(ours, judged(pipe, sampler, PROMPTS, SEEDS, steps=8, guidance=guidance), pipe.vae)
 
 
@@ -57,7 +57,7 @@ def test_stable_diffusion(tiny_checkpoint: Path, sampler: str, guidance: float) 
 def test_other_schedules(tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, Any], sampler: str) -> None:
     checkpoint = with_scheduler(tiny_checkpoint, tmp_path / "other", changes)
     pipe = opened(diffusers.StableDiffusionPipeline, checkpoint)
-    ours = generated(checkpoint, Settings(sampler=sampler, steps=8))
+    ours = generated(checkpoint, SamplingSettings(sampler=sampler, steps=8))
     assert_same(ours, judged(pipe, sampler, PROMPTS, SEEDS, steps=8, guidance=4.0), pipe.vae)
 
 
@@ -68,7 +68,7 @@ def test_sdxl(kinds: Kinds, tmp_path: Path, guidance: float, zeros: bool) -> Non
     index = json.loads((checkpoint / "model_index.json").read_text())
     (checkpoint / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
     pipe = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
-    ours = generated(checkpoint, Settings(sampler="euler", steps=8, guidance=guidance))
+    ours = generated(checkpoint, SamplingSettings(sampler="euler", steps=8, guidance=guidance))
     assert_same(ours, judged(pipe, "euler", PROMPTS, SEEDS, steps=8, guidance=guidance), pipe.vae)
 
 
@@ -76,7 +76,7 @@ def test_clipping(kinds: Kinds, tmp_path: Path) -> None:
     """Without guidance, with which this clipped loop makes 2e-4 of a difference of 1e-7 in its noise."""
     checkpoint = with_scheduler(kinds("sdxl")[0], tmp_path / "xl", {"clip_sample": True})
     pipe = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
-    ours = generated(checkpoint, Settings(sampler="ddim", steps=8, guidance=1.0))
+    ours = generated(checkpoint, SamplingSettings(sampler="ddim", steps=8, guidance=1.0))
     assert_same(ours, judged(pipe, "ddim", PROMPTS, SEEDS, steps=8, guidance=1.0), pipe.vae)
 
 
@@ -84,7 +84,7 @@ def test_clipping(kinds: Kinds, tmp_path: Path) -> None:
 def test_latent_consistency(kinds: Kinds, guidance: float) -> None:
     checkpoint = kinds("lcm")[0]
     pipe = opened(diffusers.LatentConsistencyModelPipeline, checkpoint)
-    ours = generated(checkpoint, Settings(sampler="lcm", steps=4, guidance=guidance))
+    ours = generated(checkpoint, SamplingSettings(sampler="lcm", steps=4, guidance=guidance))
     assert_same(ours, judged(pipe, "lcm", PROMPTS, SEEDS, steps=4, guidance=guidance), pipe.vae)
 
 
