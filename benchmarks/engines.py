@@ -18,23 +18,25 @@ from typing import Any
 
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bundle import Bundle
-from ldm_export.export.tensorrt.build import Built, Settings, build_engines
+from ldm_export.export.tensorrt.build import Built, EngineSettings, build_engines
 from ldm_export.export.tensorrt.profiles import Range
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 RTX = "tensorrt_rtx"
 GPUS = ("86", "89", "120")
-CASES: dict[str, list[tuple[Settings, tuple[str, ...], tuple[str, ...]]]] = {
+CASES: dict[str, list[tuple[EngineSettings, tuple[str, ...], tuple[str, ...]]]] = {
     "emoji64": [
-        (Settings(RTX, GPUS, "fp32", pixels=Range(64, 64, 128)), (), ("ddim-20",)),
-        (Settings(RTX, GPUS, "fp16", pixels=Range(64, 64, 128)), (), ("ddim-20",)),
+        (EngineSettings(RTX, GPUS, "fp32", pixels=Range(64, 64, 128)), (), ("ddim-20",)),
+        (EngineSettings(RTX, GPUS, "fp16", pixels=Range(64, 64, 128)), (), ("ddim-20",)),
     ],
-    "52m": [(Settings(RTX, ("89",), "fp16", pixels=Range(256, 256, 512)), ("unet",), ())],
-    "sd15": [(Settings(RTX, ("89",), "fp16", pixels=Range(512, 512, 768)), ("unet",), ())],
+    "52m": [(EngineSettings(RTX, ("89",), "fp16", pixels=Range(256, 256, 512)), ("unet",), ())],
+    "sd15": [(EngineSettings(RTX, ("89",), "fp16", pixels=Range(512, 512, 768)), ("unet",), ())],
 }
 
 
-def timed(bundle: Bundle, settings: Settings, graphs: tuple[str, ...], loops: tuple[str, ...]) -> tuple[Built, float]:
+def timed(
+    bundle: Bundle, settings: EngineSettings, graphs: tuple[str, ...], loops: tuple[str, ...]
+) -> tuple[Built, float]:
     started = time.perf_counter()
     made = build_engines(bundle, settings, graphs, loops, progress=lambda stage: print(f"  {stage}", file=sys.stderr))
     return made, time.perf_counter() - started

@@ -44,7 +44,7 @@ from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.graphs import change_graphs, copy_bundle
-from ldm_export.export.tensorrt.build import Settings, build_engines
+from ldm_export.export.tensorrt.build import EngineSettings, build_engines
 from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
 from ldm_export.graph.half import Half
 from ldm_export.runtime.backends import ENGINES
@@ -231,7 +231,7 @@ def engines_of(place: Path, precision: str, flavour: str, capability: str, loops
         begun = place / f"{precision}.partial"
         os.replace(shutil.copytree(place / "bundle", begun, ignore=ignored, dirs_exist_ok=True), copy)
     models = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
-    target = build_engines(Bundle.open(copy), Settings(flavour, models, precision), loops=loops).target
+    target = build_engines(Bundle.open(copy), EngineSettings(flavour, models, precision), loops=loops).target
     wanted = [name for name in target.engines if is_loop(f"{name}.onnx") == bool(loops)]
     return {
         "seconds": sum(target.engines[name].seconds for name in wanted),

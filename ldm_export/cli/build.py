@@ -62,10 +62,10 @@ def _build_cpu(bundle: Bundle, as_json: bool) -> None:
 
 
 def _build_engines(bundle: Bundle, flavour: str, given: dict[str, Any], as_json: bool) -> None:
-    from ldm_export.export.tensorrt.build import DEFAULT_BATCH, Settings, build_engines
+    from ldm_export.export.tensorrt.build import DEFAULT_BATCH, EngineSettings, build_engines
     from ldm_export.export.tensorrt.profiles import Range
 
-    settings = Settings(
+    settings = EngineSettings(
         flavour,
         _listed(given["sm"]),
         given["precision"] or "fp32",

@@ -44,7 +44,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineSettings:
     """What engines are built for.
 
     Attributes
@@ -103,7 +103,7 @@ class _Task:
 
 def build_engines(
     bundle: Bundle,
-    settings: Settings,
+    settings: EngineSettings,
     graphs: Sequence[str] = (),
     loops: Sequence[str] = (),
     *,
@@ -150,7 +150,7 @@ def build_engines(
     return Built(_as_it_is(bundle, target), tuple(waiting), because)
 
 
-def _target(bundle: Bundle, settings: Settings) -> EngineTarget:
+def _target(bundle: Bundle, settings: EngineSettings) -> EngineTarget:
     """The target that there shall be, without engines yet."""
     library = library_of(settings.flavour)
     capabilities = capabilities_of(settings.flavour, library, settings.models)
@@ -170,7 +170,7 @@ def _target(bundle: Bundle, settings: Settings) -> EngineTarget:
     )
 
 
-def _tasks(bundle: Bundle, settings: Settings, graphs: Sequence[str], loops: Sequence[str]) -> dict[str, _Task]:
+def _tasks(bundle: Bundle, settings: EngineSettings, graphs: Sequence[str], loops: Sequence[str]) -> dict[str, _Task]:
     manifest = bundle.manifest
     own = {name: spec for name, spec in manifest.graphs.items() if not is_loop(spec.path)}
     pixels = settings.pixels or Range(*(int(manifest.model["height"]),) * 3)

@@ -25,7 +25,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.cli.main import main
 from ldm_export.errors import BackendError, ExportError, InputError
 from ldm_export.export.tensorrt import refit
-from ldm_export.export.tensorrt.build import Settings, build_engines
+from ldm_export.export.tensorrt.build import EngineSettings, build_engines
 from ldm_export.export.tensorrt.refit import check_same_networks, refit_engines
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.runtime.backends import cuda
@@ -49,7 +49,7 @@ def nowhere() -> str:
 def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with one small engine; read-only."""
     folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("built") / "bundle"))
-    build_engines(Bundle.open(folder), Settings("tensorrt_rtx", ("89",)), [NAME])
+    build_engines(Bundle.open(folder), EngineSettings("tensorrt_rtx", ("89",)), [NAME])
     return folder
 
 

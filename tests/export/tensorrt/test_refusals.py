@@ -19,7 +19,7 @@ from ldm_export.bundle.targets.engines import ShapeRange
 from ldm_export.contract import GraphSpec, TensorSpec, step_spec
 from ldm_export.errors import BackendError, BundleError, ExportError, InputError
 from ldm_export.export.tensorrt import build
-from ldm_export.export.tensorrt.build import Settings, build_engines
+from ldm_export.export.tensorrt.build import EngineSettings, build_engines
 from ldm_export.export.tensorrt.library import library_of
 from ldm_export.export.tensorrt.process import in_a_process, last_words
 from ldm_export.export.tensorrt.profiles import Range, profile_of
@@ -40,7 +40,7 @@ library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not instal
 )
 def test_gpus_that_the_flavour_lacks(bundle: Path, models: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_engines(Bundle.open(bundle), Settings(RTX, models))
+        build_engines(Bundle.open(bundle), EngineSettings(RTX, models))
     assert not (bundle / "targets").exists()
 
 
@@ -48,21 +48,21 @@ def test_the_data_centre_flavour_takes_its_library(bundle: Path) -> None:
     if "tensorrt" in sys.modules or shutil.which("nvidia-smi"):
         pytest.skip("TensorRT may be installed here")
     with pytest.raises(BackendError, match=r"^tensorrt is not installed, .* pip install 'ldm_export\[export,gpu\]'$"):
-        build_engines(Bundle.open(bundle), Settings("tensorrt"))
+        build_engines(Bundle.open(bundle), EngineSettings("tensorrt"))
 
 
 def test_the_data_centre_flavour_takes_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "library_of", lambda flavour: library)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(BackendError, match=r"^--target tensorrt builds for the GPU of this machine, and PyTorch finds"):
-        build_engines(Bundle.open(bundle), Settings("tensorrt"))
+        build_engines(Bundle.open(bundle), EngineSettings("tensorrt"))
     with pytest.raises(InputError, match="leave --sm out"):
-        build_engines(Bundle.open(bundle), Settings("tensorrt", ("90",)))
+        build_engines(Bundle.open(bundle), EngineSettings("tensorrt", ("90",)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     child("raise SystemExit(3)", monkeypatch)
     with pytest.raises(ExportError, match="exit code 3"):
-        build_engines(Bundle.open(bundle), Settings("tensorrt", precision="fp16"))
+        build_engines(Bundle.open(bundle), EngineSettings("tensorrt", precision="fp16"))
 
 
 def test_a_flavour_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
