@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_export.bench.gates import Gate, judge
-from ldm_export.bench.harness import Bench, Document, Options, results_by_variant
+from ldm_export.bench.harness import Bench, BenchOptions, Document, results_by_variant
 from ldm_export.bench.variants import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import InputError
@@ -20,13 +20,13 @@ from ldm_export.export.ort_cpu import build_ort_cpu
 STUDENT = "{}-fast"
 """Name of each shipped model's student."""
 BUNDLE, FAST = "bundle", "fast.bundle"
-OPTIONS = Options(prompts=PROMPTS, batch=4, warm_up=1, repeats=4, backends=("cpu",))
+OPTIONS = BenchOptions(prompts=PROMPTS, batch=4, warm_up=1, repeats=4, backends=("cpu",))
 GATES = (Gate("psnr", 45.0), Gate("parity", 1.0))
 """What the bundle must reach: pictures that no eye can tell from PyTorch's, and graphs within their tolerances."""
 
 
 def run_demo(
-    checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str], None], options: Options = OPTIONS
+    checkpoint: LatentDiffusion, folder: Path, progress: Callable[[str], None], options: BenchOptions = OPTIONS
 ) -> Document:
     """Export ``checkpoint`` to ``folder/bundle``, and its student to ``folder/fast.bundle`` if one is shipped; measure
     them and PyTorch, bit by bit in ``folder/demo.json``. The document says in ``gates`` what the bundle reached."""

@@ -45,7 +45,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """How to measure.
 
     Attributes
@@ -77,7 +77,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(
-                    f"{name} is {value}; at least {least} is needed. Use {Options.__dataclass_fields__[name].default}."
+                    f"{name} is {value}; at least {least} is needed. Use {BenchOptions.__dataclass_fields__[name].default}."
                 )
         if len(set(self.backends)) != len(self.backends):
             raise InputError(f"The backends {', '.join(self.backends)} were given. Name each once.")
@@ -94,7 +94,7 @@ class Bench:
         At once, before anything is measured, for whatever cannot be used.
     """
 
-    def __init__(self, bundles: Sequence[Path], checkpoint: LatentDiffusion | None, options: Options):
+    def __init__(self, bundles: Sequence[Path], checkpoint: LatentDiffusion | None, options: BenchOptions):
         self.options = options
         self.took_up: Path | None = None
         """The document of an earlier run whose results were taken up."""

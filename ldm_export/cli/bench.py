@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from ldm_export.bench.gates import Gate, gate_from_text, judge
-from ldm_export.bench.harness import Bench, Options, results_by_variant
+from ldm_export.bench.harness import Bench, BenchOptions, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
@@ -87,7 +87,7 @@ def command(
     for file in (output, json_file):
         check_output(file)
     checkpoint = None if against is None else LatentDiffusion.open(against)
-    told = Options(prompts=_prompts(prompts, texts), **options)
+    told = BenchOptions(prompts=_prompts(prompts, texts), **options)
     with stages("bench") as progress:
         progress("opening")
         bench = Bench(bundles, checkpoint, told)

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from ldm_export.bench import harness, process
 from ldm_export.bench.gates import Gate, gate_from_text, judge
-from ldm_export.bench.harness import Bench, Document, Options, read_document, results_by_variant, write_document
+from ldm_export.bench.harness import Bench, BenchOptions, Document, read_document, results_by_variant, write_document
 from ldm_export.bench.image_similarity import LARGEST, compare_pictures, drift, pictures_of
 from ldm_export.bench.report import page
 from ldm_export.bundle import Bundle, create_bundle
@@ -28,7 +28,7 @@ from ldm_export.verify import latency
 from ldm_export.verify.image_generators import Sample
 from ldm_export.verify.latency import stages, times_as_fast
 
-OPTIONS = Options(
+OPTIONS = BenchOptions(
     prompts=("a red circle", "a <b>blue</b> & green square"), steps=10, repeats=2, warm_up=1, backends=("cpu",)
 )
 PARTS = {"bytes", "latency", "pictures", "parity of tiny", "parity of disturbed", "process"}
@@ -123,7 +123,7 @@ def test_the_pictures_are_those_of_the_pipeline(document: Document, tiny_bundle:
 def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path, quick: None) -> None:
     """Each by the sampler that is its own."""
     checkpoint, bundle = kinds(kind)
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options(repeats=1, warm_up=0))
+    bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(repeats=1, warm_up=0))
     theirs, ours = bench.sides
     assert ours.drawing == theirs.drawing
     assert ours.settings.sampler == {"sdxl": "euler", "lcm": "lcm"}.get(kind, "ddim")
@@ -136,7 +136,7 @@ def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_p
 
 def test_what_a_process_of_its_own_is_told_draws_there(kinds: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, bundle = kinds("sdxl")
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options(prompts=("red",)))
+    bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(prompts=("red",)))
     children = {side.name: side.child("red", 0) for side in bench.sides}
     found = process.processes_in_turn(children, 1, lambda what: None)
     assert all(needs["cold_start_ms"] > 0 for needs in found.values())
@@ -145,10 +145,10 @@ def test_what_a_process_of_its_own_is_told_draws_there(kinds: Callable[[str], tu
 @pytest.mark.parametrize("kind", ["class-conditional", "unconditional"])
 def test_models_without_text(kinds: Callable[[str], tuple[Path, Path]], kind: str) -> None:
     checkpoint, bundle = kinds(kind)
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), Options())
+    bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions())
     assert bench.conditions == ([0, 1, 2, 3, 4] if kind == "class-conditional" else [""] * 8)
     with pytest.raises(InputError, match=r"1 prompts were given; PyTorch .* reads no text"):
-        Bench([bundle], LatentDiffusion.open(checkpoint), Options(prompts=("red",)))
+        Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(prompts=("red",)))
 
 
 def test_one_bundle_alone_has_nothing_to_compare_with(tiny_bundle: Path, tmp_path: Path, quick: None) -> None:
@@ -247,7 +247,7 @@ def test_a_file_that_is_no_bench_is_none(tmp_path: Path, text: str) -> None:
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Options(**options)
+        BenchOptions(**options)
 
 
 def test_sides_that_do_not_fit(
@@ -257,21 +257,21 @@ def test_sides_that_do_not_fit(
     with pytest.raises(InputError, match="has other inputs or outputs than the bundle"):
         Bench([tiny_bundle], LatentDiffusion.open(checkpoint), OPTIONS)
     with pytest.raises(InputError, match=r"\(told label, 3 channels, 16x16\) and .* draw different pictures"):
-        Bench([tiny_bundle, bundle], None, Options())
+        Bench([tiny_bundle, bundle], None, BenchOptions())
     with pytest.raises(InputError, match="was given twice"):
         Bench([tiny_bundle, tiny_bundle], None, OPTIONS)
     with pytest.raises(InputError, match="no plan for 'ddim' with 7 steps"):
-        Bench([tiny_bundle, disturbed_bundle], None, Options(steps=7))
+        Bench([tiny_bundle, disturbed_bundle], None, BenchOptions(steps=7))
     with pytest.raises(BundleError, match=r"manifest\.json is missing"):
         Bench([tmp_path], None, OPTIONS)
 
 
 def test_gates_that_cannot_be_judged(tiny_bundle: Path, disturbed_bundle: Path, tiny_checkpoint: Path) -> None:
-    alone = Bench([tiny_bundle, disturbed_bundle], None, Options(steps=10))
+    alone = Bench([tiny_bundle, disturbed_bundle], None, BenchOptions(steps=10))
     alone.check_gates([Gate("drift", 1.0), Gate("faster", 1.0)])
     with pytest.raises(InputError, match="Name a checkpoint with --against"):
         alone.check_gates([Gate("parity", 1.0)])
-    other = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), Options(sampler="euler", steps=10))
+    other = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), BenchOptions(sampler="euler", steps=10))
     other.check_gates([Gate("drift", 1.0)])  # PyTorch takes the same steps
     other.sides[1].settings = replace(other.sides[1].settings, sampler="ddim")
     with pytest.raises(InputError, match=r"drift=1 compares step by step; tiny with .*ddim.* take other steps"):
