@@ -37,7 +37,7 @@ from ldm_export.runtime.request import (
     picture_channels,
 )
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
-from ldm_export.runtime.sampling import Run, Sampling
+from ldm_export.runtime.sampling import Sampling, SamplingTask
 from ldm_export.runtime.values import flag, shown, whole_number
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ class Pipeline:
         timings.loop_ms += _since(started)
         started = time.perf_counter()
         scale = request.guidance if guided else None
-        run = Run(trajectory.rows, latents, conditions, scale, draw, request.deepcache)
+        run = SamplingTask(trajectory.rows, latents, conditions, scale, draw, request.deepcache)
         sampling = self._backend.sampling(unet, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here

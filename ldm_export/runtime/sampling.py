@@ -21,7 +21,7 @@ from ldm_export.runtime.graph import Array, Graph
 
 
 @dataclass(frozen=True)
-class Run:
+class SamplingTask:
     """What a loop is given.
 
     Attributes
@@ -54,7 +54,7 @@ class Sampling(Protocol):
     load_ms: float
 
     def step(self) -> float:
-        """Make the next network call and the update that follows it, in ``Run.latents``; gives the call's time, ms."""
+        """Make the next network call and the update that follows it, in ``SamplingTask.latents``; gives the call's time, ms."""
         ...
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class HostSampling:
 
     load_ms = 0.0
 
-    def __init__(self, unet: Graph, run: Run):
+    def __init__(self, unet: Graph, run: SamplingTask):
         self._run = run
         self._rows = iter(run.rows)
         self._stepper = Stepper(run.rows, run.latents)

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BackendError, BundleError, LdmExportError
 from ldm_export.runtime.graph import Graph
-from ldm_export.runtime.sampling import HostSampling, Run, Sampling
+from ldm_export.runtime.sampling import HostSampling, Sampling, SamplingTask
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +41,7 @@ class Backend:
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise InputError if a loaded graph cannot take inputs of these shapes; most graphs take any."""
 
-    def sampling(self, unet: Graph, run: Run) -> Sampling:
+    def sampling(self, unet: Graph, run: SamplingTask) -> Sampling:
         """A loop over a loaded UNet."""
         return HostSampling(unet, run)
 

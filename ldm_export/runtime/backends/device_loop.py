@@ -20,7 +20,7 @@ from ldm_export.contract import REMEMBERED, STEP_CELLS, WEIGHT_FIELDS
 from ldm_export.plan import Row
 from ldm_export.runtime.backends.cuda import Buffer, Event, Stream
 from ldm_export.runtime.backends.engine import Engine
-from ldm_export.runtime.sampling import Run
+from ldm_export.runtime.sampling import SamplingTask
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +44,7 @@ def table_of(rows: Sequence[Row], guidance: float | None) -> Array:
 class DeviceLoop:
     """Both engines with the memory for one batch and size; serves one loop at a time, and then the next."""
 
-    def __init__(self, unet: Engine, step: Engine, stream: Stream, run: Run):
+    def __init__(self, unet: Engine, step: Engine, stream: Stream, run: SamplingTask):
         latents, sample = run.latents.shape, run.sample_shape
         remembered = (REMEMBERED, *latents)
         self.stream, self.key = stream, _key(run)
@@ -76,14 +76,14 @@ class DeviceLoop:
         for bound in (self.unet, *self.steps):
             bound.prepare()
 
-    def fits(self, run: Run) -> bool:
+    def fits(self, run: SamplingTask) -> bool:
         return self.key == _key(run)
 
 
 class DeviceSampling:
     """A loop that runs; see :class:`ldm_export.runtime.sampling.Sampling`."""
 
-    def __init__(self, loop: DeviceLoop, run: Run, load_ms: float, close: Callable[[], None]):
+    def __init__(self, loop: DeviceLoop, run: SamplingTask, load_ms: float, close: Callable[[], None]):
         self._loop, self._run, self.load_ms, self._close = loop, run, load_ms, close
         self._index = 0
         self._before, self._after = Event(), Event()
@@ -117,7 +117,7 @@ class DeviceSampling:
         self._close()
 
 
-def _key(run: Run) -> Mapping[str, tuple[int, ...]]:
+def _key(run: SamplingTask) -> Mapping[str, tuple[int, ...]]:
     return {"sample": run.sample_shape, "latents": run.latents.shape} | {
         name: array.shape for name, array in run.conditions.items()
     }

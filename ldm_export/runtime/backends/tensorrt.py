@@ -30,7 +30,7 @@ from ldm_export.runtime.backends.device_loop import DeviceLoop, DeviceSampling
 from ldm_export.runtime.backends.engine import BoundEngine, Engine, open_library
 from ldm_export.runtime.backends.user_cache import cache_folder
 from ldm_export.runtime.graph import Array, Graph
-from ldm_export.runtime.sampling import Run, Sampling
+from ldm_export.runtime.sampling import Sampling, SamplingTask
 
 PRECISIONS = ("fp16", "int8", "fp32")
 """Precisions of targets, the fastest first, in which those that fit are chosen."""
@@ -147,7 +147,7 @@ class TensorRtBackend(Backend):
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._engines[graph].check_shapes(shapes)
 
-    def sampling(self, unet: Graph, run: Run) -> Sampling:
+    def sampling(self, unet: Graph, run: SamplingTask) -> Sampling:
         """A loop on the device, where the target has an engine for its steps."""
         if STEP not in self._target.engines:
             return super().sampling(unet, run)
