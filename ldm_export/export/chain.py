@@ -23,7 +23,7 @@ from ldm_export.errors import InputError
 from ldm_export.export.accepted import check_accepted, notes, open_tokenizer, token_count
 from ldm_export.export.onnx import export_graph, graph_module, random_inputs, release_weights
 from ldm_export.export.parity import (
-    Run,
+    NetworkCall,
     compare_graph,
     compare_weights,
     reference_runs,
@@ -170,7 +170,7 @@ def tolerances(bundle: Bundle, graph: str) -> dict[str, float]:
     return {record["output"]: record["tolerance"] for record in bundle.manifest.parity if record["graph"] == graph}
 
 
-def parity_runs(checkpoint: LatentDiffusion, graph: GraphSpec, calls: Sequence[Inputs] = ()) -> list[Run]:
+def parity_runs(checkpoint: LatentDiffusion, graph: GraphSpec, calls: Sequence[Inputs] = ()) -> list[NetworkCall]:
     """A graph's network on seeded inputs or, where there are any, on some of ``calls``; its memory is freed again."""
     configs = checkpoint.configs
     module = graph_module(checkpoint.load(_component(graph)), graph)

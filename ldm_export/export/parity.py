@@ -37,12 +37,12 @@ SIZES = (
     {"batch": 3, "height": 21, "width": 15, "tokens": 5},  # odd: every halving rounds
 )
 
-Run = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+NetworkCall = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 """The inputs and outputs of one call of a network."""
 
 
 @torch.no_grad()
-def reference_runs(module: GraphModule, graph: GraphSpec, pixels_per_latent: int, vocab_size: int) -> list[Run]:
+def reference_runs(module: GraphModule, graph: GraphSpec, pixels_per_latent: int, vocab_size: int) -> list[NetworkCall]:
     """The network on seeded inputs, once for each of :data:`SIZES`, in one thread."""
     inputs = [random_inputs(graph, sizes, pixels_per_latent, vocab_size) for sizes in SIZES]
     threads = torch.get_num_threads()
@@ -53,7 +53,7 @@ def reference_runs(module: GraphModule, graph: GraphSpec, pixels_per_latent: int
         torch.set_num_threads(threads)
 
 
-def compare_graph(path: Path, graph: GraphSpec, runs: list[Run], *, threads: int = 0) -> list[Parity]:
+def compare_graph(path: Path, graph: GraphSpec, runs: list[NetworkCall], *, threads: int = 0) -> list[Parity]:
     """The graph in ONNX Runtime on the CPU against ``runs``: one record an output.
 
     A large graph is run in a process of its own, since torch may still hold the network's weights in this one.
@@ -92,7 +92,7 @@ def graph_session(path: Path, *, as_written: bool = False, threads: int = 0) -> 
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
-def _compare_graph(path: Path, graph: GraphSpec, runs: list[Run], threads: int) -> list[Parity]:
+def _compare_graph(path: Path, graph: GraphSpec, runs: list[NetworkCall], threads: int) -> list[Parity]:
     try:
         session = graph_session(path, threads=threads)
     except Exception as error:  # its exceptions have no common base class
