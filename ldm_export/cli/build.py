@@ -12,12 +12,12 @@ from ldm_export.cli.options import bundle_argument, console, json_option, print_
 from ldm_export.errors import InputError
 
 OFTEN = {"encoder_hidden_states": "prompt"}
-FLAVOURS = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+FLAVOUR_OF_TARGET = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 @click.command()
 @bundle_argument
-@click.option("--target", type=click.Choice(["cpu", *FLAVOURS]), required=True, help="The kind of machine.")
+@click.option("--target", type=click.Choice(["cpu", *FLAVOUR_OF_TARGET]), required=True, help="The kind of machine.")
 @click.option("--sm", help="rtx: the GPUs, such as 89 (compute capability 8.9), or 86,89,120 in one engine.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Engines: fp32; int8 has integer weights."
@@ -47,7 +47,7 @@ def command(bundle: Path, target: str, as_json: bool, **given: Any) -> None:
             raise InputError(f"--{name} is for engines, not for --target cpu; leave it out.")
         _build_cpu(opened, as_json)
     else:
-        _build_engines(opened, FLAVOURS[target], given, as_json)
+        _build_engines(opened, FLAVOUR_OF_TARGET[target], given, as_json)
 
 
 def _build_cpu(bundle: Bundle, as_json: bool) -> None:

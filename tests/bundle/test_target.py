@@ -580,7 +580,7 @@ def test_timesteps_are_remembered_and_prompts_are_not() -> None:
 
 
 def test_not_all_timesteps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm_export.runtime.backends.once.REMEMBERED", 2)
+    monkeypatch.setattr("ldm_export.runtime.backends.once.MOST_RESULTS", 2)
     graph, by_t, _ = once()
     inputs = arrays()
     for timestep in (1, 2, 3, 3, 2, 1):

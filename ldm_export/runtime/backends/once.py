@@ -14,7 +14,7 @@ from ldm_export.errors import BundleError
 from ldm_export.runtime.graph import Array, Graph
 
 DEEP = "deep"
-REMEMBERED = 1024
+MOST_RESULTS = 1024
 """Values of one scalar input (timesteps) whose results are kept."""
 
 
@@ -91,7 +91,7 @@ class OnceGraph:
         known, key = self._known[name], value.tobytes()
         if key not in known:
             known[key] = self._parts[name].run({name: value})
-            if len(known) > REMEMBERED:
+            if len(known) > MOST_RESULTS:
                 known.popitem(last=False)
         return known[key]
 
