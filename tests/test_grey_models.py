@@ -92,7 +92,7 @@ up_block_types = ["UpBlock2D", "UpBlock2D"]
 SEEDS = [5, 9]
 
 Model = tuple[Path, Path]
-NetworkCall = Callable[..., Result]
+Run = Callable[..., Result]
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_the_graphs_are_held_against_pytorch_on_odd_sizes(models: dict[str, Mode
     assert all(record.passed for record in records)
 
 
-def test_a_grey_grid_is_a_grey_file(models: dict[str, Model], run: NetworkCall, tmp_path: Path) -> None:
+def test_a_grey_grid_is_a_grey_file(models: dict[str, Model], run: Run, tmp_path: Path) -> None:
     bundle, picture = models["class-conditional"][1], tmp_path / "p.png"
     labels = [option for label in range(CLASSES) for option in ("--class-label", label)]
     done = run("generate", bundle, *labels, "--seed", 4, "--steps", STEPS, "-o", picture)
@@ -200,9 +200,7 @@ def test_a_grey_grid_is_a_grey_file(models: dict[str, Model], run: NetworkCall, 
     assert (pixels[RESOLUTION:, RESOLUTION:] == 255).all()
 
 
-def test_a_coloured_picture_to_start_from_becomes_grey(
-    models: dict[str, Model], run: NetworkCall, tmp_path: Path
-) -> None:
+def test_a_coloured_picture_to_start_from_becomes_grey(models: dict[str, Model], run: Run, tmp_path: Path) -> None:
     start = Image.new("RGB", (RESOLUTION, RESOLUTION), "red")
     start.save(tmp_path / "in.png")
     options = ["--image", tmp_path / "in.png", "--strength", 0.5, "--steps", STEPS]
@@ -232,7 +230,7 @@ def test_a_coloured_picture_to_start_from_becomes_grey(
     ],
 )
 def test_what_a_model_does_not_take_is_one_sentence(
-    models: dict[str, Model], run: NetworkCall, tmp_path: Path, kind: str, arguments: list[str | int], message: str
+    models: dict[str, Model], run: Run, tmp_path: Path, kind: str, arguments: list[str | int], message: str
 ) -> None:
     done = run("generate", models[kind][1], *arguments, "-o", tmp_path / "p.png")
     assert done.exit_code == 2
@@ -242,7 +240,7 @@ def test_what_a_model_does_not_take_is_one_sentence(
     assert not (tmp_path / "p.png").exists()
 
 
-def test_verify_and_inspect(models: dict[str, Model], run: NetworkCall) -> None:
+def test_verify_and_inspect(models: dict[str, Model], run: Run) -> None:
     checkpoint, bundle = models["unconditional"]
     done = run("verify", bundle, "--against", checkpoint, "--json")
     assert done.exit_code == 0, done.output
@@ -251,7 +249,7 @@ def test_verify_and_inspect(models: dict[str, Model], run: NetworkCall) -> None:
     assert f"num_class_embeds: {CLASSES}" in run("inspect", models["class-conditional"][1]).stdout
 
 
-def test_the_demo_says_that_it_needs_text(models: dict[str, Model], run: NetworkCall, tmp_path: Path) -> None:
+def test_the_demo_says_that_it_needs_text(models: dict[str, Model], run: Run, tmp_path: Path) -> None:
     done = run("demo", "--checkpoint", models["unconditional"][0], "-o", tmp_path / "demo")
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")

@@ -76,9 +76,8 @@ class BenchOptions:
         for name, least in (("repeats", 1), ("warm_up", 0), ("batch", 1), ("pictures", 1), ("steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(
-                    f"{name} is {value}; at least {least} is needed. Use {BenchOptions.__dataclass_fields__[name].default}."
-                )
+                default = BenchOptions.__dataclass_fields__[name].default
+                raise InputError(f"{name} is {value}; at least {least} is needed. Use {default}.")
         if len(set(self.backends)) != len(self.backends):
             raise InputError(f"The backends {', '.join(self.backends)} were given. Name each once.")
         if self.held_out is not None and self.data is None:

@@ -95,12 +95,12 @@ class Commands(click.Group):
                 code = super().main(*args, **options)
             sys.stdout.flush()
         except click.Abort:
-            code = _told("Aborted!", EXIT_CODE)
+            code = _say("Aborted!", EXIT_CODE)
         except BrokenPipeError:  # who read what is printed has read enough
             code = EXIT_CODE
             give_up(sys.stdout)
         except Exception as error:
-            code = _told("Aborted!", EXIT_CODE) if happened.is_set() else _report(error)
+            code = _say("Aborted!", EXIT_CODE) if happened.is_set() else _report(error)
         try:
             sys.stdout.flush()
         except OSError as error:
@@ -116,12 +116,12 @@ def _report(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         text = io.StringIO()
         error.show(text)
-        return _told(text.getvalue().rstrip(), error.exit_code)
+        return _say(text.getvalue().rstrip(), error.exit_code)
     said = sentence(error)
     if said is not None:
-        return _told(f"error: {said}", getattr(error, "exit_code", InputError.exit_code))
+        return _say(f"error: {said}", getattr(error, "exit_code", InputError.exit_code))
     kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return _told(
+    return _say(
         f"error: This is a defect of ldm_export, not of what it was given: {_one_line(kind)}. "
         f"Set {TRACEBACK}=1, run it again, and report what it prints.",
         DEFECT_CODE,
@@ -158,7 +158,7 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
-def _told(text: str, code: int) -> int:
+def _say(text: str, code: int) -> int:
     try:
         errors.print(_few_lines(text), style=None if text == "Aborted!" else "red")
     except (OSError, ValueError):  # stderr is full or closed

@@ -104,7 +104,7 @@ def export_bundle(
                 "checkpoint": checkpoint.name,
                 "sha256": {name: checkpoint.sha256(name) for name in configs},
                 "torch": torch.__version__.partition("+")[0],
-                **{key: value for key, value in _told(checkpoint).items() if value},
+                **{key: value for key, value in _source_facts(checkpoint).items() if value},
             },
             parity=[record.to_dict() for record in parity],
         )
@@ -220,7 +220,7 @@ def _model_facts(checkpoint: LatentDiffusion, pixels_per_latent: int) -> dict[st
     }
 
 
-def _told(checkpoint: LatentDiffusion) -> dict[str, Any]:
+def _source_facts(checkpoint: LatentDiffusion) -> dict[str, Any]:
     """What the checkpoint's own files do not say, and which of its parts are left out."""
     return {
         "sampler": checkpoint.sampler,

@@ -70,7 +70,7 @@ def run_recipe(
         raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")
     _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
-    told = [said for _, said in pictures.conditions] if pictures else _told(checkpoint, recipe)
+    told = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
     drawing = SamplingDefaults("ddim", recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
     teacher = replace(checkpoint, drawn_with=drawing)
     weights = [teacher.sha256(name) for name in teacher.components]
@@ -200,7 +200,7 @@ def _check_guidance(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
         )
 
 
-def _told(checkpoint: LatentDiffusion, recipe: Recipe) -> list[str | int]:
+def _conditions(checkpoint: LatentDiffusion, recipe: Recipe) -> list[str | int]:
     """What the model is asked for: the recipe's prompts, all classes, or nothing."""
     classes = checkpoint.configs["unet"]["num_class_embeds"]
     if checkpoint.reads_text and not recipe.prompts:
