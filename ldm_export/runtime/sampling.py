@@ -54,7 +54,7 @@ class Sampling(Protocol):
     load_ms: float
 
     def step(self) -> float:
-        """Make the next network call and the update that follows it, in the task's latents; gives the call's time, ms."""
+        """Make the next network call and its update, in the task's latents; gives the call's time, ms."""
         ...
 
     def close(self) -> None:
