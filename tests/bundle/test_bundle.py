@@ -483,7 +483,7 @@ class TestAllOrNothing:
         script = f"""
 import os, pathlib, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
-import test_bundle, ldm_export.bundle as b
+import test_bundle, ldm_export.bundle.bundle as b
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if {where == "filling"}:
     os.fsync = die

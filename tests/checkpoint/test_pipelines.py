@@ -246,6 +246,6 @@ def test_what_is_left_out_is_named(checkpoint: Path) -> None:
         "Left out: safety_checker; a bundle has no such parts.",
         "The checkpoint is of a StableDiffusionSAGPipeline; the bundle generates as a StableDiffusionPipeline does.",
     ]
-    assert chain._told(model)["left_out"] == ["safety_checker"]
+    assert chain._source_facts(model)["left_out"] == ["safety_checker"]
     edit_json(checkpoint / "unet/config.json", in_channels=9)
     assert "takes 9 channels (inpainting)" in accepted.notes(LatentDiffusion.open(checkpoint))[-1]
