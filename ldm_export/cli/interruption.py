@@ -82,7 +82,7 @@ def _watch(received: socket.socket, unwinding: threading.Event) -> None:
 
 
 def _interrupt_backends() -> None:
-    backends = sys.modules.get("ldm_export.runtime.backends")  # importing it here could wait for the main thread
+    backends = sys.modules.get("ldm_export.runtime.backends.base")  # importing it here could wait for the main thread
     if backends is not None and hasattr(backends, "interrupt_all"):
         with suppress(Exception):
             backends.interrupt_all()

@@ -76,7 +76,9 @@ def worst_of_pytorch(bundle: Bundle, checkpoint: LatentDiffusion, name: str, cal
     """max |onnx - torch| / max |torch|, by a session and a network of this test's own."""
     spec = bundle.manifest.graphs[name]
     module = graph_module(checkpoint.load("vae" if name.startswith("vae") else name), spec)
-    session = onnxruntime.InferenceSession(bundle.path / spec.path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime's sessions
+    session = onnxruntime.InferenceSession(bundle.path / spec.path, options, ["CPUExecutionProvider"])
     errors = []
     for call in calls:
         with torch.no_grad():
