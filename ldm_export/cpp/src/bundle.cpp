@@ -17,7 +17,7 @@ BundleError bad(const fs::path &folder, const std::string &what, const char *rem
     return BundleError(join("Bundle ", folder.string(), ": ", what, ". ", remedy));
 }
 
-// Folders that an export fills before it renames them (ldm_export/partial.py).
+// Folders that an export fills before it renames them (ldm_export/bundle/atomic.py).
 bool is_partial(const fs::path &folder) {
     constexpr std::string_view mark = ".partial-", digits = "0123456789", hex = "0123456789abcdef";
     std::error_code ignored;

@@ -1,4 +1,4 @@
-// The bundle on disk. Opening one trusts nothing in it; as ldm_export/bundle.py.
+// The bundle on disk. Opening one trusts nothing in it; as ldm_export/bundle/bundle.py.
 #pragma once
 
 #include "listed.hpp"

@@ -1,4 +1,4 @@
-// TensorRT engines of a bundle, under targets/<kind>/, and when they may be run, without TensorRT; as ldm_export/engines.py.
+// TensorRT engines of a bundle, under targets/<kind>/, and when they may be run, without TensorRT; as ldm_export/bundle/targets/engines.py.
 #pragma once
 
 #include "error.hpp"

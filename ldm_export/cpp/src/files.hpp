@@ -15,7 +15,7 @@ namespace ldm::runtime {
 
 namespace fs = std::filesystem;
 
-constexpr std::int64_t MOST_BYTES = 64 << 20;  // of a document that is read; as ldm_export/documents.py
+constexpr std::int64_t MOST_BYTES = 64 << 20;  // of a document that is read; as ldm_export/reading/documents.py
 
 // What is neither a file nor a folder.
 struct UnlikeFile {

@@ -1,4 +1,4 @@
-// Reading the JSON documents of a bundle without trusting them; as ldm_export/fields.py.
+// Reading the JSON documents of a bundle without trusting them; as ldm_export/reading/json_fields.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// manifest.json: what a bundle says about itself; as ldm_export/manifest.py and contract.py.
+// manifest.json: what a bundle says about itself; as ldm_export/bundle/manifest.py and contract.py.
 #pragma once
 
 #include "json.hpp"

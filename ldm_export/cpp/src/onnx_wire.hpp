@@ -1,4 +1,4 @@
-// Which files an ONNX model reads its weights from, found without reading the weights; as ldm_export/onnx_wire.py.
+// Which files an ONNX model reads its weights from, found without reading the weights; as ldm_export/bundle/onnx_wire.py.
 #pragma once
 
 #include <cstdint>

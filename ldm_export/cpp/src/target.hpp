@@ -1,4 +1,4 @@
-// The target ort-cpu, which is made of a bundle for one kind of machine, and when it may be used; as ldm_export/target.py.
+// The target ort-cpu, which is made of a bundle for one kind of machine, and when it may be used; as ldm_export/bundle/targets/base.py.
 #pragma once
 
 #include "target_files.hpp"
