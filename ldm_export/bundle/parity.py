@@ -109,18 +109,22 @@ def least_snr(expected: Sequence[Array], results: Sequence[Array]) -> float:
     return float(np.min(ratios))  # NaN if one is, which min() is not
 
 
-def check_parity(parities: Sequence[Parity]) -> None:
-    """Raise ParityError, with the graph, the tensor and the numbers, unless every output is close enough."""
+def check_parity(parities: Sequence[Parity], end: str = "Nothing was sealed.") -> None:
+    """Raise ParityError, with the graph, the tensor and the numbers, unless every output is close enough.
+
+    Parameters
+    ----------
+    end : last sentence of the error, on what became of the graph
+    """
     for parity in parities:
         what, reference = f"{parity.graph} output {parity.output!r}", REFERENCES[parity.reference]
         if not parity.max_error <= parity.tolerance:  # NaN is not, either
             raise ParityError(
                 f"{what} differs from {reference} by {parity.max_error:.3g} of its largest value; "
-                f"{parity.tolerance:.3g} is allowed. Nothing was sealed."
+                f"{parity.tolerance:.3g} is allowed. {end}"
             )
         if not parity.passed:
             raise ParityError(
                 f"{what} has a signal-to-noise ratio of {parity.snr_db:.1f} dB, compared with {reference}; "
-                f"{parity.least_snr_db:.1f} dB is the least for numbers that are rounded as its are. "
-                "Nothing was sealed."
+                f"{parity.least_snr_db:.1f} dB is the least for numbers that are rounded as its are. {end}"
             )

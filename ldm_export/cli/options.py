@@ -14,7 +14,6 @@ from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ldm_export.bundle.atomic import write_whole
-from ldm_export.bundle.parity import PYTORCH, REFERENCES
 from ldm_export.cli.terminal import console, printable, status
 from ldm_export.errors import InputError
 
@@ -39,6 +38,8 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def parity_line(record: Mapping[str, Any]) -> str:
     """A record of the manifest's ``parity`` as a line."""
+    from ldm_export.bundle.parity import PYTORCH, REFERENCES  # numpy, which few commands need
+
     reference = REFERENCES.get(record.get("reference", PYTORCH), "PyTorch")
     return (
         f"{record['graph']:15} {record['output']:20} differs from {reference} by {record['max_error']:.1e} "

@@ -13,7 +13,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, nu
 from ldm_export.contract import TensorSpec
 
 EXTERNAL_FROM_BYTES = 1024
-"""PrunedStudent tensors, shapes among them, stay in the model, where shape inference reads them."""
+"""Smaller tensors, shapes among them, stay in the model, where shape inference reads them."""
 ALIGNMENT_BYTES = 64
 _CHUNK_BYTES = 1 << 24
 

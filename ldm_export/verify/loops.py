@@ -96,7 +96,7 @@ def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda
         path = loop.save(Path(folder))
         progress(f"{name}: comparing with the runtime")
         records = compare_loop(bundle, loop, path)
-        check_parity(records)
+        check_parity(records, "The loop was not added.")
         if WEIGHTS not in bundle.manifest.files:
             bundle = bundle.add_file(WEIGHTS, path.with_name(Path(WEIGHTS).name))
         return bundle.add_file(loop.spec.path, path, graph=loop.spec, parity=[record.to_dict() for record in records])

@@ -41,7 +41,7 @@ STAGES = (
 STEM, HEAD, CLASSES = 32, 1280, 1000
 FEATURES = HEAD
 INPUT_SIZE = 224
-"""Variant of the pictures that the network was trained on."""
+"""Side of the pictures that the network was trained on."""
 
 
 class SameConv2d(nn.Conv2d):

@@ -1,5 +1,5 @@
 // Engines of a bundle as they are read, and which fit, without TensorRT. Each lie that a target.json can tell, as in
-// tests/test_engines.py, is in test_engines.py too, where a library with TensorRT is told it.
+// tests/bundle/test_engines.py, is in test_engines.py too, where a library with TensorRT is told it.
 #include "engines.hpp"
 
 #include <catch2/catch.hpp>

@@ -171,7 +171,7 @@ def test_another_version_threads_processor_or_unet_is_measured_anew(
     opened(tiny_bundle)
     opened(tiny_bundle, threads=7)
     opened(kinds("unconditional")[1])
-    monkeypatch.setattr(auto, "cpu_level", lambda: "another")
+    monkeypatch.setattr(auto, "processor", lambda: "another")
     opened(tiny_bundle)
     monkeypatch.setattr(auto, "openvino_version", lambda: "2.0")
     opened(tiny_bundle)

@@ -37,6 +37,12 @@ def cpu_level() -> str:
     return " ".join(" ".join([platform.machine(), *known]).split())
 
 
+def processor() -> str:
+    """Name and instructions of the processor, to tell apart what was measured on one from what was on another."""
+    known = {f"{name}: {value}" for name, value in cpuinfo() if name in ("model name", *VECTORS)}
+    return "\n".join(sorted(known)) or f"{platform.machine()} {platform.processor()}"
+
+
 def cpuinfo() -> list[tuple[str, str]]:
     """Fields and values that Linux's ``/proc/cpuinfo`` has of all cores, in order; empty on other systems."""
     try:

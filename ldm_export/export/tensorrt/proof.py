@@ -146,8 +146,10 @@ def _called_one_by_one(made: Bundle, plan: Plan, given: Inputs) -> list[Array]:
         stepper.advance(out, lambda: next(noise))
     del unet
     unscaled = latents / np.float32(made.manifest.model["scaling_factor"])
-    pictures = pixels_of(run("vae_decoder", "sample", latent_sample=unscaled))
-    return [pictures.astype(np.float32), latents]
+    sample = run("vae_decoder", "sample", latent_sample=unscaled)
+    if not np.isfinite(sample).all():  # as bytes they would be some number or other
+        return [np.full((), np.nan, np.float32), latents]
+    return [pixels_of(sample).astype(np.float32), latents]
 
 
 def _stepped(given: Mapping[str, Array]) -> list[Array]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.atomic import write_whole
-from ldm_export.bundle.targets.cpu_level import cpu_level
+from ldm_export.bundle.targets.cpu_level import processor
 from ldm_export.bundle.targets.engines import FLAVOURS, engine_targets
 from ldm_export.contract import TensorSpec, takes_two_rows
 from ldm_export.errors import BackendError, LdmExportError, warn
@@ -171,7 +171,7 @@ def _unet_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
 def _cache_file(bundle: Bundle, runs_on: list[object]) -> Path | None:
     """Where the times are remembered; None where there is no home."""
     unet = bundle.manifest.files[bundle.manifest.graphs["unet"].path].sha256
-    digest = hashlib.sha256(json.dumps([unet, cpu_level(), *runs_on]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([unet, processor(), *runs_on]).encode()).hexdigest()
     folder = cache_folder()
     return None if folder is None else folder / f"unet-{digest[:32]}.json"
 

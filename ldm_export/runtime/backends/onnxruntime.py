@@ -247,7 +247,7 @@ def _spec_of(session: Any, path: str) -> GraphSpec:
 
 
 class OnnxRuntimeGraph:
-    """One session; see :class:`ldm_export.runtime.backends.Graph`. ``provider`` is a GPU's, or None on the CPU."""
+    """One session; see :class:`ldm_export.runtime.graph.Graph`. ``provider`` is a GPU's, or None on the CPU."""
 
     def __init__(
         self,

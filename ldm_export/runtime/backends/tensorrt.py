@@ -207,7 +207,7 @@ class TensorRtBackend(Backend):
 
 
 class EngineGraph:
-    """One engine with arrays of the host; see :class:`ldm_export.runtime.backends.Graph`."""
+    """One engine with arrays of the host; see :class:`ldm_export.runtime.graph.Graph`."""
 
     def __init__(self, engine: Engine, spec: GraphSpec):
         self.spec, self._engine = spec, engine
