@@ -102,9 +102,9 @@ def row(
         medians = stages_of(spent)
         found |= {
             f"{key}_ms": medians[stage]["median_ms"]
-            for key, stage in (("total", "total"), ("unet", "unet_call"), ("decode", "decode"))
+            for key, stage in (("total", "total"), ("unet", "denoiser_call"), ("decode", "decode"))
         }
-        found["steps"] = len(spent[0].unet_ms)
+        found["steps"] = len(spent[0].denoiser_ms)
         for side, against in (("eager", "PyTorch eager"), ("plain", "teacher")):
             found[f"faster_than_{side}"] = times_as_fast(times[against], spent)
     return found

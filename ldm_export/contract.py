@@ -1,16 +1,26 @@
-"""Names, dtypes and shapes of every graph: the one source for export, runtime and C++.
+"""What the graphs of a bundle are for, and their names, dtypes and shapes: the one source for export, runtime and C++.
 
-The names and meanings are those of optimum-onnx, so that its pipelines open a bundle as it stands. A dimension that is
-a string is free; the same string is the same size within one graph. ``timestep`` is float32, since the samplers with
-evenly spaced noise levels ask for timesteps between the integers.
+A bundle's graphs fill *roles* (`Roles`), and a runtime knows nothing else of a model:
+
+    text_encoder, any number    token ids (B, L) -> states
+    conditioner, or none        states, and what was asked for -> inputs of the denoiser
+    denoiser                    sample (B, C, h, w), timestep (B,), conditions -> out_sample (B, C, h, w)
+    vae_decoder, vae_encoder    latents as the sampler has them <-> pixels in [-1, 1]
+
+A *source* says where an input comes from: ``<text encoder>.<output>``, ``conditioner.<output>``, or one of
+`REQUEST_SOURCES`. The conditioner's inputs are named by their sources; those of the denoiser, which keep the names that
+its family has, are mapped to theirs by `Roles.conditions`.
+
+A dimension that is a string is free; the same string is the same size within one graph. ``timestep`` is float32, since
+the samplers with evenly spaced noise levels ask for timesteps between the integers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ldm_export.errors import BundleError, InputError
 
@@ -41,105 +51,180 @@ class GraphSpec:
         return self.path.removesuffix("/model.onnx").removesuffix(".onnx")
 
 
-def _graph(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> GraphSpec:
+def graph_spec(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> GraphSpec:
+    """A graph in a folder of its own, ``<name>/model.onnx``."""
     return GraphSpec(f"{name}/model.onnx", tuple(inputs), tuple(outputs))
 
 
-def unet_spec(config: Mapping[str, Any]) -> GraphSpec:
-    """The denoiser, from the keys of its ``config.json``; inputs that the network does not have are left out."""
-    inputs = [
-        TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width")),
-        TensorSpec("timestep", "float32", ()),
-    ]
-    kinds = (*config["down_block_types"], *config["up_block_types"], config["mid_block_type"] or "")
-    if any("CrossAttn" in kind for kind in kinds):
-        width = config["cross_attention_dim"]
-        width = width if isinstance(width, int) else width[0]
-        inputs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", width)))
-    if config["class_embed_type"] in ("identity", "projection"):
-        features = config["projection_class_embeddings_input_dim"] or config["block_out_channels"][0] * 4
-        inputs.append(TensorSpec("class_labels", "float32", ("batch", features)))
-    elif config["class_embed_type"] or config["num_class_embeds"]:
-        inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
-    if config["addition_embed_type"] == "text_time":
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        inputs.append(TensorSpec("text_embeds", "float32", ("batch", pooled)))
-        inputs.append(TensorSpec("time_ids", "float32", ("batch", 6)))
-    if config["time_cond_proj_dim"]:
-        inputs.append(TensorSpec("timestep_cond", "float32", ("batch", config["time_cond_proj_dim"])))
-    out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
-    return _graph("unet", inputs, [out])
+REQUEST_SOURCES: Mapping[str, tuple[TensorSpec, ...]] = {
+    "height": (TensorSpec("height", "float32", ()),),
+    "width": (TensorSpec("width", "float32", ()),),
+    "guidance": (TensorSpec("guidance", "float32", ()),),
+    "guidance_weight": (TensorSpec("guidance_weight", "float32", ()),),
+    "has_prompt": (TensorSpec("has_prompt", "float32", ("batch",)),),
+    "is_negative": (TensorSpec("is_negative", "float32", ("batch",)),),
+    "class_labels": (
+        TensorSpec("class_labels", "int64", ("batch",)),
+        TensorSpec("class_labels", "float32", ("batch", "features")),
+    ),
+    "image_latents": (TensorSpec("image_latents", "float32", ("batch", "channels", "height", "width")),),
+}
+"""What a request gives to graphs, of which kinds, by name: the picture's sizes in pixels; the guidance scale, and that
+less 1; for each row 1 if a text was given and 0 if none was; 1 if the row is of the prediction without the prompt, else
+0; classes, as numbers or as features; further channels of latents that the denoiser reads beside the sample."""
+TWO_ROWS, INPUT, NONE = "two_rows", "input", "none"
+GUIDANCE_KINDS = (TWO_ROWS, INPUT, NONE)
 
 
-def takes_two_rows(unet: GraphSpec, model: Mapping[str, Any], guidance: float = math.inf) -> bool:
-    """Whether each picture takes two rows of a call, with the prompt and without (guidance, 2207.12598).
+@dataclass(frozen=True)
+class Guidance:
+    """How pictures are guided towards the prompt (classifier-free guidance, 2207.12598).
+
+    Attributes
+    ----------
+    kind : ``two_rows``, two predictions are combined, with the prompt and without; ``input``, the denoiser is given the
+        scale; ``none``, there is one prediction, as it is
+    scale : the default; with ``none`` what was trained into the denoiser, 1 being nothing, which cannot be changed
+    """
+
+    kind: str
+    scale: float
+
+    def takes_two_rows(self, scale: float = math.inf) -> bool:
+        """Whether each picture takes two rows of a call, without the prompt and with it; at a scale of 1 and below
+        guidance is off."""
+        return self.kind == TWO_ROWS and scale > 1
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder, with how texts become its token ids.
+
+    Attributes
+    ----------
+    graph : its graph's name
+    tokenizer : the folder of the tokenizer's files in the bundle
+    kind : what reads those files, ``clip``
+    length : token ids of a text, with start, end and padding
+    """
+
+    graph: str
+    tokenizer: str
+    kind: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which graphs of a bundle, by name, fill which roles, and what they are given.
+
+    Attributes
+    ----------
+    text_encoders : in the order in which texts are read
+    conditioner : None where the denoiser reads what text encoders and the request give as it is
+    conditions : source of each input of the denoiser but ``sample`` and ``timestep``
+    """
+
+    denoiser: str
+    vae_decoder: str
+    vae_encoder: str
+    guidance: Guidance
+    text_encoders: tuple[TextEncoder, ...] = ()
+    conditioner: str | None = None
+    conditions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs, in the order in which they run."""
+        encoders = [encoder.graph for encoder in self.text_encoders]
+        conditioner = [] if self.conditioner is None else [self.conditioner]
+        return (*encoders, *conditioner, self.denoiser, self.vae_decoder, self.vae_encoder)
+
+    def named(self, name: str) -> tuple[str, ...]:
+        """The graphs that a role's name means, or the one graph of this name."""
+        if name == "text_encoder":
+            return tuple(encoder.graph for encoder in self.text_encoders)
+        by_role = {"denoiser": self.denoiser, "vae_decoder": self.vae_decoder, "vae_encoder": self.vae_encoder}
+        graph = by_role.get(name, self.conditioner if name == "conditioner" else name)
+        return () if graph is None else (graph,)
+
+    def sources(self, graphs: Mapping[str, GraphSpec]) -> frozenset[str]:
+        """Every source that a denoising call reads, by way of the conditioner or not."""
+        of_conditioner = () if self.conditioner is None else graphs[self.conditioner].inputs
+        direct = (source for source in self.conditions.values() if not source.startswith("conditioner."))
+        return frozenset((*direct, *(tensor.name for tensor in of_conditioner)))
+
+
+Value = TypeVar("Value")
+"""An array, or the name of one in a graph."""
+
+
+def conditions_of(
+    roles: Roles,
+    graphs: Mapping[str, GraphSpec],
+    sources: Mapping[str, Value],
+    run: Callable[[str, Mapping[str, Value]], Mapping[str, Value]],
+) -> dict[str, Value]:
+    """The denoiser's inputs beside ``sample`` and ``timestep``, by way of the conditioner where there is one.
 
     Parameters
     ----------
-    model : the manifest's facts
-    guidance : the scale; at 1 and below it is off
+    sources : what text encoders and the request give
+    run : runs a graph, by its name, on inputs by theirs
     """
-    names = {tensor.name for tensor in unet.inputs}
-    text_alone = "encoder_hidden_states" in names and "timestep_cond" not in names
-    return guidance > 1 and text_alone and not model.get("guidance_folded")
+    known = dict(sources)
+    if roles.conditioner is not None:
+        given = {tensor.name: known[tensor.name] for tensor in graphs[roles.conditioner].inputs}
+        known |= {f"conditioner.{name}": value for name, value in run(roles.conditioner, given).items()}
+    return {name: known[source] for name, source in roles.conditions.items()}
 
 
-def text_encoder_spec(config: Mapping[str, Any], name: str, *, length: int, all_states: bool) -> GraphSpec:
-    """A CLIP text model of ``length`` tokens; ``all_states`` adds every layer's hidden states, which SDXL reads the
-    last but one of."""
-    width = config["hidden_size"]
-    states = TensorSpec("last_hidden_state", "float32", ("batch", length, width))
-    if config["with_projection"]:
-        outputs = [TensorSpec("text_embeds", "float32", ("batch", config["projection_dim"])), states]
-    else:
-        outputs = [states, TensorSpec("pooler_output", "float32", ("batch", width))]
-    if all_states:
-        outputs += [
-            TensorSpec(f"hidden_states.{i}", "float32", states.shape) for i in range(config["num_hidden_layers"] + 1)
-        ]
-    return _graph(name, [TensorSpec("input_ids", "int64", ("batch", length))], outputs)
-
-
-def vae_decoder_spec(config: Mapping[str, Any]) -> GraphSpec:
-    """Unscaled latents to a picture in about [-1, 1]."""
-    latents = TensorSpec("latent_sample", "float32", ("batch", config["latent_channels"], "height", "width"))
-    sample = TensorSpec("sample", "float32", ("batch", config["out_channels"], "image_height", "image_width"))
-    return _graph("vae_decoder", [latents], [sample])
-
-
-def vae_encoder_spec(config: Mapping[str, Any]) -> GraphSpec:
-    """A picture in [-1, 1] to the mean and log-variance of its unscaled latents, on the channel axis."""
-    sample = TensorSpec("sample", "float32", ("batch", config["in_channels"], "image_height", "image_width"))
-    parameters = TensorSpec("latent_parameters", "float32", ("batch", 2 * config["latent_channels"], "height", "width"))
-    return _graph("vae_encoder", [sample], [parameters])
-
-
-def loop_spec(name: str, graphs: Mapping[str, GraphSpec], *, guided: bool, draws: int) -> GraphSpec:
+def loop_spec(name: str, graphs: Mapping[str, GraphSpec], roles: Roles, *, draws: int) -> GraphSpec:
     """A whole sampling loop as one graph, from the graphs that it is made of.
 
     ``noise`` is what the latents start from and ``step_noise[k]`` what the k-th row that adds noise adds, both N(0, I);
-    ``draws`` is how many such rows the plan has. A ``guided`` loop calls the UNet with and without the prompt.
+    ``draws`` is how many such rows the plan has. Where guidance takes two rows, the denoiser is called with and without
+    the prompt, and ``has_negative_prompt`` is 1 for each picture that a negative text was given for, else 0. A second
+    text encoder's ids are ``input_ids_2``.
     """
-    unet = {tensor.name: tensor for tensor in (*graphs["unet"].inputs, *graphs["unet"].outputs)}
-    shape = ("batch", *unet["out_sample"].shape[1:])
+    denoiser, sources = graphs[roles.denoiser], roles.sources(graphs)
+    guided = roles.guidance.takes_two_rows()
+    shape = ("batch", *denoiser.outputs[0].shape[1:])
     inputs = []
-    if "encoder_hidden_states" in unet:
-        ids = graphs["text_encoder"].inputs[0]
-        inputs += [ids, *([TensorSpec("negative_input_ids", ids.dtype, ids.shape)] if guided else [])]
-    if "class_labels" in unet:
-        inputs.append(unet["class_labels"])
+    for encoder, suffix in zip(roles.text_encoders, loop_suffixes(roles), strict=True):
+        ids = graphs[encoder.graph].inputs[0]
+        names = ("input_ids", "negative_input_ids") if guided else ("input_ids",)
+        inputs += [TensorSpec(f"{name}{suffix}", ids.dtype, ids.shape) for name in names]
+    if guided and "has_prompt" in sources:
+        inputs.append(TensorSpec("has_negative_prompt", "float32", ("batch",)))
+    if "class_labels" in sources:
+        inputs.append(labels_of(graphs, roles))
     inputs.append(TensorSpec("noise", "float32", shape))
     if draws:
         inputs.append(TensorSpec("step_noise", "float32", (draws, *shape)))
-    if guided or "timestep_cond" in unet:
+    if guided or "guidance" in sources:
         inputs.append(TensorSpec("guidance_scale", "float32", ()))
-    channels = graphs["vae_decoder"].outputs[0].shape[1]
+    channels = graphs[roles.vae_decoder].outputs[0].shape[1]
     images = TensorSpec("images", "uint8", ("batch", "image_height", "image_width", channels))
     return GraphSpec(f"loops/{name}.onnx", tuple(inputs), (images, TensorSpec("latents", "float32", shape)))
 
 
+def loop_suffixes(roles: Roles) -> list[str]:
+    """What the names of a loop's token ids end in, for each text encoder: nothing, ``_2``, ``_3``, …"""
+    return ["", *(f"_{number}" for number in range(2, len(roles.text_encoders) + 1))][: len(roles.text_encoders)]
+
+
+def labels_of(graphs: Mapping[str, GraphSpec], roles: Roles) -> TensorSpec:
+    """The input that class labels go to, under the name ``class_labels``."""
+    denoiser = {tensor.name: tensor for tensor in graphs[roles.denoiser].inputs}
+    inputs = [denoiser[name] for name, source in roles.conditions.items() if source == "class_labels"]
+    if roles.conditioner is not None:
+        inputs += [tensor for tensor in graphs[roles.conditioner].inputs if tensor.name == "class_labels"]
+    return TensorSpec("class_labels", inputs[0].dtype, inputs[0].shape)
+
+
 STEP = "step"
-"""The graph of what follows a call of the UNet; engines have it, bundles do not."""
+"""The graph of what follows a call of the denoiser; engines have it, bundles do not."""
 REMEMBERED = 4
 """Values that go from row to row of a plan: the newest of the five that a row weighs is its own."""
 ROW_FIELDS = ("timestep", "input_scale", "from_output", "from_sample", "clip", "keep", "direct", "noise")
@@ -147,27 +232,28 @@ ROW_FIELDS = ("timestep", "input_scale", "from_output", "from_sample", "clip", "
 WEIGHT_FIELDS = tuple(f"weight_{age}" for age in range(REMEMBERED + 1))
 """A row's weights, newest first."""
 STEP_CELLS = (
-    *(name for name in ROW_FIELDS if name not in ("input_scale", "noise")),
+    *(name for name in ROW_FIELDS if name not in ("timestep", "input_scale", "noise")),
     *WEIGHT_FIELDS,
     "noise",
     "guidance_scale",
     "next_input_scale",
+    "next_timestep",
 )
-"""What a row of a plan is to ``step``, a number each. The timestep comes first, so that where the row lies is where the
-UNet finds its timestep, too; a clip that is off is infinite."""
+"""What a row of a plan is to ``step``, a number each; a clip that is off is infinite."""
 
 
-def step_spec(unet: GraphSpec) -> GraphSpec:
-    """What follows a call of the UNet, guidance and one row of a plan, as a graph of its own.
+def step_spec(denoiser: GraphSpec) -> GraphSpec:
+    """What follows a call of the denoiser, guidance and one row of a plan, as a graph of its own.
 
-    ``out_sample`` and the next ``sample`` have as many rows as the latents, or twice as many with guidance.
+    ``out_sample`` and the next ``sample`` and ``timestep`` have as many rows as the latents, or twice as many with
+    guidance.
     """
-    channels = unet.outputs[0].shape[1]
+    channels = denoiser.outputs[0].shape[1]
 
     def tensor(name: str, *leading: int | str) -> TensorSpec:
         return TensorSpec(name, "float32", (*leading, channels, "height", "width"))
 
-    return _graph(
+    return graph_spec(
         STEP,
         [
             tensor("latents", "batch"),
@@ -180,6 +266,7 @@ def step_spec(unet: GraphSpec) -> GraphSpec:
             tensor("next_latents", "batch"),
             tensor("next_remembered", REMEMBERED, "batch"),
             tensor("sample", "rows"),
+            TensorSpec("timestep", "float32", ("rows",)),
         ],
     )
 

@@ -19,7 +19,7 @@ from ldm_export.bundle.atomic import locked
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.export import onnx
-from ldm_export.export.onnx import GraphModule
+from ldm_export.families.base import GraphModule
 
 CLASSES = 5
 SMALL_UNET: dict[str, Any] = {

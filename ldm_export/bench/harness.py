@@ -191,7 +191,7 @@ class Bench:
         first = self.sides[0].name
         return {
             name: {
-                "calls": len(runs[name][0].unet_ms),
+                "calls": len(runs[name][0].denoiser_ms),
                 "faster": None if name == first else times_as_fast(runs[first], runs[name]),
                 "stages": stages(runs[name]),
                 "totals_ms": [run.total_ms for run in runs[name]],

@@ -15,7 +15,7 @@ from ldm_export.bench.style import STYLE
 from ldm_export.bench.waterfall import pareto_points, waterfall
 
 COLOURS = 5
-STAGES = {"text": "text", "unet": "UNet, all calls", "loop": "sampling loop outside", "decode": "decoding"}
+STAGES = {"text": "text", "denoiser": "denoiser, all calls", "loop": "sampling loop outside", "decode": "decoding"}
 IDENTICAL_DB = 100.0
 """Where equal pictures are drawn."""
 QUALITY = {
@@ -209,7 +209,7 @@ class Report:
             [
                 self._dot(side) + escape(side),
                 escape(str(found["calls"])),
-                *(milliseconds(found["stages"][s]["median_ms"]) for s in ("text", "unet_call", "loop", "decode")),
+                *(milliseconds(found["stages"][s]["median_ms"]) for s in ("text", "denoiser_call", "loop", "decode")),
                 f"<b>{milliseconds(found['stages']['total']['median_ms'])}</b>",
                 milliseconds(found["stages"]["total"]["p90_ms"]),
                 "" if found["faster"] is None else times(found["faster"]),

@@ -24,7 +24,7 @@ def summary_rows(document: dict[str, Any]) -> list[list[str]]:
                 side,
                 str(drawn["steps"]),
                 milliseconds(spent["total"]["median_ms"]),
-                milliseconds(spent["unet_call"]["median_ms"]),
+                milliseconds(spent["denoiser_call"]["median_ms"]),
                 "" if faster is None else times(faster),
                 f"{results['bytes'][side]['bytes'] / 1e6:.1f}",
                 *("" if size is None else f"{size / 1e6:.0f}" for size in map(process.get, MEMORIES)),

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
@@ -41,8 +40,6 @@ PROMPTS = (
 )
 """What is drawn unless something else is asked for; the pictures that the shipped model knows."""
 DEFAULT_PICTURES = 8
-COMPONENTS = {"vae_encoder": "vae", "vae_decoder": "vae"}
-"""Whose weights a graph has, where that is not a component of its own name."""
 
 
 @dataclass
@@ -174,7 +171,11 @@ def _checkpoint_side(
 ) -> Variant:
     image_generator = TorchImageGenerator(checkpoint)
     like = next(
-        (side.settings for side in bundles if side.bundle and same_weights(side.bundle, checkpoint)["unet"]),
+        (
+            side.settings
+            for side in bundles
+            if side.bundle and same_weights(side.bundle, checkpoint)[side.bundle.roles.denoiser]
+        ),
         image_generator.defaults,
     )
     settings = replace(like, sampler=sampler or like.sampler, steps=steps or like.steps)
@@ -188,13 +189,15 @@ def _checkpoint_side(
 def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]:
     """Whether each graph's network was exported from this checkpoint, by the hashes that the manifest keeps.
 
-    Loops are made of the bundle's own graphs, and left out.
+    Graphs without weights of the checkpoint's, such as loops, which are made of other graphs, are left out.
     """
     exported: Any = bundle.manifest.source.get("sha256", {})
+    components: Any = bundle.manifest.source.get("components", {})
+    hashes = {component: checkpoint.sha256(component) for component in checkpoint.components}
     return {
-        name: exported.get(component := COMPONENTS.get(name, name)) == checkpoint.sha256(component)
-        for name, graph in bundle.manifest.graphs.items()
-        if not is_loop(graph.path)
+        name: component in hashes and exported.get(component) == hashes[component]
+        for name, component in components.items()
+        if name in bundle.manifest.graphs
     }
 
 

@@ -35,7 +35,7 @@ from ldm_export.bundle.manifest import (
     is_target,
     manifest_from_json,
 )
-from ldm_export.contract import GraphSpec
+from ldm_export.contract import GraphSpec, Roles
 from ldm_export.errors import BundleError, ExportError
 from ldm_export.reading.documents import MOST_BYTES, MalformedError, parsed, read_descriptor
 from ldm_export.reading.hashes import sha256_of
@@ -61,6 +61,13 @@ class Bundle:
     def size_bytes(self) -> int:
         """Size of all listed files, in bytes; targets are not listed."""
         return sum(entry.size_bytes for entry in self.manifest.files.values())
+
+    @property
+    def roles(self) -> Roles:
+        """Which graph fills which role; raises `BundleError` if the manifest says nothing of roles."""
+        if self.manifest.roles is None:
+            raise _bad(self.path, "manifest.json has no roles, so nothing can be generated")
+        return self.manifest.roles
 
     @property
     def verified(self) -> bool:
@@ -227,6 +234,7 @@ class BundleWriter:
         source: Mapping[str, Any],
         passes: Sequence[Mapping[str, Any]] = (),
         parity: Sequence[Mapping[str, Any]] = (),
+        roles: Roles | None = None,
     ) -> Bundle:
         """Hash the files, write the manifest, check the whole, and rename the folder into place.
 
@@ -238,7 +246,7 @@ class BundleWriter:
             If the disk is full or refuses, or the manifest has a value that JSON cannot hold.
         """
         try:
-            manifest = Manifest(self._files(), graphs, model, source, passes, parity)
+            manifest = Manifest(self._files(), graphs, model, source, passes, parity, roles)
             _write(self.path / MANIFEST, manifest.to_json().encode())
             _opened(self.path, verify=False)
             for relative in Folder(self.path).walk():

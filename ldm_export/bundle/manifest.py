@@ -2,8 +2,12 @@
 
 The file is UTF-8 JSON with sorted keys and no time or machine path in it, so equal content gives equal bytes:
 
-    {"format_version": 1, "ldm_export_version": "0.1.0",
-     "model":  {"kind": "latent-diffusion", ...},                             free
+    {"format_version": 2, "ldm_export_version": "0.1.0",
+     "model":  {"height": 512, "width": 512, ...},                            free, but for what a runtime reads
+     "roles":  {"denoiser": "unet", "vae_decoder": "vae_decoder", "vae_encoder": "vae_encoder", "conditioner": null,
+                "text_encoders": [{"graph": "text_encoder", "tokenizer": "tokenizer", "kind": "clip", "length": 77}],
+                "conditions": {"encoder_hidden_states": "text_encoder.last_hidden_state"},
+                "guidance": {"kind": "two_rows", "scale": 7.5}},              ldm_export.contract has the meaning
      "files":  {"unet/model.onnx": {"size_bytes": 1234, "sha256": "…64 hex digits…"}, ...},
      "graphs": {"unet": {"path": "unet/model.onnx", "inputs": [{"name": "sample", "dtype": "float32",
                          "shape": ["batch", 4, "height", "width"]}, ...], "outputs": [...]}, ...},
@@ -13,7 +17,8 @@ The file is UTF-8 JSON with sorted keys and no time or machine path in it, so eq
 No other keys are allowed at the top. A graph's path is its name with ``/model.onnx`` or ``.onnx``; names of its tensors
 are unique; a size is a whole number from 0 to 2**20, or the name of a free one. A record of ``parity`` is of an output
 of a graph, with numbers from 0 to 2**20, and of loops it has ``made_of``, the SHA-256 of each file that went in. Every
-file but ``manifest.json`` and those under ``targets/`` is listed.
+file but ``manifest.json`` and those under ``targets/`` is listed. ``roles`` is null in a bundle that only holds graphs;
+no runtime generates with it.
 """
 
 import json
@@ -23,19 +28,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ldm_export import __version__
-from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.bundle.roles import LARGEST_SIZE, roles_of
+from ldm_export.contract import GraphSpec, Roles, TensorSpec
 from ldm_export.errors import BundleError, ExportError
 from ldm_export.reading.documents import MalformedError, parsed
 from ldm_export.reading.json_fields import FileEntry, check_path, check_type, field, files_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TARGETS = "targets"
 LOOPS = "loops"
-READ_BY_NAME = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
-"""Graphs that runtimes look for by name, and loops beside them; others may lie anywhere, as nothing reads them."""
-LARGEST_SIZE = 1 << 20
-"""Largest size, count or factor that a manifest may say."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Manifest:
     source: Mapping[str, Any]
     passes: Sequence[Mapping[str, Any]]
     parity: Sequence[Mapping[str, Any]]
+    roles: Roles | None = None
     ldm_export_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -97,8 +100,7 @@ def _manifest_of(found: Any) -> Manifest:
         path = field(entry, "path", str, where)
         if path not in files:
             raise MalformedError(f"{where} has the path {path!r}, which is not among the files")
-        read = name in READ_BY_NAME or is_loop(name)
-        if read and path not in (f"{name}/model.onnx", f"{name}.onnx"):
+        if path not in (f"{name}/model.onnx", f"{name}.onnx"):
             raise MalformedError(f"{where} has the path {path!r}; it must be its name with /model.onnx or .onnx")
         graphs[name] = GraphSpec(path, *(_specs(entry, side, where) for side in ("inputs", "outputs")))
         names = [tensor.name for tensor in (*graphs[name].inputs, *graphs[name].outputs)]
@@ -115,6 +117,7 @@ def _manifest_of(found: Any) -> Manifest:
         source=field(found, "source", dict),
         passes=tuple(found["passes"]),
         parity=tuple(found["parity"]),
+        roles=roles_of(found, graphs),
         ldm_export_version=field(found, "ldm_export_version", str),
         format_version=version,
     )

@@ -35,7 +35,7 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     recalled, psnr_db = score["retrieval_at_5"], score["psnr_to_teacher_db"]
     return [
         str(latency["calls"]),
-        f"{latency['unet_ms']:.2f}",
+        f"{latency['denoiser_ms']:.2f}",
         f"{latency['total_ms']:.1f}",
         "" if faster is None else f"{faster:.2f}x",
         f"{score['bytes'] / 1e6:.1f}",

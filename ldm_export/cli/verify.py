@@ -11,7 +11,7 @@ from ldm_export.bundle.targets.engines import engine_targets, sound_engine_targe
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
 from ldm_export.errors import BundleError
 from ldm_export.runtime.backends import open_backend
-from ldm_export.runtime.conditioning import PromptEncoder
+from ldm_export.runtime.conditioning import Conditioning
 from ldm_export.runtime.request import check_plans
 
 
@@ -46,9 +46,9 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
             backend.load(name)
         progress("plans")
         check_plans(opened)
-        if "text_encoder" in opened.manifest.graphs:
+        if opened.manifest.roles is not None:
             progress("tokenizers")
-            PromptEncoder(opened, backend)
+            Conditioning(opened, backend)
         records = []
         if against is not None:
             from ldm_export.checkpoint import LatentDiffusion

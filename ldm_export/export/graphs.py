@@ -19,6 +19,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.chain import Progress, parity_runs, tolerances
 from ldm_export.export.parity import compare_graph
+from ldm_export.families import family_of
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.graph.files import load_outside, save
 from ldm_export.graph.weights import check_weights, least_snr_db
@@ -53,12 +54,15 @@ def change_graphs(
         If a weight is not the one that it was rounded from, or a graph's output differs from its network's by more than
         the pass's tolerance, or has more noise than graphs of its precision may. Nothing is sealed.
     """
-    names = [name for name in step.graphs if name in bundle.manifest.graphs]
+    roles = bundle.manifest.roles
+    meant = [name for each in step.graphs for name in ((each,) if roles is None else roles.named(each))]
+    names = [name for name in dict.fromkeys(meant) if name in bundle.manifest.graphs]
     if not names:
         raise InputError(
             f"{step.name} is for {', '.join(step.graphs)}; this bundle has {', '.join(bundle.manifest.graphs)}."
         )
     reports: dict[str, Any] = {}
+    networks = {graph.spec.name: graph for graph in family_of(checkpoint).graphs}
     graphs = {name: graph for name, graph in bundle.manifest.graphs.items() if not is_loop(graph.path)}
     kept = graphs.keys() - set(names)
     parity = [record for record in bundle.manifest.parity if record["graph"] in kept]
@@ -86,7 +90,7 @@ def change_graphs(
             tolerance = max([step.tolerance, *tolerances(bundle, name).values()])
             records = [
                 replace(record, tolerance=tolerance, least_snr_db=least)
-                for record in compare_graph(file, graph, parity_runs(checkpoint, graph, calls))
+                for record in compare_graph(file, graph, parity_runs(checkpoint, networks[name], calls))
             ]
             check_parity(records)
             parity += [record.to_dict() for record in records]
@@ -97,6 +101,7 @@ def change_graphs(
             source={**manifest.source, CALIBRATION: list(told)},
             passes=manifest.passes,
             parity=parity,
+            roles=manifest.roles,
         )
     return sealed, reports
 
@@ -112,6 +117,7 @@ def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, A
             source=manifest.source,
             passes=passes,
             parity=manifest.parity,
+            roles=manifest.roles,
         )
 
 

@@ -1,12 +1,12 @@
 """A whole sampling loop as one ONNX graph: token ids and noise in, pictures out, wherever ONNX runs.
 
-    input_ids, negative_input_ids -> text encoder -+
-    noise * init_scale -> Loop over the plan's rows [ UNet -> guidance -> one row ] -> VAE decoder -> images, latents
+    input_ids, negative_input_ids -> text encoders -> conditioner -+
+    noise * init_scale -> Loop over a plan's rows [ denoiser -> guidance -> one row ] -> VAE decoder -> images, latents
 
 The plan is a constant of the Loop's body, a table of which each iteration gathers its row; what it remembers, ``h``,
 goes from iteration to iteration beside the latents (``ldm_export.plan.table`` has the formula). Terms come in the order
 of `ldm_export.plan.Stepper`, in float32; those that are zero in every row are left out. A guidance of 1 or less is off,
-as in the runtime. The UNet's weights belong to the body, not to the graph around it, so that a runtime can fold and
+as in the runtime. The denoiser's weights belong to the body, not to the graph around it, so that a runtime can fold and
 repack them.
 
 Weights of 1 KiB and more are in ``loops/weights.onnx_data``, which all loops of a bundle share: which they are and
@@ -18,8 +18,9 @@ the ones that it is given it does not find for nested graphs; ``examples/web`` p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,23 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import ROW_FIELDS, WEIGHT_FIELDS, GraphSpec, TensorSpec, loop_spec, takes_two_rows
+from ldm_export.contract import (
+    ROW_FIELDS,
+    WEIGHT_FIELDS,
+    GraphSpec,
+    Roles,
+    TensorSpec,
+    conditions_of,
+    loop_spec,
+    loop_suffixes,
+)
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.splicing import GraphWriter, Weights
 from ldm_export.export.step import guide, update
 from ldm_export.graph.files import check_links
 from ldm_export.plan import Plan
-from ldm_export.plan.guidance import guidance_frequencies
 
 WEIGHTS = "loops/weights.onnx_data"
-UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond"}
-"""What a loop can feed a UNet with."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +82,12 @@ class Loop:
         return path
 
 
-def check_loopable(unet: GraphSpec, latent_channels: int, *, zeros_for_empty_prompt: bool = False) -> None:
-    """Raise InputError unless loops can be made for a model with this UNet."""
-    others = sorted({tensor.name for tensor in unet.inputs} - UNET_INPUTS)
-    if others or zeros_for_empty_prompt:
-        told = f"the UNet is told {' and '.join(others)}" if others else "empty prompts become zeros"
+def check_loopable(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
+    """Raise InputError unless a loop can be made of a model with these graphs."""
+    if "image_latents" in roles.sources(graphs):
         raise InputError(
-            f"A loop was asked for of a model in which {told} (SDXL); loop graphs are of models that read one text "
-            "encoder's states, class labels or nothing. Leave the loop out: the runtimes draw with the graphs."
-        )
-    channels = next(tensor.shape[1] for tensor in unet.inputs if tensor.name == "sample")
-    if channels != latent_channels:
-        raise InputError(
-            f"A loop was asked for of a UNet with {channels} input channels for {latent_channels} of latents (an "
-            "inpainting model); loop graphs draw from noise alone. Leave the loop out."
+            "A loop was asked for of a model that reads a picture's latents beside its own (inpainting, or editing); "
+            "loop graphs generate from noise alone. Leave the loop out."
         )
 
 
@@ -98,19 +97,16 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     Raises
     ------
     InputError
-        If the model is of a kind that loops cannot be made for, such as SDXL.
+        If the model is of a kind that loops cannot be made for, such as inpainting.
     BundleError
-        If a graph's weights lie in a file of several hard links.
+        If the bundle has no roles, or a graph's weights are in a file of several hard links.
     """
-    files, graphs, facts = bundle.manifest.files, bundle.manifest.graphs, bundle.manifest.model
-    empty = bool(facts.get("zeros_for_empty_prompt"))
-    check_loopable(graphs["unet"], facts["latent_channels"], zeros_for_empty_prompt=empty)
-    told = {tensor.name: tensor for tensor in graphs["unet"].inputs}
-    reads_text = "encoder_hidden_states" in told
-    guided = takes_two_rows(graphs["unet"], facts)
+    files, graphs, roles = bundle.manifest.files, bundle.manifest.graphs, bundle.roles
+    check_loopable(graphs, roles)
+    guided = roles.guidance.takes_two_rows()
     draws = sum(bool(row.noise) for row in plan.rows)
-    spec = loop_spec(Path(plan.file_name).stem, graphs, guided=guided, draws=draws)
-    parts = {name: bundle.file(graphs[name].path) for name in _parts(reads_text)}
+    spec = loop_spec(Path(plan.file_name).stem, graphs, roles, draws=draws)
+    parts = {name: bundle.file(graphs[name].path) for name in roles.graphs if name != roles.vae_encoder}
     for path in parts.values():
         check_links(path)
     models = {name: onnx.load(str(path), load_external_data=False) for name, path in parts.items()}
@@ -122,17 +118,14 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     main = GraphWriter()
     given = {tensor.name: main.input(tensor) for tensor in spec.inputs}
     scale = given.get("guidance_scale", "")
-    conditions = {}
-    if reads_text:
-        ids = given["input_ids"]
+    sources = _request(main, given, roles.sources(graphs), guided, bundle.manifest.model["pixels_per_latent"])
+    for encoder, suffix in zip(roles.text_encoders, loop_suffixes(roles), strict=True):
+        ids = given[f"input_ids{suffix}"]
         if guided:
-            ids = main.node("Concat", given["negative_input_ids"], ids, axis=0)
-        conditions["encoder_hidden_states"] = splice(main, "text_encoder", {"input_ids": ids})["last_hidden_state"]
-    if "class_labels" in told:
-        labels = given["class_labels"]
-        conditions["class_labels"] = main.node("Concat", labels, labels, axis=0) if guided else labels
-    if "timestep_cond" in told:
-        conditions["timestep_cond"] = _guidance_embedding(main, scale, told["timestep_cond"], given["noise"])
+            ids = main.node("Concat", given[f"negative_input_ids{suffix}"], ids, axis=0)
+        outputs = splice(main, encoder.graph, {"input_ids": ids})
+        sources |= {f"{encoder.graph}.{name}": value for name, value in outputs.items()}
+    conditions = conditions_of(roles, graphs, sources, partial(splice, main))
     if guided:
         scale = main.node("Max", scale, main.constant("guidance_off", np.float32(1)))
 
@@ -141,7 +134,8 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     def predict(sample: str, timestep: str) -> str:
         if guided:
             sample = body.node("Concat", sample, sample, axis=0)
-        out = splice(body, "unet", {"sample": sample, "timestep": timestep, **conditions})["out_sample"]
+        timestep = body.node("Expand", timestep, body.node("Shape", sample, start=0, end=1))
+        out = splice(body, roles.denoiser, {"sample": sample, "timestep": timestep, **conditions})["out_sample"]
         if guided:
             negative, prompted = body.node("Split", out, axis=0, num_outputs=2, outputs=2)
             out = guide(body, negative, prompted, scale)
@@ -153,8 +147,7 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     rows = main.constant("rows", np.int64(len(plan.rows)))
     on = main.constant("on", np.bool_(True))  # TensorRT's parser knows the body's condition only where one is given
     latents, *_ = main.node("Loop", rows, on, start, *history, outputs=1 + remembered, body=body.graph)
-    unscaled = main.node("Div", latents, main.constant("scaling_factor", np.float32(facts["scaling_factor"])))
-    sample = splice(main, "vae_decoder", {"latent_sample": unscaled})["sample"]
+    sample = splice(main, roles.vae_decoder, {"latent_sample": latents})["sample"]
     main.output(spec.outputs[0], _levels(main, sample), "Cast", to=TensorProto.UINT8)
     main.output(spec.outputs[1], latents)
     main.graph.name = spec.name
@@ -163,9 +156,34 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     return Loop(spec, _model(main, models), weights, made_of)
 
 
-def _parts(reads_text: bool) -> tuple[str, ...]:
-    """The graphs that a loop is made of; their order is that of their weights."""
-    return ("text_encoder", "unet", "vae_decoder") if reads_text else ("unet", "vae_decoder")
+def _request(
+    main: GraphWriter, given: Mapping[str, str], sources: Collection[str], guided: bool, pixels_per_latent: int
+) -> dict[str, str]:
+    """What a request gives to graphs (`ldm_export.contract.REQUEST_SOURCES`), as far as it is read."""
+    noise, made = given["noise"], dict[str, str]()
+    for axis, side in ((2, "height"), (3, "width")):
+        if side in sources:
+            size = main.node("Cast", main.node("Shape", noise, start=axis, end=axis + 1), to=TensorProto.FLOAT)
+            factor = main.constant(f"{side}_per_latent", np.float32(pixels_per_latent))
+            made[side] = main.node("Squeeze", main.node("Mul", size, factor))
+    if "guidance" in sources:
+        made["guidance"] = given["guidance_scale"]
+    if "guidance_weight" in sources:
+        made["guidance_weight"] = main.node("Sub", given["guidance_scale"], main.constant("one", np.float32(1)))
+    if "class_labels" in sources:
+        labels = given["class_labels"]
+        made["class_labels"] = main.node("Concat", labels, labels, axis=0) if guided else labels
+    if not {"has_prompt", "is_negative"}.isdisjoint(sources):
+        shape = main.node("Shape", noise, start=0, end=1)
+        zeros, ones = (
+            main.node("Expand", main.constant(name, np.full(1, value, np.float32)), shape)
+            for name, value in (("absent", 0), ("present", 1))
+        )
+        if "has_prompt" in sources:
+            made["has_prompt"] = main.node("Concat", given["has_negative_prompt"], ones, axis=0) if guided else ones
+        if "is_negative" in sources:
+            made["is_negative"] = main.node("Concat", ones, zeros, axis=0) if guided else zeros
+    return made
 
 
 def _step(
@@ -191,8 +209,7 @@ def _step(
     cells = body.node("Split", row, axis=0, num_outputs=len(table), outputs=len(table))
     cell = dict(zip(table, cells, strict=True))  # (1,) each
 
-    timestep = body.node("Squeeze", cell["timestep"])
-    out = predict(body.node("Mul", x, cell["input_scale"]) if "input_scale" in cell else x, timestep)
+    out = predict(body.node("Mul", x, cell["input_scale"]) if "input_scale" in cell else x, cell["timestep"])
     z = ""
     if step_noise:
         number = np.cumsum([bool(row.noise) for row in plan.rows]) - 1
@@ -204,19 +221,6 @@ def _step(
     for age, value in enumerate(h[: history - 1] if history else [], start=1):
         body.output(TensorSpec(f"step/next_remembered_{age}", "float32", shape), value)
     return max(history - 1, 0)
-
-
-def _guidance_embedding(main: GraphWriter, scale: str, told: TensorSpec, noise: str) -> str:
-    """What a guidance-distilled UNet is told, as `ldm_export.plan.guidance.guidance_embedding`: (B, dim)."""
-    dim = int(told.shape[1])
-    frequencies = guidance_frequencies(dim)
-    above = main.node("Sub", main.node("Cast", scale, to=TensorProto.DOUBLE), main.constant("one", np.float64(1)))
-    angles = main.node("Mul", above, main.constant("frequencies", frequencies))
-    odd = [main.constant("odd", np.zeros(1))] if dim % 2 else []
-    waves = main.node("Concat", main.node("Sin", angles), main.node("Cos", angles), *odd, axis=0)
-    batch = main.node("Shape", noise, start=0, end=1)
-    shape = main.node("Concat", batch, main.constant("dim", np.array([dim])), axis=0)
-    return str(main.node("Expand", main.node("Cast", waves, to=TensorProto.FLOAT), shape))
 
 
 def _levels(main: GraphWriter, sample: str) -> str:

@@ -9,89 +9,46 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm_export.checkpoint import Network
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
+from ldm_export.families.base import GraphModule
 from ldm_export.graph.files import save
 
 OPSET = 20
 
 
-class GraphModule(nn.Module):
-    """A network behind the positional inputs and outputs of its graph."""
+def random_inputs(graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, id_count: int) -> tuple[Tensor, ...]:
+    """Seeded inputs of the contract's shapes: normal values, timesteps from 500 on, token ids and class labels below
+    ``id_count``, pictures' sizes as they belong to those of the latents.
 
-    def __init__(self, network: nn.Module, call: Callable[..., tuple[Tensor, ...]]):
-        super().__init__()
-        self.network = network
-        self.call = call
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.call(self.network, *inputs)
-
-
-def graph_module(network: Network, graph: GraphSpec) -> GraphModule:
-    """Bind the network to the inputs and outputs that the contract gives its graph."""
-    names = [tensor.name for tensor in graph.inputs]
-    outputs = [tensor.name for tensor in graph.outputs]
-
-    def unet(module: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return (module(**dict(zip(names, inputs, strict=True))),)
-
-    def text_encoder(module: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
-        encoding = module(input_ids)
-        named = {f"hidden_states.{i}": state for i, state in enumerate(encoding.hidden_states)}
-        named |= {"last_hidden_state": encoding.last_hidden_state}
-        named |= {"pooler_output": encoding.pooled, "text_embeds": encoding.pooled}
-        return tuple(named[name] for name in outputs)
-
-    def vae_decoder(module: Any, latents: Tensor) -> tuple[Tensor, ...]:
-        return (module.decode(latents),)
-
-    def vae_encoder(module: Any, sample: Tensor) -> tuple[Tensor, ...]:
-        return (module.encode(sample),)
-
-    calls: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-        "unet": unet,
-        "text_encoder": text_encoder,
-        "text_encoder_2": text_encoder,
-        "vae_decoder": vae_decoder,
-        "vae_encoder": vae_encoder,
-    }
-    return GraphModule(network, calls[graph.name]).eval()
-
-
-def random_inputs(
-    graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, vocab_size: int
-) -> tuple[Tensor, ...]:
-    """Seeded inputs of the contract's shapes: normal values, a timestep of 500, token ids below ``vocab_size``.
-
-    Each row of token ids has the highest one, by CLIP's convention the end of text, at a place of its own.
+    Each row of token ids has the highest one, by CLIP's convention the end of text, at a place of its own. What is 1 or
+    0 for each row is both.
     """
     generator = torch.Generator().manual_seed(0)
-    sizes = {
-        **sizes,
-        "image_height": sizes["height"] * pixels_per_latent,
-        "image_width": sizes["width"] * pixels_per_latent,
-    }
+    pictures = {side: sizes[side] * pixels_per_latent for side in ("height", "width")}
+    sizes = {**sizes, **{f"image_{side}": size for side, size in pictures.items()}}
 
     def draw(tensor: TensorSpec) -> Tensor:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
         if tensor.name == "timestep":
-            return torch.full(shape, 500.0)
+            return (500.0 + 217.0 * torch.arange(shape[0])) % 1000
+        if tensor.name in pictures:
+            return torch.tensor(float(pictures[tensor.name]))
+        if tensor.name in ("has_prompt", "has_negative_prompt", "is_negative"):
+            return (torch.arange(shape[0]) % 2).float()
         if tensor.dtype == "int64":
-            ids = torch.randint(vocab_size, shape, generator=generator)
+            ids = torch.randint(id_count, shape, generator=generator)
             if len(shape) == 2:  # end of text, the highest id, somewhere else in each row: pooling looks for it
-                ids[range(shape[0]), range(2, shape[0] + 2)] = vocab_size - 1
+                ids[range(shape[0]), range(2, shape[0] + 2)] = id_count - 1
             return ids
         return torch.randn(shape, generator=generator)
 

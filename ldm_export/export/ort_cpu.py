@@ -39,8 +39,8 @@ from ldm_export.graph.files import check_links
 from ldm_export.graph.running import session_options
 from ldm_export.graph.weights import least_snr_db
 
-ONCE = {"unet": ("timestep", "encoder_hidden_states")}
-"""Inputs that stay the same from call to call, or come back, by the graph that takes them."""
+COSTLY = {"Conv", "FusedMatMul", "Gemm", "MatMul"}
+"""Operators for whose sake it is worth to call a graph of its own."""
 SMALLEST_OUTSIDE_BYTES = 1024
 SIZES = (
     {"batch": 2, "height": 8, "width": 16, "tokens": 7},
@@ -91,11 +91,15 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     model.opset_imports.setdefault(CONTRIB, 1)
     ShapeInferencePass()(model)
     reports = apply_rules(model, RULES)
-    parts = {input_name: cut_once(model, [input_name], f"once.{input_name}") for input_name in ONCE.get(name, ())}
+    roles = bundle.manifest.roles
+    is_denoiser = roles is not None and name == roles.denoiser
+    parts = {}
+    for tensor in spec.inputs[1:] if is_denoiser else ():  # the timestep comes back, conditions stay
+        parts[tensor.name] = cut_once(model, [tensor.name], f"once.{tensor.name}", COSTLY)
     files = {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
     for key, file in files.items():
         _lay_out(parts[key], folder / file)
-    shallow, channels = (cut_deep(model) if name == "unet" else None) or (None, 0)
+    shallow, channels = (cut_deep(model) if is_denoiser else None) or (None, 0)
     _lay_out(model, folder / f"{name}.onnx")
     if shallow is not None:
         _lay_out(shallow, folder / f"{name}.shallow.onnx")
@@ -173,7 +177,7 @@ def _compared(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bu
     names = [tensor.name for tensor in spec.outputs]
     calls = []
     for sizes in SIZES:
-        tensors = random_inputs(spec, sizes, model["pixels_per_latent"], int(model.get("num_class_embeds") or 2))
+        tensors = random_inputs(spec, sizes, model["pixels_per_latent"], int(model.get("class_count") or 2))
         calls.append({tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)})
     before = _opened(plain)
     expected = [array for call in calls for array in before.run(names, call)]

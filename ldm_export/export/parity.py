@@ -24,7 +24,8 @@ from torch import Tensor
 from ldm_export.bundle.parity import SILENT_DB, TOLERANCE, Parity, snr_db
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
-from ldm_export.export.onnx import GraphModule, random_inputs
+from ldm_export.export.onnx import random_inputs
+from ldm_export.families.base import GraphModule
 from ldm_export.graph.base import Array
 from ldm_export.graph.running import session_options
 from ldm_export.graph.weights import missing_weights

@@ -1,12 +1,12 @@
-"""What follows a call of the UNet, as ONNX: guidance, one row of a plan, and what the next call is given.
+"""What follows a call of the denoiser, as ONNX: guidance, one row of a plan, and what the next call is given.
 
     out = negative + guidance_scale * (prompt - negative)
     h_0 = from_output * out + from_sample * x                     clipped to +-clip
     x  <- keep * x + direct * out + sum_k weight_k * h_k + noise * z
 
 Terms come in the order of `ldm_export.plan.Stepper`, in float32. A loop graph has this in its body. As a graph of its
-own, ``step``, it lets a runtime whose UNet runs on a GPU keep the latents there: one small engine serves every plan,
-since the row is an input, and no runtime needs a compiler for it.
+own, ``step``, it lets a runtime whose denoiser runs on a GPU keep the latents there: one small engine serves every
+plan, since the row is an input, and no runtime needs a compiler for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def update(
     Parameters
     ----------
     cell : of the row, the values that are there by their names; a term without one is left out
-    x, out : the latents, and what the UNet gave for them
+    x, out : the latents, and what the denoiser gave for them
     older : what is remembered of earlier rows, the newest first; None if no row remembers anything
     z : noise, or an empty name
     """
@@ -59,9 +59,9 @@ def update(
     return sum_of(("keep", x), ("direct", out), *weighed, *([("noise", z)] if z else [])), h
 
 
-def step_model(unet: GraphSpec) -> ModelProto:
-    """The graph ``step`` of a bundle with this UNet; its inputs and outputs are `ldm_export.contract.step_spec`'s."""
-    spec, writer = step_spec(unet), GraphWriter()
+def step_model(denoiser: GraphSpec) -> ModelProto:
+    """The graph ``step`` of a bundle with this denoiser, by the contract `ldm_export.contract.step_spec`."""
+    spec, writer = step_spec(denoiser), GraphWriter()
     given = {tensor.name: writer.input(tensor) for tensor in spec.inputs}
     x, out = given["latents"], given["out_sample"]
     cells = writer.node("Split", given["row"], axis=0, num_outputs=len(STEP_CELLS), outputs=len(STEP_CELLS))
@@ -87,6 +87,7 @@ def step_model(unet: GraphSpec) -> ModelProto:
         "next_latents": latents,
         "next_remembered": writer.node("Concat", *kept, axis=0),
         "sample": writer.node("Slice", writer.node("Concat", scaled, scaled, axis=0), start, rows, first),
+        "timestep": writer.node("Expand", cell["next_timestep"], rows),
     }
     for tensor in spec.outputs:
         writer.output(tensor, results[tensor.name])

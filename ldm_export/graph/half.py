@@ -58,7 +58,7 @@ class Half:
 
     format: str = "fp16"
     loss: float = 0.01
-    graphs: tuple[str, ...] = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    graphs: tuple[str, ...] = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
     def __post_init__(self) -> None:
         check_one_of("format", self.format, tuple(FORMATS))

@@ -37,7 +37,7 @@ class QuantizeDynamic:
     tolerance: ClassVar[float] = 0.1
 
     smallest: int = 16384
-    graphs: tuple[str, ...] = ("unet",)
+    graphs: tuple[str, ...] = ("denoiser",)
 
     def __post_init__(self) -> None:
         check_least("smallest", self.smallest, 1)

@@ -75,7 +75,7 @@ class QuantizeStatic:
     layer_error: float = 0.04
     graph_error: float = 0.1
     only_faster: bool = True
-    graphs: tuple[str, ...] = ("unet", "vae_decoder")
+    graphs: tuple[str, ...] = ("denoiser", "vae_decoder")
 
     def __post_init__(self) -> None:
         check_between("layer_error", self.layer_error, 0.0, 1.0, inclusive=False)

@@ -69,7 +69,7 @@ class QuantizeWeights:
     layer_error: float = 0.02
     block: int = 32
     smallest: int = 1024
-    graphs: tuple[str, ...] = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    graphs: tuple[str, ...] = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder")
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):

@@ -114,6 +114,11 @@ def parsed(document: str | bytes, *, repeats: bool = False, constants: bool = Fa
     return found
 
 
+def json_text(values: Any) -> str:
+    """A value as the text of a JSON file, in which texts are as they are."""
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
 def read_json(
     path: str | os.PathLike[str], most_bytes: int = MOST_BYTES, *, repeats: bool = False, constants: bool = False
 ) -> Any:

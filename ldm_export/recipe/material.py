@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.export.accepted import open_tokenizer
+from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.passes.teacher import TeacherData, draw_latents, encode_conditions, encode_pictures
 from ldm_export.recipe.settings import Teacher
 from ldm_export.recipe.stages import Stage

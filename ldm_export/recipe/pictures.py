@@ -30,7 +30,7 @@ def draw_gallery(
     image_generator = BundleImageGenerator(bundle)
     model = bundle.manifest.model
     settings = SamplingSettings(
-        sampler=model["default_sampler"], steps=model["default_steps"], guidance=model["default_guidance"]
+        sampler=model["default_sampler"], steps=model["default_steps"], guidance=bundle.roles.guidance.scale
     )
     order = np.random.default_rng(0).permutation(max(len(told), 1))
     made = json.dumps([bundle.manifest.source.get("sha256"), asdict(settings), count, list(told)])

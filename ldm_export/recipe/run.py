@@ -160,7 +160,7 @@ def _plain_bundle(folder: Path, teacher: LatentDiffusion, progress: Progress) ->
         try:
             bundle = Bundle.open(folder)
             model, drawing = bundle.manifest.model, teacher.drawing
-            same = (model["default_steps"], model["default_guidance"]) == (drawing.steps, drawing.guidance)
+            same = (model["default_steps"], bundle.roles.guidance.scale) == (drawing.steps, drawing.guidance)
             weights = {name: teacher.sha256(name) for name in teacher.components}
             if same and bundle.manifest.source["sha256"] == weights:
                 return bundle

@@ -94,14 +94,14 @@ class Judge:
             prompts=self.pictures,
             sampler=model["default_sampler"],
             steps=model["default_steps"],
-            guidance=model["default_guidance"],
+            guidance=bundle.roles.guidance.scale,
         )
         report = evaluate(
             BundleImageGenerator(bundle), self.gallery, self.reference, settings, self.alignment, self.progress
         )
         prompts = [str(prompt) for prompt in report.prompts]
         sides = {"this": bundle, **({} if beside is None else {"beside": beside})}
-        reads_text = "text_encoder" in bundle.manifest.graphs
+        reads_text = bool(bundle.roles.text_encoders)
         latencies = time_in_turn(
             {name: draw_with(Pipeline(side, "cpu"), prompts if reads_text else None) for name, side in sides.items()},
             ROUNDS,

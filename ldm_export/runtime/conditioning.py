@@ -1,83 +1,144 @@
-"""What the UNet is told beside the latents: the prompt, a class label, SDXL's sizes, LCM's guidance.
+"""What the denoiser is given beside latents and timestep: the prompt, a class label, the picture's sizes, the guidance.
 
 A batch of B pictures becomes B rows of every input, or 2 B with guidance (Ho & Salimans, 2207.12598): first the
-negative prompts', then the prompts', so that one call of the UNet gives both predictions.
+negative prompts', then the prompts', so that one call of the denoiser gives both predictions. Which graph makes which
+input of what is said by the bundle's roles (:class:`ldm_export.contract.Roles`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec
-from ldm_export.plan.guidance import guidance_embedding
+from ldm_export.contract import conditions_of
+from ldm_export.errors import BundleError
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
 
+if TYPE_CHECKING:
+    from ldm_export.runtime.request import Request
+
 CACHED_PROMPTS = 256
 
 
-class PromptEncoder:
-    """Prompts to embeddings through one text encoder, or through SDXL's two, with a cache keyed by token ids."""
+class Conditioning:
+    """The text encoders and the conditioner of a bundle, loaded."""
 
     def __init__(self, bundle: Bundle, backend: Backend):
-        self._encoders: list[tuple[Tokenizer, Graph]] = []
-        for suffix in ("", "_2"):
-            if f"text_encoder{suffix}" in bundle.manifest.graphs:
-                tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle, f"tokenizer{suffix}"))
-                check_length(tokenizer, bundle.manifest.graphs[f"text_encoder{suffix}"])
-                self._encoders.append((tokenizer, backend.load(f"text_encoder{suffix}")))
-        self._zeros_for_none = bool(bundle.manifest.model.get("zeros_for_empty_prompt"))
+        roles, graphs = bundle.roles, bundle.manifest.graphs
+        sources = roles.sources(graphs)
+        self._roles, self._graphs, self._read = roles, graphs, sources
+        self._encoders = [
+            PromptEncoder(
+                Tokenizer(TokenizerFiles.of_bundle(bundle, encoder.tokenizer)),
+                backend.load(encoder.graph),
+                [
+                    tensor.name
+                    for tensor in graphs[encoder.graph].outputs
+                    if f"{encoder.graph}.{tensor.name}" in sources
+                ],
+            )
+            for encoder in roles.text_encoders
+        ]
+        self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
+
+    def __call__(self, request: Request, guided: bool) -> dict[str, Array]:
+        """The denoiser's conditions for a request, with rows for negative prompts where it is ``guided``."""
+        negatives = request.negative_prompts if guided else ()
+        sources = request_sources(
+            self._read,
+            request.batch,
+            height=request.height,
+            width=request.width,
+            guidance=request.guidance,
+            has_negative_prompt=[prompt is not None for prompt in negatives] if guided else None,
+            class_labels=request.class_labels,
+        )
+        for encoder in self._encoders:
+            encoded = encoder.encode(request.prompts)
+            if guided:
+                negative = encoder.encode([prompt or "" for prompt in negatives])
+                encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
+            sources |= {f"{encoder.name}.{name}": value for name, value in encoded.items()}
+        return conditions_of(self._roles, self._graphs, sources, self._run)
+
+    def _run(self, _: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        assert self._conditioner is not None
+        return self._conditioner.run(inputs)
+
+
+class PromptEncoder:
+    """Prompts to what one text encoder makes of them, with a cache keyed by token ids.
+
+    Parameters
+    ----------
+    outputs : names of the graph's outputs that are read
+    """
+
+    def __init__(self, tokenizer: Tokenizer, graph: Graph, outputs: Sequence[str]):
+        check_length(tokenizer, graph.spec)
+        self.name = graph.spec.name
+        self._tokenizer, self._graph, self._outputs = tokenizer, graph, outputs
         self._cache: OrderedDict[bytes, tuple[Array, ...]] = OrderedDict()
 
-    def encode(self, prompts: Sequence[str | None]) -> dict[str, Array]:
-        """The UNet inputs from text: ``encoder_hidden_states`` (B, L, C) and, for SDXL, ``text_embeds`` (B, P).
-
-        None, no prompt, is zeros where the model was trained so (SDXL), and else the empty text.
-        """
-        texts = [prompt or "" for prompt in prompts]
-        ids = [tokenizer(texts) for tokenizer, _ in self._encoders]  # each (B, L)
-        keys = [b"".join(rows[i].tobytes() for rows in ids) for i in range(len(prompts))]
-        new = {key: i for i, key in enumerate(keys) if key not in self._cache}
+    def encode(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """The outputs by name, a row a prompt."""
+        ids = self._tokenizer(prompts)  # (B, L)
+        keys = [row.tobytes() for row in ids]
+        new = {key: number for number, key in enumerate(keys) if key not in self._cache}
         if new:
-            picked = list(new.values())
-            for key, row in zip(new, self._run([rows[picked] for rows in ids]), strict=True):
-                self._cache[key] = row
+            results = self._graph.run({"input_ids": ids[list(new.values())]})
+            for key, *row in zip(new, *(results[name] for name in self._outputs), strict=True):
+                self._cache[key] = tuple(row)
         for key in keys:
             self._cache.move_to_end(key)
         rows = [self._cache[key] for key in keys]
         while len(self._cache) > max(CACHED_PROMPTS, len(set(keys))):
             self._cache.popitem(last=False)
-        if self._zeros_for_none:
-            rows = [
-                tuple(np.zeros_like(part) for part in row) if prompt is None else row
-                for row, prompt in zip(rows, prompts, strict=True)
-            ]
-        names = ("encoder_hidden_states", "text_embeds")
-        return {name: np.stack(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=False)}
-
-    def _run(self, ids: list[Array]) -> list[tuple[Array, ...]]:
-        outputs = [graph.run({"input_ids": rows}) for (_, graph), rows in zip(self._encoders, ids, strict=True)]
-        if "text_embeds" not in outputs[-1]:  # Stable Diffusion 1.x and 2.x
-            return [(states,) for states in outputs[0]["last_hidden_state"]]
-        # SDXL reads the input of the last layer of both encoders (2307.01952, section 2.1)
-        layers = [sum(name.startswith("hidden_states.") for name in output) for output in outputs]
-        states = [output[f"hidden_states.{count - 2}"] for output, count in zip(outputs, layers, strict=True)]
-        joined = np.concatenate(states, axis=-1)
-        return list(zip(joined, outputs[-1]["text_embeds"], strict=True))
+        return {name: np.stack(parts) for name, parts in zip(self._outputs, zip(*rows, strict=True), strict=True)}
 
 
-def fixed_inputs(unet: GraphSpec, rows: int, *, height: int, width: int, guidance: float) -> dict[str, Array]:
-    """The inputs that depend on neither prompt nor step: SDXL's ``time_ids`` and LCM's ``timestep_cond``."""
-    shapes = {tensor.name: tensor.shape for tensor in unet.inputs}
-    inputs: dict[str, Array] = {}
-    if "time_ids" in shapes:  # original size, crop corner, target size (2307.01952, section 2.2)
-        inputs["time_ids"] = np.tile(np.array([height, width, 0, 0, height, width], np.float32), (rows, 1))
-    if "timestep_cond" in shapes:
-        inputs["timestep_cond"] = np.tile(guidance_embedding(guidance, int(shapes["timestep_cond"][1])), (rows, 1))
-    return inputs
+def request_sources(
+    read: Collection[str],
+    batch: int,
+    *,
+    height: int,
+    width: int,
+    guidance: float,
+    has_negative_prompt: Sequence[bool] | None,
+    class_labels: Array | None,
+) -> dict[str, Array]:
+    """What a request gives to graphs (`ldm_export.contract.REQUEST_SOURCES`), as far as it is ``read``.
+
+    Parameters
+    ----------
+    has_negative_prompt : for each picture whether a negative text was given; None where there are no rows for it
+    class_labels : a row a picture, or None
+
+    Raises
+    ------
+    BundleError
+        If something is read that no request gives.
+    """
+    guided = has_negative_prompt is not None
+    ones, zeros = np.ones(batch, np.float32), np.zeros(batch, np.float32)
+    made: dict[str, Array] = {
+        "height": np.array(height, np.float32),
+        "width": np.array(width, np.float32),
+        "guidance": np.array(guidance, np.float32),
+        "guidance_weight": np.array(guidance - 1.0, np.float32),
+        "has_prompt": np.concatenate([np.asarray(has_negative_prompt, np.float32), ones]) if guided else ones,
+        "is_negative": np.concatenate([ones, zeros]) if guided else zeros,
+    }
+    if class_labels is not None:
+        made["class_labels"] = np.concatenate([class_labels] * (1 + guided))
+    unknown = {source for source in read if "." not in source} - made.keys()
+    if unknown:
+        raise BundleError(f"The denoiser reads {min(unknown)}, which nothing gives it here. Run its graphs yourself.")
+    return {name: value for name, value in made.items() if name in read}

@@ -3,31 +3,27 @@
 Numbers and texts of ``model`` in the manifest. A size is a whole number from 1 to 2**20 (`LARGEST_SIZE`):
 
     height, width, latent_channels, pixels_per_latent, default_steps     sizes
-    scaling_factor                          a number from 2**-20 to 2**20
     default_sampler                         small letters and digits in words with - between, at most 100 characters
-    default_guidance                        absent, or a number from 0 to 2**20
-    guidance_folded, zeros_for_empty_prompt absent, or true or false
-    num_class_embeds                        absent, null, or a size
+    class_count                             absent, null, or a size
 
-What each graph takes and gives, by its role. ``B``, ``h``, ``w``, ``H``, ``W`` and ``T`` are free sizes, all of another
-name in one graph; all else is fixed and at least 1. ``C`` is ``latent_channels``; no other tensor may be an input, and
-outputs may be more. float32 where nothing else is said:
+What each graph takes and gives, by its role (:class:`ldm_export.contract.Roles`). ``B``, ``h``, ``w``, ``H`` and ``W``
+are free sizes, all of another name in one graph; all else is fixed and at least 1. ``C`` is ``latent_channels``; no
+other tensor may be an input, and outputs may be more. float32 where nothing else is said:
 
-    unet            sample (B, c, h, w), timestep (); out_sample (B, C, h, w). c is C, or another for models that are
-                    opened and not generated with (inpainting)
-                    where it reads text: encoder_hidden_states (B, T or L, S)
-                    where it has classes: class_labels int64 (B), or (B, features)
-                    both or neither, and only with text: text_embeds (B, P), time_ids (B, 6)
-                    where it is told the guidance scale: timestep_cond (B, at least 4)
+    denoiser        sample (B, C, h, w), timestep (B); out_sample (B, C, h, w); further inputs are its conditions, each
+                    of the type of its source
+    conditioner     inputs are sources, each of that source's type; outputs begin with B
+    text_encoder    input_ids int64 (B, L), L being its ``length``; of its outputs those that are read begin with B
     vae_decoder     latent_sample (B, C, h, w); sample (B, K, H, W), K being 1 or 3
-    vae_encoder     sample (B, K, H, W); latent_parameters (B, 2 C, h, w)
-    text_encoder    where the UNet reads text: input_ids int64 (B, L), L from 2; without text_embeds of the UNet
-                    last_hidden_state (B, L, S), no text_embeds, and no graph text_encoder_2; else
-                    hidden_states.0 to hidden_states.n, n from 1, each (B, L, s), and in the last encoder text_embeds
-                    (B, P); the sum of s over both encoders is S, and L is that of both
+    vae_encoder     sample (B, K, H, W); latent_parameters (B, 2 C, h, w), mean and log-variance, or latent_sample
+                    (B, C, h, w)
     loops/*         noise, latents (B, C, h, w); images uint8 (B, H, W, K); of these as far as it takes them: step_noise
                     (rows, B, C, h, w), rows being those of its plan that add noise; guidance_scale (); input_ids and
-                    negative_input_ids as the text encoder's; class_labels as the UNet's
+                    negative_input_ids as the text encoder's, with _2, _3 … for further ones; has_negative_prompt (B);
+                    class_labels as its source
+
+A source's type is that of `ldm_export.contract.REQUEST_SOURCES`, or of the output that it names. A type fits where the
+dtypes and ranks are the same and every size that both fix; a size that is free in the source is free in the input.
 
 Known when graphs run: a tokenizer's ``model_max_length`` is L; decoded pictures are ``pixels_per_latent`` times as high
 and as wide as their latents, and encoded ones that much smaller.
@@ -40,17 +36,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.manifest import LARGEST_SIZE, is_loop
-from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.roles import LARGEST_SIZE
+from ldm_export.contract import REQUEST_SOURCES, GraphSpec, Roles, TensorSpec, labels_of, loop_suffixes
 from ldm_export.errors import BundleError
 from ldm_export.reading.documents import MalformedError
 
 if TYPE_CHECKING:
     from ldm_export.runtime.tokenizer import Tokenizer
 
-DRAWN_WITH = ("unet", "vae_decoder", "vae_encoder")
 SIZES = ("height", "width", "latent_channels", "pixels_per_latent", "default_steps")
-FLAGS = ("guidance_folded", "zeros_for_empty_prompt")
 PICTURE_CHANNELS = (1, 3)
 LONGEST_NAME = 100
 
@@ -60,13 +55,10 @@ Shape = Sequence[int | str | tuple[int, ...]]
 
 def check_drawable(bundle: Bundle) -> None:
     """Raise BundleError unless the bundle says the facts, and has the graphs, that the module's docstring lists."""
-    graphs = bundle.manifest.graphs
-    for name in DRAWN_WITH:
-        if name not in graphs:
-            raise BundleError(f"Bundle {bundle.path} has no graph {name}, so nothing can be drawn. Export it anew.")
+    roles = bundle.roles
     try:
         check_model(bundle.manifest.model)
-        check_graphs(graphs, bundle.manifest.model["latent_channels"])
+        check_graphs(bundle.manifest.graphs, roles, bundle.manifest.model["latent_channels"])
     except MalformedError as error:
         raise BundleError(f"Bundle {bundle.path}: manifest.json has {error}. Export it anew.") from error
 
@@ -74,21 +66,18 @@ def check_drawable(bundle: Bundle) -> None:
 def check_model(model: Mapping[str, Any]) -> None:
     """Raise MalformedError unless the manifest's ``model`` has what generating needs, each of its type and range."""
 
-    def number(key: str, least: float) -> bool:
+    def is_size(key: str) -> bool:
         value: Any = model.get(key)
-        return type(value) in (int, float) and least <= value <= LARGEST_SIZE
+        return type(value) is int and 1 <= value <= LARGEST_SIZE
 
-    sampler, classes = model.get("default_sampler"), model.get("num_class_embeds")
-    sound = {key: type(model.get(key)) is int and number(key, 1) for key in SIZES}
-    sound["scaling_factor"] = number("scaling_factor", 1 / LARGEST_SIZE)
+    sampler = model.get("default_sampler")
+    sound = {key: is_size(key) for key in SIZES}
     sound["default_sampler"] = (
         isinstance(sampler, str)
         and len(sampler) <= LONGEST_NAME
         and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", sampler) is not None
     )
-    sound["default_guidance"] = "default_guidance" not in model or number("default_guidance", 0)
-    sound |= {key: type(model.get(key, False)) is bool for key in FLAGS}
-    sound["num_class_embeds"] = classes is None or (type(classes) is int and number("num_class_embeds", 1))
+    sound["class_count"] = model.get("class_count") is None or is_size("class_count")
     for key, fits in sound.items():
         if not fits:
             raise MalformedError(f"model.{key} = {repr(model.get(key))[:60]}, which is none that can be generated with")
@@ -131,13 +120,8 @@ class _Role:
     def gives(self, name: str) -> bool:
         return name in self._sides[1]
 
-    def shape(self, name: str) -> tuple[int | str, ...]:
-        """Shape of an input, or nothing."""
-        return self._sides[0][name].shape if self.takes(name) else ()
-
-    def count(self, prefix: str) -> int:
-        """Outputs whose names begin so."""
-        return sum(name.startswith(prefix) for name in self._sides[1])
+    def inputs(self) -> Sequence[TensorSpec]:
+        return self._graph.inputs
 
     def input(self, name: str, dtype: str, *shape: int | str | tuple[int, ...]) -> tuple[int | str, ...]:
         """Shape of an input, which must be there and as it is said; a name that begins with ? is any fixed size."""
@@ -181,86 +165,76 @@ class _Role:
         )
 
 
-def check_graphs(graphs: Mapping[str, GraphSpec], channels: int) -> None:
+def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -> None:
     """Raise MalformedError unless each graph takes and gives what its role does; ``channels`` are of the latents."""
-    unet = _check_unet(_Role(graphs["unet"]), channels)
-    decoder = _Role(graphs["vae_decoder"])
+    denoiser = _Role(graphs[roles.denoiser])
+    denoiser.input("sample", "float32", "B", channels, "h", "w")
+    denoiser.input("timestep", "float32", "B")
+    denoiser.output("out_sample", "float32", "B", channels, "h", "w")
+    denoiser.no_more_inputs("sample", "timestep", *roles.conditions)
+    decoder = _Role(graphs[roles.vae_decoder])
     decoder.input("latent_sample", "float32", "B", channels, "h", "w")
     picture = int(decoder.output("sample", "float32", "B", PICTURE_CHANNELS, "H", "W")[1])
     decoder.no_more_inputs("latent_sample")
-    encoder = _Role(graphs["vae_encoder"])
+    encoder = _Role(graphs[roles.vae_encoder])
     encoder.input("sample", "float32", "B", picture, "H", "W")
-    encoder.output("latent_parameters", "float32", "B", 2 * channels, "h", "w")
+    if encoder.gives("latent_sample"):
+        encoder.output("latent_sample", "float32", "B", channels, "h", "w")
+    else:
+        encoder.output("latent_parameters", "float32", "B", 2 * channels, "h", "w")
     encoder.no_more_inputs("sample")
-    length = _check_text_encoders(graphs, unet) if unet.takes("encoder_hidden_states") else 0
+    for entry in roles.text_encoders:
+        text = _Role(graphs[entry.graph])
+        text.input("input_ids", "int64", "B", entry.length)
+        text.no_more_inputs("input_ids")
+    _check_sources(graphs, roles)
     for name, graph in graphs.items():
         if is_loop(name):
-            _check_loop(_Role(graph), unet, channels, picture, length)
+            _check_loop(_Role(graph), graphs, roles, channels, picture)
 
 
-def _check_unet(unet: _Role, channels: int) -> _Role:
-    unet.input("sample", "float32", "B", "?channels", "h", "w")
-    unet.input("timestep", "float32")
-    unet.output("out_sample", "float32", "B", channels, "h", "w")
-    if unet.takes("class_labels"):
-        _check_labels(unet)
-    if unet.takes("text_embeds") or unet.takes("time_ids"):
-        unet.input("text_embeds", "float32", "B", "?width")
-        unet.input("time_ids", "float32", "B", 6)
-        if not unet.takes("encoder_hidden_states"):
-            raise MalformedError("the graph unet with text_embeds and without encoder_hidden_states")
-    if unet.takes("timestep_cond") and int(unet.input("timestep_cond", "float32", "B", "?size")[1]) < 4:
-        raise MalformedError("the graph unet with a timestep_cond of less than 4 numbers")
-    known = ("sample", "timestep", "encoder_hidden_states", "class_labels", "text_embeds", "time_ids", "timestep_cond")
-    unet.no_more_inputs(*known)
-    return unet
+def _check_sources(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
+    """Raise MalformedError unless whatever denoiser and conditioner read is there, and of the type that they read."""
+    known = dict(REQUEST_SOURCES)
+    for entry in roles.text_encoders:
+        known |= {f"{entry.graph}.{tensor.name}": (tensor,) for tensor in graphs[entry.graph].outputs}
+    denoiser = {tensor.name: tensor for tensor in graphs[roles.denoiser].inputs}
+    if missing := sorted({"sample", "timestep"} & roles.conditions.keys() | roles.conditions.keys() - denoiser.keys()):
+        raise MalformedError(f"a condition {missing[0]!r}, which is none of the graph {roles.denoiser}")
+    if roles.conditioner is not None:
+        graph = graphs[roles.conditioner]
+        for tensor in graph.inputs:
+            _check_source(graph, tensor, tensor.name, known)
+        known |= {f"conditioner.{tensor.name}": (tensor,) for tensor in graph.outputs}
+    for name, source in roles.conditions.items():
+        _check_source(graphs[roles.denoiser], denoiser[name], source, known)
 
 
-def _check_labels(role: _Role) -> None:
-    if len(role.shape("class_labels")) == 1:
-        role.input("class_labels", "int64", "B")
-    else:
-        role.input("class_labels", "float32", "B", "?features")
+def _check_source(graph: GraphSpec, tensor: TensorSpec, source: str, known: Mapping[str, Sequence[TensorSpec]]) -> None:
+    if source not in known:
+        raise MalformedError(f"the graph {graph.name} that reads {source[:60]!r}, which nothing gives")
+    if not any(_fits(tensor, given) for given in known[source]):
+        there = f"{tensor.dtype} {tensor.shape}"
+        given = " or ".join(f"{one.dtype} {one.shape}" for one in known[source])
+        raise MalformedError(
+            f"the graph {graph.name} with {there[:200]} for {tensor.name!r}, which is given {source}, {given[:200]}"
+        )
 
 
-def _check_text_encoders(graphs: Mapping[str, GraphSpec], unet: _Role) -> int:
-    """Check the text encoders against what the UNet reads; gives how many tokens they read."""
-    names = [name for name in ("text_encoder", "text_encoder_2") if name in graphs]
-    if names[:1] != ["text_encoder"]:
-        raise MalformedError("no graph text_encoder, and a UNet that reads text")
-    encoders = [_Role(graphs[name]) for name in names]
-    length = int(encoders[0].input("input_ids", "int64", "B", "?length")[1])
-    if length < 2:
-        raise MalformedError("a text encoder of less than 2 tokens")
-    for encoder in encoders:
-        encoder.input("input_ids", "int64", "B", length)
-        encoder.no_more_inputs("input_ids")
-    pooled = unet.takes("text_embeds")
-    if encoders[-1].gives("text_embeds") != pooled or (len(encoders) > 1 and not pooled):
-        raise MalformedError("text encoders that give text_embeds where the UNet takes none, or the other way round")
-    if pooled:
-        widths = [_width_of_states(encoder, length) for encoder in encoders]
-        embeds = unet.input("text_embeds", "float32", "B", "?width")[1]
-        encoders[-1].output("text_embeds", "float32", "B", int(embeds))
-    else:
-        widths = [int(encoders[0].output("last_hidden_state", "float32", "B", length, "?width")[2])]
-    fixed = unet.shape("encoder_hidden_states")[1:2] == (length,)
-    unet.input("encoder_hidden_states", "float32", "B", length if fixed else "T", sum(widths))
-    return length
+def _fits(tensor: TensorSpec, given: TensorSpec) -> bool:
+    """Whether an input can be given a source; each row is of a picture, so the first size is free in both."""
+    if tensor.dtype != given.dtype or len(tensor.shape) != len(given.shape):
+        return False
+    if tensor.shape and not (isinstance(tensor.shape[0], str) and isinstance(given.shape[0], str)):
+        return False
+    of_request = given.name in REQUEST_SOURCES and given in REQUEST_SOURCES[given.name]
+    return all(
+        isinstance(size, str) or size == there or (of_request and isinstance(there, str))
+        for size, there in zip(tensor.shape[1:], given.shape[1:], strict=True)
+    )
 
 
-def _width_of_states(encoder: _Role, length: int) -> int:
-    """Width of the hidden states of every layer, of which there must be at least two."""
-    widths, layer = set(), 0
-    while layer < 2 or encoder.gives(f"hidden_states.{layer}"):
-        widths.add(int(encoder.output(f"hidden_states.{layer}", "float32", "B", length, "?width")[2]))
-        layer += 1
-    if encoder.count("hidden_states.") != layer or len(widths) > 1:
-        raise MalformedError("a text encoder whose hidden states are not numbered from 0, or of several widths")
-    return widths.pop()
-
-
-def _check_loop(loop: _Role, unet: _Role, channels: int, picture: int, length: int) -> None:
+def _check_loop(loop: _Role, graphs: Mapping[str, GraphSpec], roles: Roles, channels: int, picture: int) -> None:
     loop.input("noise", "float32", "B", channels, "h", "w")
     loop.output("latents", "float32", "B", channels, "h", "w")
     loop.output("images", "uint8", "B", "H", "W", picture)
@@ -268,14 +242,19 @@ def _check_loop(loop: _Role, unet: _Role, channels: int, picture: int, length: i
         loop.input("step_noise", "float32", "?rows", "B", channels, "h", "w")
     if loop.takes("guidance_scale"):
         loop.input("guidance_scale", "float32")
-    for name in ("input_ids", "negative_input_ids"):
-        if loop.takes(name):
-            loop.input(name, "int64", "B", length)
-    if loop.takes("input_ids") != unet.takes("encoder_hidden_states") or (
-        loop.takes("class_labels") != unet.takes("class_labels")
-    ):
-        raise MalformedError("a loop that reads other than the UNet does")
+    if loop.takes("has_negative_prompt"):
+        loop.input("has_negative_prompt", "float32", "B")
+    known = ["noise", "step_noise", "guidance_scale", "has_negative_prompt", "class_labels"]
+    for entry, suffix in zip(roles.text_encoders, loop_suffixes(roles), strict=True):
+        for name in (f"input_ids{suffix}", f"negative_input_ids{suffix}"):
+            known.append(name)
+            if loop.takes(name):
+                loop.input(name, "int64", "B", entry.length)
+        if not loop.takes(f"input_ids{suffix}"):
+            raise MalformedError("a loop that reads no prompt, as the denoiser does")
+    if loop.takes("class_labels") != ("class_labels" in roles.sources(graphs)):
+        raise MalformedError("a loop that reads other than the denoiser does")
     if loop.takes("class_labels"):
-        _check_labels(loop)
-    known = ("noise", "step_noise", "guidance_scale", "input_ids", "negative_input_ids", "class_labels")
+        labels = labels_of(graphs, roles)
+        loop.input("class_labels", labels.dtype, "B", *labels.shape[1:])
     loop.no_more_inputs(*known)

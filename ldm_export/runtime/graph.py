@@ -17,15 +17,23 @@ class Graph(Protocol):
 
     spec: GraphSpec
 
+    @property
+    def can_skip(self) -> bool:
+        """Whether ``every`` of `bind` may be more than 1."""
+        ...
+
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once, into new arrays."""
         ...
 
     def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
-        """A call that reads ``inputs`` and writes ``outputs`` where they lie, as often as it is made.
+        """A call that reads ``inputs`` and writes ``outputs`` where they are, as often as it is made.
 
-        What inputs ``fixed`` hold does not change from call to call, and may be read here once and for all.
+        Parameters
+        ----------
+        fixed : inputs that hold the same from call to call, and may be read here once and for all
+        every : the first and then every ``every``-th call are of the whole graph, those between of its outermost blocks
         """
         ...

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec
+from ldm_export.contract import GraphSpec, loop_suffixes
 from ldm_export.errors import BundleError
 from ldm_export.runtime.facts import check_pictures
 from ldm_export.runtime.graph import Array
@@ -31,10 +31,11 @@ def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, 
                 "Make it again with: ldm-export plan --loop"
             )
         given["step_noise"] = np.stack([draw() for _ in range(rows)])
-    if "input_ids" in takes:
-        tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle))
-        negatives = [prompt or "" for prompt in request.negative_prompts]  # no loop is of a model with zeros for none
-        given |= {"input_ids": tokenizer(request.prompts), "negative_input_ids": tokenizer(negatives)}
+    negatives = [prompt or "" for prompt in request.negative_prompts]
+    for encoder, suffix in zip(bundle.roles.text_encoders, loop_suffixes(bundle.roles), strict=True):
+        tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle, encoder.tokenizer))
+        given |= {f"input_ids{suffix}": tokenizer(request.prompts), f"negative_input_ids{suffix}": tokenizer(negatives)}
+    given["has_negative_prompt"] = np.array([prompt is not None for prompt in request.negative_prompts], np.float32)
     if request.class_labels is not None:
         given["class_labels"] = request.class_labels
     return {name: given[name] for name in takes}

@@ -1,6 +1,6 @@
 """The sampling loop on a bundle: prompt in, picture out.
 
-    text encoder -> [ UNet -> guidance -> one row of the plan ] x rows -> VAE decoder
+    text encoders -> conditioner -> [ denoiser -> guidance -> one row of the plan ] x rows -> VAE decoder
 
 The plan says everything about the sampler (``ldm_export.plan``), so the loop knows none by name. Where its latents lie
 is up to the backend (``ldm_export.runtime.sampling``).
@@ -18,16 +18,14 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
-from ldm_export.contract import takes_two_rows
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
-from ldm_export.runtime.conditioning import PromptEncoder, fixed_inputs
+from ldm_export.runtime.conditioning import Conditioning
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.loop_inputs import check_results, loop_inputs
 from ldm_export.runtime.request import (
-    DEFAULT_GUIDANCE,
     Options,
     Request,
     check_plans,
@@ -67,17 +65,17 @@ class Pipeline:
         threads = None if threads is None else whole_number("threads", threads, 1, MOST_THREADS)
         if threads is not None and (isinstance(backend, Backend) or backend in ENGINES):
             raise InputError("threads was given, and this backend has been opened or runs on a GPU. Leave it out.")
-        self.bundle = bundle
+        self.bundle, self._roles = bundle, bundle.roles
         self._interrupted = False
         self._backend = open_backend(bundle, backend, threads) if isinstance(backend, str) else backend
         self.requested_backend = backend if isinstance(backend, str) else backend.name
         self._graphs: dict[str, Graph] = {}
-        self._prompts: PromptEncoder | None = None
+        self._conditioning: Conditioning | None = None
         self._closed = False
         if bundle.verified:  # what changes on the disk from now on is not used; a loop is checked when it is opened
             self.load()
             with suppress(BackendError):  # engines may lack it
-                self._graph("vae_encoder")
+                self._graph(bundle.roles.vae_encoder)
             check_plans(bundle)
 
     @classmethod
@@ -168,10 +166,10 @@ class Pipeline:
         BackendError, BundleError
             If a graph does not open, or the backend that was asked for does not start.
         """
-        for name in ("unet", "vae_decoder"):
+        for name in (self._roles.denoiser, self._roles.vae_decoder):
             self._graph(name)
-        if self._prompts is None and "text_encoder" in self.bundle.manifest.graphs:
-            self._prompts = PromptEncoder(self.bundle, self._backend)
+        if self._conditioning is None:
+            self._conditioning = Conditioning(self.bundle, self._backend)
 
     def close(self) -> None:
         """Give back the graphs and what the backend holds, such as a GPU's memory; the pipeline cannot draw anymore.
@@ -180,7 +178,7 @@ class Pipeline:
         """
         self._closed = True
         self._graphs.clear()
-        self._prompts = None
+        self._conditioning = None
         self._backend.close()
 
     def __enter__(self) -> Pipeline:
@@ -215,8 +213,7 @@ class Pipeline:
         check_size(sample.shape[2], sample.shape[3], self.bundle.manifest.model["pixels_per_latent"])
         self._interrupted = False
         with self._interruptible():
-            mean, _ = self._distribution(sample)
-            return self._decode(mean * np.float32(self.bundle.manifest.model["scaling_factor"]))
+            return self._decode(self._distribution(sample)[0])
 
     def _request(self, prompts: str | Sequence[str] | None, options: Options) -> Request:
         """The checked request; with it a new generation begins, so earlier interruptions are forgotten."""
@@ -259,8 +256,8 @@ class Pipeline:
             for index, row in enumerate(rows):
                 started = time.perf_counter()
                 with self._interruptible():
-                    timings.unet_ms.append(sampling.step())
-                timings.loop_ms += _since(started) - timings.unet_ms[-1]
+                    timings.denoiser_ms.append(sampling.step())
+                timings.loop_ms += _since(started) - timings.denoiser_ms[-1]
                 step = Step(index, len(rows), row.timestep, latents, self._decode)
                 self._check_latents(step, request)
                 yield step
@@ -271,21 +268,24 @@ class Pipeline:
         """The loop of a request, about to make its first step, and the latents that it will change."""
         started = time.perf_counter()
         self.load()
-        unet = self._graph("unet")
+        denoiser = self._graph(self._roles.denoiser)
         if request.image is not None:
-            self._graph("vae_encoder")
+            self._graph(self._roles.vae_encoder)
         timings.load_ms = _since(started)
-        if request.deepcache > 1 and not getattr(unet, "can_skip", False):
+        if request.deepcache > 1 and not denoiser.can_skip:
             raise InputError(
-                f"deepcache {request.deepcache} was asked for, and {self.backend} has no outermost blocks of this UNet "
-                f"apart. Run: ldm-export build {self.bundle.path} --target cpu; if that says so, leave deepcache out."
+                f"deepcache {request.deepcache} was asked for, and {self.backend} has no outermost blocks of this "
+                f"denoiser apart. Run: ldm-export build {self.bundle.path} --target cpu; if that says so, leave "
+                "deepcache out."
             )
 
         shape = request.latents_shape(self.bundle)
-        self._backend.check_shapes("vae_decoder", {"latent_sample": (request.batch, *shape)})  # it comes last
+        self._backend.check_shapes(self._roles.vae_decoder, {"latent_sample": (request.batch, *shape)})  # it comes last
 
         started = time.perf_counter()
-        conditions, guided = self._conditions(request, unet)
+        assert self._conditioning is not None
+        guided = self._roles.guidance.takes_two_rows(request.guidance)
+        conditions = self._conditioning(request, guided)
         timings.text_ms = _since(started)
 
         started = time.perf_counter()
@@ -302,7 +302,7 @@ class Pipeline:
         started = time.perf_counter()
         scale = request.guidance if guided else None
         run = SamplingTask(trajectory.rows, latents, conditions, scale, draw, request.deepcache)
-        sampling = self._backend.sampling(unet, run)
+        sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here
         return sampling, latents
@@ -311,7 +311,7 @@ class Pipeline:
         """Raise NumericalError unless all latents are finite numbers."""
         if np.isfinite(step.latents).all():
             return
-        own = float(self.bundle.manifest.model.get("default_guidance", DEFAULT_GUIDANCE))
+        own = self._roles.guidance.scale
         lower = f"Lower the guidance, which is {request.guidance:g} (the bundle's own is {own:g})"
         raise NumericalError(
             f"After step {step.index + 1} of {step.count} the latents are no finite numbers, so there is no picture. "
@@ -341,52 +341,33 @@ class Pipeline:
         timings.whole_ms = _since(started)
         return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
 
-    def _conditions(self, request: Request, unet: Graph) -> tuple[dict[str, Array], bool]:
-        """The UNet's inputs beside latents and timestep, and whether each picture has two rows for guidance."""
-        guided = takes_two_rows(unet.spec, self.bundle.manifest.model, request.guidance)
-        conditions = fixed_inputs(
-            unet.spec,
-            request.batch * (1 + guided),
-            height=request.height,
-            width=request.width,
-            guidance=request.guidance,
-        )
-        if request.class_labels is not None:
-            conditions["class_labels"] = np.concatenate([request.class_labels] * (1 + guided))
-        if request.prompts:
-            assert self._prompts is not None
-            encoded = self._prompts.encode(request.prompts)
-            if guided:
-                negative = self._prompts.encode(request.negative_prompts)
-                encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
-            conditions |= encoded
-        return conditions, guided
-
     def _encode(self, image: Array, draw: Callable[[], Array]) -> Array:
-        """A picture's scaled latents, drawn from the encoder's distribution with the pictures' own noise."""
+        """A picture's latents, drawn from the encoder's distribution with the pictures' own noise."""
         mean, logvar = self._distribution(image)
-        latents: Array = mean.copy()
-        if logvar.max() > -30.0:  # below, as AutoencoderTiny's is, the latents are certain, and take no noise
-            deviation = np.exp(0.5 * np.clip(logvar, -30.0, 20.0).astype(np.float64))  # the same on every processor
-            latents = mean + deviation.astype(np.float32) * draw()
-        latents *= np.float32(self.bundle.manifest.model["scaling_factor"])
+        if logvar is None:  # they are certain, and take no noise
+            return mean
+        deviation = np.exp(0.5 * logvar.astype(np.float64))  # the same on every processor
+        latents: Array = mean + deviation.astype(np.float32) * draw()
         return latents
 
-    def _distribution(self, image: Array) -> tuple[Array, Array]:
-        """Mean and log variance of a picture's latents, unscaled."""
-        parameters = self._graph("vae_encoder").run({"sample": image})["latent_parameters"]
-        factor, graph = self.bundle.manifest.model["pixels_per_latent"], self.bundle.manifest.graphs["vae_encoder"]
-        check_pictures(image.shape, parameters.shape, factor, graph)
-        if not np.isfinite(parameters).all():
+    def _distribution(self, image: Array) -> tuple[Array, Array | None]:
+        """Mean and log variance of a picture's latents; no variance where they are certain."""
+        results = self._graph(self._roles.vae_encoder).run({"sample": image})
+        certain = "latent_sample" in results
+        latents = results["latent_sample" if certain else "latent_parameters"]
+        factor = self.bundle.manifest.model["pixels_per_latent"]
+        check_pictures(image.shape, latents.shape, factor, self.bundle.manifest.graphs[self._roles.vae_encoder])
+        if not np.isfinite(latents).all():
             raise NumericalError(f"The VAE encoder gives values that are no finite numbers. {_REMEDY}")
-        mean, logvar = np.split(parameters, 2, axis=1)
+        if certain:
+            return latents, None
+        mean, logvar = np.split(latents, 2, axis=1)
         return mean, logvar
 
     def _decode(self, latents: Array) -> Array:
-        unscaled = latents / np.float32(self.bundle.manifest.model["scaling_factor"])
-        sample = self._graph("vae_decoder").run({"latent_sample": unscaled})["sample"]
-        factor, graph = self.bundle.manifest.model["pixels_per_latent"], self.bundle.manifest.graphs["vae_decoder"]
-        check_pictures(sample.shape, latents.shape, factor, graph)
+        sample = self._graph(self._roles.vae_decoder).run({"latent_sample": latents})["sample"]
+        factor = self.bundle.manifest.model["pixels_per_latent"]
+        check_pictures(sample.shape, latents.shape, factor, self.bundle.manifest.graphs[self._roles.vae_decoder])
         if not np.isfinite(sample).all():
             raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {_REMEDY}")
         return pixels_of(sample)

@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.manifest import LARGEST_SIZE
-from ldm_export.contract import TensorSpec
+from ldm_export.bundle.roles import LARGEST_SIZE
+from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import BundleError, InputError
 from ldm_export.plan import Plan, Trajectory
 from ldm_export.runtime.graph import Array
@@ -18,7 +18,6 @@ from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
 
-DEFAULT_GUIDANCE = 4.0
 LARGEST_GUIDANCE = 1e6
 MOST_STEPS = LARGEST_SIZE
 
@@ -31,14 +30,14 @@ class Options(TypedDict, total=False):
     sampler, steps : a plan of the bundle, such as ``ddim`` and 20; by default the bundle's own choice
     guidance : how far to go from the negative prompt's prediction to the prompt's, from 0 to 1e6; 1 or less is off;
         the bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
-    negative_prompt : one for all pictures, or one each; none. The empty text is a prompt, too: of SDXL, which has zeros
-        for none, it makes another picture. Needs guidance above 1
+    negative_prompt : one for all pictures, or one each; none. The empty text is a prompt, too: of models
+        that have zeros for none, it makes another picture. Needs guidance above 1
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
     image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
     strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6
     class_labels : one a picture, for class-conditional models
-    deepcache : run the whole UNet in every so many steps only, and between them its outermost blocks (DeepCache,
+    deepcache : run the whole denoiser in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
     whole : draw with the plan's loop graph, everything in one call, which cannot be watched or cancelled in between;
         the bundle, or the engines that run, must have that loop
@@ -65,14 +64,14 @@ class Request:
     Attributes
     ----------
     prompts, negative_prompts : one a picture; empty tuples for models that read no text. No negative prompt is None,
-        which is not the empty text: SDXL has zeros for it
+        which is not the empty text: some models have zeros for it
     class_labels : (B,) int64, or None
     seeds : one a picture
     height, width : pixels
     guidance : the scale; 1 is off
     image : (B, C, H, W) float32 in [-1, 1] to start from, or None
     trajectory : where the latents start and the rows that they run through
-    deepcache : the whole UNet runs in every so many steps
+    deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
     """
 
@@ -100,7 +99,7 @@ class Request:
 
     def least_bytes(self, bundle: Bundle) -> int:
         """Memory that arrays of one generation surely take at once, whatever the networks need: the latents with their
-        noise, the UNet's input and output, and what one decoding makes of them."""
+        noise, the denoiser's input and output, and what one decoding makes of them."""
         channels, height, width = self.latents_shape(bundle)
         latents = self.batch * channels * height * width * 4
         pixels = self.batch * picture_channels(bundle) * self.height * self.width
@@ -137,18 +136,18 @@ def checked_request(
         For anything that this bundle cannot draw; the message says what it can.
     """
     model = bundle.manifest.model
-    unet_inputs = {tensor.name: tensor for tensor in bundle.manifest.graphs["unet"].inputs}
-    if unet_inputs["sample"].shape[1] != model["latent_channels"]:
+    roles, graphs = bundle.roles, bundle.manifest.graphs
+    sources = roles.sources(graphs)
+    if "image_latents" in sources:
         raise InputError(
-            f"This bundle's UNet takes {unet_inputs['sample'].shape[1]} channels for {model['latent_channels']} of "
-            "latents (an inpainting model); this runtime draws text-to-image and image-to-image. "
-            "Run its graphs yourself."
+            "This bundle's denoiser also reads the latents of a picture (inpainting, or editing); this runtime "
+            "generates from text and from an image to start from. Run its graphs yourself."
         )
-    reads_text, has_classes = "encoder_hidden_states" in unet_inputs, "class_labels" in unet_inputs
+    reads_text, has_classes = bool(roles.text_encoders), "class_labels" in sources
     texts = texts_for("prompt", prompts)
     given_labels = None if class_labels is None else listed("class_labels", class_labels)
     if reads_text != bool(texts) or has_classes != (given_labels is not None):
-        count = model.get("num_class_embeds")
+        count = model.get("class_count")
         labels_it_takes = f"class_labels from 0 to {count - 1}" if count else "class_labels"
         wants = " and ".join(
             [*(["a prompt a picture"] if reads_text else []), *([labels_it_takes] if has_classes else [])]
@@ -158,7 +157,7 @@ def checked_request(
             f"{len(texts)} prompts and {given} class labels were given; "
             f"this model takes {wants or 'neither: give seed a list, one a picture'}."
         )
-    labels = None if given_labels is None else labels_for(given_labels, unet_inputs["class_labels"], model)
+    labels = None if given_labels is None else labels_for(given_labels, labels_of(graphs, roles), model)
     several = hasattr(type(seed), "__iter__") and not isinstance(seed, str) and getattr(seed, "shape", None) != ()
     seeds: Any = listed("seed", seed) if several else seed
     batch = len(texts) if reads_text else np.size(seeds) if labels is None else len(labels)
@@ -168,7 +167,7 @@ def checked_request(
     if isinstance(negative_prompt, str):
         negatives = negative_prompt
     scale = None if guidance is None else real_number("guidance", guidance, 0.0, LARGEST_GUIDANCE)
-    scale = guidance_for(scale, negatives, model, conditioned="timestep_cond" in unet_inputs)
+    scale = guidance_for(scale, negatives, roles.guidance, reads_text=reads_text)
     if negatives is not None and any(negatives) and not (reads_text and scale > 1):
         why = f"guidance is {scale:g}, which is off" if reads_text else "this model reads no text"
         raise InputError(f"A negative prompt was given, and {why}, so it would do nothing. Leave it out.")
@@ -179,7 +178,7 @@ def checked_request(
     if whole and (image is not None or deepcache > 1):
         raise InputError(
             "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
-            "all of the UNet each time. Leave one of them out."
+            "all of the denoiser each time. Leave one of them out."
         )
     if strength is not None:
         strength = real_number("strength", strength, 0.0, 1.0)
@@ -280,8 +279,8 @@ def seeds_for(seed: int | list[int], batch: int) -> tuple[int, ...]:
 
 
 def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping[str, Any]) -> Array:
-    """Class labels as the UNet takes them: (B,) whole numbers below ``num_class_embeds``, or (B, F) features."""
-    count = model.get("num_class_embeds")
+    """Class labels as the model takes them: (B,) whole numbers below ``class_count``, or (B, F) features."""
+    count = model.get("class_count")
     try:
         labels = np.asarray(class_labels)
         if accepted.dtype != "int64":
@@ -301,31 +300,30 @@ def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping
 
 
 def guidance_for(
-    guidance: float | None,
-    negative_prompt: str | Sequence[str] | None,
-    model: Mapping[str, Any],
-    *,
-    conditioned: bool = False,
+    guidance: float | None, negative_prompt: str | Sequence[str] | None, model: Guidance, *, reads_text: bool
 ) -> float:
-    """The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself. A
-    ``conditioned`` UNet is told the scale and, as one that has it in itself, is called without a negative prompt."""
-    own = float(model.get("default_guidance", DEFAULT_GUIDANCE))
-    scale = own if guidance is None else guidance
+    """The scale with which predictions are combined, or that the denoiser is given; 1 where it has its own inside."""
+    scale = model.scale if guidance is None else guidance
     if not np.isfinite(scale) or scale < 0:
         raise InputError(f"guidance is {scale}; it must be a number from 0 on, 1 being off.")
     negative = bool(negative_prompt and any(negatives_for(negative_prompt, len(negative_prompt))))
-    if conditioned and negative:
-        raise InputError(
-            "A negative prompt was given; this model was distilled to be told a guidance scale and takes none. "
-            "Leave it out, or use the bundle of the model that it was distilled from."
-        )
-    if not model.get("guidance_folded"):
+    if model.kind == TWO_ROWS:
         return scale
-    if scale != own or negative:
-        asked = f"guidance {scale:g}" if scale != own else "a negative prompt"
+    remedy = "Leave it out, or use the bundle of the model that it was distilled from."
+    if model.kind == INPUT:
+        if negative:
+            raise InputError(
+                "A negative prompt was given; this model was distilled to be given a guidance scale and takes none. "
+                f"{remedy}"
+            )
+        return scale
+    if scale != model.scale or (negative and reads_text):
+        asked = f"Guidance {scale:g}" if scale != model.scale else "A negative prompt"
+        if model.scale <= 1:
+            raise InputError(f"{asked} was asked for; this model makes one prediction, without guidance. Leave it out.")
         raise InputError(
-            f"{asked[0].upper()}{asked[1:]} was asked for; this model was distilled with guidance {own:g} and takes no "
-            "other, and no negative prompt. Leave it out, or use the bundle of the model that it was distilled from."
+            f"{asked} was asked for; this model was distilled with guidance {model.scale:g} and takes no other, and no "
+            f"negative prompt. {remedy}"
         )
     return 1.0
 
@@ -353,7 +351,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 def picture_channels(bundle: Bundle) -> int:
     """Channels of the pictures that the model reads: 3, or 1 for grey ones."""
-    return int(bundle.manifest.graphs["vae_encoder"].inputs[0].shape[1])
+    return int(bundle.manifest.graphs[bundle.roles.vae_encoder].inputs[0].shape[1])
 
 
 def latents_image(image: Array, batch: int | None, channels: int) -> Array:

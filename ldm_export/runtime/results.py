@@ -18,22 +18,22 @@ class Timings:
 
     ``load_ms`` is what opening the graphs took, in a pipeline's first generation, and what engines need to be prepared
     for a size that is new to them; it is not part of the total. ``text_ms`` is the prompts, up to the first call of the
-    UNet, with what of the UNet depends on them alone.
-    ``unet_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
+    denoiser, with what of it depends on them alone.
+    ``denoiser_ms`` has one entry a network call; ``loop_ms`` is what the sampling loop spent outside the network.
     ``whole_ms`` is the one call of a loop graph, from the text encoder to the pictures, which has no network calls.
     """
 
     load_ms: float = 0.0
     text_ms: float = 0.0
     encode_ms: float = 0.0
-    unet_ms: list[float] = field(default_factory=list)
+    denoiser_ms: list[float] = field(default_factory=list)
     loop_ms: float = 0.0
     decode_ms: float = 0.0
     whole_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
-        return self.text_ms + self.encode_ms + sum(self.unet_ms) + self.loop_ms + self.decode_ms + self.whole_ms
+        return self.text_ms + self.encode_ms + sum(self.denoiser_ms) + self.loop_ms + self.decode_ms + self.whole_ms
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Generation:
     Attributes
     ----------
     images : uint8 (B, H, W, C), C being 3, or 1 for grey models
-    latents : float32 (B, C, h, w), scaled by the model's ``scaling_factor`` as the UNet sees them
+    latents : float32 (B, C, h, w), as the sampler has them
     seeds : one a picture
     timings : by stage
     backend : what ran the graphs

@@ -1,6 +1,6 @@
 """The sampling loop of one generation, step by step, where its latents lie on the host.
 
-    [ UNet -> guidance -> one row of the plan ] x rows
+    [ denoiser -> guidance -> one row of the plan ] x rows
 
 A backend whose graphs run elsewhere may have a loop of its own that keeps them there
 (:meth:`ldm_export.runtime.backends.Backend.sampling`).
@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -28,10 +27,10 @@ class SamplingTask:
     ----------
     rows : of the trajectory, in order
     latents : float32 (B, C, h, w), where they start; they are overwritten step by step
-    conditions : the UNet's inputs beside latents and timestep; they stay the same
+    conditions : the denoiser's inputs beside latents and timestep; they stay the same
     guidance : how the prediction with the prompt is weighed against that without; None where each picture has one row
     draw : gives N(0, I) noise, float32 (B, C, h, w)
-    every : the whole UNet runs in every so many steps (DeepCache)
+    every : the whole denoiser runs in every so many steps (DeepCache)
     """
 
     rows: Sequence[Row]
@@ -43,7 +42,7 @@ class SamplingTask:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of the UNet's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
+        """Shape of the denoiser's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
         batch, *sizes = self.latents.shape
         return (batch * (1 if self.guidance is None else 2), *sizes)
 
@@ -63,24 +62,21 @@ class Sampling(Protocol):
 
 
 class HostSampling:
-    """The loop in numpy. Latents, the UNet's input and its output stay where they are, and the UNet reads and writes
-    them in place."""
+    """The loop in numpy. Latents, the denoiser's input and its output stay where they are, and it reads and writes them
+    in place."""
 
     load_ms = 0.0
 
-    def __init__(self, unet: Graph, run: SamplingTask):
+    def __init__(self, denoiser: Graph, run: SamplingTask):
         self._run = run
         self._rows = iter(run.rows)
         self._stepper = Stepper(run.rows, run.latents)
         sample = np.empty(run.sample_shape, np.float32)
         self._copies = sample.reshape(-1, *run.latents.shape)  # with guidance, the latents twice
         self._out = np.empty_like(sample)
-        self._timestep = np.empty((), np.float32)
+        self._timestep = np.empty(len(sample), np.float32)
         inputs = {"sample": sample, "timestep": self._timestep, **run.conditions}
-        bind: Any = unet.bind
-        if run.every > 1:
-            bind = partial(bind, every=run.every)
-        self._call = bind(inputs, {"out_sample": self._out}, fixed=tuple(run.conditions))
+        self._call = denoiser.bind(inputs, {"out_sample": self._out}, tuple(run.conditions), run.every)
 
     def step(self) -> float:
         out, batch = self._out, len(self._run.latents)
@@ -88,7 +84,7 @@ class HostSampling:
         self._timestep[...] = next(self._rows).timestep
         called = time.perf_counter()
         self._call()
-        unet_ms = (time.perf_counter() - called) * 1000.0
+        call_ms = (time.perf_counter() - called) * 1000.0
         with np.errstate(over="ignore", invalid="ignore"):  # who asked for the step looks at what it gave
             if self._run.guidance is not None:  # negative + guidance * (prompt - negative)
                 prediction = out[batch:]
@@ -96,7 +92,7 @@ class HostSampling:
                 prediction *= self._run.guidance
                 prediction += out[:batch]
             self._stepper.advance(out[-batch:], self._run.draw)
-        return unet_ms
+        return call_ms
 
     def close(self) -> None:
         """There is nothing to give back."""

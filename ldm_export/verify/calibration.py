@@ -21,6 +21,8 @@ CALIBRATION_PICTURES = 8
 class RecordingGraph:
     """A graph that keeps a copy of every call's inputs."""
 
+    can_skip = False
+
     def __init__(self, graph: Graph, calls: list[Inputs]):
         self._graph, self._calls = graph, calls
         self.spec: GraphSpec = graph.spec
@@ -30,9 +32,9 @@ class RecordingGraph:
         return self._graph.run(inputs)
 
     def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
-        call = self._graph.bind(inputs, outputs, fixed)
+        call = self._graph.bind(inputs, outputs, fixed, every)
 
         def recorded() -> None:
             self._calls.append({name: array.copy() for name, array in inputs.items()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +12,11 @@ import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.contract import takes_two_rows, unet_spec
+from ldm_export.contract import NONE
 from ldm_export.errors import InputError
-from ldm_export.export.accepted import check_accepted, open_tokenizer
+from ldm_export.families import family_of
+from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.request import DEFAULT_GUIDANCE
 from ldm_export.runtime.results import Step, Timings
 from ldm_export.verify.torch_reference import TorchReference
 
@@ -73,7 +72,7 @@ class ImageGenerator(Protocol):
         """Pixels of a side, of models that draw squares."""
 
     def guided(self, guidance: float) -> bool:
-        """Whether a picture with that scale takes two rows of the UNet, with the prompt and without."""
+        """Whether a picture with that scale takes two rows of the denoiser, with the prompt and without."""
 
     def given(
         self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
@@ -102,16 +101,15 @@ class TorchImageGenerator:
     """
 
     def __init__(self, checkpoint: LatentDiffusion):
-        check_accepted(checkpoint)
-        configs = checkpoint.configs
+        family = family_of(checkpoint)
+        family.check()
         self._reference = TorchReference(checkpoint)
-        own = checkpoint.drawing
+        own, roles = checkpoint.drawing, family.roles
         self.defaults = SamplingSettings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
-        self._two_rows = partial(takes_two_rows, unet_spec(configs["unet"]), {"guidance_folded": own.folded})
-        self.classes = configs["unet"]["num_class_embeds"]
+        self.classes = family.facts["class_count"]
         self.condition = "text" if checkpoint.reads_text else "label" if self.classes else None
-        self.uses_guidance = self.condition == "text" and not own.folded
-        self.channels = int(configs["vae"]["in_channels"])
+        self.guided, self.uses_guidance = roles.guidance.takes_two_rows, roles.guidance.kind != NONE
+        self.channels = int(checkpoint.configs["vae"]["in_channels"])
         self.name = f"checkpoint {checkpoint.name}"
         self.pixels = checkpoint.picture_size
         self._tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]
@@ -119,9 +117,6 @@ class TorchImageGenerator:
     @property
     def size(self) -> int:
         return _side(self.pixels)
-
-    def guided(self, guidance: float) -> bool:
-        return self._two_rows(guidance)
 
     def given(
         self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
@@ -144,7 +139,9 @@ class TorchImageGenerator:
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
         drawn = self._reference.draw_as(self.given(conditions, seeds, settings))
-        spent = Timings(text_ms=drawn.text_ms, unet_ms=drawn.unet_ms, loop_ms=drawn.loop_ms, decode_ms=drawn.decode_ms)
+        spent = Timings(
+            text_ms=drawn.text_ms, denoiser_ms=drawn.denoiser_ms, loop_ms=drawn.loop_ms, decode_ms=drawn.decode_ms
+        )
         return Sample(drawn.images, drawn.trajectory, spent)
 
     def draw(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Array:
@@ -159,23 +156,19 @@ class BundleImageGenerator:
 
     def __init__(self, bundle: Bundle, backend: str = "cpu", **options: Any):
         self._pipeline, self._options = Pipeline(bundle, backend), options
-        model, graphs = bundle.manifest.model, bundle.manifest.graphs
+        model, graphs, roles = bundle.manifest.model, bundle.manifest.graphs, bundle.roles
         self.name = f"bundle {bundle.path.resolve().name}"
         self.defaults = SamplingSettings(
             sampler=model["default_sampler"],
             steps=model["default_steps"],
-            guidance=float(model.get("default_guidance", DEFAULT_GUIDANCE)),
+            guidance=roles.guidance.scale,
         )
         self.pixels = (model["height"], model["width"])
-        self.classes = model.get("num_class_embeds")
-        self.channels = int(graphs["vae_encoder"].inputs[0].shape[1])
-        inputs = {tensor.name for tensor in graphs["unet"].inputs}
-        self._two_rows = partial(takes_two_rows, graphs["unet"], model)
-        self.condition = next(
-            (kind for kind, name in (("text", "encoder_hidden_states"), ("label", "class_labels")) if name in inputs),
-            None,
-        )
-        self.uses_guidance = self.condition == "text" and not model.get("guidance_folded")
+        self.classes = model.get("class_count")
+        self.channels = int(graphs[roles.vae_encoder].inputs[0].shape[1])
+        labelled = "class_labels" in roles.sources(graphs)
+        self.condition = "text" if roles.text_encoders else "label" if labelled else None
+        self.guided, self.uses_guidance = roles.guidance.takes_two_rows, roles.guidance.kind != NONE
 
     def load(self) -> None:
         """Open what drawing takes; raises what :meth:`ldm_export.runtime.Pipeline.load` raises."""
@@ -193,9 +186,6 @@ class BundleImageGenerator:
     @property
     def size(self) -> int:
         return _side(self.pixels)
-
-    def guided(self, guidance: float) -> bool:
-        return self._two_rows(guidance)
 
     def given(
         self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings

@@ -14,11 +14,11 @@ from ldm_export.runtime.results import Timings
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one picture, medians over the rounds; ``unet_ms`` is one call, ``calls`` how many there are."""
+    """Milliseconds for one picture, medians over the rounds; ``denoiser_ms`` is of one of ``calls`` calls."""
 
     total_ms: float
     text_ms: float
-    unet_ms: float
+    denoiser_ms: float
     decode_ms: float
     calls: int
 
@@ -64,12 +64,12 @@ def runs_in_turn(
 def stages(runs: list[Timings]) -> dict[str, dict[str, float]]:
     """Median and 90th percentile of each stage over the runs, in ms.
 
-    ``unet_call`` is over single calls, and 0 of pictures that one call of a loop graph makes, which is ``whole``.
+    ``denoiser_call`` is over single calls, and 0 of pictures that one call of a loop graph makes, which is ``whole``.
     """
     values = {
         "text": [run.text_ms for run in runs],
-        "unet_call": [call for run in runs for call in run.unet_ms] or [0.0],
-        "unet": [sum(run.unet_ms) for run in runs],
+        "denoiser_call": [call for run in runs for call in run.denoiser_ms] or [0.0],
+        "denoiser": [sum(run.denoiser_ms) for run in runs],
         "loop": [run.loop_ms for run in runs],
         "decode": [run.decode_ms for run in runs],
         "whole": [run.whole_ms for run in runs],
@@ -95,7 +95,7 @@ def _medians(runs: list[Timings]) -> Latency:
     return Latency(
         total_ms=median([run.total_ms for run in runs]),
         text_ms=median([run.text_ms for run in runs]),
-        unet_ms=median([call for run in runs for call in run.unet_ms] or [0.0]),
+        denoiser_ms=median([call for run in runs for call in run.denoiser_ms] or [0.0]),
         decode_ms=median([run.decode_ms for run in runs]),
-        calls=len(runs[0].unet_ms),
+        calls=len(runs[0].denoiser_ms),
     )

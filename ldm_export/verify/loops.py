@@ -13,18 +13,20 @@ import onnxruntime
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.parity import PICTURE_TOLERANCE, RUNTIME, TOLERANCE, Parity, check_parity, largest_error
-from ldm_export.contract import GraphSpec, unet_spec
+from ldm_export.contract import GraphSpec
 from ldm_export.errors import BundleError, ExportError, InputError
 from ldm_export.export.loop import WEIGHTS, Loop, build_loop, check_loopable
 from ldm_export.export.plans import add_plan
+from ldm_export.families import family_of
 from ldm_export.graph.running import session_options
 from ldm_export.plan import Plan, compile_plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
-from ldm_export.runtime.request import DEFAULT_GUIDANCE, checked_request
+from ldm_export.runtime.request import checked_request
 
 PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)
+GUIDANCE = 4.0
 LARGEST_SIDE = 16
 """Latents are compared at the model's own size, but no larger than this a side: the graphs are of any size."""
 
@@ -56,9 +58,8 @@ def check_loops(checkpoint: LatentDiffusion, names: Sequence[str]) -> None:
     """
     for name in names:
         compile_plan(checkpoint.scheduler, *loop_of(name))
-    channels = checkpoint.configs["vae"]["latent_channels"]
-    empty = bool(checkpoint.index.get("force_zeros_for_empty_prompt"))
-    check_loopable(unet_spec(checkpoint.configs["unet"]), channels, zeros_for_empty_prompt=empty)
+    family = family_of(checkpoint)
+    check_loopable({graph.spec.name: graph.spec for graph in family.graphs}, family.roles)
 
 
 def records_of(bundle: Bundle, loops: Sequence[str]) -> list[dict[str, Any]]:
@@ -141,11 +142,10 @@ def example_wishes(bundle: Bundle, loop: GraphSpec) -> dict[str, Any]:
     if "negative_input_ids" in takes:
         wishes["negative_prompt"] = [NEGATIVE] * len(PROMPTS)
     if "guidance_scale" in takes:
-        own = facts.get("default_guidance", DEFAULT_GUIDANCE)
-        wishes["guidance"] = own if own > 1 else DEFAULT_GUIDANCE
+        wishes["guidance"] = own if (own := bundle.roles.guidance.scale) > 1 else GUIDANCE
     if "class_labels" in takes:
         labels = takes["class_labels"]
-        last = (facts.get("num_class_embeds") or 2) - 1
+        last = (facts.get("class_count") or 2) - 1
         features = np.eye(2, int(labels.shape[1]), dtype=np.float32) if len(labels.shape) == 2 else None
         wishes["class_labels"] = [0, last] if features is None else features
     return wishes

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
-from ldm_export.export.accepted import open_tokenizer
+from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.verify.image_generators import ImageGenerator, SamplingSettings
 from ldm_export.verify.image_text_alignment import AlignmentJudge, Pictures, features_of, open_pictures
 from ldm_export.verify.metrics import (

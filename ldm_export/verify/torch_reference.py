@@ -14,16 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from ldm_reference.generate import pixels_from_sample
-from ldm_reference.text_encoder import CLIPTextModel
-from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
-from ldm_export.checkpoint import Autoencoder, LatentDiffusion
-from ldm_export.checkpoint.pipelines import option
-from ldm_export.contract import takes_two_rows, unet_spec
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.contract import conditions_of, labels_of
 from ldm_export.errors import InputError
+from ldm_export.families import family_of
 from ldm_export.plan import Stepper, compile_plan
-from ldm_export.plan.guidance import guidance_embedding
+from ldm_export.runtime.conditioning import request_sources
 
 Ids = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -37,20 +35,20 @@ class Drawn:
     ----------
     images : uint8 (B, H, W, C)
     trajectory : float32 (rows, B, C, h, w), the latents after each row of the plan
-    unet_ms : milliseconds of each call of the UNet
-    text_ms, loop_ms, decode_ms : milliseconds of the text encoders, of the loop outside the UNet, of the decoder
+    denoiser_ms : milliseconds of each call of the denoiser
+    text_ms, loop_ms, decode_ms : milliseconds of the text encoders, of the loop outside it, of the decoder
     """
 
     images: Pixels
     trajectory: npt.NDArray[np.float32]
-    unet_ms: list[float] = field(default_factory=list)
+    denoiser_ms: list[float] = field(default_factory=list)
     text_ms: float = 0.0
     loop_ms: float = 0.0
     decode_ms: float = 0.0
 
 
 class TorchReference:
-    """A checkpoint in plain PyTorch, with the networks of ``ldm_reference`` and noise of ``torch.Generator("cpu")``.
+    """A checkpoint in plain PyTorch: the networks that its graphs are made of, and noise of ``torch.Generator("cpu")``.
 
     The samplers are the plans that bundles have, too; that those, and these pictures, are diffusers', tests show.
     Pictures are uint8 (B, H, W, C), latents (B, C, h, w).
@@ -62,23 +60,16 @@ class TorchReference:
     """
 
     def __init__(self, checkpoint: LatentDiffusion):
-        self._checkpoint = checkpoint
-        self._spec = unet_spec(checkpoint.configs["unet"])
-        self._unet_inputs = {tensor.name: tensor for tensor in self._spec.inputs}
-        if more := _more_than_it_gives(checkpoint, self._unet_inputs):
+        family = family_of(checkpoint)
+        self._checkpoint, self._roles = checkpoint, family.roles
+        self._specs = {graph.spec.name: graph.spec for graph in family.graphs}
+        self._read = self._roles.sources(self._specs)
+        if more := self._more_than_it_gives():
             raise InputError(
-                f"{checkpoint.path}: the UNet takes {more}, which the PyTorch side of a comparison does not give it. "
-                "Use `ldm-export export`, whose graphs are compared with the networks one by one."
+                f"{checkpoint.path}: the denoiser reads {more}, which the PyTorch side of a comparison does not give "
+                "it. Use `ldm-export export`, whose graphs are compared with the networks one by one."
             )
-        vae, unet = checkpoint.load("vae"), checkpoint.load("unet")
-        assert isinstance(vae, Autoencoder)
-        assert isinstance(unet, UNet2DConditionModel)
-        self._vae, self._unet = vae, unet
-        self._text_encoders = []
-        for name in checkpoint.text_encoders:
-            encoder = checkpoint.load(name)
-            assert isinstance(encoder, CLIPTextModel)
-            self._text_encoders.append(encoder)
+        self._modules = {graph.spec.name: graph.load() for graph in family.graphs}
 
     def draw_as(self, given: Mapping[str, Any]) -> Drawn:
         """Generate with the arguments of :meth:`draw`, of which JSON holds arrays as lists."""
@@ -107,96 +98,105 @@ class TorchReference:
         Parameters
         ----------
         sampler, steps : the plan, of the checkpoint's own scheduler config
-        guidance : the scale; no second row where it is 1 or less, or where the UNet is told it
+        guidance : the scale; no second row where it is 1 or less, or where the denoiser is given it
         size : height and width in pixels
         ids, empty_ids : of the prompts and of the empty prompt, (B, L) for each text encoder
         labels : classes (B,), of models that have them
         """
         spent = _Clock()
         rows = compile_plan(self._checkpoint.scheduler, sampler, steps).from_noise()
-        guided = takes_two_rows(self._spec, {}, guidance)
-        conditions = self._text(ids, empty_ids, guided=guided)
+        guided = self._roles.guidance.takes_two_rows(guidance)
+        given = request_sources(
+            self._read,
+            len(seeds),
+            height=size[0],
+            width=size[1],
+            guidance=guidance,
+            has_negative_prompt=[False] * len(seeds) if guided else None,
+            class_labels=labels,
+        )
+        sources = {name: torch.from_numpy(value) for name, value in given.items()}
+        conditions = self._conditions(sources, ids, empty_ids if guided else ())
         text_ms = spent.lap()
-        count = len(seeds) * (1 + guided)
-        if labels is not None:
-            conditions["class_labels"] = torch.from_numpy(labels)
-        if "time_ids" in self._unet_inputs:
-            conditions["time_ids"] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(count, -1)
-        if "timestep_cond" in self._unet_inputs:
-            told = guidance_embedding(guidance, self._unet.config.time_cond_proj_dim or 0)
-            conditions["timestep_cond"] = torch.from_numpy(told).expand(count, -1)
         draw = self._noise(seeds, size)
         latents = draw() * np.float32(rows.noise_scale)
         stepper, sample = Stepper(rows.rows, latents), np.empty_like(latents)
-        trajectory, unet_ms = [], []
+        trajectory, denoiser_ms = [], []
         loop_ms = spent.lap()
         for row in rows.rows:
             stepper.network_input(out=sample)
             loop_ms += spent.lap()
-            out = self._denoised(torch.from_numpy(sample), torch.tensor([row.timestep]), conditions, guidance, guided)
-            unet_ms.append(spent.lap())
+            out = self._denoised(torch.from_numpy(sample), row.timestep, conditions, guidance, guided)
+            denoiser_ms.append(spent.lap())
             stepper.advance(out.numpy(), draw)
             trajectory.append(latents.copy())
             loop_ms += spent.lap()
-        images = pixels_from_sample(self._vae.decode(torch.from_numpy(latents) / self._vae.config.scaling_factor))
-        return Drawn(images.numpy(), np.stack(trajectory), unet_ms, text_ms, loop_ms, spent.lap())
+        (decoded,) = self._modules[self._roles.vae_decoder](torch.from_numpy(latents))
+        images = pixels_from_sample(decoded).numpy()
+        return Drawn(images, np.stack(trajectory), denoiser_ms, text_ms, loop_ms, spent.lap())
 
-    def _text(self, ids: Sequence[Ids], empty_ids: Sequence[Ids], *, guided: bool) -> dict[str, Tensor]:
-        """The UNet's inputs from token ids; with guidance first the rows of the empty prompt."""
-        if not ids:
-            return {}
-        encoded = self._encoded(ids)
-        if guided:
-            empty = self._encoded(empty_ids)
-            if option(self._checkpoint.index, "force_zeros_for_empty_prompt"):
-                empty = {name: torch.zeros_like(states) for name, states in empty.items()}
-            encoded = {name: torch.cat([empty[name], states]) for name, states in encoded.items()}
-        return encoded
+    def _conditions(
+        self, sources: dict[str, Tensor], ids: Sequence[Ids], empty_ids: Sequence[Ids]
+    ) -> dict[str, Tensor]:
+        """The denoiser's conditions; with guidance first the rows of the empty prompt."""
 
-    def _encoded(self, ids: Sequence[Ids]) -> dict[str, Tensor]:
-        found = [encoder(torch.from_numpy(rows)) for encoder, rows in zip(self._text_encoders, ids, strict=True)]
-        if "text_embeds" not in self._unet_inputs:
-            return {"encoder_hidden_states": found[0].last_hidden_state}
-        # SDXL reads the input of the last layer of both encoders (2307.01952, section 2.1)
-        states = torch.cat([encoding.hidden_states[-2] for encoding in found], dim=-1)
-        return {"encoder_hidden_states": states, "text_embeds": found[-1].pooled}
+        def run(name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            spec = self._specs[name]
+            results = self._modules[name](*(inputs[tensor.name] for tensor in spec.inputs))
+            return {tensor.name: value for tensor, value in zip(spec.outputs, results, strict=True)}
+
+        for number, encoder in enumerate(self._roles.text_encoders):
+            encoded = [
+                run(encoder.graph, {"input_ids": torch.from_numpy(rows[number])}) for rows in (empty_ids, ids) if rows
+            ]
+            for name in encoded[0]:
+                sources[f"{encoder.graph}.{name}"] = torch.cat([each[name] for each in encoded])
+        return conditions_of(self._roles, self._specs, sources, run)
 
     def _denoised(
-        self, sample: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor], guidance: float, guided: bool
+        self, sample: Tensor, timestep: float, conditions: Mapping[str, Tensor], guidance: float, guided: bool
     ) -> Tensor:
-        """The UNet's output, of two rows a picture combined (classifier-free guidance, 2207.12598, eq. 6)."""
-        out: Tensor = self._unet(torch.cat([sample, sample]) if guided else sample, timestep, **conditions)
+        """The denoiser's output, of two rows a picture combined (classifier-free guidance, 2207.12598, eq. 6)."""
+        sample = torch.cat([sample, sample]) if guided else sample
+        out: Tensor
+        (out,) = self._modules[self._roles.denoiser](
+            sample, torch.full((len(sample),), timestep), *self._in_order(conditions)
+        )
         if guided:
             negative, positive = out.chunk(2)
             out = negative + guidance * (positive - negative)
         return out
 
+    def _in_order(self, conditions: Mapping[str, Tensor]) -> list[Tensor]:
+        return [conditions[tensor.name] for tensor in self._specs[self._roles.denoiser].inputs[2:]]
+
     def _noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Callable[[], npt.NDArray[np.float32]]:
         """Draws of N(0, I) for all pictures, each from a generator of its own."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        factor = self._vae.config.factor
-        shape = (1, self._vae.config.latent_channels, size[0] // factor, size[1] // factor)
+        factor = self._checkpoint.pixels_per_latent
+        channels = int(self._specs[self._roles.vae_decoder].inputs[0].shape[1])
+        shape = (1, channels, size[0] // factor, size[1] // factor)
         return lambda: torch.cat([torch.randn(shape, generator=generator) for generator in generators]).numpy()
 
     @torch.no_grad()
     def reconstruct(self, images: Pixels) -> Pixels:
         """Pictures uint8 (B, H, W, C), through the autoencoder and back, by the mean of its latents."""
         sample = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        mean = self._vae.encode(sample).chunk(2, dim=1)[0]
-        redrawn: Pixels = pixels_from_sample(self._vae.decode(mean)).numpy()
+        (latents,) = self._modules[self._roles.vae_encoder](sample)
+        certain = self._specs[self._roles.vae_encoder].outputs[0].name == "latent_sample"
+        mean = latents if certain else latents.chunk(2, dim=1)[0]
+        redrawn: Pixels = pixels_from_sample(self._modules[self._roles.vae_decoder](mean)[0]).numpy()
         return redrawn
 
-
-def _more_than_it_gives(checkpoint: LatentDiffusion, unet_inputs: Mapping[str, Any]) -> str | None:
-    """What a UNet takes beyond latents, text, class numbers, picture sizes and guidance; the first such thing."""
-    unet, latents = checkpoint.configs["unet"], checkpoint.configs["vae"]["latent_channels"]
-    if unet["in_channels"] != latents:
-        return f"{unet['in_channels']} channels, {latents} of which are latents (inpainting)"
-    if unet["class_embed_type"]:
-        return f"class_labels by an embedding of type {unet['class_embed_type']!r}"
-    if "class_labels" in unet_inputs and "encoder_hidden_states" in unet_inputs:
-        return "class numbers beside text"
-    return None
+    def _more_than_it_gives(self) -> str | None:
+        """What the denoiser reads beyond latents, text, class numbers, picture sizes and guidance; the first such."""
+        if "image_latents" in self._read:
+            return "the latents of a picture beside its own (inpainting)"
+        if "class_labels" not in self._read:
+            return None
+        if labels_of(self._specs, self._roles).dtype != "int64":
+            return "class labels as features"
+        return "class numbers beside text" if self._roles.text_encoders else None
 
 
 class _Clock:

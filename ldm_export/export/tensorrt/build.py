@@ -112,7 +112,7 @@ def build_engines(
 ) -> Built:
     """Build engines of a bundle's graphs, of those that are named or of all, and of the sampling loops of some plans.
 
-    With the UNet's goes that of ``step`` (`ldm_export.contract.step_spec`), which is the same for all plans.
+    With the denoiser's goes that of ``step`` (`ldm_export.contract.step_spec`), which is the same for all plans.
 
     Raises
     ------
@@ -176,11 +176,11 @@ def _tasks(bundle: Bundle, settings: EngineSettings, graphs: Sequence[str], loop
     pixels = settings.pixels or Range(*(int(manifest.model["height"]),) * 3)
     check_pixels(pixels, manifest.model["pixels_per_latent"])
     names = list(graphs or own)
-    if "unet" in names:  # what follows each of its calls
+    if bundle.roles.denoiser in names:  # what follows each of its calls
         names.append(STEP)
     sources = {name: source_of(bundle, name) for name in [*names, *(f"loops/{plan}" for plan in loops)]}
     return {
-        name: _Task(source, profile_of(source.spec, own, manifest.model, settings.batch, pixels))
+        name: _Task(source, profile_of(source.spec, bundle.roles, manifest.model, settings.batch, pixels))
         for name, source in sources.items()
     }
 

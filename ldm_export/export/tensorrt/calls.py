@@ -1,4 +1,4 @@
-"""Seeded calls of a bundle's graphs, as drawing makes them: for calibrating, and for comparing in ONNX Runtime."""
+"""Seeded calls of a bundle's graphs, as generating makes them: for calibrating, and for comparing in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import GraphSpec
+from ldm_export.contract import REQUEST_SOURCES, GraphSpec, conditions_of
 from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import graph_session
 from ldm_export.graph.base import Array, Inputs
@@ -18,32 +18,45 @@ CALIBRATED = {"batch": 2, "height": 16, "width": 16}
 
 
 def example_calls(bundle: Bundle, graph: GraphSpec, sizes: Mapping[str, int]) -> list[Inputs]:
-    """Calls of a graph: a few timesteps, states of the bundle's text encoder, SDXL's sizes."""
-    call, graphs = drawn(bundle, graph, sizes), bundle.manifest.graphs
-    if "encoder_hidden_states" in call and "text_encoder" in graphs:
-        encoder = graphs["text_encoder"]
-        (states,) = graph_session(bundle.file(encoder.path)).run(["last_hidden_state"], drawn(bundle, encoder, sizes))
-        if states.shape == call["encoder_hidden_states"].shape:  # SDXL's are of two encoders
-            call["encoder_hidden_states"] = states
-    if "time_ids" in call:
-        height, width = bundle.manifest.model["height"], bundle.manifest.model["width"]
-        call["time_ids"][:] = (height, width, 0, 0, height, width)
-    if "timestep" not in call:
+    """Calls of a graph; of the denoiser a few timesteps, with conditions that the bundle's own graphs made."""
+    call = random_call(bundle, graph, sizes)
+    if graph.name != bundle.roles.denoiser:
         return [call]
+    conditions = _conditions(bundle, sizes)
+    if all(value.shape == call[name].shape for name, value in conditions.items()):
+        call |= conditions
     return [{**call, "timestep": np.full_like(call["timestep"], timestep)} for timestep in TIMESTEPS]
 
 
-def drawn(bundle: Bundle, spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, Array]:
+def random_call(bundle: Bundle, spec: GraphSpec, sizes: Mapping[str, int]) -> dict[str, Array]:
     """Random inputs of a graph, of sizes in latents; ids are of the vocabulary, or of the classes, of the bundle."""
-    facts, graphs = bundle.manifest.model, bundle.manifest.graphs
-    length = int(graphs["text_encoder"].inputs[0].shape[1]) if "text_encoder" in graphs else 1
-    ids = int(facts.get("num_class_embeds") or 2)
-    if any(tensor.name == "input_ids" for tensor in spec.inputs):
-        ids = _words(bundle, spec.name if spec.name.startswith("text_encoder") else "text_encoder")  # a loop's
-    tensors = random_inputs(spec, {**sizes, "tokens": length}, facts["pixels_per_latent"], ids)
+    facts, encoders = bundle.manifest.model, bundle.roles.text_encoders
+    ids = int(facts.get("class_count") or 2)
+    if any("input_ids" in tensor.name for tensor in spec.inputs):  # a text encoder's, or a loop's
+        vocabularies = {entry.graph: len(bundle.json(f"{entry.tokenizer}/vocab.json")) for entry in encoders}
+        ids = vocabularies.get(spec.name, min(vocabularies.values()))
+    tokens = encoders[0].length if encoders else 1
+    tensors = random_inputs(spec, {**sizes, "tokens": tokens}, facts["pixels_per_latent"], ids)
     return {tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)}
 
 
-def _words(bundle: Bundle, encoder: str) -> int:
-    """How many token ids a text encoder knows."""
-    return len(bundle.json(f"{encoder.replace('text_encoder', 'tokenizer')}/vocab.json"))
+def run_graph(bundle: Bundle, name: str, inputs: Inputs, *, as_written: bool = False) -> dict[str, Array]:
+    """One call of a graph of a bundle, by its name, in a session of its own; gives its outputs by name."""
+    spec = bundle.manifest.graphs[name]
+    names = [tensor.name for tensor in spec.outputs]
+    session = graph_session(bundle.file(spec.path), as_written=as_written)
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def _conditions(bundle: Bundle, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """The denoiser's conditions, of random token ids."""
+    graphs, roles = bundle.manifest.graphs, bundle.roles
+    denoiser = random_call(bundle, graphs[roles.denoiser], sizes)
+    sources = {source: denoiser[name] for name, source in roles.conditions.items() if source in REQUEST_SOURCES}
+    if roles.conditioner is not None:
+        asked = random_call(bundle, graphs[roles.conditioner], sizes)
+        sources |= {name: value for name, value in asked.items() if name in REQUEST_SOURCES}
+    for entry in roles.text_encoders:
+        outputs = run_graph(bundle, entry.graph, random_call(bundle, graphs[entry.graph], sizes))
+        sources |= {f"{entry.graph}.{name}": value for name, value in outputs.items()}
+    return conditions_of(roles, graphs, sources, lambda name, inputs: run_graph(bundle, name, inputs))

@@ -1,7 +1,7 @@
 """What shapes an engine is built for: pictures at a time and their size, as shapes of every graph's inputs.
 
-With guidance the UNet, and what it is told, has two rows a picture; without it, which is always possible, one. So where
-a model can be guided the range of rows goes from the least number of pictures to twice the largest.
+With guidance the denoiser, and what it is given, has two rows a picture; without it, which is always possible, one. So
+where a model can be guided the range of rows goes from the least number of pictures to twice the largest.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_export.bundle.targets.engines import ShapeRange
-from ldm_export.contract import GraphSpec, takes_two_rows
+from ldm_export.contract import GraphSpec, Roles
 from ldm_export.errors import InputError
 
-GUIDED = ("unet", "text_encoder", "text_encoder_2")
-"""Graphs that are given prompts and negative prompts at once."""
 Sizes = Mapping[str, tuple[int, int, int]]
 """The least, the best and the largest size of each free dimension, by its name in the contract."""
 
@@ -52,18 +50,20 @@ def check_pixels(pixels: Range, pixels_per_latent: int) -> None:
 
 
 def profile_of(
-    graph: GraphSpec, graphs: Mapping[str, GraphSpec], facts: Mapping[str, Any], batch: Range, pixels: Range
+    graph: GraphSpec, roles: Roles, facts: Mapping[str, Any], batch: Range, pixels: Range
 ) -> dict[str, ShapeRange]:
     """The shapes of every input of a graph that has a free dimension.
 
     Parameters
     ----------
-    graphs, facts : all graphs of the bundle, and its manifest's ``model``
+    roles, facts : of the bundle, and its manifest's ``model``
     batch, pixels : pictures at a time, and their height and width
     """
     per_latent = facts["pixels_per_latent"]
-    rows = Range(batch.min, 2 * batch.opt, 2 * batch.max) if takes_two_rows(graphs["unet"], facts) else batch
-    count = rows if graph.name in GUIDED else batch
+    guided = roles.guidance.takes_two_rows()
+    rows = Range(batch.min, 2 * batch.opt, 2 * batch.max) if guided else batch
+    given_both = {*roles.graphs} - {roles.vae_decoder, roles.vae_encoder}  # prompts and negative prompts at once
+    count = rows if graph.name in given_both else batch
     images = (pixels.min, pixels.opt, pixels.max)
     latents = tuple(size // per_latent for size in images)
     sizes: dict[str, tuple[int, ...]] = {
@@ -74,8 +74,8 @@ def profile_of(
         "image_height": images,
         "image_width": images,
     }
-    if "text_encoder" in graphs:
-        sizes["tokens"] = (int(graphs["text_encoder"].inputs[0].shape[1]),) * 3
+    if roles.text_encoders:
+        sizes["tokens"] = (roles.text_encoders[0].length,) * 3
     return {
         tensor.name: ShapeRange(
             *(tuple(sizes[size][k] if isinstance(size, str) else size for size in tensor.shape) for k in range(3))

@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
-import torch
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.parity import PICTURE_TOLERANCE, STEP_TOLERANCE, TOLERANCE, largest_error, least_snr
-from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec
+from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec, conditions_of, loop_suffixes
 from ldm_export.errors import ParityError
 from ldm_export.export.parity import graph_session
-from ldm_export.export.tensorrt.calls import drawn, example_calls
+from ldm_export.export.tensorrt.calls import example_calls, random_call, run_graph
 from ldm_export.graph.base import Array, Inputs
 from ldm_export.graph.weights import least_snr_db
-from ldm_export.passes.distill_guidance import guidance_embedding
 from ldm_export.plan import Plan, Stepper
+from ldm_export.runtime.conditioning import request_sources
 from ldm_export.runtime.results import pixels_of
 
 COMPARED = {"batch": 3, "height": 21, "width": 15}
@@ -77,7 +76,7 @@ def compare_converted(bundle: Bundle, made: Bundle, graph: GraphSpec, precision:
 
 def compare_loop(bundle: Bundle, made: Bundle, spec: GraphSpec, plan: Plan, file: Path) -> list[Comparison]:
     """A loop graph against its plan and the graphs of ``made``, of which it is composed."""
-    given = drawn(bundle, spec, LOOP_SIZES)
+    given = random_call(bundle, spec, LOOP_SIZES)
     if "guidance_scale" in given:
         given["guidance_scale"] = np.array(GUIDANCE, np.float32)
     expected = _called_one_by_one(made, plan, given)
@@ -114,46 +113,45 @@ _session = partial(graph_session, as_written=True)
 
 def _called_one_by_one(made: Bundle, plan: Plan, given: Inputs) -> list[Array]:
     """The pictures and latents that a loop shall give; one graph is in memory at a time."""
-    graphs, guided = made.manifest.graphs, "negative_input_ids" in given
-
-    def both(value: Array) -> Array:
-        return np.concatenate([value, value]) if guided else value
-
-    def run(name: str, output: str, **inputs: Array) -> Array:
-        result: Array = _session(made.file(graphs[name].path)).run([output], inputs)[0]
-        return result
-
-    told = {tensor.name: tensor for tensor in graphs["unet"].inputs}
+    roles, graphs = made.roles, made.manifest.graphs
     latents = given["noise"] * np.float32(plan.init_scale)
-    conditions = {}
-    if "input_ids" in given:
-        ids = [given[name] for name in ("negative_input_ids", "input_ids") if name in given]
-        conditions["encoder_hidden_states"] = run("text_encoder", "last_hidden_state", input_ids=np.concatenate(ids))
-    if "class_labels" in given:
-        conditions["class_labels"] = both(given["class_labels"])
-    if "timestep_cond" in told:
-        scales = torch.full((len(latents),), GUIDANCE)
-        conditions["timestep_cond"] = guidance_embedding(scales, int(told["timestep_cond"].shape[1])).numpy()
-    unet, noise = _session(made.file(graphs["unet"].path)), iter(given.get("step_noise", ()))
-    stepper, sample = Stepper(plan.rows, latents), np.empty_like(latents)
+    guided, run = roles.guidance.takes_two_rows(), partial(run_graph, made, as_written=True)
+    factor, (batch, _, height, width) = made.manifest.model["pixels_per_latent"], latents.shape
+    sources = request_sources(
+        roles.sources(graphs),
+        batch,
+        height=height * factor,
+        width=width * factor,
+        guidance=GUIDANCE,
+        has_negative_prompt=list(given.get("has_negative_prompt", np.ones(batch))) if guided else None,
+        class_labels=given.get("class_labels"),
+    )
+    for encoder, suffix in zip(roles.text_encoders, loop_suffixes(roles), strict=True):
+        names = (f"negative_input_ids{suffix}", f"input_ids{suffix}")
+        ids = np.concatenate([given[name] for name in names if name in given])
+        sources |= {f"{encoder.graph}.{name}": value for name, value in run(encoder.graph, {"input_ids": ids}).items()}
+    conditions = conditions_of(roles, graphs, sources, run)
+    denoiser, noise = _session(made.file(graphs[roles.denoiser].path)), iter(given.get("step_noise", ()))
+    stepper = Stepper(plan.rows, latents)
+    rows = np.empty((1 + guided, *latents.shape), np.float32)
     for row in plan.rows:
-        stepper.network_input(out=sample)
-        call = {"sample": both(sample), "timestep": np.array(row.timestep, np.float32), **conditions}
-        out = unet.run(["out_sample"], call)[0]
+        stepper.network_input(out=rows)
+        sample = rows.reshape(-1, *latents.shape[1:])
+        call = {"sample": sample, "timestep": np.full(len(sample), row.timestep, np.float32), **conditions}
+        out = denoiser.run(["out_sample"], call)[0]
         if guided:
             negative, prompted = np.split(out, 2)
             out = negative + np.float32(GUIDANCE) * (prompted - negative)
         stepper.advance(out, lambda: next(noise))
-    del unet
-    unscaled = latents / np.float32(made.manifest.model["scaling_factor"])
-    sample = run("vae_decoder", "sample", latent_sample=unscaled)
+    del denoiser
+    sample = run(roles.vae_decoder, {"latent_sample": latents})["sample"]
     if not np.isfinite(sample).all():  # as bytes they would be some number or other
         return [np.full((), np.nan, np.float32), latents]
     return [pixels_of(sample).astype(np.float32), latents]
 
 
 def _stepped(given: Mapping[str, Array]) -> list[Array]:
-    """The next latents, the next remembered values, and the UNet's next input."""
+    """The next latents, the next remembered values, and the denoiser's next inputs."""
     cell, x, batch = dict(zip(STEP_CELLS, given["row"], strict=True)), given["latents"], len(given["latents"])
     negative, prompted = given["out_sample"][:batch], given["out_sample"][-batch:]
     out = negative + cell["guidance_scale"] * (prompted - negative)
@@ -162,7 +160,9 @@ def _stepped(given: Mapping[str, Array]) -> list[Array]:
     following = cell["keep"] * x + cell["direct"] * out + cell["noise"] * given["noise"]
     following += sum(cell[f"weight_{age}"] * value for age, value in enumerate(h))
     sample = cell["next_input_scale"] * following
-    return [following, np.stack(h[:REMEMBERED]), np.concatenate([sample] * (len(given["out_sample"]) // batch))]
+    rows = len(given["out_sample"])
+    timesteps = np.full(rows, cell["next_timestep"])
+    return [following, np.stack(h[:REMEMBERED]), np.concatenate([sample] * (rows // batch)), timesteps]
 
 
 def _checked(graph: str, against: str, error: float, allowed: float, remedy: str) -> Comparison:

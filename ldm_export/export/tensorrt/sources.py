@@ -54,7 +54,7 @@ def source_of(bundle: Bundle, name: str) -> Source:
         loop = build_loop(bundle, plan_of(bundle, Path(name).name))
         return Source(loop.spec, f"plans/{Path(name).name}.json", loop.made_of)
     own = {graph: spec for graph, spec in bundle.manifest.graphs.items() if not is_loop(spec.path)}
-    graph = "unet" if name == STEP else name
+    graph = bundle.roles.denoiser if name == STEP else name
     if graph not in own:
         raise InputError(f"{bundle.path} has no graph {graph!r}; it has {', '.join(own)}. Name some of these.")
     path = own[graph].path
@@ -68,7 +68,7 @@ def files_of(bundle: Bundle, graph: str) -> list[str]:
 
 
 def parts_of(bundle: Bundle, sources: Iterable[Source]) -> list[str]:
-    """The graphs that go into some engines, in the bundle's order; ``step`` has nothing of the UNet but its shapes."""
+    """The graphs that go into some engines, in the bundle's order; ``step`` has only the denoiser's shapes."""
     of = {path for source in sources if source.spec.name != STEP for path in source.made_from}
     return [name for name, spec in bundle.manifest.graphs.items() if spec.path in of]
 
@@ -93,7 +93,9 @@ def onnx_of(
     name = source.spec.name
     if name == STEP:
         file = work / f"{STEP}.onnx"
-        file.write_bytes(step_model(bundle.manifest.graphs["unet"]).SerializeToString(deterministic=True))
+        file.write_bytes(
+            step_model(bundle.manifest.graphs[bundle.roles.denoiser]).SerializeToString(deterministic=True)
+        )
         return file, {"compared": [compare_step(source.spec, file)]}
     if not is_loop(source.spec.path):
         return made.file(source.spec.path), reports[name]

@@ -4,7 +4,6 @@ from ldm_export.graph.cpu.attention import FuseAttention
 from ldm_export.graph.cpu.gated import SplitGated
 from ldm_export.graph.cpu.pointwise import PointwiseToProduct
 from ldm_export.graph.cpu.rule import Rule
-from ldm_export.graph.cpu.timestep import OneTimestep
 from ldm_export.graph.cpu.upsample import FoldUpsample
 
-RULES: tuple[Rule, ...] = (FuseAttention(), PointwiseToProduct(), SplitGated(), OneTimestep(), FoldUpsample())
+RULES: tuple[Rule, ...] = (FuseAttention(), PointwiseToProduct(), SplitGated(), FoldUpsample())

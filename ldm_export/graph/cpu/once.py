@@ -4,7 +4,7 @@ In a sampling loop the prompt stays and the timestep is one of a plan's few, so 
 (the keys and values of cross attention; the time embedding and its projection into every block) is a graph of its own,
 run once a prompt or once a timestep. The rest takes its results as further inputs:
 
-    unet(x, t, c)  =  rest(x, early(t), early(c))
+    denoiser(x, t, c)  =  rest(x, early(t), early(c))
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import onnx_ir as ir
 from ldm_export.graph.cpu.matching import remove_unused
 
 
-def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model | None:
+def cut_once(model: ir.Model, names: Collection[str], prefix: str, costly: Collection[str] = ()) -> ir.Model | None:
     """Take out of ``model``, in place, what depends on the inputs ``names`` and on no other; its outputs stay in it.
 
     Returns
     -------
     The graph of what was taken out: inputs ``names``, outputs ``<prefix>.0``, ``<prefix>.1``, …, which are inputs of
-    ``model`` now. None if nothing depends on them alone.
+    ``model`` now. None if nothing depends on them alone, or of that nothing is one of the ``costly`` operators, where
+    some are given.
     """
     graph = model.graph
     needs: dict[ir.Value, frozenset[str]] = {value: frozenset((str(value.name),)) for value in graph.inputs}
@@ -46,7 +47,8 @@ def cut_once(model: ir.Model, names: Collection[str], prefix: str) -> ir.Model |
         for value in node.outputs
         if value in early and any(reader.outputs[0] not in early for reader in value.consumers())
     ]
-    if not border:
+    made = (value.producer() for value in early)
+    if not border or (costly and not any(node is not None and node.op_type in costly for node in made)):
         return None
     inputs = [value for value in graph.inputs if value.name in names]
     taken = ir.Model(ir.convenience.extract(graph, inputs, border), ir_version=model.ir_version)

@@ -1,13 +1,13 @@
 """``auto``: engines that fit this GPU; else CUDA where ONNX Runtime has it; else the CPU, by the faster library.
 
 Which of ONNX Runtime and OpenVINO that is depends on the network and the processor, so it is measured, once for a
-bundle and a machine: both call the UNet as for one picture, in turn, and the shortest call counts, since other load
+bundle and a machine: both call the denoiser as for one picture, in turn, and the shortest call counts, since other load
 only ever adds. After a call each to warm up, rounds go on for ``BUDGET_S``, at least one: a small model takes about a
 second, a large one two calls each. Opening it in both comes on top.
 
 The times are remembered in ``$XDG_CACHE_HOME/ldm_export`` (``~/.cache/ldm_export``), a file for each combination of
-UNet, processor, versions and threads. It may be deleted at any time; where it cannot be read or written, pictures are
-drawn all the same.
+denoiser, processor, versions and threads. It may be deleted at any time; where it cannot be read or written, pictures
+are drawn all the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.atomic import write_whole
 from ldm_export.bundle.targets.cpu_level import processor
 from ldm_export.bundle.targets.engines import FLAVOURS, engine_targets
-from ldm_export.contract import TensorSpec, takes_two_rows
+from ldm_export.contract import TensorSpec
 from ldm_export.errors import BackendError, LdmExportError, warn
 from ldm_export.reading.documents import read_json
 from ldm_export.runtime.backends.base import Backend, allowed_threads
@@ -44,9 +44,10 @@ BUDGET_S = 1.0
 TURN_S = 0.05
 """How long one side is called before it is the other's turn, at least once."""
 LARGE_BYTES = 1 << 30
-"""UNets from this size are opened and timed one after the other, so that never two of them are in memory."""
+"""Denoisers from this size are opened and timed one after the other, so that never two of them are in memory."""
 SIDES = ("onnxruntime", "openvino")
-CLIP_TOKENS = 77
+TOKENS = 77
+"""How many a denoiser is measured with that reads states of another number."""
 MOST_BYTES = 1 << 16
 """Largest file of remembered times that is read."""
 
@@ -114,12 +115,16 @@ def openvino_version() -> str | None:
 
 
 def measure(bundle: Bundle, cpu: Backend, openvino: Backend) -> dict[str, float]:
-    """The shortest UNet call of each of :data:`SIDES`, in milliseconds."""
-    size_bytes = sum(entry.size_bytes for path, entry in bundle.manifest.files.items() if path.startswith("unet/"))
+    """The shortest call of the denoiser of each of :data:`SIDES`, in milliseconds."""
+    size_bytes = sum(
+        entry.size_bytes
+        for path, entry in bundle.manifest.files.items()
+        if path.startswith(f"{bundle.roles.denoiser}/")
+    )
     sides = list(zip(SIDES, (cpu, openvino), strict=True))
     times: dict[str, float] = {}
     for group in [sides] if size_bytes < LARGE_BYTES else [[side] for side in sides]:
-        times |= time_calls({name: _unet_call(bundle, backend) for name, backend in group})
+        times |= time_calls({name: _denoiser_call(bundle, backend) for name, backend in group})
     return times
 
 
@@ -144,15 +149,15 @@ def time_calls(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
             return shortest
 
 
-def _unet_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
-    """A call of the UNet with noise, for one picture of the model's own size, in two rows where guidance needs them."""
-    model, unet = bundle.manifest.model, backend.load("unet")
-    text = bundle.manifest.graphs.get("text_encoder")
+def _denoiser_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
+    """A call of the denoiser with noise, for one picture of the model's own size, of two rows where it is guided."""
+    model, roles = bundle.manifest.model, bundle.roles
+    denoiser = backend.load(roles.denoiser)
     sizes = {
-        "batch": 1 + takes_two_rows(unet.spec, model),
+        "batch": 1 + roles.guidance.takes_two_rows(),
         "height": model["height"] // model["pixels_per_latent"],
         "width": model["width"] // model["pixels_per_latent"],
-        "tokens": text.inputs[0].shape[-1] if text else CLIP_TOKENS,
+        "tokens": roles.text_encoders[0].length if roles.text_encoders else TOKENS,
     }
     generator = np.random.default_rng(0)
 
@@ -163,17 +168,17 @@ def _unet_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
         return np.asarray(generator.standard_normal(shape), tensor.dtype)
 
     inputs, outputs = (
-        {tensor.name: array(tensor) for tensor in side} for side in (unet.spec.inputs, unet.spec.outputs)
+        {tensor.name: array(tensor) for tensor in side} for side in (denoiser.spec.inputs, denoiser.spec.outputs)
     )
-    return unet.bind(inputs, outputs, fixed=inputs.keys() - {"sample", "timestep"})
+    return denoiser.bind(inputs, outputs, fixed=inputs.keys() - {"sample", "timestep"})
 
 
 def _cache_file(bundle: Bundle, runs_on: list[object]) -> Path | None:
     """Where the times are remembered; None where there is no home."""
-    unet = bundle.manifest.files[bundle.manifest.graphs["unet"].path].sha256
-    digest = hashlib.sha256(json.dumps([unet, processor(), *runs_on]).encode()).hexdigest()
+    denoiser = bundle.manifest.files[bundle.manifest.graphs[bundle.roles.denoiser].path].sha256
+    digest = hashlib.sha256(json.dumps([denoiser, processor(), *runs_on]).encode()).hexdigest()
     folder = cache_folder()
-    return None if folder is None else folder / f"unet-{digest[:32]}.json"
+    return None if folder is None else folder / f"denoiser-{digest[:32]}.json"
 
 
 def remembered(file: Path | None) -> dict[str, float] | None:
@@ -198,4 +203,6 @@ def _remember(file: Path | None, times: Mapping[str, float]) -> None:
     except OSError as error:
         until = f"this time, which cannot be remembered ({error})"
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
-    _log.info("measured: %s a UNet call; %s is used %s", told, min(times, key=lambda name: times[name]), until)
+    _log.info(
+        "measured: %s a call of the denoiser; %s is used %s", told, min(times, key=lambda name: times[name]), until
+    )

@@ -41,9 +41,9 @@ class Backend:
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise InputError if a loaded graph cannot take inputs of these shapes; most graphs take any."""
 
-    def sampling(self, unet: Graph, run: SamplingTask) -> Sampling:
-        """A loop over a loaded UNet."""
-        return HostSampling(unet, run)
+    def sampling(self, denoiser: Graph, run: SamplingTask) -> Sampling:
+        """A loop over a loaded denoiser."""
+        return HostSampling(denoiser, run)
 
     def interrupt(self) -> None:
         """End what another thread runs or loads, where the library can; it then raises there."""

@@ -1,7 +1,7 @@
 """The sampling loop with its latents on the GPU: two engines in turn, on memory that they share.
 
-    row, sample, conditions -> [unet] -> out_sample
-    row, latents, remembered, out_sample, noise -> [step] -> next latents, next remembered, next sample
+    sample, timestep, conditions -> [denoiser] -> out_sample
+    row, latents, remembered, out_sample, noise -> [step] -> next latents, next remembered, next sample and timestep
 
 Latents and what is remembered lie twice, and ``step`` goes to and fro between them. What it computes is a graph
 (``ldm_export.export.step``), so that nothing has to be compiled here. Each step the latents are also copied to the
@@ -29,12 +29,13 @@ def table_of(rows: Sequence[Row], guidance: float | None) -> Array:
     """The rows as ``step`` takes them, float32 (rows, cells); the columns are ``ldm_export.contract.STEP_CELLS``."""
     table = np.zeros((len(rows), len(STEP_CELLS)), np.float32)
     for number, row in enumerate(rows):
-        following = rows[number + 1].input_scale if number + 1 < len(rows) else 1.0
+        following = rows[number + 1] if number + 1 < len(rows) else None
         weights = dict(zip(WEIGHT_FIELDS, row.weights, strict=False))
         special = {
             "clip": row.clip or np.inf,
             "guidance_scale": 1.0 if guidance is None else guidance,
-            "next_input_scale": following,
+            "next_input_scale": following.input_scale if following else 1.0,
+            "next_timestep": following.timestep if following else 0.0,
         }
         cells = {**vars(row), **weights, **special}
         table[number] = [cells.get(name, 0.0) for name in STEP_CELLS]
@@ -44,7 +45,7 @@ def table_of(rows: Sequence[Row], guidance: float | None) -> Array:
 class DeviceLoop:
     """Both engines with the memory for one batch and size; serves one loop at a time, and then the next."""
 
-    def __init__(self, unet: Engine, step: Engine, stream: Stream, run: SamplingTask):
+    def __init__(self, denoiser: Engine, step: Engine, stream: Stream, run: SamplingTask):
         latents, sample = run.latents.shape, run.sample_shape
         remembered = (REMEMBERED, *latents)
         self.stream, self.key = stream, _key(run)
@@ -55,9 +56,15 @@ class DeviceLoop:
         self.latents, self.remembered = two(latents), two(remembered)
         self.row = Buffer((len(STEP_CELLS),), np.float32, stream)
         self.noise = Buffer(latents, np.float32, stream)
+        timesteps = sample[:1]
         shared = {"sample": Buffer(sample, np.float32, stream), "out_sample": Buffer(sample, np.float32, stream)}
-        shapes = {"sample": sample, **{name: array.shape for name, array in run.conditions.items()}}
-        self.unet = unet.bound(shapes, {**shared, "timestep": self.row})  # the timestep is the row's first cell
+        shared["timestep"] = Buffer(timesteps, np.float32, stream)
+        shapes = {
+            "sample": sample,
+            "timestep": timesteps,
+            **{name: array.shape for name, array in run.conditions.items()},
+        }
+        self.denoiser = denoiser.bound(shapes, shared)
         self.steps = [
             step.bound(
                 {"latents": latents, "remembered": remembered, "out_sample": sample, "noise": latents},
@@ -73,7 +80,7 @@ class DeviceLoop:
             )
             for here in (0, 1)
         ]
-        for bound in (self.unet, *self.steps):
+        for bound in (self.denoiser, *self.steps):
             bound.prepare()
 
     def fits(self, run: SamplingTask) -> bool:
@@ -93,20 +100,21 @@ class DeviceSampling:
         loop.latents[0].upload(run.latents)
         for buffer in (*loop.remembered, loop.noise):  # what a row weighs by zero must be a number
             buffer.clear()
-        sample = loop.unet.buffers["sample"]
+        sample, timestep = loop.denoiser.buffers["sample"], loop.denoiser.buffers["timestep"]
         first = run.latents * np.float32(run.rows[0].input_scale)
         sample.upload(np.tile(first, (sample.shape[0] // len(first), 1, 1, 1)))
+        timestep.upload(np.full(timestep.shape, run.rows[0].timestep, np.float32))
         for name, array in run.conditions.items():
-            loop.unet.buffers[name].upload(array)
+            loop.denoiser.buffers[name].upload(array)
 
     def step(self) -> float:
         loop, row, here = self._loop, self._run.rows[self._index], self._index % 2
         loop.row.copy(self._table.address + self._index * loop.row.size_bytes)
         self._before.record(loop.stream)
-        loop.unet.launch()
+        loop.denoiser.launch()
         self._after.record(loop.stream)
         if row.noise:
-            loop.noise.upload(self._run.draw())  # drawn on the host while the UNet runs
+            loop.noise.upload(self._run.draw())  # drawn on the host while the denoiser runs
         loop.steps[here].launch()
         loop.latents[1 - here].download(self._run.latents)
         self._index += 1

@@ -15,7 +15,7 @@ from ldm_export.runtime.graph import Array, Graph
 
 DEEP = "deep"
 MOST_RESULTS = 1024
-"""Values of one scalar input (timesteps) whose results are kept."""
+"""Values of an input of one number a row (timesteps) whose results are kept."""
 
 
 class OnceGraph:
@@ -60,10 +60,7 @@ class OnceGraph:
         """Bind as any graph does; the first and then every ``every``-th call are of the whole graph, those between of
         ``shallow``."""
         check_inputs(self.spec, inputs)
-        held = {
-            name: {key: value.copy() for key, value in self._results(name, inputs[name]).items()}
-            for name in self._parts
-        }
+        held = {name: self._results(name, inputs[name]) for name in self._parts}
         given = {**inputs, **{key: value for part in held.values() for key, value in part.items()}}
         if every == 1 or self._shallow is None:
             calls = [self._rest.bind(_taken(given, self._rest), outputs)]
@@ -79,15 +76,20 @@ class OnceGraph:
         def bound() -> None:
             for name in changing:
                 for key, value in self._results(name, inputs[name]).items():
-                    np.copyto(held[name][key], value)
+                    np.copyto(held[name][key], value)  # where it is bound
             next(turns)()
 
         return bound
 
     def _results(self, name: str, value: Array) -> dict[str, Array]:
-        """What the part that depends on an input gives for a value; of scalars it is remembered."""
-        if value.ndim:
+        """What the part that depends on an input gives for a value, in arrays of the caller's; where each row is one
+        number, such as its timestep, what it gave for that number is remembered."""
+        if value.ndim != 1:
             return self._parts[name].run({name: value})
+        rows = [self._row(name, value[number : number + 1]) for number in range(len(value))]
+        return {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+
+    def _row(self, name: str, value: Array) -> dict[str, Array]:
         known, key = self._known[name], value.tobytes()
         if key not in known:
             known[key] = self._parts[name].run({name: value})

@@ -249,6 +249,8 @@ def _spec_of(session: Any, path: str) -> GraphSpec:
 class OnnxRuntimeGraph:
     """One session; see :class:`ldm_export.runtime.graph.Graph`. ``provider`` is a GPU's, or None on the CPU."""
 
+    can_skip = False
+
     def __init__(
         self,
         session: Any,
@@ -276,8 +278,9 @@ class OnnxRuntimeGraph:
         return results
 
     def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
+        assert every == 1
         if self._provider is not None:
             if self._provider.holds_arrays:
                 return self._bind_on_device(inputs, outputs, fixed)

@@ -1,6 +1,6 @@
 """OpenVINO on the CPU, from the bundle's plain graphs.
 
-A graph whose sizes are fixed is compiled with its shape arithmetic folded away. That makes a UNet call a quarter
+A graph whose sizes are fixed is compiled with its shape arithmetic folded away. That makes a denoiser's call a quarter
 faster and takes about a second, so it is done for what is bound, which runs often, and not for what is run once.
 """
 
@@ -56,7 +56,7 @@ class OpenVinoBackend(Backend):
         self.name = f"openvino {openvino.__version__.partition('-')[0]} cpu"
 
     def load(self, graph: str) -> OpenVinoGraph:
-        """Read one of the bundle's graphs, and compile it unless it is the UNet, whose sizes come when it is bound.
+        """Read one of the bundle's graphs, and compile it unless it is the denoiser, whose sizes come when it is bound.
 
         Raises
         ------
@@ -77,7 +77,7 @@ class OpenVinoBackend(Backend):
         try:
             model = self._core.read_model(files.model if verified else files.path)
             loaded = OpenVinoGraph(self, model, spec, kept=max(1, KEPT_BYTES // max(1, size_bytes)))
-            if graph != "unet":
+            if graph != self._bundle.roles.denoiser:
                 loaded.compiled()
         except Exception as error:  # its exceptions have no common base class
             raise BundleError(
@@ -97,6 +97,8 @@ class OpenVinoBackend(Backend):
 class OpenVinoGraph:
     """One graph, compiled for any size when it is run and for given sizes when it is bound, the ``kept`` latest."""
 
+    can_skip = False
+
     def __init__(self, backend: OpenVinoBackend, model: Any, spec: GraphSpec, *, kept: int):
         self._backend = backend
         self._model = model
@@ -115,8 +117,9 @@ class OpenVinoGraph:
         return results
 
     def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
+        assert every == 1
         check_inputs(self.spec, inputs)
         with foreign_errors("OpenVINO", self.spec.name):
             request = self.compiled_for({name: array.shape for name, array in inputs.items()}).create_infer_request()

@@ -34,8 +34,6 @@ from ldm_export.runtime.sampling import Sampling, SamplingTask
 
 PRECISIONS = ("fp16", "int8", "fp32")
 """Precisions of targets, the fastest first, in which those that fit are chosen."""
-REPEATED = ("unet", STEP)
-"""Graphs that are launched many times for a picture."""
 NO_WEIGHTS = "its engines have no weights"
 
 
@@ -147,12 +145,12 @@ class TensorRtBackend(Backend):
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._engines[graph].check_shapes(shapes)
 
-    def sampling(self, unet: Graph, run: SamplingTask) -> Sampling:
+    def sampling(self, denoiser: Graph, run: SamplingTask) -> Sampling:
         """A loop on the device, where the target has an engine for its steps."""
         if STEP not in self._target.engines:
-            return super().sampling(unet, run)
+            return super().sampling(denoiser, run)
         started = time.perf_counter()
-        engines = self._engines["unet"], self._engine(STEP, step_spec(unet.spec))
+        engines = self._engines[self._bundle.roles.denoiser], self._engine(STEP, step_spec(denoiser.spec))
         loop = next((idle for idle in self._idle if idle.fits(run)), None)
         if loop is not None:
             self._idle.remove(loop)
@@ -186,7 +184,7 @@ class TensorRtBackend(Backend):
                 self._stream,
                 rebuild=self._rebuild,
                 cache_file=self._cache_file(entry),
-                repeated=name in REPEATED,
+                repeated=name in (self._bundle.roles.denoiser, STEP),  # launched many times for a picture
             )
         return self._engines[name]
 
@@ -209,6 +207,8 @@ class TensorRtBackend(Backend):
 class EngineGraph:
     """One engine with arrays of the host; see :class:`ldm_export.runtime.graph.Graph`."""
 
+    can_skip = False
+
     def __init__(self, engine: Engine, spec: GraphSpec):
         self.spec, self._engine = spec, engine
         self._bound: BoundEngine | None = None
@@ -229,8 +229,9 @@ class EngineGraph:
         return results
 
     def bind(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = ()
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
     ) -> Callable[[], None]:
+        assert every == 1
         check_inputs(self.spec, inputs)
         with foreign_errors(self._engine.library.flavour, self.spec.name):
             bound = self._engine.bound({name: array.shape for name, array in inputs.items()})

@@ -1,0 +1,72 @@
+"""What a family of models says: which graphs a checkpoint of it becomes, and which roles they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ldm_export.contract import GraphSpec, Roles
+
+
+class GraphModule(nn.Module):
+    """A network behind the positional inputs and outputs of its graph.
+
+    Parameters
+    ----------
+    network : what has the weights; its ``config`` and they determine the graph
+    call : called with the network and a tensor for each input, gives a tensor for each output
+    """
+
+    def __init__(self, network: nn.Module, call: Callable[..., tuple[Tensor, ...]]):
+        super().__init__()
+        self.network = network
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.call(self.network, *inputs)
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """One graph to be: all that exporting it and comparing it takes.
+
+    Attributes
+    ----------
+    spec : its name, inputs and outputs
+    load : opens the network with its weights
+    component : the checkpoint's component that the weights are of; None where there are none
+    config : what its ``config.json`` says, for other libraries that open the folder; None for no such file
+    ids : how many token ids or class labels its inputs of whole numbers may have
+    """
+
+    spec: GraphSpec
+    load: Callable[[], GraphModule]
+    component: str | None = None
+    config: Mapping[str, Any] | None = None
+    ids: int = 1
+
+
+class Family(Protocol):
+    """One checkpoint as its family sees it."""
+
+    def check(self) -> None:
+        """Raise CheckpointError if a bundle of the checkpoint would not generate as its own pipeline does."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the bundle will not do, or do otherwise than the checkpoint's pipeline, a sentence each."""
+
+    @property
+    def roles(self) -> Roles:
+        """Which graph fills which role."""
+
+    @property
+    def graphs(self) -> Sequence[ModelGraph]:
+        """The graphs, in the order in which they run."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What a runtime needs to know beside the graphs: the manifest's ``model``, but for the sampler's defaults."""

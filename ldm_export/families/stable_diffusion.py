@@ -1,0 +1,413 @@
+"""Stable Diffusion 1, 2 and XL and what is built alike: a UNet that reads latents, and text by cross-attention.
+
+With text encoders of CLIP's kind, or with class labels, or with nothing; SDXL's two text encoders and picture sizes
+(2307.01952), its refiner's aesthetic score, LCM's guidance embedding (2310.04378), further channels of latents as
+inpainting and InstructPix2Pix have them. Names of inputs and outputs are those of optimum-onnx, whose pipelines open
+such a bundle as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from ldm_reference.tiny_autoencoder import AutoencoderTiny
+from torch import Tensor, nn
+
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.pipelines import PIPELINES, class_name, left_out, option
+from ldm_export.contract import (
+    INPUT,
+    NONE,
+    REQUEST_SOURCES,
+    TWO_ROWS,
+    GraphSpec,
+    Guidance,
+    Roles,
+    TensorSpec,
+    TextEncoder,
+    graph_spec,
+)
+from ldm_export.errors import CheckpointError
+from ldm_export.families.base import GraphModule, ModelGraph
+from ldm_export.families.tokenizers import token_count
+from ldm_export.plan.guidance import guidance_frequencies
+
+DENOISER, CONDITIONER = "unet", "conditioner"
+SIZES, SIZES_AND_SCORE = 6, 5
+"""Numbers of ``time_ids``: sizes and crop corner of SDXL; of its refiner the original size, the corner and a score."""
+SCORE, NEGATIVE_SCORE = 6.0, 2.5
+"""The aesthetic scores that diffusers gives SDXL's refiner, for the prompt and for the negative prompt."""
+
+
+class StableDiffusion:
+    """A checkpoint with a UNet; see :class:`ldm_export.families.base.Family`."""
+
+    def __init__(self, checkpoint: LatentDiffusion):
+        self._checkpoint = checkpoint
+        self._unet, self._vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
+        self._encoders = {name: checkpoint.configs[name] for name in checkpoint.text_encoders}
+
+    def check(self) -> None:
+        faults = [*self._channel_faults(), *self._text_faults()]
+        if faults:
+            raise CheckpointError(f"{self._checkpoint.path}: {faults[0]}")
+        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
+
+    @property
+    def notes(self) -> list[str]:
+        index, said = self._checkpoint.index, []
+        if parts := left_out(index):
+            said.append(f"Left out: {', '.join(parts)}; a bundle has no such parts.")
+        if class_name(index) not in PIPELINES:
+            like = "StableDiffusionXLPipeline" if "text_encoder_2" in self._encoders else "StableDiffusionPipeline"
+            said.append(f"The checkpoint is of a {class_name(index)}; the bundle generates as a {like} does.")
+        if self._image_channels:
+            said.append(
+                f"The UNet takes {self._unet['in_channels']} channels (inpainting, or editing a picture); the runtime "
+                "generates from text and images only, so this bundle's graphs are for a loop of your own."
+            )
+        return said
+
+    @cached_property
+    def roles(self) -> Roles:
+        drawing = self._checkpoint.drawing
+        if not self._encoders:
+            guidance = Guidance(NONE, 1.0)
+        elif self._unet["time_cond_proj_dim"]:
+            guidance = Guidance(INPUT, drawing.guidance)
+        else:
+            guidance = Guidance(NONE if drawing.folded else TWO_ROWS, drawing.guidance)
+        lengths = {name: token_count(self._checkpoint, name) for name in self._encoders}
+        conditioner = self._conditioner
+        made = () if conditioner is None else conditioner.outputs
+        direct = {"class_labels": "class_labels", "image_latents": "image_latents"}
+        if self._encoders:
+            last = list(self._encoders)[-1]
+            direct |= {"encoder_hidden_states": f"{last}.last_hidden_state", "text_embeds": f"{last}.text_embeds"}
+        names = [tensor.name for tensor in self.denoiser_spec.inputs[2:]]
+        return Roles(
+            DENOISER,
+            "vae_decoder",
+            "vae_encoder",
+            guidance,
+            tuple(
+                TextEncoder(name, self._checkpoint.tokenizer_folder(name).name, "clip", lengths[name])
+                for name in self._encoders
+            ),
+            None if conditioner is None else CONDITIONER,
+            {name: f"{CONDITIONER}.{name}" if name in made else direct[name] for name in names},
+        )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        height, width = self._checkpoint.picture_size
+        return {
+            "class_name": class_name(self._checkpoint.index),
+            "height": height,
+            "width": width,
+            "latent_channels": self._vae["latent_channels"],
+            "pixels_per_latent": self._checkpoint.pixels_per_latent,
+            "class_count": self._unet["num_class_embeds"],
+            "prediction_type": self._checkpoint.scheduler.get("prediction_type", "epsilon"),
+        }
+
+    @property
+    def graphs(self) -> Sequence[ModelGraph]:
+        load, graphs = self._checkpoint.load, []
+        for name, config in self._encoders.items():
+            spec = self.text_encoder_spec(name)
+            module = partial(_text_encoder, load, name, tuple(tensor.name for tensor in spec.outputs))
+            saved = {key: value for key, value in config.items() if key != "with_projection"}
+            graphs.append(ModelGraph(spec, module, name, saved, config["vocab_size"]))
+        classes = self._unet["num_class_embeds"] or 1
+        if self._conditioner is not None:
+            graphs.append(ModelGraph(self.conditioner_spec, partial(_conditioner, self._conditioner), ids=classes))
+        named = tuple(tensor.name for tensor in self.denoiser_spec.inputs)
+        graphs.append(ModelGraph(self.denoiser_spec, partial(_denoiser, load, named), "unet", self._unet, classes))
+        inside = {**self._vae, "scaling_factor": 1.0}  # the graphs' latents are scaled already
+        graphs.append(ModelGraph(self.decoder_spec, partial(_decoder, load), "vae", inside))
+        graphs.append(ModelGraph(self.encoder_spec, partial(_encoder, load), "vae", inside))
+        return graphs
+
+    def text_encoder_spec(self, name: str) -> GraphSpec:
+        """A text encoder of CLIP's kind; for SDXL with every layer's hidden states, the last but one of which it
+        reads."""
+        config, length = self._encoders[name], token_count(self._checkpoint, name)
+        width = config["hidden_size"]
+        states = TensorSpec("last_hidden_state", "float32", ("batch", length, width))
+        if config["with_projection"]:
+            outputs = [TensorSpec("text_embeds", "float32", ("batch", config["projection_dim"])), states]
+        else:
+            outputs = [states, TensorSpec("pooler_output", "float32", ("batch", width))]
+        if self._reads_sizes:
+            layers = range(config["num_hidden_layers"] + 1)
+            outputs += [TensorSpec(f"hidden_states.{layer}", "float32", states.shape) for layer in layers]
+        return graph_spec(name, [TensorSpec("input_ids", "int64", ("batch", length))], outputs)
+
+    @cached_property
+    def denoiser_spec(self) -> GraphSpec:
+        """The UNet; inputs that it does not have are left out."""
+        config, latents = self._unet, self._vae["latent_channels"]
+        inputs = [
+            TensorSpec("sample", "float32", ("batch", latents, "height", "width")),
+            TensorSpec("timestep", "float32", ("batch",)),
+        ]
+        if self._reads_text:
+            width = config["cross_attention_dim"]
+            width = width if isinstance(width, int) else width[0]
+            inputs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", width)))
+        if config["class_embed_type"] in ("identity", "projection"):
+            features = config["projection_class_embeddings_input_dim"] or config["block_out_channels"][0] * 4
+            inputs.append(TensorSpec("class_labels", "float32", ("batch", features)))
+        elif config["class_embed_type"] or config["num_class_embeds"]:
+            inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
+        if self._reads_sizes:
+            inputs.append(TensorSpec("text_embeds", "float32", ("batch", self._pooled_width)))
+            inputs.append(TensorSpec("time_ids", "float32", ("batch", self._size_count)))
+        if config["time_cond_proj_dim"]:
+            inputs.append(TensorSpec("timestep_cond", "float32", ("batch", config["time_cond_proj_dim"])))
+        if self._image_channels:
+            shape = ("batch", self._image_channels, "height", "width")
+            inputs.append(TensorSpec("image_latents", "float32", shape))
+        out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
+        return graph_spec(DENOISER, inputs, [out])
+
+    @property
+    def conditioner_spec(self) -> GraphSpec:
+        """What makes the UNet's further inputs of states and sizes."""
+        assert self._conditioner is not None
+        given = {name: kinds[0] for name, kinds in REQUEST_SOURCES.items()}
+        for name in self._encoders:
+            given |= {f"{name}.{tensor.name}": tensor for tensor in self.text_encoder_spec(name).outputs}
+        inputs = [TensorSpec(name, given[name].dtype, given[name].shape) for name in self._conditioner.sources]
+        told = {tensor.name: tensor for tensor in self.denoiser_spec.inputs}
+        outputs = []
+        for name in self._conditioner.outputs:
+            shape = told[name].shape
+            if "tokens" in shape:
+                shape = (shape[0], inputs[0].shape[1], shape[2])
+            outputs.append(TensorSpec(name, told[name].dtype, shape))
+        return graph_spec(CONDITIONER, inputs, outputs)
+
+    @property
+    def decoder_spec(self) -> GraphSpec:
+        """Latents as the sampler has them to a picture in about [-1, 1]."""
+        latents = TensorSpec("latent_sample", "float32", ("batch", self._vae["latent_channels"], "height", "width"))
+        sample = TensorSpec("sample", "float32", ("batch", self._vae["out_channels"], "image_height", "image_width"))
+        return graph_spec("vae_decoder", [latents], [sample])
+
+    @property
+    def encoder_spec(self) -> GraphSpec:
+        """A picture in [-1, 1] to its latents as the sampler has them: their mean and log-variance, on the channel
+        axis, or themselves where they are certain, as AutoencoderTiny's."""
+        certain = self._checkpoint.index["vae"][1] == AutoencoderTiny.__name__
+        name, channels = ("latent_sample", 1) if certain else ("latent_parameters", 2)
+        sample = TensorSpec("sample", "float32", ("batch", self._vae["in_channels"], "image_height", "image_width"))
+        shape = ("batch", channels * self._vae["latent_channels"], "height", "width")
+        return graph_spec("vae_encoder", [sample], [TensorSpec(name, "float32", shape)])
+
+    @property
+    def _reads_text(self) -> bool:
+        kinds = (*self._unet["down_block_types"], *self._unet["up_block_types"], self._unet["mid_block_type"] or "")
+        return any("CrossAttn" in kind for kind in kinds)
+
+    @property
+    def _reads_sizes(self) -> bool:
+        """Whether it is SDXL's kind, which is given pooled text and the picture's sizes."""
+        return bool(self._unet["addition_embed_type"] == "text_time")
+
+    @property
+    def _image_channels(self) -> int:
+        """Channels that the UNet reads beside those of the latents."""
+        return int(self._unet["in_channels"] - self._vae["latent_channels"])
+
+    @property
+    def _pooled_width(self) -> int:
+        return int(list(self._encoders.values())[-1]["projection_dim"])
+
+    @property
+    def _size_count(self) -> int:
+        """Numbers of ``time_ids``, from what is left of the embedding beside the pooled text."""
+        left = self._unet["projection_class_embeddings_input_dim"] - self._pooled_width
+        return int(left // self._unet["addition_time_embed_dim"])
+
+    @cached_property
+    def _conditioner(self) -> Conditioner | None:
+        """None where the UNet reads the text encoder's states as they are."""
+        guidance: int = self._unet["time_cond_proj_dim"] or 0
+        states, pooled = tuple[str, ...](), ""
+        if self._reads_sizes:
+            layers = {name: config["num_hidden_layers"] - 1 for name, config in self._encoders.items()}
+            states = tuple(f"{name}.hidden_states.{layer}" for name, layer in layers.items())
+            pooled = f"{list(self._encoders)[-1]}.text_embeds"
+        zeros = self._reads_sizes and bool(option(self._checkpoint.index, "force_zeros_for_empty_prompt"))
+        if not states and not guidance:
+            return None
+        return Conditioner(states, pooled if zeros else "", self._size_count if states else 0, guidance)
+
+    def _channel_faults(self) -> list[str]:
+        unet, vae = self._unet, self._vae
+        latents, faults = vae["latent_channels"], []
+        if unet["in_channels"] not in (latents, 2 * latents, 2 * latents + 1):
+            faults.append(
+                f"the UNet takes {unet['in_channels']} channels and the autoencoder has {latents} of latents; the same "
+                f"number is needed, {2 * latents} (InstructPix2Pix) or {2 * latents + 1} (inpainting). Models that are "
+                "given other pictures beside the latents (depth, upscaling) cannot be exported."
+            )
+        if "Marigold" in class_name(self._checkpoint.index):
+            faults.append("it is of a Marigold pipeline, whose UNet reads the picture first. It cannot be exported.")
+        if unet["out_channels"] != latents:
+            faults.append(
+                f"the UNet gives {unet['out_channels']} channels and the autoencoder has {latents} of latents; the "
+                "same number is needed. Models that predict a variance, too, cannot be exported."
+            )
+        for side in ("in_channels", "out_channels"):
+            if vae[side] not in (1, 3) or vae["in_channels"] != vae["out_channels"]:
+                faults.append(
+                    f"the autoencoder's pictures have {vae['in_channels']} channels in and {vae['out_channels']} out; "
+                    "1 (grey) or 3 (RGB), the same on both sides, can be written. Use another autoencoder."
+                )
+        return faults
+
+    def _text_faults(self) -> list[str]:
+        unet, encoders = self._unet, self._encoders
+        if not self._reads_text:
+            said = "the UNet reads no text, but there is a text encoder. Leave it out of model_index.json."
+            return [said] if encoders else []
+        if not encoders:
+            return [
+                "the UNet reads the states of an encoder, and model_index.json names no text_encoder. Models that are "
+                "given pictures in place of text cannot be exported."
+            ]
+        both, second = ("text_encoder", "text_encoder_2"), ("text_encoder_2",)
+        allowed = (both, second) if self._reads_sizes else (("text_encoder",),)
+        if tuple(encoders) not in allowed:
+            wanted = " or ".join(" and ".join(names) for names in allowed)
+            return [
+                f"it has {' and '.join(encoders)} for a UNet that reads {wanted}. Use the parts it was trained with."
+            ]
+        for name, config in encoders.items():
+            if config["with_projection"] != (name == "text_encoder_2"):
+                needed = "CLIPTextModelWithProjection" if name == "text_encoder_2" else "CLIPTextModel"
+                return [f"the {name} is not a {needed}, of which the UNet reads the states. Save it as one."]
+        widths, width = unet["cross_attention_dim"], sum(config["hidden_size"] for config in encoders.values())
+        if any(one != width for one in (widths if isinstance(widths, (list, tuple)) else (widths,))):
+            return [
+                f"the text encoding is {width} wide, and the UNet reads {widths} (cross_attention_dim). "
+                "Use the text encoder that the UNet was trained with."
+            ]
+        if self._reads_sizes:
+            read, each = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
+            if read - self._pooled_width not in (SIZES * each, SIZES_AND_SCORE * each):
+                return [
+                    f"the pooled text is {self._pooled_width} wide, and the UNet reads {read} with {SIZES} or "
+                    f"{SIZES_AND_SCORE} sizes of {each} (projection_class_embeddings_input_dim). Use the text encoder "
+                    "that the UNet was trained with."
+                ]
+        for name in encoders:
+            token_count(self._checkpoint, name)
+        return []
+
+
+class Conditioner(nn.Module):
+    """What the UNet reads beside latents and timestep, of text encoders' states and of what was asked for.
+
+    Parameters
+    ----------
+    states : sources of the states that are joined to ``encoder_hidden_states``; with them ``time_ids`` are made
+    pooled : source of the pooled text, where both are zeros for no prompt; else nothing is
+    sizes : how many ``time_ids`` there are, `SIZES` or `SIZES_AND_SCORE`
+    guidance : width of ``timestep_cond``, 0 for none
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, states: Sequence[str], pooled: str, sizes: int, guidance: int):
+        super().__init__()
+        self.config = {"states": states, "pooled": pooled, "sizes": sizes, "guidance": guidance}
+        self._states, self._pooled, self._sizes, self._guidance = tuple(states), pooled, sizes, guidance
+        asked = [*(["height", "width"] if states else []), *(["is_negative"] if sizes == SIZES_AND_SCORE else [])]
+        asked += ["guidance_weight"] if guidance else []
+        asked += ["has_prompt"] if pooled or not states else []  # which also says how many rows there are
+        self.sources = (*self._states, *([pooled] if pooled else []), *asked)
+        self.outputs = (*(["encoder_hidden_states"] if states else []), *(["text_embeds"] if pooled else []))
+        self.outputs += (*(["time_ids"] if states else []), *(["timestep_cond"] if guidance else []))
+        if guidance:
+            self.register_buffer("frequencies", torch.from_numpy(guidance_frequencies(guidance)))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.sources, tensors, strict=True))
+        made, rows = {}, tensors[0].shape[0] if self._states else given["has_prompt"].shape[0]
+        if self._states:  # SDXL reads the input of the last layer of both encoders (2307.01952, section 2.1)
+            made["encoder_hidden_states"] = torch.cat([given[name] for name in self._states], dim=-1)
+            made["time_ids"] = self._time_ids(given, rows)
+        if self._pooled:
+            prompted = given["has_prompt"] > 0.5
+            made["text_embeds"] = torch.where(prompted[:, None], given[self._pooled], 0.0)
+            made["encoder_hidden_states"] = torch.where(prompted[:, None, None], made["encoder_hidden_states"], 0.0)
+        if self._guidance:
+            angles = given["guidance_weight"].double() * self.frequencies
+            waves = torch.cat([angles.sin(), angles.cos(), *([angles.new_zeros(1)] if self._guidance % 2 else [])])
+            made["timestep_cond"] = waves.float().expand(rows, -1)
+        return tuple(made[name] for name in self.outputs)
+
+    def _time_ids(self, given: Mapping[str, Tensor], rows: Any) -> Tensor:
+        """Original size, crop corner, and target size (2307.01952, section 2.2), or the refiner's score: (rows, n)."""
+        height, width = given["height"], given["width"]
+        corner = torch.zeros_like(height)
+        if self._sizes == SIZES:
+            return torch.stack([height, width, corner, corner, height, width]).expand(rows, -1)
+        sizes = torch.stack([height, width, corner, corner]).expand(rows, -1)
+        score = torch.where(given["is_negative"] > 0.5, NEGATIVE_SCORE, SCORE)
+        return torch.cat([sizes, score[:, None]], dim=1)
+
+
+Load = Any
+
+
+def _text_encoder(load: Any, name: str, outputs: Sequence[str]) -> GraphModule:
+    def call(network: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
+        encoding = network(input_ids)
+        named = {f"hidden_states.{i}": state for i, state in enumerate(encoding.hidden_states)}
+        named |= {"last_hidden_state": encoding.last_hidden_state}
+        named |= {"pooler_output": encoding.pooled, "text_embeds": encoding.pooled}
+        return tuple(named[name] for name in outputs)
+
+    return GraphModule(load(name), call).eval()
+
+
+def _conditioner(network: Conditioner) -> GraphModule:
+    return GraphModule(network, lambda network, *inputs: network(*inputs)).eval()
+
+
+def _denoiser(load: Any, names: Sequence[str]) -> GraphModule:
+    def call(network: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, inputs, strict=True))
+        if "image_latents" in given:
+            given["sample"] = torch.cat([given["sample"], given.pop("image_latents")], dim=1)
+        return (network(**given),)
+
+    return GraphModule(load("unet"), call).eval()
+
+
+def _decoder(load: Any) -> GraphModule:
+    def call(network: Any, latents: Tensor) -> tuple[Tensor, ...]:
+        return (network.decode(latents / network.config.scaling_factor),)
+
+    return GraphModule(load("vae"), call).eval()
+
+
+def _encoder(load: Any) -> GraphModule:
+    def call(network: Any, sample: Tensor) -> tuple[Tensor, ...]:
+        factor = network.config.scaling_factor
+        mean, logvar = network.encode(sample).chunk(2, dim=1)
+        if isinstance(network, AutoencoderTiny):
+            return (mean * factor,)
+        logvar = logvar.clamp(-30.0, 20.0) + 2 * math.log(factor)
+        return (torch.cat([mean * factor, logvar], dim=1),)
+
+    return GraphModule(load("vae"), call).eval()
