@@ -100,7 +100,7 @@ def _manifest_of(found: Any) -> Manifest:
         path = field(entry, "path", str, where)
         if path not in files:
             raise MalformedError(f"{where} has the path {path!r}, which is not among the files")
-        if path not in (f"{name}/model.onnx", f"{name}.onnx"):
+        if is_loop(name) and path not in (f"{name}/model.onnx", f"{name}.onnx"):
             raise MalformedError(f"{where} has the path {path!r}; it must be its name with /model.onnx or .onnx")
         graphs[name] = GraphSpec(path, *(_specs(entry, side, where) for side in ("inputs", "outputs")))
         names = [tensor.name for tensor in (*graphs[name].inputs, *graphs[name].outputs)]

@@ -63,6 +63,8 @@ def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
     for name in made.graphs:
         if name not in graphs or "/" in name:
             raise MalformedError(f"roles has the graph {name[:60]!r}, which there is not")
+        if graphs[name].path != f"{name}/model.onnx":
+            raise MalformedError(f"graphs[{name!r}] has the path {graphs[name].path!r}; it must be {name}/model.onnx")
     if len(set(made.graphs)) < len(made.graphs):
         raise MalformedError("roles has one graph in two roles")
     return made

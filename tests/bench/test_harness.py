@@ -322,12 +322,12 @@ def test_memory_of_the_device_is_what_the_process_adds(tiny_bundle: Path, monkey
 
 
 def test_stages_and_ratios() -> None:
-    ours = [Timings(text_ms=t, unet_ms=[t, 3 * t], loop_ms=1.0, decode_ms=2.0) for t in (1.0, 2.0, 3.0)]
+    ours = [Timings(text_ms=t, denoiser_ms=[t, 3 * t], loop_ms=1.0, decode_ms=2.0) for t in (1.0, 2.0, 3.0)]
     theirs = [Timings(text_ms=run.total_ms * 2) for run in ours]
     found = stages(ours)
     assert found["text"] == {"median_ms": 2.0, "p90_ms": pytest.approx(2.8)}
     assert found["unet"]["median_ms"] == 8.0
-    assert found["unet_call"]["median_ms"] == 3.0
+    assert found["denoiser_call"]["median_ms"] == 3.0
     assert found["total"]["median_ms"] == 13.0
     assert times_as_fast(theirs, ours) == 2.0
     assert stages(ours[:1])["decode"] == {"median_ms": 2.0, "p90_ms": 2.0}

@@ -26,7 +26,7 @@ PROMPTS = ["red apple", 'a <b>blue</b> & "green" square, in words that are longe
 
 
 def score(total_ms: float, frechet: float) -> dict[str, Any]:
-    latency = {"total_ms": total_ms, "text_ms": 1.0, "unet_ms": 2.0, "decode_ms": 3.0, "calls": 4}
+    latency = {"total_ms": total_ms, "text_ms": 1.0, "denoiser_ms": 2.0, "decode_ms": 3.0, "calls": 4}
     return {
         "bytes": 48_500_000,
         "latency": latency,
@@ -52,7 +52,7 @@ def png() -> str:
 
 
 def spent(total_ms: float, faster: float | None) -> dict[str, Any]:
-    shares = {"text": 0.01, "unet_call": 0.045, "unet": 0.9, "loop": 0.02, "decode": 0.07, "total": 1.0}
+    shares = {"text": 0.01, "denoiser_call": 0.045, "denoiser": 0.9, "loop": 0.02, "decode": 0.07, "total": 1.0}
     stages = {
         stage: {"median_ms": share * total_ms, "p90_ms": share * total_ms * 1.1} for stage, share in shares.items()
     }

@@ -178,7 +178,7 @@ def test_a_folded_model_is_called_once_a_step(folded: tuple[LatentDiffusion, Bun
     for options in ({}, {"guidance": 3.0, "negative_prompt": ""}, {"negative_prompt": ["", ""]}):
         drawn = pipeline.generate(PROMPTS, seed=SEEDS, **options)  # type: ignore[arg-type]
         assert relative_error(drawn.latents, expected) < TOLERANCE
-        assert len(drawn.timings.unet_ms) == 4
+        assert len(drawn.timings.denoiser_ms) == 4
     assert shapes == [(2, 4, 8, 8)] * 3
 
 
@@ -226,13 +226,13 @@ def test_a_conditioned_model_is_told_the_guidance(tiny_checkpoint: Path, traced_
     tiny = LatentDiffusion.open(tiny_checkpoint)
     model = tiny.save_changed(tmp_path / "conditioned", {"unet": student}, None, drawing, RECORDS)
     pipeline = Pipeline(export_bundle(model, tmp_path / "bundle"), "cpu")
-    assert pipeline.bundle.manifest.model["default_guidance"] == 5.0
-    assert pipeline.bundle.manifest.model["guidance_folded"] is False
+    assert pipeline.bundle.roles.guidance.scale == 5.0
+    assert pipeline.bundle.roles.guidance.kind == "two_rows"
     assert "timestep_cond" in {tensor.name for tensor in pipeline.bundle.manifest.graphs["unet"].inputs}
     latents = {}
     for guidance in (None, 2.5):
         drawn = pipeline.generate(PROMPTS, seed=SEEDS, steps=10, guidance=guidance)
-        assert len(drawn.timings.unet_ms) == 10
+        assert len(drawn.timings.denoiser_ms) == 10
         assert relative_error(drawn.latents, judged(model.path, guidance or 5.0, 10)) < TOLERANCE
         latents[guidance] = drawn.latents
     assert relative_error(latents[None], latents[2.5]) > 100 * TOLERANCE

@@ -189,7 +189,7 @@ def test_generate(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
     assert document["seeds"] == [5, 6, 7]
     assert document["requested_backend"] == "auto"
     assert document["backend"].endswith("cpu")
-    assert len(document["timings"]["unet_ms"]) == 10
+    assert len(document["timings"]["denoiser_ms"]) == 10
     expected = Pipeline.open(tiny_bundle).generate(
         ["red", "green", "blue"], sampler="euler", steps=10, seed=5, negative_prompt="blue", height=16, width=24
     )

@@ -44,7 +44,7 @@ GRAPHS = {
             pooler_output = ReduceMean <keepdims = 0> (last_hidden_state, tokens)
         }""",
     "unet": """<ir_version: 9, opset_import: ["" : 18]>
-        g (float[batch, 4, height, width] sample, float timestep, float[batch, tokens, 6] encoder_hidden_states)
+        g (float[batch, 4, height, width] sample, float[batch] timestep, float[batch, tokens, 6] encoder_hidden_states)
           => (float[batch, 4, height, width] out_sample)
         <float tenth = {0.1}, int64[2] words = {1, 2}, int64[1] last = {3}> {
             mean = ReduceMean <keepdims = 1> (encoder_hidden_states, words)
@@ -86,7 +86,7 @@ SPECS = {
         "path": "unet/model.onnx",
         "inputs": [
             spec(_LATENTS, "sample"),
-            spec([], "timestep"),
+            spec(["batch"], "timestep"),
             spec(["batch", "tokens", WIDTH], "encoder_hidden_states"),
         ],
         "outputs": [spec(_LATENTS, "out_sample")],
@@ -104,18 +104,23 @@ SPECS = {
 }
 MODEL = {
     "class_name": "StableDiffusionPipeline",
-    "default_guidance": 4.0,
     "default_sampler": "ddim",
     "default_steps": 2,
-    "guidance_folded": False,
     "height": 8,
     "width": 8,
     "latent_channels": 4,
-    "num_class_embeds": None,
+    "class_count": None,
     "pixels_per_latent": 2,
     "prediction_type": "epsilon",
-    "scaling_factor": 0.5,
-    "zeros_for_empty_prompt": False,
+}
+ROLES = {
+    "denoiser": "unet",
+    "vae_decoder": "vae_decoder",
+    "vae_encoder": "vae_encoder",
+    "conditioner": None,
+    "text_encoders": [{"graph": "text_encoder", "tokenizer": "tokenizer", "kind": "clip", "length": TOKENS}],
+    "conditions": {"encoder_hidden_states": "text_encoder.last_hidden_state"},
+    "guidance": {"kind": "two_rows", "scale": 4.0},
 }
 
 
@@ -254,9 +259,10 @@ def _sound() -> Draft:
     return Draft(
         files,
         {
-            "format_version": 1,
+            "format_version": 2,
             "ldm_export_version": "0.1.0",
             "model": dict(MODEL),
+            "roles": deepcopy(ROLES),
             "graphs": SPECS,
             "source": {"checkpoint": "hand"},
             "passes": [],

@@ -14,7 +14,7 @@ from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
-from ldm_export.export.accepted import open_tokenizer
+from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.passes.base import PassContext
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions
 from tests.bundle_fixture import TEXT_UNET, perturb

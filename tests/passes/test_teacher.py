@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
-from ldm_export.export.accepted import open_tokenizer
+from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.passes import teacher
 from ldm_export.passes.teacher import (
     Conditions,

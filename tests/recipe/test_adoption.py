@@ -85,7 +85,7 @@ def test_results_of_two_passes_are_taken(make: Make, ship: Any, trained: list[st
     assert [record["key"] for record in records] == [record["key"] for record in taken]
     assert [record["report"] for record in plain(records[1:])] == [record["report"] for record in taken[1:]]
     assert list(bundle.manifest.passes) == plain(records)
-    assert bundle.manifest.model["guidance_folded"] is True
+    assert bundle.roles.guidance.kind == "none"
     assert graphs_of(bundle.path) == graphs_of(results["bundle"])
 
 
@@ -110,7 +110,7 @@ def test_the_recipe_goes_on_from_a_result(make: Make, ship: Any, trained: list[s
     assert trained == ["distill-guidance"]
     assert [record["name"] for record in records[1:]] == ["distill-decoder", "distill-guidance", "quantize-weights"]
     assert all(record["kept"] for record in records)
-    assert bundle.manifest.model["guidance_folded"] is True
+    assert bundle.roles.guidance.kind == "none"
     source = bundle.manifest.source["sha256"]
     assert source["vae"] == LatentDiffusion.open(results["one"]).sha256("vae")
     assert source["unet"] == LatentDiffusion.open(results["two"]).sha256("unet")
@@ -151,7 +151,7 @@ def test_results_of_another_recipe_are_not_taken(
     ship(one=results["one"], two=results["two"])
     bundle, _ = make(passes)
     assert trained == [name for name in ("distill-decoder", "distill-guidance") if name in passes]
-    assert bundle.manifest.model["guidance_folded"] is ("distill-guidance" in passes)
+    assert (bundle.roles.guidance.kind == "none") is ("distill-guidance" in passes)
 
 
 def test_results_of_another_teacher_are_not_taken(

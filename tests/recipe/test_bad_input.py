@@ -189,7 +189,7 @@ def test_a_model_without_text_has_a_recipe_too(kinds: Kinds, cheap_judge: None, 
     bundle, records = run_recipe(checkpoint, recipe, tmp_path / "bundle", tmp_path / "work")
     assert [record["kept"] for record in records] == [True, True]
     assert records[0]["score"]["retrieval_at_5"] is None
-    assert bundle.manifest.model["default_guidance"] == 1.0
+    assert bundle.roles.guidance.scale == 1.0
 
 
 def test_a_text_model_needs_prompts(tiny_checkpoint: Path, tmp_path: Path) -> None:

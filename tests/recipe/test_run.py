@@ -75,7 +75,7 @@ def test_the_bundle_is_drawn_as_the_passes_left_it(whole: tuple[Path, list[dict[
     assert model["guidance_folded"] is True
     drawn = Pipeline(bundle).generate("a red circle", seed=3)
     assert drawn.images.shape == (1, 16, 16, 3)
-    assert len(drawn.timings.unet_ms) == 2
+    assert len(drawn.timings.denoiser_ms) == 2
     assert all(record["passed"] for record in bundle.manifest.parity)
 
 
@@ -186,7 +186,7 @@ def test_a_whole_recipe_with_the_real_judge(tiny_checkpoint: Path, begun: Path, 
     images = evaluate(image_generator, *folders, settings, None, lambda what, done, of: None).images
     distance = frechet_distance(features_of(images), reference)
     assert quantized["score"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
-    assert all(record["score"]["latency"]["unet_ms"] > 0 for record in records)
+    assert all(record["score"]["latency"]["denoiser_ms"] > 0 for record in records)
     assert b"DequantizeLinear" in (bundle.path / "unet" / "model.onnx").read_bytes()
 
 
@@ -306,7 +306,7 @@ def test_a_checkpoint_half_written_is_written_again(make: Make, work: Path, monk
     assert saved == ["vae", "unet"]
     bundle, records = make(second)
     assert [record["kept"] for record in records] == [True, True, True]
-    assert bundle.manifest.model["guidance_folded"] is True
+    assert bundle.roles.guidance.kind == "none"
 
 
 def test_an_interrupted_judging_of_the_teacher(tiny_checkpoint: Path, cheap_judge: None, tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def judge_cheaply(patch: pytest.MonkeyPatch) -> None:
 
 def cost_of(bundle: Bundle) -> Latency:
     model, files = bundle.manifest.model, bundle.manifest.files
-    unet_ms, decode_ms = (files[f"{graph}/model.onnx"].size_bytes / 1e6 for graph in ("unet", "vae_decoder"))
-    calls = model["default_steps"] * (1 if model["guidance_folded"] else 2)
-    return Latency(calls * unet_ms + decode_ms, 0.0, unet_ms, decode_ms, model["default_steps"])
+    denoiser_ms, decode_ms = (files[f"{graph}/model.onnx"].size_bytes / 1e6 for graph in ("unet", "vae_decoder"))
+    calls = model["default_steps"] * (1 + bundle.roles.guidance.takes_two_rows())
+    return Latency(calls * denoiser_ms + decode_ms, 0.0, denoiser_ms, decode_ms, model["default_steps"])
 
 
 # --- graph passes that do one thing ---------------------------------------------------------------------------------

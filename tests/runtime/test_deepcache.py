@@ -68,7 +68,7 @@ def test_the_latents_are_those_of_diffusers_with_old_features(
     drawn = pipeline.generate(PROMPTS, sampler=sampler, seed=SEEDS, deepcache=every, **options)
     with old_features(judge.unet, every) as whole:
         expected = judged(judge, sampler, PROMPTS, SEEDS, **options).numpy()
-    calls = len(drawn.timings.unet_ms)
+    calls = len(drawn.timings.denoiser_ms)
     assert whole == list(range(0, calls, every))
     assert relative_error(drawn.latents, expected) < LATENT_TOLERANCE
     plain = pipeline.generate(PROMPTS, sampler=sampler, seed=SEEDS, **options)

@@ -87,7 +87,7 @@ def test_the_same_pictures(looped: Bundle, flavour: str, wish: str) -> None:
         expected, drawn = drawn_twice(looped, NAMES[flavour], DRAWN[wish])
     assert relative_error(drawn.latents, expected.latents) < SAME
     assert np.abs(drawn.images.astype(int) - expected.images).max() <= 1
-    assert drawn.timings.unet_ms == [1.5] * len(expected.timings.unet_ms)  # as the device's clock says
+    assert drawn.timings.denoiser_ms == [1.5] * len(expected.timings.denoiser_ms)  # as the device's clock says
     assert drawn.backend == f"{flavour} {VERSION} {'rtx' if 'rtx' in flavour else 'tensorrt'}-sm89 the host"
 
 
@@ -174,7 +174,7 @@ def test_the_whole_loop_in_one_call(looped: Bundle, flavour: str) -> None:
             drawn = Pipeline(looped, name).generate(**DRAWN["noisy"], whole=True)
             assert relative_error(drawn.latents, expected.latents) < SAME
             assert psnr_db(drawn.images[0], expected.images[0]) > 50
-            assert drawn.timings.unet_ms == []
+            assert drawn.timings.denoiser_ms == []
             assert 0 < drawn.timings.whole_ms < drawn.timings.total_ms
 
 

@@ -31,8 +31,8 @@ Kinds = Callable[[str], tuple[Path, Path]]
 def generated(checkpoint: Path, settings: SamplingSettings, conditions: Sequence[str | int] = PROMPTS) -> Any:
     """Latents and images of the PyTorch side."""
     sample = TorchImageGenerator(LatentDiffusion.open(checkpoint)).sample(conditions, SEEDS, settings)
-    assert len(sample.timings.unet_ms) == len(sample.trajectory)
-    assert min(sample.timings.unet_ms) > 0
+    assert len(sample.timings.denoiser_ms) == len(sample.trajectory)
+    assert min(sample.timings.denoiser_ms) > 0
     assert sample.timings.decode_ms > 0
     return SimpleNamespace(images=sample.images, latents=sample.trajectory[-1])
 

@@ -283,7 +283,7 @@ ldm_status ldm_pipeline_info(ldm_pipeline *pipeline, ldm_info *info) {
         told.token_count = tokenizers.empty() ? 0 : static_cast<std::uint32_t>(tokenizers[0].max_length());
         told.default_sampler = facts.default_sampler.c_str();
         told.default_steps = facts.default_steps;
-        told.default_guidance = facts.default_guidance;
+        told.default_guidance = facts.guidance.scale;
         give(told, info, info->struct_size);
     });
 }

@@ -11,8 +11,7 @@ namespace ldm::runtime {
 namespace {
 
 constexpr std::int64_t GREY = 1, COLOUR = 3;  // channels of pictures
-constexpr std::int64_t LEAST_TOKENS = 2;         // start and end
-constexpr std::int64_t LEAST_GUIDANCE_SIZE = 4;  // of timestep_cond, whose frequencies are spread over half of it
+constexpr const char *TOKENIZER_KIND = "clip";  // the only one that is read
 
 const Dimension BATCH{0, "batch"}, HEIGHT{0, "height"}, WIDTH{0, "width"}, ROWS{0, "image_height"}, COLUMNS{0, "image_width"};
 const Dimension ANY{0, ""};  // a fixed size of whatever value
@@ -92,82 +91,105 @@ class Role {
     std::set<std::string> taken_, known_;
 };
 
-// The text encoders' widths together, of the outputs that the UNet reads, and that of the pooled text, 0 if there is none.
-struct TextWidths {
-    std::int64_t states = 0, pooled = 0;
-};
+using Kinds = std::map<std::string, std::vector<TensorSpec>>;
 
-// The width of the hidden states of every layer, of which there are at least two.
-std::int64_t width_of_states(Role &encoder, std::int64_t tokens) {
-    std::int64_t width = 0;
-    std::size_t layers = 0;
-    for (std::string name; layers < 2 || encoder.gives(name); name = join("hidden_states.", ++layers))
-        width = encoder.output({join("hidden_states.", layers), "float32", {BATCH, {tokens}, {width}}}).shape[2].size;
-    for (const TensorSpec &tensor : encoder.spec().outputs)
-        if (tensor.name.rfind("hidden_states.", 0) == 0 && encoder.does_not_know(tensor.name))
-            encoder.refuse(join("it gives ", tensor.name, " beside ", layers, " layers' states"));
-    return width;
+// What a request gives to graphs, of which kinds, by name; as REQUEST_SOURCES in ldm_export/contract.py.
+const Kinds &request_sources() {
+    const Dimension features{0, "features"}, channels{0, "channels"};
+    static const Kinds kinds{
+        {"height", {{"height", "float32", {}}}},
+        {"width", {{"width", "float32", {}}}},
+        {"guidance", {{"guidance", "float32", {}}}},
+        {"guidance_weight", {{"guidance_weight", "float32", {}}}},
+        {"has_prompt", {{"has_prompt", "float32", {BATCH}}}},
+        {"is_negative", {{"is_negative", "float32", {BATCH}}}},
+        {"class_labels", {{"class_labels", "int64", {BATCH}}, {"class_labels", "float32", {BATCH, features}}}},
+        {"image_latents", {{"image_latents", "float32", {BATCH, channels, HEIGHT, WIDTH}}}},
+    };
+    return kinds;
 }
 
-TextWidths check_text_encoders(const Bundle &bundle, std::int64_t tokens) {
-    std::vector<Role> encoders;
-    for (const char *name : {"text_encoder", "text_encoder_2"})
-        if (encoders.empty() || bundle.manifest.graphs.count(name) != 0) encoders.emplace_back(bundle, name);
-    TextWidths widths;
-    if (encoders.back().gives("text_embeds"))
-        widths.pooled = encoders.back().output({"text_embeds", "float32", {BATCH, ANY}}).shape[1].size;
-    else if (encoders.size() > 1)
-        encoders.back().refuse("it gives no text_embeds");
-    for (Role &encoder : encoders) {
-        encoder.input({"input_ids", "int64", {BATCH, {tokens}}});
-        encoder.takes_nothing_else();
-        widths.states += widths.pooled == 0 ? encoder.output({"last_hidden_state", "float32", {BATCH, {tokens}, ANY}}).shape[2].size
-                                            : width_of_states(encoder, tokens);
+// Whether an input can be given a source. Each row is of a picture, so the first size is free in both; what is free in a
+// graph's output is free in the input, and what a request gives has the size that is wanted.
+bool can_take(const TensorSpec &tensor, const TensorSpec &given, bool of_request) {
+    if (tensor.dtype != given.dtype || tensor.shape.size() != given.shape.size()) return false;
+    for (std::size_t k = 0; k < tensor.shape.size(); ++k) {
+        const Dimension &wanted = tensor.shape[k], &there = given.shape[k];
+        if (k == 0 && !(wanted.is_free() && there.is_free())) return false;
+        if (k > 0 && !wanted.is_free() && !(there.is_free() ? of_request : there.size == wanted.size)) return false;
     }
-    return widths;
+    return true;
 }
 
-// Class labels, or their features.
-bool may_take_labels(Role &role) {
-    const TensorSpec *labels = role.spec().input("class_labels");
-    return role.may_take(labels != nullptr && labels->shape.size() == 2 ? TensorSpec{"class_labels", "float32", {BATCH, ANY}}
-                                                                        : TensorSpec{"class_labels", "int64", {BATCH}});
+void check_source(const Role &role, const TensorSpec &tensor, const std::string &source, const Kinds &known) {
+    const auto found = known.find(source);
+    if (found == known.end()) role.refuse(join("it reads '", source, "', which nothing gives"));
+    const bool of_request = request_sources().count(source) != 0;
+    for (const TensorSpec &given : found->second)
+        if (can_take(tensor, given, of_request)) return;
+    role.refuse(join("its input '", tensor.name, "' is ", told(tensor), ", and ", source, " is ", told(found->second.front())));
 }
 
-void check_unet(const Bundle &bundle, std::int64_t latent_channels) {
-    Role unet(bundle, "unet");
-    unet.input({"sample", "float32", {BATCH, ANY, HEIGHT, WIDTH}});  // more than the latents' for an inpainting model
-    unet.input({"timestep", "float32", {}});
-    unet.output({"out_sample", "float32", {BATCH, {latent_channels}, HEIGHT, WIDTH}});
-    if (const TensorSpec *states = unet.spec().input("encoder_hidden_states")) {
-        const std::int64_t tokens = token_count(bundle, "text_encoder");
-        const TextWidths widths = check_text_encoders(bundle, tokens);
-        const bool fixed = states->shape.size() == 3 && !states->shape[1].is_free();
-        unet.input({states->name, "float32", {BATCH, fixed ? Dimension{tokens} : Dimension{0, "tokens"}, {widths.states}}});
-        if (widths.pooled != 0) {
-            unet.input({"text_embeds", "float32", {BATCH, {widths.pooled}}});
-            unet.input({"time_ids", "float32", {BATCH, {6}}});
-        }
+void add_outputs(Kinds &known, const std::string &prefix, const GraphSpec &graph) {
+    for (const TensorSpec &tensor : graph.outputs) known[join(prefix, ".", tensor.name)] = {tensor};
+}
+
+void check_text_encoders(const Bundle &bundle, const Roles &roles) {
+    for (const TextEncoder &encoder : roles.text_encoders) {
+        Role role(bundle, encoder.graph);
+        if (encoder.kind != TOKENIZER_KIND)
+            role.refuse(join("its tokenizer is of the kind '", encoder.kind, "'; ", TOKENIZER_KIND, " can be read"));
+        role.input({"input_ids", "int64", {BATCH, {encoder.length}}});
+        role.takes_nothing_else();
     }
-    may_take_labels(unet);
-    if (unet.may_take({"timestep_cond", "float32", {BATCH, ANY}}) &&
-        unet.spec().input("timestep_cond")->shape[1].size < LEAST_GUIDANCE_SIZE)
-        unet.refuse(join("its timestep_cond is smaller than ", LEAST_GUIDANCE_SIZE));
-    unet.takes_nothing_else();
 }
 
-void check_loop(const Bundle &bundle, const std::string &name, std::int64_t latent_channels, std::int64_t picture_channels) {
+void check_denoiser(const Bundle &bundle, const Roles &roles, std::int64_t latent_channels) {
+    Role denoiser(bundle, roles.denoiser);
+    const std::vector<Dimension> latents{BATCH, {latent_channels}, HEIGHT, WIDTH};
+    denoiser.input({"sample", "float32", latents});
+    denoiser.input({"timestep", "float32", {BATCH}});
+    denoiser.output({"out_sample", "float32", latents});
+    Kinds known = request_sources();
+    for (const TextEncoder &encoder : roles.text_encoders) add_outputs(known, encoder.graph, graph_of(bundle, encoder.graph));
+    if (!roles.conditioner.empty()) {
+        const Role conditioner(bundle, roles.conditioner);
+        for (const TensorSpec &tensor : conditioner.spec().inputs) check_source(conditioner, tensor, tensor.name, known);
+        add_outputs(known, "conditioner", conditioner.spec());
+    }
+    for (const auto &[name, source] : roles.conditions) {
+        const TensorSpec *tensor = denoiser.spec().input(name);
+        if (tensor == nullptr || !denoiser.does_not_know(name))
+            denoiser.refuse(join("'", name, "' is a condition, and there is no such input"));
+        check_source(denoiser, *tensor, source, known);
+    }
+    for (const TensorSpec &tensor : denoiser.spec().inputs)
+        if (denoiser.does_not_know(tensor.name) && roles.conditions.count(tensor.name) == 0)
+            denoiser.refuse(join("it takes '", tensor.name, "', which nothing gives"));
+}
+
+void check_loop(const Bundle &bundle, const std::string &name, const Roles &roles, std::int64_t latent_channels,
+                std::int64_t picture_channels) {
     Role loop(bundle, name);
     const std::vector<Dimension> latents{BATCH, {latent_channels}, HEIGHT, WIDTH};
     loop.input({"noise", "float32", latents});
     loop.may_take({"step_noise", "float32", {ANY, latents[0], latents[1], latents[2], latents[3]}});
     loop.may_take({"guidance_scale", "float32", {}});
-    for (const char *ids : {"input_ids", "negative_input_ids"})
-        if (loop.spec().input(ids) != nullptr) loop.input({ids, "int64", {BATCH, {token_count(bundle, "text_encoder")}}});
-    const GraphSpec &unet = graph_of(bundle, "unet");
-    const bool reads_text = unet.input("encoder_hidden_states") != nullptr, takes_labels = unet.input("class_labels") != nullptr;
-    if ((loop.spec().input("input_ids") != nullptr) != reads_text || may_take_labels(loop) != takes_labels)
-        loop.refuse("it reads other than the UNet does");
+    loop.may_take({"has_negative_prompt", "float32", {BATCH}});
+    for (std::size_t k = 0; k < roles.text_encoders.size(); ++k) {
+        const std::vector<Dimension> ids{BATCH, {roles.text_encoders[k].length}};
+        loop.may_take({join("negative_input_ids", Roles::suffix(k)), "int64", ids});
+        if (!loop.may_take({join("input_ids", Roles::suffix(k)), "int64", ids}))
+            loop.refuse("it reads no prompt, as the denoiser does");
+    }
+    const TensorSpec *labels = labels_of(roles, bundle.manifest.graphs);
+    if ((labels != nullptr) != (loop.spec().input("class_labels") != nullptr))
+        loop.refuse("it reads other than the denoiser does");
+    if (labels != nullptr) {
+        TensorSpec wanted{"class_labels", labels->dtype, labels->shape};
+        wanted.shape[0] = BATCH;
+        loop.input(wanted);
+    }
     loop.takes_nothing_else();
     loop.output({"latents", "float32", latents});
     loop.output({"images", "uint8", {BATCH, ROWS, COLUMNS, {picture_channels}}});
@@ -183,32 +205,30 @@ const GraphSpec &graph_of(const Bundle &bundle, const std::string &name) {
     return found->second;
 }
 
-std::int64_t token_count(const Bundle &bundle, const std::string &encoder) {
-    Role role(bundle, encoder);
-    const std::int64_t tokens = role.input({"input_ids", "int64", {BATCH, ANY}}).shape[1].size;
-    if (tokens < LEAST_TOKENS) role.refuse(join("it reads ", tokens, " tokens"));
-    return tokens;
-}
-
-std::string states_for_sdxl(const GraphSpec &encoder) {
-    const auto layers = std::count_if(encoder.outputs.begin(), encoder.outputs.end(), [](const TensorSpec &tensor) {
-        return tensor.name.rfind("hidden_states.", 0) == 0;
-    });
-    return join("hidden_states.", layers - 2);
+const Roles &roles_of(const Bundle &bundle) {
+    if (!bundle.manifest.roles)
+        throw BundleError(join("Bundle ", bundle.path().string(),
+                               ": manifest.json has no roles, so nothing can be generated. Export it anew."));
+    return *bundle.manifest.roles;
 }
 
 void check_roles(const Bundle &bundle, std::int64_t latent_channels) {
-    check_unet(bundle, latent_channels);
-    Role decoder(bundle, "vae_decoder"), encoder(bundle, "vae_encoder");
+    const Roles &roles = roles_of(bundle);
+    check_text_encoders(bundle, roles);
+    check_denoiser(bundle, roles, latent_channels);
+    Role decoder(bundle, roles.vae_decoder), encoder(bundle, roles.vae_encoder);
     const std::int64_t channels = encoder.input({"sample", "float32", {BATCH, ANY, ROWS, COLUMNS}}).shape[1].size;
     if (channels != GREY && channels != COLOUR) encoder.refuse(join("its pictures have ", channels, " channels; 1 or 3 are needed"));
-    encoder.output({"latent_parameters", "float32", {BATCH, {2 * latent_channels}, HEIGHT, WIDTH}});
+    if (encoder.gives("latent_sample"))
+        encoder.output({"latent_sample", "float32", {BATCH, {latent_channels}, HEIGHT, WIDTH}});
+    else
+        encoder.output({"latent_parameters", "float32", {BATCH, {2 * latent_channels}, HEIGHT, WIDTH}});
     encoder.takes_nothing_else();
     decoder.input({"latent_sample", "float32", {BATCH, {latent_channels}, HEIGHT, WIDTH}});
     decoder.output({"sample", "float32", {BATCH, {channels}, ROWS, COLUMNS}});
     decoder.takes_nothing_else();
     for (const auto &[name, graph] : bundle.manifest.graphs)
-        if (is_loop(graph.path)) check_loop(bundle, name, latent_channels, channels);
+        if (is_loop(graph.path)) check_loop(bundle, name, roles, latent_channels, channels);
 }
 
 }  // namespace ldm::runtime

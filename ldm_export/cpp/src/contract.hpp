@@ -15,10 +15,7 @@ const GraphSpec &graph_of(const Bundle &bundle, const std::string &name);
 // name throughout a graph, and fixed ones as the other graphs have them. Throws BundleError.
 void check_roles(const Bundle &bundle, std::int64_t latent_channels);
 
-// Tokens that a text encoder reads of a prompt; throws BundleError.
-std::int64_t token_count(const Bundle &bundle, const std::string &encoder);
-
-// The output of a text encoder that SDXL reads, the input of its last layer (2307.01952, section 2.1).
-std::string states_for_sdxl(const GraphSpec &encoder);
+// Which graph fills which role; throws BundleError where the manifest says nothing of roles.
+const Roles &roles_of(const Bundle &bundle);
 
 }  // namespace ldm::runtime

@@ -61,13 +61,11 @@ void check_latents(const Tensor &latents, const Request &request, std::size_t st
 Tensor decode(Model &model, const Tensor &latents) {
     model.check_unchanged();
     const Facts &facts = model.facts();
-    Tensor unscaled = latents;
-    const auto factor = static_cast<float>(facts.scaling_factor);
-    std::for_each(unscaled.as<float>(), unscaled.as<float>() + unscaled.count(), [&](float &x) { x /= factor; });
-    const Graph &decoder = model.graph("vae_decoder");
+    Tensor given = latents;  // which a graph takes as its own to write to
+    const Graph &decoder = model.graph(model.roles().vae_decoder);
     const std::int64_t batch = latents.shape[0], channels = facts.picture_channels;
     const std::int64_t height = latents.shape[2] * facts.pixels_per_latent, width = latents.shape[3] * facts.pixels_per_latent;
-    const Tensor sample = expected(decoder.run({{"latent_sample", &unscaled}}), decoder.spec(), "sample", "float32",
+    const Tensor sample = expected(decoder.run({{"latent_sample", &given}}), decoder.spec(), "sample", "float32",
                                    {batch, channels, height, width});
     if (!all_finite(sample))
         throw BackendError(join("The pictures are no numbers (NaN or infinity comes out of ", decoder.spec().path,
@@ -84,100 +82,103 @@ Tensor decode(Model &model, const Tensor &latents) {
     return images;
 }
 
-// A picture's scaled latents, drawn from the encoder's distribution with the pictures' own noise.
+// A picture's latents, drawn from the encoder's distribution with the pictures' own noise; where they are certain, as they
+// are.
 Tensor encode(Model &model, Tensor &image, const Shape &shape, Noise &noise) {
-    const Graph &encoder = model.graph("vae_encoder");
+    const Graph &encoder = model.graph(model.roles().vae_encoder);
+    Tensors outputs = encoder.run({{"sample", &image}});
+    if (outputs.count("latent_sample") != 0)
+        return expected(std::move(outputs), encoder.spec(), "latent_sample", "float32", shape);
     Shape doubled = shape;
     doubled[1] *= 2;
-    const Tensor parameters = expected(encoder.run({{"sample", &image}}), encoder.spec(), "latent_parameters", "float32",
-                                       doubled);
+    const Tensor parameters = expected(std::move(outputs), encoder.spec(), "latent_parameters", "float32", doubled);
     Tensor latents = Tensor::zeros<float>(shape);
     const std::size_t batch = static_cast<std::size_t>(shape[0]), each = latents.count() / batch;
-    const auto mean = [&](std::size_t k, std::size_t i) { return parameters.as<float>()[2 * k * each + i]; };
-    const auto logvar = [&](std::size_t k, std::size_t i) { return parameters.as<float>()[(2 * k + 1) * each + i]; };
-    bool certain = true;  // as AutoencoderTiny's latents are, which take no noise
-    for (std::size_t k = 0; k < batch; ++k)
-        for (std::size_t i = 0; i < each; ++i) certain = certain && logvar(k, i) <= -30.0f;
-    const float *z = certain ? nullptr : noise.draw();
-    const auto factor = static_cast<float>(model.facts().scaling_factor);
+    const float *z = noise.draw();
     for (std::size_t k = 0; k < batch; ++k)
         for (std::size_t i = 0; i < each; ++i) {
-            float x = mean(k, i);
-            if (!certain) {
-                const double deviation = std::exp(0.5 * static_cast<double>(std::clamp(logvar(k, i), -30.0f, 20.0f)));
-                x += static_cast<float>(deviation) * z[k * each + i];
-            }
-            latents.as<float>()[k * each + i] = x * factor;
+            const float mean = parameters.as<float>()[2 * k * each + i];
+            const double logvar = parameters.as<float>()[(2 * k + 1) * each + i];
+            latents.as<float>()[k * each + i] = mean + static_cast<float>(std::exp(0.5 * logvar)) * z[k * each + i];
         }
     return latents;
 }
 
 // Rows as one array (B, ...).
 Tensor stacked(const std::vector<const Tensor *> &rows) {
-    for (const Tensor *row : rows)
-        if (row->shape != rows[0]->shape)
+    Tensor whole{rows[0]->dtype, rows[0]->shape, {}};
+    whole.shape.insert(whole.shape.begin(), static_cast<std::int64_t>(rows.size()));
+    for (const Tensor *row : rows) {
+        if (row->shape != rows[0]->shape || row->dtype != rows[0]->dtype)
             throw BundleError("The text encoder gives another size from prompt to prompt. Export the bundle anew.");
-    Shape shape = rows[0]->shape;
-    shape.insert(shape.begin(), static_cast<std::int64_t>(rows.size()));
-    Tensor whole = Tensor::zeros<float>(shape);
-    auto out = whole.data.begin();
-    for (const Tensor *row : rows) out = std::copy(row->data.begin(), row->data.end(), out);
+        whole.data.insert(whole.data.end(), row->data.begin(), row->data.end());
+    }
     return whole;
 }
 
-// Sinusoids of 1000 (w - 1), the guidance embedding of LCM (2310.04378, section 4.2).
-Tensor guidance_embedding(double guidance, std::int64_t rows, const TensorSpec &told) {
-    const bool fits = told.shape.size() == 2 && told.shape[1].size >= 4;
-    if (!fits) throw BundleError("The UNet's timestep_cond has no size that is known. Export the bundle anew.");
-    const std::int64_t dim = told.shape[1].size, half = dim / 2;
-    Tensor embedding = Tensor::zeros<float>({rows, dim});
-    for (std::int64_t row = 0; row < rows; ++row)
-        for (std::int64_t i = 0; i < half; ++i) {
-            const double frequency = std::exp(-std::log(10000.0) / static_cast<double>(half - 1) * static_cast<double>(i));
-            const double angle = 1000.0 * (guidance - 1.0) * frequency;
-            embedding.as<float>()[row * dim + i] = static_cast<float>(std::sin(angle));
-            embedding.as<float>()[row * dim + half + i] = static_cast<float>(std::cos(angle));
-        }
-    return embedding;
+Tensor scalar(double value) {
+    Tensor made = Tensor::zeros<float>({});
+    *made.as<float>() = static_cast<float>(value);
+    return made;
 }
 
-// The UNet's inputs beside latents and timestep; with guidance the negative prompts' rows come first.
-Tensors conditions(Model &model, const Request &request, bool guided) {
-    const GraphSpec &unet = model.spec("unet");
-    const auto rows = static_cast<std::int64_t>(request.batch() * (guided ? 2 : 1));
-    Tensors inputs;
-    if (unet.input("time_ids") != nullptr) {  // original size, crop corner, target size (2307.01952, section 2.2)
-        const auto height = static_cast<float>(request.height), width = static_cast<float>(request.width);
-        Tensor &ids = inputs["time_ids"] = Tensor::zeros<float>({rows, 6});
-        for (std::int64_t row = 0; row < rows; ++row) {
-            const float values[] = {height, width, 0, 0, height, width};
-            std::copy(std::begin(values), std::end(values), ids.as<float>() + row * 6);
+// A value for each row: of the negative prompts, where there are such rows, and of the prompts.
+Tensor by_row(std::size_t batch, bool guided, float negative, float prompt) {
+    Tensor made = Tensor::zeros<float>({static_cast<std::int64_t>(batch * (guided ? 2 : 1))});
+    float *rows = made.as<float>();
+    if (guided) rows = std::fill_n(rows, batch, negative);
+    std::fill_n(rows, batch, prompt);
+    return made;
+}
+
+// What a request gives to graphs, by name; as request_sources in ldm_export/runtime/conditioning.py.
+Tensors request_sources(const Request &request, bool guided) {
+    Tensors made;
+    made["height"] = scalar(request.height);
+    made["width"] = scalar(request.width);
+    made["guidance"] = scalar(request.guidance);
+    made["guidance_weight"] = scalar(request.guidance - 1.0);
+    made["has_prompt"] = by_row(request.batch(), guided, request.no_negative_prompt ? 0.0f : 1.0f, 1.0f);
+    made["is_negative"] = by_row(request.batch(), guided, 1.0f, 0.0f);
+    if (request.class_labels) {
+        Tensor &labels = made["class_labels"] = *request.class_labels;
+        if (guided) {
+            const std::vector<std::byte> once = labels.data;
+            labels.data.insert(labels.data.end(), once.begin(), once.end());
+            labels.shape[0] *= 2;
         }
     }
-    if (const TensorSpec *told = unet.input("timestep_cond"))
-        inputs["timestep_cond"] = guidance_embedding(request.guidance, rows, *told);
-    if (request.class_labels) {
-        Tensor &labels = inputs["class_labels"] = Tensor::zeros<std::int64_t>({rows});
-        for (std::int64_t row = 0; row < rows; ++row)
-            labels.as<std::int64_t>()[row] =
-                request.class_labels->as<std::int64_t>()[row % static_cast<std::int64_t>(request.batch())];
+    return made;
+}
+
+TensorRefs taken(const GraphSpec &graph, Tensors &there);
+
+// The denoiser's inputs beside latents and timestep; with guidance the negative prompts' rows come first.
+Tensors conditions(Model &model, const Request &request, bool guided) {
+    const Roles &roles = model.roles();
+    Tensors known = request_sources(request, guided);
+    if (!request.prompts.empty()) {
+        std::vector<SharedTensors> encoded = model.encode(request.prompts);
+        if (guided) {
+            const std::vector<SharedTensors> negative = model.encode(request.negative_prompts);
+            encoded.insert(encoded.begin(), negative.begin(), negative.end());
+        }
+        for (const auto &[source, _] : *encoded[0]) {
+            std::vector<const Tensor *> all;
+            for (const SharedTensors &row : encoded) all.push_back(&row->at(source));
+            known[source] = stacked(all);
+        }
     }
-    if (request.prompts.empty()) return inputs;
-    std::vector<SharedTensors> encoded = model.encode(request.prompts);
-    if (guided) {
-        std::vector<SharedTensors> negative = model.encode(request.negative_prompts);
-        if (model.facts().zeros_for_empty_prompt && request.no_negative_prompt)
-            for (SharedTensors &row : negative) {
-                Tensors zeros = *row;
-                for (auto &[_, tensor] : zeros) std::fill(tensor.data.begin(), tensor.data.end(), std::byte{0});
-                row = std::make_shared<const Tensors>(std::move(zeros));
-            }
-        encoded.insert(encoded.begin(), negative.begin(), negative.end());
+    if (!roles.conditioner.empty()) {
+        const Graph &conditioner = model.graph(roles.conditioner);
+        for (auto &[name, tensor] : conditioner.run(taken(conditioner.spec(), known))) known["conditioner." + name] = tensor;
     }
-    for (const auto &[name, _] : *encoded[0]) {
-        std::vector<const Tensor *> all;
-        for (const SharedTensors &row : encoded) all.push_back(&row->at(name));
-        inputs[name] = stacked(all);
+    Tensors inputs;
+    for (const auto &[name, source] : roles.conditions) {
+        const auto found = known.find(source);
+        if (found == known.end())
+            throw BundleError(join("The denoiser reads '", source, "', which nothing gives here. Export the bundle anew."));
+        inputs[name] = found->second;
     }
     return inputs;
 }
@@ -192,6 +193,17 @@ TensorRefs taken(const GraphSpec &graph, Tensors &there) {
         refs.emplace(input.name, &found->second);
     }
     return refs;
+}
+
+// Token ids (B, L).
+Tensor ids_of(const Tokenizer &tokenizer, const std::vector<std::string> &prompts, const Warn &warn) {
+    const auto length = static_cast<std::int64_t>(tokenizer.max_length());
+    Tensor ids = Tensor::zeros<TokenId>({static_cast<std::int64_t>(prompts.size()), length});
+    for (std::size_t k = 0; k < prompts.size(); ++k) {
+        const std::vector<TokenId> row = tokenizer(prompts[k], warn);
+        std::copy(row.begin(), row.end(), ids.as<TokenId>() + static_cast<std::int64_t>(k) * length);
+    }
+    return ids;
 }
 
 // All of a drawing by a loop graph, in one call.
@@ -216,17 +228,12 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
     }
     *(given["guidance_scale"] = Tensor::zeros<float>({})).as<float>() = static_cast<float>(request.guidance);
     if (request.class_labels) given["class_labels"] = *request.class_labels;
-    for (const auto &[name, prompts] : {std::make_pair("input_ids", &request.prompts),
-                                        std::make_pair("negative_input_ids", &request.negative_prompts)}) {
-        if (prompts->empty()) continue;
-        const Tokenizer &tokenizer = model.tokenizers().at(0);
-        const auto length = static_cast<std::int64_t>(tokenizer.max_length());
-        Tensor &ids = given[name] = Tensor::zeros<TokenId>({shape[0], length});
-        for (std::size_t k = 0; k < prompts->size(); ++k) {
-            const std::vector<TokenId> row = tokenizer((*prompts)[k], [&](const std::string &what) { model.warn(what); });
-            std::copy(row.begin(), row.end(), ids.as<TokenId>() + static_cast<std::int64_t>(k) * length);
-        }
-    }
+    given["has_negative_prompt"] = by_row(request.batch(), false, 0.0f, request.no_negative_prompt ? 0.0f : 1.0f);
+    const std::vector<Tokenizer> &tokenizers = model.tokenizers();
+    for (std::size_t i = 0; i < tokenizers.size(); ++i)
+        for (const auto &[name, prompts] : {std::make_pair("input_ids", &request.prompts),
+                                            std::make_pair("negative_input_ids", &request.negative_prompts)})
+            given[name + Roles::suffix(i)] = ids_of(tokenizers[i], *prompts, [&](const std::string &what) { model.warn(what); });
     model.check_unchanged();
     const Tensors results = loop.run(taken(loop.spec(), given));
     const Tensor latents = expected(results, loop.spec(), "latents", "float32", shape);
@@ -242,13 +249,13 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
 Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     model.check_unchanged();
     if (!request.loop.empty()) return draw_whole(model, request, on_step);
-    const Graph &unet = model.graph("unet");
-    model.graph("vae_decoder").check_shape("latent_sample", latents_shape(model, request));
-    if (request.deepcache > 1 && !unet.can_skip())
+    const Graph &denoiser = model.graph(model.roles().denoiser);
+    model.graph(model.roles().vae_decoder).check_shape("latent_sample", latents_shape(model, request));
+    if (request.deepcache > 1 && !denoiser.can_skip())
         throw InputError(join("deepcache ", request.deepcache, " was asked for, and ", model.backend(),
-                              " has no outermost blocks of this UNet apart. Run: ldm-export build ",
+                              " has no outermost blocks of this denoiser apart. Run: ldm-export build ",
                               model.bundle().path().string(), " --target cpu; if that says so, leave deepcache out."));
-    const bool guided = !request.prompts.empty() && request.guidance > 1 && !model.facts().takes_scale;
+    const bool guided = model.facts().guidance.takes_two_rows(request.guidance);
     Tensors inputs = conditions(model, request, guided);
 
     const Shape shape = latents_shape(model, request);
@@ -271,18 +278,18 @@ Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     Shape rows = shape;
     rows[0] *= guided ? 2 : 1;
     inputs["sample"] = Tensor::zeros<float>(rows);
-    inputs["timestep"] = Tensor::zeros<float>({});
+    inputs["timestep"] = Tensor::zeros<float>({rows[0]});
     Tensor out = Tensor::zeros<float>(rows);
     float *sample = inputs["sample"].as<float>(), *timestep = inputs["timestep"].as<float>();
     float *prediction = out.as<float>() + (guided ? count : 0);
     const auto guidance = static_cast<float>(request.guidance);
-    const Call call = unet.bind(taken(unet.spec(), inputs), {{"out_sample", &out}}, request.deepcache);
+    const Call call = denoiser.bind(taken(denoiser.spec(), inputs), {{"out_sample", &out}}, request.deepcache);
     Stepper stepper(trajectory.rows, x, count);
     for (std::size_t index = 0; index < trajectory.rows.size(); ++index) {
         const Row &row = trajectory.rows[index];
         stepper.network_input(row, sample);
         if (guided) std::copy_n(sample, count, sample + count);
-        *timestep = static_cast<float>(row.timestep);
+        std::fill_n(timestep, rows[0], static_cast<float>(row.timestep));
         model.check_unchanged();
         call();
         if (guided)  // negative + guidance * (prompt - negative)

@@ -1,6 +1,6 @@
 // The sampling loop on a bundle: prompt in, picture out; as ldm_export/runtime/pipeline.py.
 //
-//   text encoder -> [ UNet -> guidance -> one row of the plan ] x rows -> VAE decoder
+//   text encoders -> conditioner -> [ denoiser -> guidance -> one row of the plan ] x rows -> VAE decoder
 #pragma once
 
 #include "model.hpp"

@@ -46,7 +46,7 @@ struct EngineDocument {
     std::string kind, flavour, version, precision;  // the library's name and whole version; fp32, fp16 or int8
     std::vector<std::string> compute_capabilities;
     bool stripped = false;  // whether the engines have no weights
-    std::map<std::string, Engine> engines;  // by graph, such as "unet" or "loops/ddim-20"
+    std::map<std::string, Engine> engines;  // by graph, such as "vae_decoder" or "loops/ddim-20"
     std::map<std::string, FileEntry> files;
 };
 

@@ -4,13 +4,12 @@
 #include "contract.hpp"
 #include "error.hpp"
 
-#include <cmath>
+#include <set>
 
 namespace ldm::runtime {
 
 namespace {
 
-constexpr double LARGEST_NUMBER = LARGEST_SIZE, LEAST_SCALE = 1 / LARGEST_NUMBER, DEFAULT_GUIDANCE = 4.0;
 constexpr std::size_t LONGEST_NAME = 100;
 
 // Words of small letters and digits with a dash between them.
@@ -30,26 +29,11 @@ class Reader {
         return static_cast<std::uint32_t>(value.integer());
     }
 
-    // A number from `least` to `most`; without one `otherwise`, unless that is not a number.
-    double number(const char *key, double least, double most, double otherwise = std::nan("")) const {
-        if (model_.object().count(key) == 0 && !std::isnan(otherwise)) return otherwise;
-        const Json &value = model_[key];
-        if (!value.is(Kind::number) || !(value.number() >= least && value.number() <= most)) refuse(key, value);
-        return value.number();
-    }
-
     // The name of a sampler, such as "dpmpp-2m".
     std::string sampler(const char *key) const {
         const Json &value = model_[key];
         if (!value.is(Kind::text) || !is_sampler(value.text())) refuse(key, value);
         return value.text();
-    }
-
-    bool flag(const char *key) const {
-        if (model_.object().count(key) == 0) return false;
-        const Json &value = model_[key];
-        if (!value.is(Kind::boolean)) refuse(key, value);
-        return value.boolean();
     }
 
     [[noreturn]] void refuse(const char *key, const Json &value) const {
@@ -65,6 +49,7 @@ class Reader {
 }  // namespace
 
 Facts facts_of(const Bundle &bundle) {
+    const Roles &roles = roles_of(bundle);
     const Reader reader(bundle);
     Facts facts{};
     facts.height = reader.count("height");
@@ -73,20 +58,16 @@ Facts facts_of(const Bundle &bundle) {
     facts.pixels_per_latent = reader.count("pixels_per_latent");
     for (const char *side : {"height", "width"})
         if (reader.count(side) % facts.pixels_per_latent != 0) reader.refuse(side, bundle.manifest.model[side]);
-    facts.scaling_factor = reader.number("scaling_factor", LEAST_SCALE, LARGEST_NUMBER);
     facts.default_sampler = reader.sampler("default_sampler");
     facts.default_steps = reader.count("default_steps");
-    facts.default_guidance = reader.number("default_guidance", 0, LARGEST_NUMBER, DEFAULT_GUIDANCE);
-    facts.guidance_folded = reader.flag("guidance_folded");
-    facts.zeros_for_empty_prompt = reader.flag("zeros_for_empty_prompt");
-    const std::uint32_t classes = bundle.manifest.model["num_class_embeds"].is_null() ? 0 : reader.count("num_class_embeds");
+    const std::uint32_t classes = bundle.manifest.model["class_count"].is_null() ? 0 : reader.count("class_count");
     check_roles(bundle, facts.latent_channels);
-    const GraphSpec &unet = graph_of(bundle, "unet");
-    facts.unet_channels = static_cast<std::uint32_t>(unet.input("sample")->shape[1].size);
-    facts.picture_channels = static_cast<std::uint32_t>(graph_of(bundle, "vae_encoder").input("sample")->shape[1].size);
-    facts.reads_text = unet.input("encoder_hidden_states") != nullptr;
-    facts.takes_classes = unet.input("class_labels") != nullptr;
-    facts.takes_scale = unet.input("timestep_cond") != nullptr;
+    facts.guidance = roles.guidance;
+    facts.picture_channels = static_cast<std::uint32_t>(graph_of(bundle, roles.vae_encoder).input("sample")->shape[1].size);
+    const std::set<std::string> sources = roles.sources(bundle.manifest.graphs);
+    facts.reads_text = !roles.text_encoders.empty();
+    facts.takes_classes = sources.count("class_labels") != 0;
+    facts.reads_image_latents = sources.count("image_latents") != 0;
     facts.class_count = facts.takes_classes ? classes : 0;
     return facts;
 }

@@ -11,16 +11,12 @@ namespace ldm::runtime {
 struct Facts {
     std::uint32_t height, width;  // pixels, by default
     std::uint32_t latent_channels, pixels_per_latent;
-    std::uint32_t unet_channels;     // more than the latents' for an inpainting model
     std::uint32_t picture_channels;  // 3, or 1 for grey models
-    double scaling_factor;
     std::string default_sampler;
     std::uint32_t default_steps;
-    double default_guidance;
-    bool guidance_folded;         // the UNet has guidance in itself
-    bool zeros_for_empty_prompt;  // an empty negative prompt is zeros (SDXL)
+    Guidance guidance;
     bool reads_text, takes_classes;
-    bool takes_scale;           // the UNet is told the guidance scale (LCM)
+    bool reads_image_latents;   // beside the sample, for inpainting or editing
     std::uint32_t class_count;  // 0: not told, or takes none
 };
 

@@ -88,7 +88,7 @@ void OnceGraph::check_parts() const {
 Tensors OnceGraph::run(const TensorRefs &inputs) const {
     TensorRefs given = inputs;
     std::vector<Tensors> held;
-    for (const auto &[name, _] : parts_) held.push_back(*results(name, *inputs.at(name)));
+    for (const auto &[name, _] : parts_) held.push_back(results(name, *inputs.at(name)));
     for (Tensors &tensors : held)
         for (auto &[name, tensor] : tensors) given[name] = &tensor;
     return rest_->run(taken(given, *rest_));
@@ -103,11 +103,11 @@ Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::s
     };
     const auto bound = std::make_shared<Bound>();
     TensorRefs given = inputs;
-    std::vector<std::pair<std::string, Tensor *>> scalars;  // inputs that change from call to call
+    std::vector<std::pair<std::string, Tensor *>> changing;  // inputs of other values from call to call
     for (const auto &[name, _] : parts_) {
-        Tensors &held = bound->held[name] = *results(name, *inputs.at(name));
+        Tensors &held = bound->held[name] = results(name, *inputs.at(name));
         for (auto &[output, tensor] : held) given[output] = &tensor;
-        if (inputs.at(name)->shape.empty()) scalars.emplace_back(name, inputs.at(name));
+        if (changes(name)) changing.emplace_back(name, inputs.at(name));
     }
     TensorRefs made = outputs;
     if (every > 1) {
@@ -117,25 +117,43 @@ Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::s
     }
     bound->whole = rest_->bind(taken(given, *rest_), made);
     if (every > 1) bound->shallow = shallow_->bind(taken(given, *shallow_), outputs);
-    return [this, bound, scalars, every] {
-        for (const auto &[name, value] : scalars) {
-            const SharedTensors now = results(name, *value);
-            for (auto &[output, tensor] : bound->held[name]) overwrite(tensor, now->at(output));
+    return [this, bound, changing, every] {
+        for (const auto &[name, value] : changing) {
+            const Tensors now = results(name, *value);
+            for (auto &[output, tensor] : bound->held[name]) overwrite(tensor, now.at(output));
         }
         (bound->turn++ % every == 0 ? bound->whole : bound->shallow)();
     };
 }
 
-// What the part that depends on an input gives for a value; of scalars it is remembered.
-SharedTensors OnceGraph::results(const std::string &part, Tensor &value) const {
-    const auto run = [&] { return std::make_shared<const Tensors>(parts_.at(part)->run({{part, &value}})); };
-    if (!value.shape.empty()) return run();
-    const std::string key = part + '\0' + std::string(value.as<char>(), value.data.size());
+// What the part that depends on an input gives for a value; where each row is one number, such as its timestep, what it
+// gave for that number is remembered.
+Tensors OnceGraph::results(const std::string &part, Tensor &value) const {
+    if (value.shape.size() != 1) return parts_.at(part)->run({{part, &value}});
+    Tensors whole;
+    for (std::size_t number = 0; number < value.count(); ++number)
+        for (const auto &[name, one] : *row(part, value, number)) {
+            if (one.shape.empty() || one.shape[0] != 1)
+                throw BundleError("A part of the target gives other than a row for a row. Build the target anew.");
+            const auto [found, is_first] = whole.emplace(name, one);
+            if (is_first) continue;
+            found->second.data.insert(found->second.data.end(), one.data.begin(), one.data.end());
+            ++found->second.shape[0];
+        }
+    return whole;
+}
+
+SharedTensors OnceGraph::row(const std::string &part, const Tensor &value, std::size_t number) const {
+    Tensor one{value.dtype, {1}, {}};
+    const auto bytes = static_cast<std::ptrdiff_t>(value.data.size() / value.count());
+    const auto from = value.data.begin() + bytes * static_cast<std::ptrdiff_t>(number);
+    one.data.assign(from, from + bytes);
+    const std::string key = part + '\0' + std::string(one.as<char>(), one.data.size());
     {
         const std::lock_guard<std::mutex> lock(known_->mutex);
         if (const SharedTensors *found = known_->results.find(key)) return *found;
     }
-    SharedTensors made = run();
+    SharedTensors made = std::make_shared<const Tensors>(parts_.at(part)->run({{part, &one}}));
     const std::lock_guard<std::mutex> lock(known_->mutex);
     known_->results.insert(key, made);
     return made;

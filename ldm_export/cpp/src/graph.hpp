@@ -42,7 +42,7 @@ class Graph {
     GraphSpec spec_;
 };
 
-// A graph whose unchanging parts run apart: what depends on the prompt once a binding, on the timestep once at all.
+// A graph whose unchanging parts run apart: what depends on a condition once a binding, on the timestep once at all.
 class OnceGraph : public Graph {
   public:
     using Parts = std::map<std::string, std::unique_ptr<Graph>>;  // by the one input that each depends on
@@ -63,13 +63,14 @@ class OnceGraph : public Graph {
     };
 
     void check_parts() const;
-    SharedTensors results(const std::string &part, Tensor &value) const;
+    Tensors results(const std::string &part, Tensor &value) const;
+    SharedTensors row(const std::string &part, const Tensor &value, std::size_t number) const;
 
     std::unique_ptr<Graph> rest_;
     Parts parts_;
     std::unique_ptr<Graph> shallow_;
     std::int64_t deep_channels_;
-    std::unique_ptr<Known> known_ = std::make_unique<Known>();  // of scalars, by part and value
+    std::unique_ptr<Known> known_ = std::make_unique<Known>();  // of rows of one number, by part and value
 };
 
 }  // namespace ldm::runtime

@@ -10,12 +10,9 @@ namespace ldm::runtime {
 
 namespace {
 
-constexpr std::int64_t FORMAT_VERSION = 1;
+constexpr std::int64_t FORMAT_VERSION = 2;
 constexpr std::array KEYS{"files",  "format_version", "graphs", "ldm_export_version",
-                          "model",  "parity",         "passes", "source"};
-
-// Graphs that are looked for by name, and loops beside them; others may lie anywhere, as nothing reads them.
-constexpr std::array READ_BY_NAME{"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"};
+                          "model",  "parity",         "passes", "roles", "source"};
 
 bool begins_with(std::string_view relative, std::string_view folder) {
     return relative.substr(0, relative.find('/')) == folder;
@@ -68,7 +65,7 @@ Manifest manifest_of(const Json &found) {
     for (const auto &[key, _] : found.object())
         if (std::find(KEYS.begin(), KEYS.end(), key) == KEYS.end())
             throw MalformedError("the whole has the unknown key '" + key + "'");
-    Manifest manifest{files_of(found), {}, field(found, "model", Kind::object)};
+    Manifest manifest{files_of(found), {}, field(found, "model", Kind::object), {}};
     for (const auto &[path, _] : manifest.files)
         if (path == MANIFEST || begins_with(path, TARGETS))
             throw MalformedError(
@@ -78,8 +75,7 @@ Manifest manifest_of(const Json &found) {
         const std::string &path = field(entry, "path", Kind::text, where).text();
         if (manifest.files.count(path) == 0)
             throw MalformedError(where + " has the path '" + path + "', which is not among the files");
-        const bool read = is_loop(name) || std::find(READ_BY_NAME.begin(), READ_BY_NAME.end(), name) != READ_BY_NAME.end();
-        if (read && path != name + "/model.onnx" && path != name + ".onnx")
+        if (is_loop(name) && path != name + "/model.onnx" && path != name + ".onnx")
             throw MalformedError(where + " has the path '" + path + "'; it must be its name with /model.onnx or .onnx");
         const GraphSpec graph{path, specs_of(entry, "inputs", where), specs_of(entry, "outputs", where)};
         std::set<std::string> names;
@@ -90,6 +86,8 @@ Manifest manifest_of(const Json &found) {
     }
     for (const Json &entry : field(found, "passes", Kind::array).array()) check_kind(entry, Kind::object, "an entry of passes");
     for (const Json &entry : field(found, "parity", Kind::array).array()) check_record(entry, manifest.graphs);
+    if (found.object().count("roles") == 0) field(found, "roles", Kind::object);  // which says that it is missing
+    if (!found["roles"].is_null()) manifest.roles = roles_from_json(found["roles"], manifest.graphs);
     field(found, "source", Kind::object);
     field(found, "ldm_export_version", Kind::text);
     return manifest;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "json.hpp"
+#include "roles.hpp"
 
 #include <optional>
 #include <string>
@@ -32,7 +33,7 @@ struct GraphSpec {
     std::vector<TensorSpec> inputs, outputs;
 
     const TensorSpec *input(std::string_view name) const;  // null if there is none
-    std::string name() const;                              // the folder, such as "unet"; of a loop its file
+    std::string name() const;                              // the folder that it is in; of a loop its file
 };
 
 // Whether a loaded graph has what the manifest gives it: the same names, types, ranks and fixed sizes.
@@ -42,6 +43,7 @@ struct Manifest {
     std::map<std::string, FileEntry> files;
     std::map<std::string, GraphSpec> graphs;
     Json model;  // free facts
+    std::optional<Roles> roles;  // none in a bundle that only holds graphs
 };
 
 // Throws BundleError if the text is no manifest of this format version.

@@ -4,37 +4,19 @@
 #include "error.hpp"
 
 #include <algorithm>
+#include <set>
 
 namespace ldm::runtime {
 
 namespace {
 
-const Tensor &output_of(const Tensors &outputs, const std::string &name, std::size_t rank, std::size_t batch) {
-    const auto found = outputs.find(name);
-    if (found == outputs.end() || found->second.dtype != "float32" || found->second.shape.size() != rank ||
-        static_cast<std::size_t>(found->second.shape[0]) != batch)
-        throw BundleError("The text encoder gives no '" + name + "' as it must. Export the bundle anew.");
-    return found->second;
-}
-
 // Row k of an array (B, ...).
-Tensor row_of(const Tensor &tensor, std::size_t k) {
-    Tensor row = Tensor::zeros<float>({tensor.shape.begin() + 1, tensor.shape.end()});
-    std::copy_n(tensor.data.begin() + static_cast<std::ptrdiff_t>(k * row.data.size()), row.data.size(), row.data.begin());
+Tensor row_of(const Tensor &tensor, std::size_t k, std::size_t batch) {
+    const std::size_t bytes = tensor.data.size() / batch;
+    Tensor row{tensor.dtype, {tensor.shape.begin() + 1, tensor.shape.end()}, {}};
+    const auto from = tensor.data.begin() + static_cast<std::ptrdiff_t>(k * bytes);
+    row.data.assign(from, from + static_cast<std::ptrdiff_t>(bytes));
     return row;
-}
-
-// (L, C1) and (L, C2) to (L, C1 + C2).
-Tensor joined(const Tensor &one, const Tensor &other) {
-    const auto a = static_cast<std::ptrdiff_t>(one.shape[1]), b = static_cast<std::ptrdiff_t>(other.shape[1]);
-    if (one.shape[0] != other.shape[0])
-        throw BundleError("The two text encoders read prompts of different lengths. Export the bundle anew.");
-    Tensor whole = Tensor::zeros<float>({one.shape[0], a + b});
-    for (std::ptrdiff_t token = 0; token < one.shape[0]; ++token) {
-        std::copy_n(one.as<float>() + token * a, a, whole.as<float>() + token * (a + b));
-        std::copy_n(other.as<float>() + token * b, b, whole.as<float>() + token * (a + b) + a);
-    }
-    return whole;
 }
 
 Device device_for(const std::string &backend) {
@@ -66,8 +48,7 @@ Model::Model(const fs::path &folder, const std::string &backend, int threads, bo
     if (engines_ == nullptr) open_target();
     if (!verify) return;
     tokenizers();
-    for (const char *name : {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"})
-        if (has(name)) graph(name);
+    for (const std::string &name : roles().graphs()) graph(name);
 }
 
 void Model::open_engines(const Flavour *asked) {
@@ -173,14 +154,12 @@ const std::vector<Tokenizer> &Model::tokenizers() {
             };
         };
         std::vector<Tokenizer> found;
-        for (const char *suffix : {"", "_2"}) {
-            const std::string encoder = join("text_encoder", suffix), folder = join("tokenizer", suffix, "/");
-            if (!facts_.reads_text || !has(encoder)) continue;
-            found.emplace_back(join(bundle_.path().string(), "/tokenizer", suffix), read_below(folder));
-            if (const auto length = static_cast<std::int64_t>(found.back().max_length()); length != token_count(bundle_, encoder))
-                throw BundleError(join("Bundle ", bundle_.path().string(), ": ", folder, "tokenizer_config.json has model_max_length ",
-                                       length, ", and the ", encoder, " reads ", token_count(bundle_, encoder),
-                                       " tokens. Export the bundle anew."));
+        for (const TextEncoder &encoder : roles().text_encoders) {
+            found.emplace_back(join(bundle_.path().string(), "/", encoder.tokenizer), read_below(encoder.tokenizer + "/"));
+            if (const auto length = static_cast<std::int64_t>(found.back().max_length()); length != encoder.length)
+                throw BundleError(join("Bundle ", bundle_.path().string(), ": ", encoder.tokenizer,
+                                       "/tokenizer_config.json has model_max_length ", length, ", and the ", encoder.graph,
+                                       " reads ", encoder.length, " tokens. Export the bundle anew."));
         }
         tokenizers_ = std::move(found);
     }
@@ -226,32 +205,27 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts
 // One run of each text encoder on the ids of all prompts; ids by encoder and prompt.
 std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> &ids) {
     const std::size_t batch = ids.at(0).size();
-    std::vector<Tensors> outputs;
+    const std::set<std::string> read = roles().sources(bundle_.manifest.graphs);
+    std::vector<Tensors> rows(batch);
     for (std::size_t i = 0; i < ids.size(); ++i) {
         const std::int64_t length = ids[i][0].shape[0];
         Tensor all = Tensor::zeros<TokenId>({static_cast<std::int64_t>(batch), length});
         for (std::size_t k = 0; k < batch; ++k)
             std::copy_n(ids[i][k].as<TokenId>(), length, all.as<TokenId>() + static_cast<std::int64_t>(k) * length);
-        outputs.push_back(graph(i == 0 ? "text_encoder" : "text_encoder_2").run({{"input_ids", &all}}));
-    }
-    std::vector<Tensors> rows(batch);
-    const bool pooled = outputs.back().count("text_embeds") != 0;
-    for (std::size_t i = 0; i < (pooled ? outputs.size() : 1); ++i) {
-        std::string name = "last_hidden_state";  // Stable Diffusion 1.x and 2.x
-        if (pooled) name = states_for_sdxl(spec(i == 0 ? "text_encoder" : "text_encoder_2"));
-        const Tensor &states = output_of(outputs[i], name, 3, batch);
-        if (states.shape[1] != ids[i][0].shape[0])
-            throw BundleError(join("The text encoder gives states of ", states.shape[1], " tokens for ", ids[i][0].shape[0],
-                                   ". Export the bundle anew."));
-        for (std::size_t k = 0; k < batch; ++k) {
-            Tensor row = row_of(states, k);
-            Tensor &all = rows[k]["encoder_hidden_states"];
-            all = i == 0 ? std::move(row) : joined(all, row);
+        const std::string &encoder = roles().text_encoders[i].graph;
+        const Tensors outputs = graph(encoder).run({{"input_ids", &all}});
+        for (const TensorSpec &wanted : spec(encoder).outputs) {
+            const std::string source = join(encoder, ".", wanted.name);
+            if (read.count(source) == 0) continue;
+            const auto found = outputs.find(wanted.name);
+            const Tensor given = found == outputs.end() ? Tensor{} : found->second;
+            bool fits = given.dtype == wanted.dtype && given.shape.size() == wanted.shape.size() && !given.shape.empty() &&
+                        static_cast<std::size_t>(given.shape[0]) == batch;
+            for (std::size_t axis = 1; fits && axis < given.shape.size(); ++axis)
+                fits = wanted.shape[axis].is_free() || given.shape[axis] == wanted.shape[axis].size;
+            if (!fits) throw BundleError(join("The ", encoder, " gives no '", wanted.name, "' as it must. Export the bundle anew."));
+            for (std::size_t k = 0; k < batch; ++k) rows[k][source] = row_of(given, k, batch);
         }
-    }
-    if (pooled) {
-        const Tensor &embeds = output_of(outputs.back(), "text_embeds", 2, batch);
-        for (std::size_t k = 0; k < batch; ++k) rows[k]["text_embeds"] = row_of(embeds, k);
     }
     return rows;
 }

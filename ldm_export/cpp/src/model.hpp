@@ -24,6 +24,7 @@ class Model {
 
     const Bundle &bundle() const { return bundle_; }
     const Facts &facts() const { return facts_; }
+    const Roles &roles() const { return *bundle_.manifest.roles; }
     const GraphSpec &spec(const std::string &graph) const { return bundle_.manifest.graphs.at(graph); }
     bool has(const std::string &graph) const { return bundle_.manifest.graphs.count(graph) != 0; }
     void warn(const std::string &sentence) const { warn_(sentence); }
@@ -33,9 +34,9 @@ class Model {
 
     // Throws BundleError where a file changed that an opened graph has its weights in: reading it could end the process.
     void check_unchanged() const;
-    const std::vector<Tokenizer> &tokenizers();   // one, or SDXL's two; none for a model that reads no text
+    const std::vector<Tokenizer> &tokenizers();   // one for each text encoder
 
-    // The UNet's inputs from text, of one prompt: encoder_hidden_states (L, C) and, for SDXL, text_embeds (P).
+    // What the text encoders give for each prompt, without the batch, by source; of what is read.
     std::vector<SharedTensors> encode(const std::vector<std::string> &prompts);
 
   private:

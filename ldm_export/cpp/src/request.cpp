@@ -28,10 +28,9 @@ std::vector<std::string> texts(const char *const *given, std::size_t count, cons
 }
 
 void check_kind_of_input(const Facts &facts, bool prompts, bool labels) {
-    if (facts.unet_channels != facts.latent_channels)
-        throw InputError(join("This bundle's UNet takes ", facts.unet_channels, " channels for ", facts.latent_channels,
-                              " of latents (an inpainting model); this runtime draws text-to-image and image-to-image. ",
-                              "Run its graphs yourself."));
+    if (facts.reads_image_latents)
+        throw InputError("This bundle's denoiser also reads the latents of a picture (inpainting, or editing); this runtime "
+                         "generates from text and from an image to start from. Run its graphs yourself.");
     if (facts.reads_text == prompts && facts.takes_classes == labels) return;
     const std::string classes = facts.class_count == 0
                                     ? "class labels"
@@ -54,24 +53,29 @@ std::vector<std::string> negatives(const ldm_draw_options &options, std::size_t 
     return found;
 }
 
-// The scale with which the UNet's two predictions are combined; 1 where the UNet has guidance in itself.
+// The scale with which predictions are combined, or that the denoiser is given; 1 where it has its own inside.
 double guidance(const Facts &facts, double asked, const std::vector<std::string> &negative_prompts) {
+    const Guidance &model = facts.guidance;
     const bool asked_is_own = std::isnan(asked);
-    const double own = facts.default_guidance, scale = asked_is_own ? own : asked;
+    const double scale = asked_is_own ? model.scale : asked;
     if (!(asked_is_own || (scale >= 0 && scale <= LARGEST_GUIDANCE)))
         throw InputError(join("guidance is ", scale, "; give a number from 0 to ", LARGEST_GUIDANCE, ", 1 being off."));
+    if (model.kind == GuidanceKind::two_rows) return scale;
     const bool negative = std::any_of(negative_prompts.begin(), negative_prompts.end(),
                                       [](const std::string &prompt) { return !prompt.empty(); });
     const char *remedy = "Leave it out, or use the bundle of the model that it was distilled from.";
-    if (facts.takes_scale && negative)
-        throw InputError(join("A negative prompt was given; this model was distilled to be told a guidance scale and takes ",
-                              "none. ", remedy));
-    if (!facts.guidance_folded) return scale;
-    if (scale != own || negative)
-        throw InputError(join(scale != own ? join("Guidance ", scale) : "A negative prompt",
-                              " was asked for; this model was distilled with guidance ", own,
-                              " and takes no other, and no negative prompt. ", remedy));
-    return 1.0;
+    if (model.kind == GuidanceKind::input) {
+        if (negative)
+            throw InputError(join("A negative prompt was given; this model was distilled to be given a guidance scale and "
+                                  "takes none. ", remedy));
+        return scale;
+    }
+    if (scale == model.scale && !negative) return 1.0;
+    const std::string what = scale != model.scale ? join("Guidance ", scale) : "A negative prompt";
+    if (model.scale <= 1)
+        throw InputError(what + " was asked for; this model makes one prediction, without guidance. Leave it out.");
+    throw InputError(join(what, " was asked for; this model was distilled with guidance ", model.scale,
+                          " and takes no other, and no negative prompt. ", remedy));
 }
 
 std::vector<std::int64_t> seeds(const ldm_draw_options &options, std::size_t count) {
@@ -83,7 +87,7 @@ std::vector<std::int64_t> seeds(const ldm_draw_options &options, std::size_t cou
 }
 
 Tensor labels(const Bundle &bundle, const Facts &facts, const std::int64_t *given, std::size_t count) {
-    const TensorSpec *input = bundle.manifest.graphs.at("unet").input("class_labels");
+    const TensorSpec *input = labels_of(*bundle.manifest.roles, bundle.manifest.graphs);
     if (input->dtype != "int64" || input->shape.size() != 1)
         throw InputError("This model takes features as class labels; this runtime gives whole numbers. Use the Python one.");
     Tensor found = Tensor::zeros<std::int64_t>({static_cast<std::int64_t>(count)});
@@ -162,7 +166,7 @@ Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t s
 std::string loop(const Bundle &bundle, const std::string &sampler, std::uint32_t steps, bool stepped) {
     if (stepped)
         throw InputError("The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from "
-                         "noise, and all of the UNet each time. Leave one of them out.");
+                         "noise, and all of the denoiser each time. Leave one of them out.");
     const std::string name = join("loops/", sampler, "-", steps);
     if (bundle.manifest.graphs.count(name) != 0) return name;
     std::vector<std::string> there;

@@ -15,7 +15,7 @@ namespace ldm::runtime {
 
 struct Request {
     std::vector<std::string> prompts, negative_prompts;  // one a picture; empty for models that read no text
-    bool no_negative_prompt;                             // none was given, and "" stands for each
+    bool no_negative_prompt;                             // none was given; "" stands for each
     std::optional<Tensor> class_labels;                  // int64 (B,)
     std::vector<std::int64_t> seeds;                     // one a picture
     std::uint32_t height, width;                         // pixels

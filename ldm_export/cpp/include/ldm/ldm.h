@@ -95,7 +95,7 @@ typedef struct ldm_draw_options {
     const char *sampler;                 /* one that the bundle has plans for; NULL: the bundle's own */
     uint32_t steps;                      /* 0: the bundle's own number */
     double guidance;                     /* from 0 to 1e6, 1 or less is off; NaN: the bundle's own */
-    const char *const *negative_prompts; /* NULL: none, for which SDXL takes zeros; "" is a text like any other */
+    const char *const *negative_prompts; /* NULL: none, for which some models take zeros; "" is a text like any other */
     size_t negative_prompt_count;        /* one for all pictures, or one each */
     int64_t seed;                        /* picture k uses seed + k; 0 */
     const int64_t *seeds;                /* or one a picture; NULL */
