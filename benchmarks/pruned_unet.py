@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
+from torch import Tensor
 
 from benchmarks.peers.workloads import SMALL_UNET
 from ldm_export.bench.machine import cpu
-from ldm_export.contract import unet_spec
-from ldm_export.export.onnx import export_graph, graph_module, random_inputs
+from ldm_export.contract import GraphSpec, TensorSpec, graph_spec
+from ldm_export.export.onnx import export_graph, random_inputs
+from ldm_export.families.base import GraphModule
 from ldm_export.graph.running import session
 from ldm_export.passes.channels import Channels, nearest_share
 from ldm_export.passes.imitation import flops, parameters
@@ -35,6 +36,22 @@ from ldm_export.runtime.backends.auto import SETTLE_S
 
 ROUNDS, RATIO = 12, 0.3
 SIZES = {"batch": 2, "height": 32, "width": 32, "tokens": 77}
+
+
+def spec_of(network: UNet2DConditionModel) -> GraphSpec:
+    """What the network takes and gives, as a graph."""
+    config, free = network.config, ("batch", "height", "width")
+    width = int(config.cross_attention_dim)  # type: ignore[arg-type]
+    inputs = [
+        TensorSpec("sample", "float32", (free[0], config.in_channels, *free[1:])),
+        TensorSpec("timestep", "float32", free[:1]),
+        TensorSpec("encoder_hidden_states", "float32", (free[0], "tokens", width)),
+    ]
+    return graph_spec("unet", inputs, [TensorSpec("out_sample", "float32", (free[0], config.out_channels, *free[1:]))])
+
+
+def predicted(network: UNet2DConditionModel, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return (network(*inputs),)
 
 
 def main() -> dict[str, Any]:
@@ -47,10 +64,10 @@ def main() -> dict[str, Any]:
     }
     sides, rows = {}, {}
     for name, network in networks.items():
-        graph = unet_spec(config_to_dict(network))
+        graph = spec_of(network)
         example = random_inputs(graph, SIZES, 8, 1)
         with tempfile.TemporaryDirectory() as folder:
-            path = export_graph(graph_module(network.eval(), graph), graph, example, Path(folder))
+            path = export_graph(GraphModule(network.eval(), predicted), graph, example, Path(folder))
             one = dict(zip(("latents", "timesteps", "encoder_hidden_states"), example, strict=True))
             rows[name] = {
                 "bytes": path.stat().st_size,

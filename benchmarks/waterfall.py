@@ -58,7 +58,7 @@ def main(work: Path, checkpoint: str) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint,
         "steps_of_teacher": drawing["default_steps"],
-        "guidance": drawing["default_guidance"],
+        "guidance": plain.roles.guidance.scale,
         "machine": f"{platform.machine()}, {cpu()}, {torch.get_num_threads()} threads",
         "versions": {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__},
         "rounds": ROUNDS,
@@ -78,7 +78,7 @@ def stages(work: Path) -> list[Path]:
 def draw_with_torch(checkpoint: str, plain: Bundle) -> Draw:
     """As the plain bundle is drawn by default."""
     image_generator, model = TorchImageGenerator(LatentDiffusion.open(checkpoint)), plain.manifest.model
-    settings = SamplingSettings(steps=model["default_steps"], guidance=model["default_guidance"])
+    settings = SamplingSettings(steps=model["default_steps"], guidance=plain.roles.guidance.scale)
     return lambda seed: image_generator.sample([f"{PROMPTS[seed % len(PROMPTS)]} {seed}"], [seed], settings).timings
 
 

@@ -50,7 +50,8 @@ class GraphCache:
         self.folder = folder
 
     def export_graph(self, module: GraphModule, graph: GraphSpec, example: tuple[Tensor, ...], folder: Path) -> Path:
-        digest = hashlib.sha256(repr((graph, module.network.config)).encode())
+        call = getattr(module.call, "__qualname__", "")  # the autoencoder is two graphs
+        digest = hashlib.sha256(repr((graph, call, module.network.config)).encode())
         for tensor in module.network.state_dict().values():
             digest.update(tensor.numpy().tobytes())
         own = self.folder / digest.hexdigest()
@@ -93,6 +94,62 @@ def unconditional(folder: Path, tiny: Path) -> None:
 
 def class_conditional(folder: Path, tiny: Path) -> None:
     _without_text(folder, tiny, num_class_embeds=CLASSES)
+
+
+def refiner(folder: Path, tiny: Path) -> None:
+    """SDXL's refiner: the second text encoder alone, and an aesthetic score in place of the target's size."""
+    torch.manual_seed(0)
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    second = transformers.CLIPTextConfig.from_dict({**base.text_encoder.config.to_dict(), "projection_dim": 24})
+    unet = diffusers.UNet2DConditionModel(
+        **TEXT_UNET,
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 5 * 8,
+    )
+    diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        text_encoder_2=perturb(transformers.CLIPTextModelWithProjection(second)),
+        tokenizer=None,
+        tokenizer_2=base.tokenizer,
+        unet=perturb(unet),
+        scheduler=diffusers.EulerDiscreteScheduler.from_config(base.scheduler.config),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
+def segmind(folder: Path, tiny: Path) -> None:
+    """As SSD-1B: SDXL with transformers of other depths in each block, and none in the middle."""
+    stable_diffusion_xl(folder, tiny)
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=[8, 16, 16],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        layers_per_block=2,
+        norm_num_groups=4,
+        attention_head_dim=[2, 4, 4],
+        transformer_layers_per_block=[0, 2, 1],
+        reverse_transformer_layers_per_block=[[1, 1, 1], [2, 1, 1], 0],
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )
+    perturb(unet).save_pretrained(folder / "unet")
+
+
+def instruct_pix2pix(folder: Path, tiny: Path) -> None:
+    """Eight input channels: latents, and those of the picture that is edited."""
+    _without_text(folder, tiny, in_channels=8)
 
 
 def inpainting(folder: Path, tiny: Path) -> None:
@@ -162,5 +219,8 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "lcm": latent_consistency,
     "sd2": stable_diffusion_2,
     "sdxl": stable_diffusion_xl,
+    "refiner": refiner,
+    "ssd-1b": segmind,
+    "8 channels": instruct_pix2pix,
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import UNet2DConditionModel
 
-from ldm_export.contract import TensorSpec, check_inputs, unet_spec
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs
 from ldm_export.errors import InputError
+from ldm_export.families.stable_diffusion import StableDiffusion
 from tests.bundle_fixture import SMALL_UNET, TEXT_UNET
 
 SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))
-TIMESTEP = TensorSpec("timestep", "float32", ())
+TIMESTEP = TensorSpec("timestep", "float32", ("batch",))
 TEXT = TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", 32))
 XL = {
     "addition_embed_type": "text_time",
@@ -33,11 +35,27 @@ UNETS: dict[str, tuple[dict[str, Any], list[TensorSpec]]] = {
         {**TEXT_UNET, "cross_attention_dim": 32, "time_cond_proj_dim": 10},
         [TEXT, TensorSpec("timestep_cond", "float32", ("batch", 10))],
     ),
+    "inpainting": (
+        {**SMALL_UNET, "in_channels": 9},
+        [TensorSpec("image_latents", "float32", ("batch", 5, "height", "width"))],
+    ),
+    "SDXL's refiner": (
+        {**TEXT_UNET, "cross_attention_dim": 32, **XL, "projection_class_embeddings_input_dim": 24 + 5 * 8},
+        [TEXT, TensorSpec("text_embeds", "float32", ("batch", 24)), TensorSpec("time_ids", "float32", ("batch", 5))],
+    ),
     "SDXL": (
         {**TEXT_UNET, "cross_attention_dim": 32, **XL},
         [TEXT, TensorSpec("text_embeds", "float32", ("batch", 24)), TensorSpec("time_ids", "float32", ("batch", 6))],
     ),
 }
+
+
+def unet_spec(config: dict[str, Any]) -> GraphSpec:
+    """The denoiser of a checkpoint with this UNet, four channels of latents, and pooled text of 24 numbers."""
+    encoder = {"projection_dim": 24}
+    configs = {"unet": config, "vae": {"latent_channels": 4}, "text_encoder_2": encoder}
+    checkpoint: Any = SimpleNamespace(configs=configs, text_encoders=("text_encoder_2",))
+    return StableDiffusion(checkpoint).denoiser_spec
 
 
 @pytest.mark.parametrize("kind", UNETS)
@@ -52,7 +70,7 @@ def test_a_unet_takes_what_its_config_says(kind: str) -> None:
 def fitting() -> dict[str, np.ndarray[Any, Any]]:
     return {
         "sample": np.zeros((2, 4, 8, 6), np.float32),
-        "timestep": np.zeros((), np.float32),
+        "timestep": np.zeros(2, np.float32),
         "encoder_hidden_states": np.zeros((2, 7, 32), np.float32),
     }
 

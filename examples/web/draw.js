@@ -14,8 +14,10 @@ export class Model {
     if (!graph) throw new Error(`The bundle has no loop ${name}. Add it with: ldm-export plan BUNDLE --loop`);
     const model = new Model();
     model.facts = manifest.model;
+    model.roles = manifest.roles;
     model.inputs = new Map(graph.inputs.map((input) => [input.name, input]));
-    if (model.inputs.has("input_ids")) model.tokenizer = await Tokenizer.load(`${bundle}/tokenizer`);
+    const folders = model.roles.text_encoders.map((encoder) => `${bundle}/${encoder.tokenizer}`);
+    model.tokenizers = await Promise.all(folders.map((folder) => Tokenizer.load(folder)));
     const [loop, weights] = await Promise.all([
       fetched(`${bundle}/${graph.path}`, "arrayBuffer"),
       fetched(`${bundle}/loops/weights.onnx_data`, "arrayBuffer"),
@@ -26,7 +28,7 @@ export class Model {
   }
 
   /** One picture as ImageData; of the options, the graph is given those that it takes. */
-  async draw({ prompt = "", negative = "", classLabel = 0, guidance = this.facts.default_guidance, seed = 0 }) {
+  async draw({ prompt = "", negative = null, classLabel = 0, guidance = this.roles.guidance.scale, seed = 0 }) {
     const { latent_channels: channels, pixels_per_latent: factor, height, width } = this.facts;
     const shape = [1, channels, height / factor, width / factor], size = shape.reduce((a, b) => a * b);
     const generator = new Generator(seed);
@@ -34,18 +36,22 @@ export class Model {
     const noise = generator.randn(size);
     const stepNoise = new Float32Array(draws * size);
     for (let k = 0; k < draws; k++) stepNoise.set(generator.randn(size), k * size);
-    const tokens = (text) => {
-      const ids = this.tokenizer.encode(text);
+    const tokens = (tokenizer, text) => {
+      const ids = tokenizer.encode(text);
       return new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
     };
     const makers = {
-      input_ids: () => tokens(prompt),
-      negative_input_ids: () => tokens(negative),
+      has_negative_prompt: () => new ort.Tensor("float32", [negative === null ? 0 : 1], [1]),
       class_labels: () => new ort.Tensor("int64", [BigInt(classLabel)], [1]),
       noise: () => new ort.Tensor("float32", noise, shape),
       step_noise: () => new ort.Tensor("float32", stepNoise, [draws, ...shape]),
       guidance_scale: () => new ort.Tensor("float32", [guidance], []),
     };
+    this.tokenizers.forEach((tokenizer, k) => {
+      const suffix = k ? `_${k + 1}` : "";
+      makers[`input_ids${suffix}`] = () => tokens(tokenizer, prompt);
+      makers[`negative_input_ids${suffix}`] = () => tokens(tokenizer, negative ?? "");
+    });
     const feeds = Object.fromEntries([...this.inputs.keys()].map((name) => [name, makers[name]()]));
     const { images } = await this.session.run(feeds, ["images"]);
     return imageData(images);

@@ -82,10 +82,6 @@ def check_parts(file: Path, index: Mapping[str, Any]) -> None:
             f"{file} is of a {class_name(index)} with the part {others[0]}, which no bundle can have; without it other "
             "pictures are made. Save the model without it, as a StableDiffusionPipeline or StableDiffusionXLPipeline."
         )
-    if option(index, "requires_aesthetics_score"):
-        raise CheckpointError(
-            f"{file} is of SDXL's refiner (requires_aesthetics_score), which cannot be exported. Export the base model."
-        )
 
 
 def left_out(index: Mapping[str, Any]) -> list[str]:

@@ -45,6 +45,8 @@ from ldm_export.reading.documents import MalformedError
 if TYPE_CHECKING:
     from ldm_export.runtime.tokenizer import Tokenizer
 
+TOKENIZER_KIND = "clip"
+"""The only kind of tokenizer that is read."""
 SIZES = ("height", "width", "latent_channels", "pixels_per_latent", "default_steps")
 PICTURE_CHANNELS = (1, 3)
 LONGEST_NAME = 100
@@ -185,6 +187,10 @@ def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -
     encoder.no_more_inputs("sample")
     for entry in roles.text_encoders:
         text = _Role(graphs[entry.graph])
+        if entry.kind != TOKENIZER_KIND:
+            raise MalformedError(
+                f"a tokenizer of the kind {entry.kind[:60]!r} for {entry.graph}; {TOKENIZER_KIND} can be read"
+            )
         text.input("input_ids", "int64", "B", entry.length)
         text.no_more_inputs("input_ids")
     _check_sources(graphs, roles)

@@ -18,6 +18,7 @@ from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import PASSES, LatentDiffusion, SamplingDefaults
+from ldm_export.contract import Guidance
 from ldm_export.errors import BundleError, CheckpointError, InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.passes.distill_guidance import conditioned_copy
@@ -186,8 +187,8 @@ def test_a_model_for_few_steps_has_the_plan_that_it_was_made_for(folded: tuple[L
     _, bundle = folded
     assert [file.name for file in (bundle.path / "plans").iterdir()] == ["ddim-4.json"]
     facts = bundle.manifest.model
-    assert [facts[key] for key in ("default_sampler", "default_steps", "default_guidance")] == ["ddim", 4, 3.0]
-    assert facts["guidance_folded"] is True
+    assert [facts[key] for key in ("default_sampler", "default_steps")] == ["ddim", 4]
+    assert bundle.roles.guidance == Guidance("none", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -271,19 +272,15 @@ def test_passes_json_that_lies(checkpoint: LatentDiffusion, lie: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("default_guidance", "4"), ("default_guidance", None), ("guidance_folded", 1)], ids=str
-)
+@pytest.mark.parametrize(("key", "value"), [("scale", "4"), ("scale", None), ("kind", 1), ("kind", "folded")], ids=str)
 def test_a_manifest_that_lies_about_guidance(
     folded: tuple[LatentDiffusion, Bundle], tmp_path: Path, key: str, value: Any
 ) -> None:
     folder = Path(shutil.copytree(folded[1].path, tmp_path / "bundle"))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["model"][key] = value
+    manifest["roles"]["guidance"][key] = value
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        BundleError, match=f"manifest.json has model.{key} = {value!r}, which is none .* Export it anew"
-    ):
+    with pytest.raises(BundleError, match=rf"manifest.json: roles.guidance.{key} is .* Export the bundle anew"):
         Pipeline.open(folder)
 
 

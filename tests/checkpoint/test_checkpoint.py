@@ -210,12 +210,6 @@ LIES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ),
         ["is of a StableDiffusionControlNetPipeline with the part controlnet", "Save the model without it"],
     ),
-    "SDXL's refiner": (
-        lambda f: edit_json(
-            f / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True
-        ),
-        ["is of SDXL's refiner", "Export the base model"],
-    ),
     "component of another class": (
         lambda f: edit_json(f / "model_index.json", vae=["diffusers", "VQModel"]),
         ["says that the vae is ['diffusers', 'VQModel']; AutoencoderKL and AutoencoderTiny can be opened"],

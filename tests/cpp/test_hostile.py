@@ -19,7 +19,7 @@ import pytest
 
 from tests.cpp.conftest import ROOT, SOURCES
 from tests.hostile import CASES, Case
-from tests.hostile.base import Draft, entry_of, sound, with_outside_weights, with_target
+from tests.hostile.base import Draft, entry_of, sound, with_conditioner, with_outside_weights, with_target
 
 SENTENCES = (1, 2, 3)
 """Statuses of ldm.h that say what the caller, the bundle or the machine is at fault for."""
@@ -146,7 +146,7 @@ def test_a_negative_prompt_that_is_empty_is_a_text(open_cpp: Callable[..., Any],
     import ctypes
 
     draft = sound()
-    draft.manifest["model"]["zeros_for_empty_prompt"] = True
+    with_conditioner(draft)
     zeros = open_cpp(written(draft, tmp_path / "zeros"), backend=b"cpu")
     text = open_cpp(written(sound(), tmp_path / "text"), backend=b"cpu")
     empty = {"negative_prompts": (ctypes.c_char_p * 1)(b""), "negative_prompt_count": 1}

@@ -48,10 +48,10 @@ def test_what_an_interrupted_export_leaves_is_refused(
     ("change", "message"),
     [
         ({"height": "64"}, "model.height"),
-        ({"scaling_factor": 0}, "model.scaling_factor"),
+        ({"class_count": 0}, "model.class_count"),
         ({"default_steps": True}, "model.default_steps"),
         ({"latent_channels": 10**12}, "model.latent_channels"),
-        ({"guidance_folded": 1}, "model.guidance_folded"),
+        ({"default_sampler": 1}, "model.default_sampler"),
     ],
 )
 def test_facts_that_cannot_be_drawn_with(
@@ -88,13 +88,13 @@ def test_a_target_that_does_not_fit_is_passed_over(
 def test_another_model_is_refused(
     open_cpp: Callable[..., Any], binding: ModuleType, kinds: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    with pytest.raises(binding.LdmError, match="an inpainting model") as caught:
+    with pytest.raises(binding.LdmError, match="inpainting, or editing") as caught:
         open_cpp(kinds("inpainting")[1]).draw([PROMPT])
     assert caught.value.status == STATUS_INPUT
 
 
 UNET = """<ir_version: 9, opset_import: ["" : 18]>
-g (float[batch, 4, height, width] sample, float timestep, float[batch, tokens, 32] encoder_hidden_states)
+g (float[batch, 4, height, width] sample, float[batch] timestep, float[batch, tokens, 32] encoder_hidden_states)
   => (TYPE[batch, 4, height, width] out_sample) { out_sample = NODE }"""
 GRAPHS_THAT_LIE = {
     "more tokens for a prompt than for none": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -27,12 +29,14 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_target
 from ldm_export.bundle.parity import TOLERANCE, check_parity, largest_error
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.contract import GraphSpec, Guidance, Roles, TensorSpec, TextEncoder
 from ldm_export.errors import BundleError, CheckpointError, ExportError, LdmExportError, ParityError
 from ldm_export.export import chain, parity
 from ldm_export.export import onnx as onnx_export
-from ldm_export.export.onnx import GraphModule, graph_module, random_inputs
+from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import compare_outputs
+from ldm_export.families import family_of
+from ldm_export.families.base import GraphModule
 from ldm_export.graph import files as graph_files
 from ldm_export.graph.running import worst_error
 from ldm_export.runtime import Pipeline
@@ -116,7 +120,7 @@ def test_inputs_and_outputs_are_those_of_contract_and_manifest(model: Model, kin
         graph = onnx.load(path).graph
         sides = (tuple(map(tensor_spec, values)) for values in (graph.input, graph.output))
         specs[name] = GraphSpec(f"{name}/model.onnx", *sides)
-    assert specs == {graph.name: graph for graph in chain.graph_specs(LatentDiffusion.open(checkpoint))}
+    assert specs == {graph.spec.name: graph.spec for graph in family_of(LatentDiffusion.open(checkpoint)).graphs}
     assert specs == Bundle.open(bundle, verify=True).manifest.graphs
 
 
@@ -125,7 +129,7 @@ def test_the_manifest_says_where_the_weights_came_from(model: Model) -> None:
     manifest = Bundle.open(bundle).manifest
     assert manifest.source["checkpoint"] == checkpoint.name
     assert manifest.source["sha256"]["unet"] == LatentDiffusion.open(checkpoint).sha256("unet")
-    assert manifest.model["num_class_embeds"] == CLASSES
+    assert manifest.model["class_count"] == CLASSES
     assert [record["passed"] for record in manifest.parity] == [True] * 3
 
 
@@ -136,15 +140,20 @@ def test_the_bundle_is_read_as_the_checkpoint_was(tiny_checkpoint: Path, tiny_bu
         "width": 16,
         "latent_channels": 4,
         "pixels_per_latent": PIXELS_PER_LATENT,
-        "scaling_factor": diffusers.AutoencoderKL.load_config(tiny_checkpoint / "vae")["scaling_factor"],
         "default_sampler": "ddim",
         "default_steps": 20,
-        "default_guidance": 4.0,
-        "guidance_folded": False,
-        "num_class_embeds": None,
+        "class_count": None,
         "prediction_type": "epsilon",
-        "zeros_for_empty_prompt": False,
     }
+    assert Bundle.open(tiny_bundle).roles == Roles(
+        "unet",
+        "vae_decoder",
+        "vae_encoder",
+        Guidance("two_rows", 4.0),
+        (TextEncoder("text_encoder", "tokenizer", "clip", 16),),
+        None,
+        {"encoder_hidden_states": "text_encoder.last_hidden_state"},
+    )
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -155,7 +164,8 @@ def judge_unet(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     options = {name: inputs[name] for name in ("class_labels", "timestep_cond") if name in inputs}
     text = inputs.get("encoder_hidden_states")
-    out = unet(inputs["sample"], inputs["timestep"], text, added_cond_kwargs=added or None, **options)
+    sample = torch.cat([inputs[name] for name in ("sample", "image_latents") if name in inputs], dim=1)
+    out = unet(sample, inputs["timestep"], text, added_cond_kwargs=added or None, **options)
     return {"out_sample": out.sample}
 
 
@@ -169,14 +179,39 @@ def judge_text_encoder(folder: Path, inputs: dict[str, Tensor], name: str = "tex
 
 def judge_vae(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    factor = vae.config.scaling_factor
     if "latent_sample" in inputs:
-        return {"sample": vae.decode(inputs["latent_sample"]).sample}
-    return {"latent_parameters": vae.encode(inputs["sample"]).latent_dist.parameters}
+        return {"sample": vae.decode(inputs["latent_sample"] / factor).sample}
+    found = vae.encode(inputs["sample"]).latent_dist  # of x * factor, the log-variance is larger by 2 log(factor)
+    return {"latent_parameters": torch.cat([found.mean * factor, found.logvar + 2 * math.log(factor)], dim=1)}
+
+
+def judge_conditioner(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What diffusers' pipelines make of these, in numpy and torch of this test's own."""
+    made, rows = {}, next(value.shape[0] for value in inputs.values() if value.ndim)
+    states = [value for name, value in inputs.items() if ".hidden_states." in name]
+    if states:
+        made["encoder_hidden_states"] = torch.cat(states, dim=-1)
+        size = [inputs["height"], inputs["width"]]
+        sizes = torch.stack([*size, torch.tensor(0.0), torch.tensor(0.0), *size]).repeat(rows, 1)
+        if "is_negative" in inputs:
+            sizes = sizes[:, :5].clone()
+            sizes[:, 4] = 6.0 - 3.5 * inputs["is_negative"]
+        made["time_ids"] = sizes
+    if "text_encoder_2.text_embeds" in inputs:
+        made["text_embeds"] = inputs["text_encoder_2.text_embeds"] * inputs["has_prompt"][:, None]
+        made["encoder_hidden_states"] = made["encoder_hidden_states"] * inputs["has_prompt"][:, None, None]
+    if "guidance_weight" in inputs:
+        weights = inputs["guidance_weight"].repeat(rows)
+        embedding = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        made["timestep_cond"] = embedding(SimpleNamespace(), weights, embedding_dim=10)  # type: ignore[arg-type]
+    return made
 
 
 JUDGES: dict[str, Callable[[Path, dict[str, Tensor]], dict[str, Tensor]]] = {
     "text_encoder": judge_text_encoder,
     "text_encoder_2": lambda folder, inputs: judge_text_encoder(folder, inputs, "text_encoder_2"),
+    "conditioner": judge_conditioner,
     "unet": judge_unet,
     "vae_decoder": judge_vae,
     "vae_encoder": judge_vae,
@@ -456,8 +491,8 @@ def test_a_large_graph_is_compared_in_a_process_of_its_own(
     monkeypatch.setattr(parity, "LARGE_BYTES", 0)
     bundle, checkpoint = Bundle.open(tiny_bundle), LatentDiffusion.open(tiny_checkpoint)
     graph = bundle.manifest.graphs["text_encoder"]
-    module = graph_module(checkpoint.load("text_encoder"), graph)
-    runs = parity.reference_runs(module, graph, 2, checkpoint.configs["text_encoder"]["vocab_size"])
+    own = family_of(checkpoint).graphs[0]
+    runs = parity.reference_runs(own.load(), graph, 2, own.ids)
     records = parity.compare_graph(bundle.file(graph.path), graph, runs)
     assert [record.output for record in records] == ["last_hidden_state", "pooler_output"]
     assert all(record.passed for record in records)

@@ -326,80 +326,6 @@ def test_a_gate_that_is_left(plain: Callable[[], onnx.ModelProto], refused: tupl
     assert_left(plain(), "gated", refused)
 
 
-# --- timestep -------------------------------------------------------------------------------------------------------
-
-
-def timestep(name: str = "timestep", *, inner: bool = False, outputs: Sequence[str] = ()) -> onnx.ModelProto:
-    nodes = [
-        *([node("Neg", [name], "n")] if inner else []),
-        node("Shape", ["x"], "rows.ids", start=0, end=1),
-        node("Expand", ["n" if inner else name, "rows.ids"], "e"),
-        node("Unsqueeze", ["e", "axes"], "u"),
-        node("Mul", ["u", "f"], "m"),
-        node("Add", ["x", "m"], "y"),
-    ]
-    weights = {"axes": np.array([1]), "f": random(1, 4)}
-    return graph_of(nodes, {"x": ["B", 4], name: []}, {"y": ["B", 4]} | {k: ["B"] for k in outputs}, weights)
-
-
-def test_a_timestep_has_one_row() -> None:
-    calls = [{"x": random(2, batch, 4), "timestep": np.array(7.5, np.float32)} for batch in (1, 3)]
-    assert_applied(timestep(), "timestep", {"Expand": -1, "Shape": -1, "Reshape": 1}, calls)
-
-
-@pytest.mark.parametrize(
-    "plain",
-    [timestep("scale"), timestep(inner=True)],
-    ids=["another input", "what is computed"],
-)
-def test_an_expansion_that_is_left(plain: onnx.ModelProto) -> None:
-    assert_left(plain, "timestep", ())
-
-
-def rows(*after: onnx.NodeProto, out: Sequence[int | str] = ("B", 4)) -> onnx.ModelProto:
-    """Rows m (B, 4) of a timestep, and what is made of them."""
-    nodes = [*timestep().graph.node[:-1], *after]
-    weights = {"axes": np.array([1]), "f": random(1, 4), "first": np.array([0])}
-    return graph_of(nodes, {"x": ["B", 4], "timestep": []}, {"y": list(out)}, weights)
-
-
-def test_rows_times_a_weight_that_is_computed() -> None:
-    plain = rows(node("Neg", ["f"], "w"), node("Mul", ["m", "w"], "n"), node("Add", ["x", "n"], "y"))
-    calls = [{"x": random(2, batch, 4), "timestep": np.array(7.5, np.float32)} for batch in (1, 3)]
-    assert_applied(plain, "timestep", {"Expand": -1, "Shape": -1, "Reshape": 1}, calls)
-
-
-@pytest.mark.parametrize(
-    ("plain", "refused"),
-    [
-        pytest.param(timestep(outputs=["e"]), "e: its rows are the output e", id="the rows are an output"),
-        pytest.param(rows(node("Sin", ["m"], "y")), "e: its rows are the output y", id="what is made of them is"),
-        pytest.param(
-            rows(node("Concat", ["x", "m"], "y", axis=1), out=["B", 8]),
-            "e: Concat may tell its one row from many",
-            id="beside others",
-        ),
-        pytest.param(
-            rows(node("Unsqueeze", ["m", "first"], "u0"), node("Add", ["x", "u0"], "y"), out=[1, "B", 4]),
-            "e: Unsqueeze may tell its one row from many",
-            id="turned",
-        ),
-        pytest.param(
-            rows(node("ReduceSum", ["m", "first"], "s", keepdims=1), node("Add", ["x", "s"], "y")),
-            "e: ReduceSum may tell its one row from many",
-            id="summed",
-        ),
-        pytest.param(
-            rows(node("Shape", ["m"], "s"), node("Expand", ["f", "s"], "z"), node("Add", ["x", "z"], "y")),
-            "e: Shape may tell its one row from many",
-            id="counted",
-        ),
-    ],
-)
-def test_rows_that_must_be_many(plain: onnx.ModelProto, refused: str) -> None:
-    assert_left(plain, "timestep", (refused,))
-
-
 # --- cut_once -------------------------------------------------------------------------------------------------------
 
 
@@ -497,17 +423,17 @@ def test_an_output_that_depends_on_one_input_alone_stays_an_output(also: str) ->
 
 # --- real exports ---------------------------------------------------------------------------------------------------
 
-NONE = dict.fromkeys(("attention", "pointwise", "gated", "timestep", "upsample"), 0)
+NONE = dict.fromkeys(("attention", "pointwise", "gated", "upsample"), 0)
 
 
 @pytest.mark.parametrize(
     ("kind", "graph", "applied"),
     [
-        ("text", "unet", {"attention": 8, "pointwise": 8, "gated": 4, "timestep": 1, "upsample": 1}),
+        ("text", "unet", {"attention": 8, "pointwise": 8, "gated": 4, "upsample": 1}),
         ("text", "vae_decoder", NONE | {"attention": 1, "upsample": 1}),
         ("text", "text_encoder", NONE),
-        ("class-conditional", "unet", NONE | {"timestep": 1}),
-        ("unconditional", "unet", NONE | {"timestep": 1}),
+        ("class-conditional", "unet", NONE),
+        ("unconditional", "unet", NONE),
     ],
 )
 def test_an_exported_graph(

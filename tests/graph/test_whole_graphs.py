@@ -18,7 +18,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError, InputError, ParityError
 from ldm_export.export.graphs import change_graphs
-from ldm_export.export.onnx import graph_module
+from ldm_export.families import family_of
 from ldm_export.graph.base import GraphChange, GraphPass, Inputs
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
@@ -75,7 +75,7 @@ def latents(bundle: Bundle) -> Array:
 def worst_of_pytorch(bundle: Bundle, checkpoint: LatentDiffusion, name: str, calls: Sequence[Inputs]) -> float:
     """max |onnx - torch| / max |torch|, by a session and a network of this test's own."""
     spec = bundle.manifest.graphs[name]
-    module = graph_module(checkpoint.load("vae" if name.startswith("vae") else name), spec)
+    module = next(graph.load() for graph in family_of(checkpoint).graphs if graph.spec == spec)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # fp32, as the runtime's sessions
     session = onnxruntime.InferenceSession(bundle.path / spec.path, options, ["CPUExecutionProvider"])

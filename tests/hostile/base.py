@@ -230,6 +230,40 @@ def with_target(draft: Draft) -> None:
     draft.target_files = {path: draft.files[f"{name}/model.onnx"] for name, path in graphs.items()}
 
 
+CONDITIONER = """<ir_version: 9, opset_import: ["" : 18]>
+    g (float[batch, 8, 6] states, float[batch] has_prompt, float height) => (float[batch, 8, 6] encoder_hidden_states)
+    <int64[2] last = {1, 2}, float none = {0}> {
+        rows = Unsqueeze (has_prompt, last)
+        told = Mul (states, rows)
+        nothing = Mul (height, none)
+        encoder_hidden_states = Add (told, nothing)
+    }"""
+
+
+def with_conditioner(draft: Draft, text: str = CONDITIONER, source: str = "text_encoder.last_hidden_state") -> None:
+    """Add a conditioner, for which no prompt is zeros; ``source`` is what its first input is."""
+    model = parser.parse_model(text)
+    first = model.graph.input[0]
+    for node in model.graph.node:
+        node.input[:] = [source if name == first.name else name for name in node.input]
+    first.name = source
+    draft.files["conditioner/model.onnx"] = model.SerializeToString()
+    sides = {
+        side: [
+            spec(
+                [dimension.dim_param or dimension.dim_value for dimension in value.type.tensor_type.shape.dim],
+                value.name,
+                np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)).name,
+            )
+            for value in values
+        ]
+        for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output))
+    }
+    draft.manifest["graphs"] = {**draft.manifest["graphs"], "conditioner": {"path": "conditioner/model.onnx", **sides}}
+    draft.manifest["roles"]["conditioner"] = "conditioner"
+    draft.manifest["roles"]["conditions"] = {"encoder_hidden_states": "conditioner.encoder_hidden_states"}
+
+
 def with_outside_weights(draft: Draft) -> None:
     """Move the text encoder's table to ``text_encoder/model.onnx_data``."""
     model = draft.model("text_encoder")

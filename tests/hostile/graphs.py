@@ -9,10 +9,11 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from tests.hostile.base import GRAPHS, Draft, spec
+from tests.hostile.base import CONDITIONER, GRAPHS, Draft, with_conditioner
 from tests.hostile.case import ASKS, Case
 
 PNG = {**ASKS, "image": True}
+STATES = "text_encoder.last_hidden_state"
 
 OTHER: dict[str, tuple[str, str, str]] = {
     "a UNet of another output": ("unet", "out_sample", "foo"),
@@ -56,14 +57,29 @@ def _wider_output(draft: Draft) -> None:
     draft.graph("unet", text)
 
 
-def _told_scale(draft: Draft, size: Any, opens_name: str = "timestep_cond") -> None:
-    """A UNet that is told the guidance scale, in the graph and in the manifest alike."""
-    written = size if isinstance(size, int) else str(size)
-    text = GRAPHS["unet"].replace(
-        "encoder_hidden_states)", f"encoder_hidden_states, float[batch, {written}] {opens_name})", 1
-    )
-    draft.graph("unet", text)
-    draft.manifest["graphs"]["unet"]["inputs"].append(spec(["batch", size], opens_name))
+CONDITIONERS: dict[str, tuple[bool, dict[str, str], str]] = {
+    "as it shall be": (True, {}, STATES),
+    "that reads the pooled states": (False, {}, "text_encoder.pooler_output"),
+    "that reads what no encoder gives": (False, {}, "text_encoder.none"),
+    "that reads what nothing gives": (False, {}, "states"),
+    "that reads its own output": (False, {}, "conditioner.encoder_hidden_states"),
+    "that reads the decoder's pictures": (False, {}, "vae_decoder.sample"),
+    "of fewer states": (False, {"[batch, 8, 6] states": "[batch, 7, 6] states"}, STATES),
+    "of states of whole numbers": (False, {"float[batch, 8, 6] states": "int64[batch, 8, 6] states"}, STATES),
+    "of one picture": (False, {"float[batch] has_prompt": "float[1] has_prompt"}, STATES),
+    "of a height for each row": (False, {"float height": "float[batch] height"}, STATES),
+    "that gives states of another width": (False, {"[batch, 8, 6] enc": "[batch, 8, 7] enc"}, STATES),
+    "that gives another name": (False, {"encoder_hidden_states": "other"}, STATES),
+}
+"""Whether it opens, texts that are replaced in it, and the source of its first input."""
+
+
+def _conditioner(draft: Draft, changes: dict[str, str], source: str) -> None:
+    text = CONDITIONER
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    with_conditioner(draft, text, source)
 
 
 def _functions(draft: Draft, depth: int, calls: int) -> None:
@@ -154,10 +170,9 @@ def cases() -> Iterator[Case]:
     yield Case("graph: a UNet of half precision", False, _half_output)
     yield Case("graph: a text encoder of more tokens than it says", False, _more_states)
     yield Case("graph: a UNet of wider predictions", False, _wider_output)
-    for size, opens in ((4, True), (5, True), (256, True), (2, False), (3, False), (1, False), ("w", False)):
-        yield Case(f"graph: timestep_cond of size {size}", opens, partial(_told_scale, size=size))
-    yield Case("graph: an input of no known name", False, partial(_told_scale, size=4, opens_name="scale"))
-    yield Case("graph: text_embeds without time_ids", False, partial(_told_scale, size=6, opens_name="text_embeds"))
+    for what, (opens, changes, source) in CONDITIONERS.items():
+        change = partial(_conditioner, changes=changes, source=source)
+        yield Case(f"graph: a conditioner {what}", opens, change)
     for depth, calls, opens in (
         (1, 1, True),
         (8, 2, True),

@@ -22,24 +22,12 @@ def _model() -> Iterator[Case]:
     yield from rows(manifest_value("model", "pixels_per_latent"), refused=("1", "4", "8", "3"))
     yield from rows(manifest_value("model", "latent_channels"), refused=("3", "5"))
     yield from rows(
-        manifest_value("model", "scaling_factor"),
-        opened=("1", "0.18215", "1e-5", "1048576", "13.5"),
-        refused=("0", "-0.5", "1e-7", "1048577", "1e-300", "1e39", '"1"', "true", "null", "[1]", MISSING),
-    )
-    yield from rows(
-        manifest_value("model", "default_guidance"),
-        opened=("0", "1", "7.5", "1048576", MISSING),
-        refused=("-1", "1048577", "1e308", "1" + "0" * 300, '"4"', "true", "null"),
-    )
-    for key in ("guidance_folded", "zeros_for_empty_prompt"):
-        yield from rows(manifest_value("model", key), opened=(MISSING,), refused=("0", "1", '"false"', "null", "[]"))
-    yield from rows(
         manifest_value("model", "default_sampler"),
         opened=('"euler"', '"no-such-sampler-2"'),
         refused=('"../x"', '"a/b"', '""', '"-"', '"a--b"', '"A"', '"\\u0000"', f'"{"a" * 101}"', *NO_TEXT),
     )
     yield from rows(
-        manifest_value("model", "num_class_embeds"),
+        manifest_value("model", "class_count"),
         opened=("null", "1", "1000", "1048576", MISSING),
         refused=("0", "-1", "2.0", '"5"', "true", "1048577"),
     )
@@ -48,7 +36,7 @@ def _model() -> Iterator[Case]:
 
 
 def _whole() -> Iterator[Case]:
-    yield from rows(manifest_value("format_version"), refused=("0", "2", "1.0", '"1"', "true", "null", MISSING))
+    yield from rows(manifest_value("format_version"), refused=("0", "1", "3", "2.0", '"2"', "true", "null", MISSING))
     yield from rows(manifest_value("ldm_export_version"), opened=('""', '"99"'), refused=NO_TEXT)
     yield from rows(manifest_value("source"), opened=("{}",), refused=("[]", "null", MISSING))
     yield from rows(
@@ -173,6 +161,61 @@ def _graph_entries() -> Iterator[Case]:
     )
 
 
+def _role_entries() -> Iterator[Case]:
+    yield from rows(manifest_value("roles"), refused=("{}", "[]", "null", '"unet"', MISSING))
+    yield from rows(manifest_value("roles", "x"), refused=("1", "null"))
+    for key in ("denoiser", "vae_decoder", "vae_encoder"):
+        yield from rows(
+            manifest_value("roles", key),
+            refused=('"none"', '""', '"text_encoder"', '"scheduler"', '"../unet"', '"unet/model"', *NO_TEXT),
+        )
+    yield from rows(
+        manifest_value("roles", "conditioner"),
+        opened=("null",),
+        refused=('""', '"none"', '"unet"', '"text_encoder"', "0", "false", "[]", "{}", MISSING),
+    )
+    yield from rows(
+        manifest_value("roles", "guidance", "scale"),
+        opened=("0", "1", "7.5", "1048576"),
+        refused=("-1", "1048577", "1e308", "1" + "0" * 300, '"4"', "true", "null", "NaN", MISSING),
+    )
+    yield from rows(
+        manifest_value("roles", "guidance", "kind"),
+        opened=('"two_rows"', '"input"', '"none"'),
+        refused=('""', '"TWO_ROWS"', '"three_rows"', *NO_TEXT),
+    )
+    yield from rows(manifest_value("roles", "guidance", "x"), refused=("1",))
+    yield from rows(manifest_value("roles", "guidance"), refused=("{}", "[]", "null", "4", MISSING))
+    yield from rows(manifest_value("roles", "text_encoders"), refused=("[]", "{}", "null", "[1]", "[{}]", MISSING))
+    encoder = ("roles", "text_encoders", 0)
+    yield from rows(manifest_value(*encoder, "graph"), refused=('"none"', '""', '"unet"', '"loops/x"', *NO_TEXT))
+    yield from rows(
+        manifest_value(*encoder, "tokenizer"), refused=('"none"', '""', '"../x"', '"/etc"', '"a//b"', *NO_TEXT)
+    )
+    yield from rows(manifest_value(*encoder, "kind"), refused=('"t5"', '""', '"CLIP"', *NO_TEXT))
+    yield from rows(manifest_value(*encoder, "length"), refused=("9", "7", *NO_COUNT))
+    yield from rows(manifest_value(*encoder, "x"), refused=("1",))
+    condition = ("roles", "conditions")
+    yield from rows(
+        manifest_value(*condition, "encoder_hidden_states"),
+        refused=(
+            '"text_encoder.pooler_output"',
+            '"text_encoder.none"',
+            '"text_encoder"',
+            '"conditioner.encoder_hidden_states"',
+            '"vae_decoder.sample"',
+            '"class_labels"',
+            '"height"',
+            '"image_latents"',
+            '""',
+            *NO_TEXT,
+        ),
+    )
+    for name in ("sample", "timestep", "none", ""):
+        yield from rows(manifest_value(*condition, name), refused=('"height"', '"text_encoder.last_hidden_state"'))
+    yield from rows(manifest_value(*condition), refused=("{}", "[]", "null", MISSING))
+
+
 REFUSED_ROLES: dict[str, list[tuple[str, str]]] = {
     "no inputs of the UNet": [("graphs.unet.inputs", "[]")],
     "no outputs of the UNet": [("graphs.unet.outputs", "[]")],
@@ -185,13 +228,13 @@ REFUSED_ROLES: dict[str, list[tuple[str, str]]] = {
         ("graphs.unet.inputs.0.shape", '["batch", 4, "side", "side"]'),
         ("graphs.unet.outputs.0.shape", '["batch", 4, "side", "side"]'),
     ],
-    "a UNet's timestep of rank 1": [("graphs.unet.inputs.1.shape", "[1]")],
+    "a UNet's timestep of rank 0": [("graphs.unet.inputs.1.shape", "[]")],
+    "a UNet's timestep of one row": [("graphs.unet.inputs.1.shape", "[1]")],
+    "a UNet's timestep of another batch": [("graphs.unet.inputs.1.shape", '["rows"]')],
     "a UNet's timestep of whole numbers": [("graphs.unet.inputs.1.dtype", '"int64"')],
     "a UNet without a timestep": [("graphs.unet.inputs.1", MISSING)],
     "a UNet that reads states of another width": [("graphs.unet.inputs.2.shape", '["batch", "tokens", 7]')],
-    "a UNet that reads states of a free width": [("graphs.unet.inputs.2.shape", '["batch", "tokens", "w"]')],
     "a UNet that reads fewer tokens": [("graphs.unet.inputs.2.shape", '["batch", 7, 6]')],
-    "a UNet that reads another batch of states": [("graphs.unet.inputs.2.shape", '["other", "tokens", 6]')],
     "a UNet that reads states of rank 2": [("graphs.unet.inputs.2.shape", '["batch", 6]')],
     "a UNet's input of no known name": [("graphs.unet.inputs.2.name", '"hidden"')],
     "a UNet's two inputs of one name": [("graphs.unet.inputs.2.name", '"sample"')],
@@ -234,6 +277,8 @@ def _roles() -> Iterator[Case]:
     yield from rows(manifest_value("graphs", "unet"), refused=(renamed,))
     yield Case("manifest: sizes of other names throughout", True, _other_names, asks=PNG)
     yield Case("manifest: a second graph of the UNet's file", True, _second_of_one_file)
+    any_width = _changing([("graphs.unet.inputs.2.shape", '["batch", "tokens", "w"]')])
+    yield Case("manifest: a UNet that reads states of any width", True, any_width)
     yield Case("manifest: a loop of no inputs", False, _loop_of_nothing)
 
 
@@ -269,5 +314,5 @@ def _loop_of_nothing(draft: Draft) -> None:
 
 def cases() -> Iterator[Case]:
     """All of this part."""
-    for part in (_whole, _model, _files, _parity, _graph_entries, _roles):
+    for part in (_whole, _model, _files, _parity, _graph_entries, _role_entries, _roles):
         yield from part()

@@ -15,9 +15,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.contract import unet_spec
 from ldm_export.errors import InputError
-from ldm_export.export.onnx import export_graph, graph_module, random_inputs
+from ldm_export.export.onnx import export_graph, random_inputs
+from ldm_export.families import family_of
 from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.prune_weights import PruneWeights, two_of_four
 from ldm_export.passes.teacher import TeacherData
@@ -197,9 +197,9 @@ def test_zeros_survive_fp16_and_export(
     if pattern == "unstructured":
         return  # one export is enough
     assert all(((fours_of(weight) == 0).sum(-1) >= 2).all() for weight in weights.values())
-    spec = unet_spec(saved.configs["unet"])
-    example = random_inputs(spec, {"batch": 2, "height": 8, "width": 8, "tokens": 16}, 2, 100)
-    graph = onnx.load(export_graph(graph_module(opened, spec), spec, example, tmp_path / "graph"))
+    denoiser = next(graph for graph in family_of(saved).graphs if graph.component == "unet")
+    example = random_inputs(denoiser.spec, {"batch": 2, "height": 8, "width": 8, "tokens": 16}, 2, 100)
+    graph = onnx.load(export_graph(denoiser.load(), denoiser.spec, example, tmp_path / "graph"))
     exported = [numpy_helper.to_array(tensor) for tensor in graph.graph.initializer]
     written = sum(int((array == 0).sum()) for array in exported if array.ndim in (2, 4) and array.size > 16)
     assert written == sum(int((weight == 0).sum()) for weight in weights.values())

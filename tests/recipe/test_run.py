@@ -71,8 +71,8 @@ def test_the_bundle_is_drawn_as_the_passes_left_it(whole: tuple[Path, list[dict[
     folder, _ = whole
     bundle = Bundle.open(folder / "bundle", verify=True)
     model = bundle.manifest.model
-    assert (model["default_sampler"], model["default_steps"], model["default_guidance"]) == ("ddim", 2, 4.0)
-    assert model["guidance_folded"] is True
+    assert (model["default_sampler"], model["default_steps"], bundle.roles.guidance.scale) == ("ddim", 2, 4.0)
+    assert bundle.roles.guidance.kind == "none"
     drawn = Pipeline(bundle).generate("a red circle", seed=3)
     assert drawn.images.shape == (1, 16, 16, 3)
     assert len(drawn.timings.denoiser_ms) == 2

@@ -2,92 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldm_export.contract import (
-    GraphSpec,
-    TensorSpec,
-    loop_spec,
-    unet_spec,
-    vae_decoder_spec,
-    vae_encoder_spec,
-)
+from ldm_export.bundle import Bundle
+from ldm_export.contract import NONE, GraphSpec, Guidance, Roles, TensorSpec, TextEncoder, loop_spec
 from ldm_export.reading.documents import MalformedError
 from ldm_export.runtime.facts import check_graphs
+from tests.bundle_fixture import KINDS
 
-UNET: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D"],
-    "mid_block_type": None,
-    "block_out_channels": [8],
-    "cross_attention_dim": 32,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "projection_class_embeddings_input_dim": None,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "time_cond_proj_dim": None,
-}
-WITHOUT_TEXT = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-XL = {
-    "cross_attention_dim": 64,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24 + 6 * 8,
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "text": {},
-    "inpainting": {"in_channels": 9},
-    "told the guidance scale": {"time_cond_proj_dim": 256},
-    "SDXL": XL,
-    "unconditional": WITHOUT_TEXT,
-    "class-conditional": {**WITHOUT_TEXT, "num_class_embeds": 5},
-    "features": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16},
-}
+Contract = tuple[dict[str, GraphSpec], Roles]
+LABELS = TensorSpec("class_labels", "int64", ("batch",))
+FEATURES = TensorSpec("class_labels", "float32", ("batch", 16))
 
 
-def text_encoder(name: str, *, states: bool = False, projection: bool = False) -> GraphSpec:
-    """As export writes it: 77 tokens, width 32, two layers; SDXL's give every layer's states."""
-    shape = ("batch", 77, 32)
-    outputs = [TensorSpec("last_hidden_state", "float32", shape)]
-    pooled = TensorSpec("text_embeds", "float32", ("batch", 24)), TensorSpec("pooler_output", "float32", ("batch", 32))
-    outputs.append(pooled[0] if projection else pooled[1])
-    outputs += [TensorSpec(f"hidden_states.{layer}", "float32", shape) for layer in range(3 * states)]
-    return GraphSpec(f"{name}/model.onnx", (TensorSpec("input_ids", "int64", ("batch", 77)),), tuple(outputs))
+@pytest.fixture
+def contract(kinds: Callable[[str], tuple[Path, Path]], tiny_bundle: Path) -> Callable[[str], Contract]:
+    """A function from a kind of model to its graphs and roles, as export writes them; ``text`` is Stable Diffusion."""
+
+    def read(kind: str) -> Contract:
+        bundle = Bundle.open(tiny_bundle if kind == "text" else kinds(kind)[1])
+        return dict(bundle.manifest.graphs), bundle.roles
+
+    return read
 
 
-def graphs_of(kind: str, channels: int = 3) -> dict[str, GraphSpec]:
-    unet = unet_spec({**UNET, **KINDS[kind]})
-    vae = {"in_channels": channels, "out_channels": channels, "latent_channels": 4}
-    graphs = {"unet": unet, "vae_decoder": vae_decoder_spec(vae), "vae_encoder": vae_encoder_spec(vae)}
-    if kind == "SDXL":
-        graphs["text_encoder"] = text_encoder("text_encoder", states=True)
-        graphs["text_encoder_2"] = text_encoder("text_encoder_2", states=True, projection=True)
-    elif any(tensor.name == "encoder_hidden_states" for tensor in unet.inputs):
-        graphs["text_encoder"] = text_encoder("text_encoder")
-    return graphs
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_export_writes_is_taken(kind: str, channels: int) -> None:
-    check_graphs(graphs_of(kind, channels), 4)
+@pytest.mark.parametrize("kind", ["text", *KINDS])
+def test_what_export_writes_is_taken(contract: Callable[[str], Contract], kind: str) -> None:
+    check_graphs(*contract(kind), 4)
 
 
 @pytest.mark.parametrize("draws", [0, 3])
-@pytest.mark.parametrize("kind", ["text", "told the guidance scale", "unconditional", "class-conditional"])
-def test_its_loops_are_taken(kind: str, draws: int) -> None:
-    graphs = graphs_of(kind)
-    guided = kind == "text"
-    loop = loop_spec("ddim-2", graphs, guided=guided, draws=draws)
-    check_graphs({**graphs, loop.name: loop}, 4)
-    with pytest.raises(MalformedError, match="loops/ddim-2"):
-        check_graphs({**graphs, loop.name: replace(loop, outputs=loop.outputs[:1])}, 4)
+@pytest.mark.parametrize("kind", ["text", *(kind for kind in KINDS if kind != "inpainting")])
+def test_its_loops_are_taken(contract: Callable[[str], Contract], kind: str, draws: int) -> None:
+    graphs, roles = contract(kind)
+    loop = loop_spec("ddim-2", graphs, roles, draws=draws)
+    check_graphs({**graphs, loop.name: loop}, roles, 4)
+    for side, left in (("outputs", loop.outputs[:1]), ("inputs", loop.inputs[1:])):
+        with pytest.raises(MalformedError, match="loop"):
+            check_graphs({**graphs, loop.name: replace(loop, **{side: left})}, roles, 4)
 
 
 def changed(graphs: dict[str, GraphSpec], name: str, tensor: TensorSpec) -> dict[str, GraphSpec]:
@@ -96,32 +53,67 @@ def changed(graphs: dict[str, GraphSpec], name: str, tensor: TensorSpec) -> dict
         side: tuple(tensor if each.name == tensor.name else each for each in getattr(graphs[name], side))
         for side in ("inputs", "outputs")
     }
+    assert sides["inputs"] != graphs[name].inputs or sides["outputs"] != graphs[name].outputs
     return {**graphs, name: replace(graphs[name], **sides)}
 
 
 @pytest.mark.parametrize(
     ("kind", "graph", "tensor"),
     [
-        ("SDXL", "unet", TensorSpec("time_ids", "float32", ("batch", 5))),
-        ("SDXL", "unet", TensorSpec("text_embeds", "float32", ("batch", 25))),
-        ("SDXL", "unet", TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", 32))),
-        ("SDXL", "text_encoder_2", TensorSpec("input_ids", "int64", ("batch", 60))),
-        ("SDXL", "text_encoder", TensorSpec("hidden_states.1", "float32", ("batch", 77, 31))),
-        ("told the guidance scale", "unet", TensorSpec("timestep_cond", "float32", ("batch", 3))),
+        ("sdxl", "unet", TensorSpec("time_ids", "float32", ("batch", 5))),
+        ("sdxl", "unet", TensorSpec("text_embeds", "float32", ("batch", 25))),
+        ("sdxl", "unet", TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", 32))),
+        ("sdxl", "text_encoder_2", TensorSpec("input_ids", "int64", ("batch", 60))),
+        ("sdxl", "text_encoder", TensorSpec("hidden_states.1", "float32", ("batch", 16, 31))),
+        ("sdxl", "conditioner", TensorSpec("height", "float32", ("batch",))),
+        ("sdxl", "conditioner", TensorSpec("has_prompt", "int64", ("batch",))),
+        ("sdxl", "conditioner", TensorSpec("time_ids", "float32", (2, 6))),
+        ("refiner", "conditioner", TensorSpec("is_negative", "float32", ())),
+        ("lcm", "conditioner", TensorSpec("guidance_weight", "float64", ())),
+        ("lcm", "unet", TensorSpec("timestep_cond", "float32", ("batch", 3))),
         ("class-conditional", "unet", TensorSpec("class_labels", "float32", ("batch",))),
-        ("features", "unet", TensorSpec("class_labels", "int64", ("batch", 16))),
-        ("features", "unet", TensorSpec("class_labels", "float32", ("batch", "features"))),
-        ("text", "text_encoder", TensorSpec("last_hidden_state", "float32", ("batch", 77, 31))),
+        ("class-conditional", "unet", TensorSpec("class_labels", "int64", ("batch", 16))),
+        ("text", "text_encoder", TensorSpec("last_hidden_state", "float32", ("batch", 16, 31))),
+        ("text", "unet", TensorSpec("timestep", "float32", ())),
+        ("inpainting", "unet", TensorSpec("image_latents", "int64", ("batch", 5, "height", "width"))),
     ],
 )
-def test_other_graphs_are_refused(kind: str, graph: str, tensor: TensorSpec) -> None:
+def test_other_graphs_are_refused(
+    contract: Callable[[str], Contract], kind: str, graph: str, tensor: TensorSpec
+) -> None:
+    graphs, roles = contract(kind)
     with pytest.raises(MalformedError):
-        check_graphs(changed(graphs_of(kind), graph, tensor), 4)
+        check_graphs(changed(graphs, graph, tensor), roles, 4)
 
 
-def test_encoders_and_what_reads_them_belong_together() -> None:
-    graphs = graphs_of("SDXL")
-    with pytest.raises(MalformedError, match="text_embeds"):
-        check_graphs({name: graph for name, graph in graphs.items() if name != "text_encoder_2"}, 4)
-    with pytest.raises(MalformedError, match="text_embeds"):
-        check_graphs({**graphs_of("text"), "text_encoder_2": graphs["text_encoder_2"]}, 4)
+def test_class_labels_are_numbers_or_features(contract: Callable[[str], Contract]) -> None:
+    graphs, roles = contract("class-conditional")
+    for labels in (LABELS, FEATURES):
+        inputs = (*graphs["unet"].inputs[:2], labels)
+        check_graphs({**graphs, "unet": replace(graphs["unet"], inputs=inputs)}, roles, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_encoders": ()}, "reads 'text_encoder.last_hidden_state', which nothing gives"),
+        ({"conditions": {}}, "the input 'encoder_hidden_states'"),
+        ({"conditions": {"encoder_hidden_states": "class_labels"}}, "'encoder_hidden_states', which is given class_l"),
+        ({"conditions": {"encoder_hidden_states": "text_encoder.last_hidden_state", "x": "height"}}, "condition 'x'"),
+        ({"text_encoders": (TextEncoder("text_encoder", "tokenizer", "t5", 16),)}, "of the kind 't5'"),
+        ({"text_encoders": (TextEncoder("text_encoder", "tokenizer", "clip", 17),)}, "'input_ids'"),
+        ({"conditioner": "vae_encoder"}, "reads 'sample', which nothing gives"),
+    ],
+)
+def test_roles_that_do_not_fit_the_graphs(
+    contract: Callable[[str], Contract], changes: dict[str, Any], message: str
+) -> None:
+    graphs, roles = contract("text")
+    with pytest.raises(MalformedError, match=message):
+        check_graphs(graphs, replace(roles, **changes), 4)
+
+
+def test_guidance_takes_two_rows_above_1() -> None:
+    rows = [Guidance("two_rows", 4.0).takes_two_rows(scale) for scale in (0.0, 1.0, 1.5)]
+    assert rows == [False, False, True]
+    assert not any(Guidance(kind, 4.0).takes_two_rows(7.0) for kind in ("input", NONE))

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.manifest import stale_loops
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.contract import Guidance
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export import loop as export_loop
 from ldm_export.export.graphs import change_graphs, copy_bundle, copy_files
@@ -116,8 +117,13 @@ def test_guidance_in_the_model(tiny_bundle: Path, tmp_path: Path) -> None:
     with create_bundle(tmp_path / "folded") as writer:
         copy_files(opened, writer.path)
         manifest = opened.manifest
-        facts = {**manifest.model, "guidance_folded": True}
-        folded = writer.seal(model=facts, graphs=manifest.graphs, source=manifest.source, parity=manifest.parity)
+        folded = writer.seal(
+            model=manifest.model,
+            graphs=manifest.graphs,
+            source=manifest.source,
+            parity=manifest.parity,
+            roles=replace(opened.roles, guidance=Guidance("none", 4.0)),
+        )
     made = add_loop(folded, "ddim-10")
     assert [tensor.name for tensor in made.manifest.graphs["loops/ddim-10"].inputs] == ["input_ids", "noise"]
     wishes = {key: WISHES[key] for key in ("prompts", "seed", "height", "width")}
