@@ -116,7 +116,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which graphs of a bundle, by name, fill which roles, and what they are given.
+    """Assignment of a bundle's graphs, by name, to roles, and what they are given.
 
     Attributes
     ----------

@@ -132,7 +132,7 @@ def test_who_knows_the_reference() -> None:
     """What opens its networks, draws with them, judges pictures by its data, changes and trains them, or reads pictures
     as it does."""
     knows = {part_of(module) for module, file in TOOLCHAIN.items() if "ldm_reference" in packages(file)}
-    assert knows == {"checkpoint", "verify", "passes", "cli"}
+    assert knows == {"checkpoint", "families", "verify", "passes", "cli"}
     reads = {name for module, file in TOOLCHAIN.items() if part_of(module) == "cli" for name in imports(file)}
     assert {name for name in reads if name.startswith("ldm_reference")} == {
         "ldm_reference.pictures",

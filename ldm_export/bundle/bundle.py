@@ -64,7 +64,7 @@ class Bundle:
 
     @property
     def roles(self) -> Roles:
-        """Which graph fills which role; raises `BundleError` if the manifest says nothing of roles."""
+        """Roles of the graphs; raises `BundleError` if the manifest says nothing of roles."""
         if self.manifest.roles is None:
             raise _bad(self.path, "manifest.json has no roles, so nothing can be generated")
         return self.manifest.roles

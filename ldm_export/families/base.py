@@ -61,7 +61,7 @@ class Family(Protocol):
 
     @property
     def roles(self) -> Roles:
-        """Which graph fills which role."""
+        """Roles of the graphs."""
 
     @property
     def graphs(self) -> Sequence[ModelGraph]:
