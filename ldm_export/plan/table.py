@@ -37,6 +37,10 @@ MOST_STEPS = 10_000
 Latents = npt.NDArray[np.floating[Any]]
 
 
+class PlanError(InputError):
+    """Numbers of which no row or trajectory can be made."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One network call and the update that follows it; the module's docstring has the formula.
@@ -56,19 +60,18 @@ class Row:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not all(map(_is_float32, value if field.name == "weights" else (value,))):
-                raise InputError(
-                    f"a plan row has {field.name} = {value}; it must be finite in float32. Compile the plan again."
+        for name, value in vars(self).items():
+            if not (all(map(_is_float32, value)) if name == "weights" else _is_float32(value)):
+                raise PlanError(
+                    f"a plan row has {name} = {value}; it must be finite in float32. Compile the plan again."
                 )
         if self.timestep < 0 or not np.float32(self.input_scale) > 0 or self.clip < 0:
-            raise InputError(
+            raise PlanError(
                 f"a plan row has timestep {self.timestep}, input_scale {self.input_scale} and clip {self.clip}; "
                 "they must be >= 0, > 0 and >= 0. Compile the plan again."
             )
         if len(self.weights) > MAX_HISTORY:
-            raise InputError(
+            raise PlanError(
                 f"a plan row has {len(self.weights)} weights; at most {MAX_HISTORY} values are remembered. "
                 "Compile the plan again."
             )
@@ -94,13 +97,13 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if not self.rows or not (_is_float32(self.image_scale) and _is_float32(self.noise_scale)):
-            raise InputError(
+            raise PlanError(
                 f"a plan starts at image_scale {self.image_scale} and noise_scale {self.noise_scale} with "
                 f"{len(self.rows)} rows; scales must be finite and rows at least 1. Compile the plan again."
             )
         for made, row in enumerate(self.rows[:MAX_HISTORY], start=1):
             if len(row.weights) > made:
-                raise InputError(
+                raise PlanError(
                     f"network call {made} of a plan weighs {len(row.weights)} remembered values; only {made} exist "
                     "by then. Compile the plan again."
                 )

@@ -140,7 +140,7 @@ def converted(
 
 
 def plan_of(bundle: Bundle, name: str) -> Plan:
-    """One of a bundle's plans.
+    """One of the plans that a bundle has files of, which are what engines are recorded to be made from.
 
     Raises
     ------
@@ -152,8 +152,8 @@ def plan_of(bundle: Bundle, name: str) -> Plan:
     path = f"plans/{name}.json"
     if path not in bundle.manifest.files:
         raise InputError(
-            f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle))}. Use one of these, or add it "
-            "with ldm-export plan."
+            f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle)) or 'none'}. Use one of these, or "
+            "add it with ldm-export plan."
         )
     plan = Plan.from_json(bundle.read(path))
     if Path(path).name != plan.file_name:
