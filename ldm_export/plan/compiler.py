@@ -57,7 +57,8 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
     options = _options(SchedulerConfig.from_dict(as_trained(config, spec), spec.defaults, spec.only), sampler, eta)
     most = min(options.num_train_timesteps, MOST_STEPS)
     if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= most:
-        why = "the number of timesteps that the model was trained with" if most < MOST_STEPS else "the most of a plan"
+        trained = most == options.num_train_timesteps
+        why = "the number of timesteps that the model was trained with" if trained else "the most that a plan may have"
         raise InputError(
             f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {most}, {why}. Choose one of those."
         )
