@@ -111,6 +111,7 @@ class SchedulerConfig:
         """The bound that x0 is clipped to, 0 for none."""
         return self.clip_sample_range if self.clip_sample else 0.0
 
+    @np.errstate(over="ignore", invalid="ignore")  # what comes of it is judged here
     def betas(self) -> Vector:
         """The variances beta_t of the forward process (DDPM, 2006.11239, section 2), each in (0, 1)."""
         steps = self.num_train_timesteps

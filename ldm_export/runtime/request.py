@@ -249,7 +249,8 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     without = f"This bundle has no plan for {short_repr(sampler)} with {steps} steps{has}"
     if SCHEDULER not in bundle.manifest.files:
         raise InputError(
-            f"{without}, and no {SCHEDULER} to compile one from. Use a plan that it has, or export it anew."
+            f"{without}, and no {SCHEDULER} to compile one from; its plans: {', '.join(sorted(there)) or 'none'}. "
+            "Use one of those, or export the bundle anew."
         )
     try:
         return _compiled(bundle.read(SCHEDULER), sampler, steps)
