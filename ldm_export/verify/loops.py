@@ -54,7 +54,7 @@ def records_of(bundle: Bundle, loops: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda stage: None) -> Bundle:
-    """Build ``loops/NAME.onnx``, compare it with the runtime, and add it, and its plan's file if that is new, to the bundle.
+    """Build ``loops/NAME.onnx``, compare it with the runtime, and add it to the bundle, with its plan's file.
 
     Raises
     ------

@@ -1,5 +1,6 @@
 """What ``fuzz.cpp`` begins with: real files of a bundle, and small tokenizers of each layout that is read."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,8 @@ def write_seeds(bundle: Path, folder: Path) -> None:
     scheduler = (bundle / "scheduler" / "scheduler_config.json").read_bytes()
     seeds += [(PLAN, compile_plan(json.loads(scheduler), *plan).to_json().encode()) for plan in PLANS]
     seeds += [(SCHEDULER, bytes([number, 5]) + scheduler) for number in range(len(SAMPLERS))]
-    odd = [config for config, _, _ in wrong(40)]
-    seeds += [
-        (SCHEDULER, bytes([number % len(SAMPLERS), 9]) + json.dumps(odd[number]).encode()) for number in range(40)
-    ]
+    for number, (config, _, _) in enumerate(itertools.islice(wrong(0), 0, 1500, 37)):
+        seeds.append((SCHEDULER, bytes([number % len(SAMPLERS), 9]) + json.dumps(config).encode()))
     seeds += [(ONNX, path.read_bytes()) for path in target.glob("unet.*.onnx")]
     seeds += [(PROMPT, prompt.encode()) for prompt in PROMPTS]
     folder.mkdir()
