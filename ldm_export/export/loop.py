@@ -18,6 +18,7 @@ the ones that it is given it does not find for nested graphs; ``examples/web`` p
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class Loop:
     spec : where it goes in the bundle, its inputs and outputs
     model : the graph; its weights are external data
     weights : the file that they are in
-    made_of : SHA-256 of each file of the bundle that went into it
+    made_of : SHA-256 of each file of the bundle that went into it, its plan's among them
     """
 
     spec: GraphSpec
@@ -93,7 +94,7 @@ def check_loopable(unet: GraphSpec, latent_channels: int, *, zeros_for_empty_pro
 
 
 def build_loop(bundle: Bundle, plan: Plan) -> Loop:
-    """Build the loop graph of one of a bundle's plans from the bundle's own graphs.
+    """Build the loop graph of a plan, of which the bundle has or will have the file, from the bundle's own graphs.
 
     Raises
     ------
@@ -159,7 +160,9 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     main.output(spec.outputs[1], latents)
     main.graph.name = spec.name
     read = [path for path in files if any(path.startswith(graphs[name].path) for name in parts)]  # and its _data
-    made_of = {path: files[path].sha256 for path in (f"plans/{plan.file_name}", *read)}
+    text, path = plan.to_json().encode(), f"plans/{plan.file_name}"  # a file that may yet be added
+    own = files[path].sha256 if path in files else hashlib.sha256(text).hexdigest()
+    made_of = {path: own, **{path: files[path].sha256 for path in read}}
     return Loop(spec, _model(main, models), weights, made_of)
 
 

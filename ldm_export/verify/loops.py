@@ -21,7 +21,7 @@ from ldm_export.graph.running import session_options
 from ldm_export.plan import compile_plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
-from ldm_export.runtime.request import DEFAULT_GUIDANCE, checked_request
+from ldm_export.runtime.request import DEFAULT_GUIDANCE, checked_request, read_plan
 
 PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)
@@ -65,7 +65,7 @@ def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda
     ParityError
         If what the loop draws differs from what the runtime draws by more than the tolerance. Nothing is added.
     """
-    bundle, plan = with_plan(bundle, *loop_of(name))
+    plan = read_plan(bundle, *loop_of(name))
     for other, changed in stale_loops(bundle.manifest).items():
         if any(path.endswith(".onnx") for path in changed):
             raise BundleError(
@@ -79,6 +79,7 @@ def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda
         progress(f"{name}: comparing with the runtime")
         records = compare_loop(bundle, loop, path)
         check_parity(records, "The loop was not added.")
+        bundle, _ = with_plan(bundle, *loop_of(name))
         if WEIGHTS not in bundle.manifest.files:
             bundle = bundle.add_file(WEIGHTS, path.with_name(Path(WEIGHTS).name))
         return bundle.add_file(loop.spec.path, path, graph=loop.spec, parity=[record.to_dict() for record in records])
