@@ -244,12 +244,10 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     if path in bundle.manifest.files:
         return _plan_of(bundle, path)
     there = [name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")]
-    kin = sorted((name for name in there if name.rpartition("-")[0] == sampler), key=lambda name: (len(name), name))
-    has = f" (it has {', '.join(kin)})" if kin else ""
-    without = f"This bundle has no plan for {short_repr(sampler)} with {steps} steps{has}"
+    lacks = f"This bundle has no plan for {short_repr(sampler)} with {steps} steps"
     if SCHEDULER not in bundle.manifest.files:
         raise InputError(
-            f"{without}, and no {SCHEDULER} to compile one from; its plans: {', '.join(sorted(there)) or 'none'}. "
+            f"{lacks}, and no {SCHEDULER} to compile one from; its plans: {', '.join(sorted(there)) or 'none'}. "
             "Use one of those, or export the bundle anew."
         )
     try:
@@ -257,7 +255,9 @@ def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
     except MalformedError as error:
         raise BundleError(f"Bundle {bundle.path}: {SCHEDULER} is {error}. Export the bundle anew.") from error
     except InputError as error:
-        raise InputError(f"{without}, and it cannot be compiled: {error}") from error
+        kin = sorted((name for name in there if name.rpartition("-")[0] == sampler), key=lambda name: (len(name), name))
+        has = f" (it has {', '.join(kin)})" if kin else ""
+        raise InputError(f"{lacks}{has}, and it cannot be compiled: {error}") from error
 
 
 def check_plans(bundle: Bundle) -> None:

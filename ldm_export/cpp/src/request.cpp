@@ -166,20 +166,20 @@ Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t s
         there.push_back(name.substr(6, name.size() - std::min<std::size_t>(name.size(), 6 + 5)));  // without .json
         if (there.back().substr(0, there.back().rfind('-')) == sampler) kin.push_back(there.back());
     }
+    const std::string lacks = join("This bundle has no plan for ", short_repr(sampler), " with ", steps, " steps");
     std::sort(there.begin(), there.end());
-    std::sort(kin.begin(), kin.end(), [](const std::string &a, const std::string &b) {
-        return std::pair(a.size(), a) < std::pair(b.size(), b);
-    });
-    const std::string without = join("This bundle has no plan for ", short_repr(sampler), " with ", steps, " steps",
-                                     kin.empty() ? "" : " (it has " + listed(kin) + ")");
     if (!bundle.files.has(SCHEDULER))
-        throw InputError(join(without, ", and no ", SCHEDULER, " to compile one from; its plans: ", listed(there, "none"),
+        throw InputError(join(lacks, ", and no ", SCHEDULER, " to compile one from; its plans: ", listed(there, "none"),
                               ". Use one of those, or export the bundle anew."));
     const Json config = scheduler_of(bundle);
     try {
         return compile_plan(config, sampler, steps);
     } catch (const InputError &error) {
-        throw InputError(join(without, ", and it cannot be compiled: ", error.what()));
+        std::sort(kin.begin(), kin.end(), [](const std::string &a, const std::string &b) {
+            return std::pair(a.size(), a) < std::pair(b.size(), b);
+        });
+        const std::string has = kin.empty() ? "" : " (it has " + listed(kin) + ")";
+        throw InputError(join(lacks, has, ", and it cannot be compiled: ", error.what()));
     }
 }
 
