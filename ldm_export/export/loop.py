@@ -160,9 +160,10 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     main.output(spec.outputs[1], latents)
     main.graph.name = spec.name
     read = [path for path in files if any(path.startswith(graphs[name].path) for name in parts)]  # and its _data
-    text, path = plan.to_json().encode(), f"plans/{plan.file_name}"  # a file that may yet be added
-    own = files[path].sha256 if path in files else hashlib.sha256(text).hexdigest()
-    made_of = {path: own, **{path: files[path].sha256 for path in read}}
+    its_file = f"plans/{plan.file_name}"  # which may yet be added
+    its_sha256 = hashlib.sha256(plan.to_json().encode()).hexdigest()
+    made_of = {its_file: files[its_file].sha256 if its_file in files else its_sha256}
+    made_of |= {path: files[path].sha256 for path in read}
     return Loop(spec, _model(main, models), weights, made_of)
 
 

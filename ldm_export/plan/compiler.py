@@ -22,7 +22,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ import numpy as np
 from ldm_export.errors import InputError
 from ldm_export.plan.samplers import SAMPLERS, Sampler, as_trained
 from ldm_export.plan.schedule import Grid, SchedulerConfig, short_repr
-from ldm_export.plan.table import MAX_HISTORY, MOST_STEPS, Entry, Plan, PlanError, Row
+from ldm_export.plan.table import MAX_HISTORY, MOST_STEPS, Entries, Entry, Plan, PlanError, Row
 
 
 def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, eta: float = 0.0) -> Plan:
@@ -62,9 +63,16 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
         raise InputError(
             f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {most}, {why}. Choose one of those."
         )
+    with _in_float32(sampler, num_inference_steps):
+        return _plan(spec, options, sampler, num_inference_steps)
+
+
+@contextmanager
+def _in_float32(sampler: str, num_inference_steps: int) -> Iterator[None]:
+    """Raise InputError where formulas give what is no finite float32."""
     try:
         with np.errstate(divide="raise", over="raise", invalid="raise"):
-            return _plan(spec, options, sampler, num_inference_steps)
+            yield
     except (PlanError, ArithmeticError, ValueError) as error:
         raise InputError(
             f"{sampler} with {num_inference_steps} steps of this scheduler config has numbers that float32 does not "
@@ -77,6 +85,11 @@ def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_s
     steps = range(num_inference_steps)
     rows = [spec.rows(options, grid, step, min(step, MAX_HISTORY)) for step in steps]
     firsts = [0, *itertools.accumulate(map(len, rows))]
+
+    def entry(start: int) -> Entry:
+        with _in_float32(sampler, num_inference_steps):
+            return _entry(spec, options, grid, rows, firsts, start)
+
     first = grid.here[0]
     init_scale = 1.0
     if spec.edm_scale:
@@ -86,7 +99,7 @@ def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_s
         num_inference_steps=num_inference_steps,
         init_scale=init_scale,
         rows=tuple(row for step in rows for row in step),
-        entries=tuple(_entry(spec, options, grid, rows, firsts, start) for start in steps),
+        entries=Entries(num_inference_steps, entry),
     )
 
 

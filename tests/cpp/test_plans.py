@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def difference(plan: Plan, found: dict[str, Any]) -> float:
 
 def in_python(case: Case) -> Plan | str:
     try:
-        return compile_plan(*case)
+        plan = compile_plan(*case)
+        return replace(plan, entries=tuple(plan.entries))  # which are made, and checked, now
     except InputError as error:
         return str(error)
 
