@@ -354,7 +354,7 @@ def test_export_overwrites_nothing_but_a_bundle(run: Run, tiny_checkpoint: Path,
     ("options", "message"),
     [
         (["--sampler", "magic"], "no plan for 'magic'"),
-        (["--steps", "7"], "ldm-export plan .* --sampler ddim --steps 7"),
+        (["--steps", "1001"], "it must be 1 to 1000, .* Choose one of those"),
         (["--size", "big"], "--size big is not a size; it is HEIGHTxWIDTH"),
         (["--size", "17x16"], "17x16 does not fit"),
         (["--size", "0x16"], "height is 0; give a whole number"),
