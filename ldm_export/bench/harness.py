@@ -51,7 +51,7 @@ class BenchOptions:
     Attributes
     ----------
     prompts : what is drawn; for models that read text, a few of the shipped model's by default
-    sampler, steps : of the bundles that have such a plan; each bundle's own by default
+    sampler, steps : of the bundles that can be drawn so; each bundle's own by default
     seed : of the first picture; the next has one more
     batch : pictures drawn at a time where latency is measured
     warm_up, repeats : rounds of all sides that are not counted, and that are

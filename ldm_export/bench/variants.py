@@ -40,6 +40,8 @@ PROMPTS = (
 )
 """What is drawn unless something else is asked for; the pictures that the shipped model knows."""
 DEFAULT_PICTURES = 8
+FEW_STEPS = 8
+"""Most steps of a student that draws in as many as it was taught and no others, unless it is of the sampler lcm."""
 
 
 @dataclass
@@ -109,9 +111,9 @@ def open_variants(
 
     Backends that do not run here are left out: the second value says why, by the name that the side would have.
 
-    ``sampler`` and ``steps`` hold for the bundles that have such a plan, and one must; a student that was taught to
-    draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as the
-    first bundle that was exported from it.
+    ``sampler`` and ``steps`` hold for the bundles that have or can compile such a plan, and one must; a student that
+    was taught to draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as
+    the first bundle that was exported from it.
 
     Raises
     ------
@@ -161,9 +163,15 @@ def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, 
     """What the bundle is drawn with, and whether that is what was asked for."""
     model = bundle.manifest.model
     wanted = sampler or model["default_sampler"], steps or model["default_steps"]
-    if f"plans/{wanted[0]}-{wanted[1]}.json" in bundle.manifest.files:
+    own = model["default_sampler"], model["default_steps"]
+    taught = own[1] <= FEW_STEPS and not (own[0] == wanted[0] == "lcm")
+    if f"plans/{wanted[0]}-{wanted[1]}.json" in bundle.manifest.files or not taught:
+        try:
+            read_plan(bundle, *wanted)
+        except InputError:
+            return *own, False
         return *wanted, True
-    return model["default_sampler"], model["default_steps"], False
+    return *own, wanted == own
 
 
 def _checkpoint_side(

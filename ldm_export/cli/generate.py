@@ -51,7 +51,7 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
 @bundle_argument
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("-o", "--output", type=folder, required=True, help="The PNG; several pictures become a grid.")
-@click.option("--sampler", default=None, help="A sampler that the bundle has plans for; its own (ddim) by default.")
+@click.option("--sampler", default=None, help="A sampler, such as euler; the bundle's own (ddim) by default.")
 @click.option("--steps", type=int, default=None, help="Denoising steps; the bundle's own number (20) by default.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale, 1 is off; the bundle's own (4) by default.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")

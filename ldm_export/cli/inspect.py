@@ -21,7 +21,7 @@ def _tensors(tensors: tuple[TensorSpec, ...]) -> str:
 @bundle_argument
 @json_option
 def command(bundle: Path, as_json: bool) -> None:
-    """Show what BUNDLE holds: the model, its graphs, plans, passes, parity record and TensorRT engines."""
+    """Show what BUNDLE holds: the model, its graphs, plan files, passes, parity record and TensorRT engines."""
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     if as_json:
@@ -47,7 +47,8 @@ def command(bundle: Path, as_json: bool) -> None:
         parity.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in told))
     console.print(parity)
     plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
-    console.print(f"plans: {', '.join(plans)}")
+    if plans:
+        console.print(f"plans: {', '.join(plans)}")
     if manifest.passes:
         print_passes(manifest.passes)
     for kind in engine_targets(opened):

@@ -18,7 +18,9 @@ from ldm_export.plan import SAMPLERS
 @click.option("--loop", is_flag=True, help="Also add the whole sampling loop as one ONNX graph.")
 @json_option
 def command(bundle: Path, sampler: str, steps: int, eta: float, loop: bool, as_json: bool) -> None:
-    """Compile a sampler into a plan and add it to BUNDLE; an installed C++ application can then use it too.
+    """Compile a sampler into a plan and add its file to BUNDLE, where it is what is drawn with.
+
+    The runtimes compile what has no file when they draw; a file is for --eta, and to keep a plan as it is now.
 
     With --loop, loops/SAMPLER-STEPS.onnx goes from token ids and noise to pictures by this plan, in any language that
     has ONNX Runtime. It is compared with the runtime before it is added; exit code 1 if it differs.

@@ -12,6 +12,7 @@ from ldm_export.cli.options import bundle_argument, console, json_option, print_
 from ldm_export.errors import BundleError
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.conditioning import Conditioning
+from ldm_export.runtime.facts import check_drawable
 from ldm_export.runtime.request import check_plans
 
 
@@ -44,6 +45,7 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
         for name in opened.manifest.graphs:
             progress(f"{name}: contract")
             backend.load(name)
+        check_drawable(opened)
         progress("plans")
         check_plans(opened)
         if opened.manifest.roles is not None:

@@ -29,13 +29,10 @@ from ldm_export.families.base import ModelGraph
 from ldm_export.families.tokenizers import copy_tokenizer
 from ldm_export.graph.base import Inputs, spread
 from ldm_export.graph.weights import least_snr_db
-from ldm_export.plan import SAMPLERS, compile_plan
+from ldm_export.plan import compile_plan
 from ldm_export.reading.documents import json_text
 
 _log = logging.getLogger(__name__)
-DEFAULT_STEPS = (10, 20, 30, 50)
-FEW_STEPS = (1, 2, 4, 8)
-"""What consistency models (LCM) are drawn with."""
 CALLS_COMPARED = 8
 EXAMPLE_SIZES = {"batch": 2, "height": 8, "width": 16, "tokens": 7}
 
@@ -64,14 +61,14 @@ def export_bundle(
     """
     family = family_of(checkpoint)
     family.check()
+    compile_plan(checkpoint.scheduler, checkpoint.drawing.sampler, checkpoint.drawing.steps)  # as the runtimes will
     for note in family.notes:
         _log.info(note)
     for name in checkpoint.components:
         checkpoint.weight_files(name)  # refuses what has no weights before anything is written
     parity: list[Parity] = []
     with create_bundle(output, force=force, needed_bytes=checkpoint.weights_bytes) as writer:
-        progress("plans and tokenizer")
-        _write_plans(checkpoint, writer.path / "plans")
+        progress("scheduler and tokenizer")
         _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
         _write_json(writer.path / "model_index.json", _bundle_index(checkpoint))
         for encoder in family.roles.text_encoders:
@@ -206,30 +203,6 @@ def _bundle_index(checkpoint: LatentDiffusion) -> dict[str, Any]:
         key: [None, None] if isinstance(value, list) and key not in kept else value
         for key, value in checkpoint.index.items()
     }
-
-
-def _write_plans(checkpoint: LatentDiffusion, folder: Path) -> None:
-    """The plans of every sampler that can run this scheduler config, for the usual numbers of steps; of a model that
-    was distilled for few steps, the one that it was distilled for. Samplers that have no plan then are logged."""
-    folder.mkdir()
-    drawing, scheduler = checkpoint.drawing, checkpoint.scheduler
-    wanted = {sampler: {*(FEW_STEPS if sampler == "lcm" else DEFAULT_STEPS)} for sampler in SAMPLERS}
-    if drawing.steps in FEW_STEPS and drawing.sampler != "lcm":
-        wanted = {drawing.sampler: set()}
-    wanted[drawing.sampler].add(drawing.steps)
-    refusals: dict[str, str] = {}
-    for sampler, counts in wanted.items():
-        for steps in sorted(counts):
-            try:
-                plan = compile_plan(scheduler, sampler, steps)
-            except InputError as error:
-                if (sampler, steps) == (drawing.sampler, drawing.steps):
-                    raise
-                refusals.setdefault(f"{sampler}-{steps}", str(error))
-                continue
-            (folder / plan.file_name).write_text(plan.to_json(), encoding="utf-8")
-    if refusals:
-        _log.info("No plan of %s: %s", ", ".join(refusals), next(iter(refusals.values())))
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

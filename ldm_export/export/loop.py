@@ -18,6 +18,7 @@ the ones that it is given it does not find for nested graphs; ``examples/web`` p
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,7 @@ class Loop:
     spec : where it goes in the bundle, its inputs and outputs
     model : the graph; its weights are external data
     weights : the file that they are in
-    made_of : SHA-256 of each file of the bundle that went into it
+    made_of : SHA-256 of each file of the bundle that went into it, its plan's among them
     """
 
     spec: GraphSpec
@@ -92,7 +93,7 @@ def check_loopable(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
 
 
 def build_loop(bundle: Bundle, plan: Plan) -> Loop:
-    """Build the loop graph of one of a bundle's plans from the bundle's own graphs.
+    """Build the loop graph of a plan, of which the bundle has or will have the file, from the bundle's own graphs.
 
     Raises
     ------
@@ -152,7 +153,10 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     main.output(spec.outputs[1], latents)
     main.graph.name = spec.name
     read = [path for path in files if any(path.startswith(graphs[name].path) for name in parts)]  # and its _data
-    made_of = {path: files[path].sha256 for path in (f"plans/{plan.file_name}", *read)}
+    its_file = f"plans/{plan.file_name}"  # which may yet be added
+    its_sha256 = hashlib.sha256(plan.to_json().encode()).hexdigest()
+    made_of = {its_file: files[its_file].sha256 if its_file in files else its_sha256}
+    made_of |= {path: files[path].sha256 for path in read}
     return Loop(spec, _model(main, models), weights, made_of)
 
 

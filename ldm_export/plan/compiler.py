@@ -20,14 +20,18 @@ be right:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from ldm_export.errors import InputError
 from ldm_export.plan.samplers import SAMPLERS, Sampler, as_trained
-from ldm_export.plan.schedule import Grid, SchedulerConfig
-from ldm_export.plan.table import MAX_HISTORY, Entry, Plan, Row
+from ldm_export.plan.schedule import Grid, SchedulerConfig, short_repr
+from ldm_export.plan.table import MAX_HISTORY, MOST_STEPS, Entries, Entry, Plan, PlanError, Row
 
 
 def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, eta: float = 0.0) -> Plan:
@@ -39,7 +43,7 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
         the sampler reads is taken, the rest gets the defaults of the sampler's class, as diffusers' ``from_config``
         does, but for the two keys that the module's docstring names
     sampler : a key of `SAMPLERS`
-    num_inference_steps : 1 to ``num_train_timesteps``
+    num_inference_steps : 1 to ``num_train_timesteps``, and to `MOST_STEPS`
     eta : DDIM's share of DDPM's noise, in [0, 1]; other samplers have none
 
     Raises
@@ -48,27 +52,54 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
         For an unknown sampler, a number of steps, a scheduler class or a config value that cannot be used.
     """
     if sampler not in SAMPLERS:
-        raise InputError(f"sampler {sampler!r} is not known; known are {', '.join(SAMPLERS)}. Use one of them.")
+        known = ", ".join(SAMPLERS)
+        raise InputError(f"sampler {short_repr(sampler)} is not known; known are {known}. Use one of them.")
     spec = SAMPLERS[sampler]
     options = _options(SchedulerConfig.from_dict(as_trained(config, spec), spec.defaults, spec.only), sampler, eta)
-    if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= options.num_train_timesteps:
+    most = min(options.num_train_timesteps, MOST_STEPS)
+    if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= most:
+        trained = most == options.num_train_timesteps
+        why = "the number of timesteps that the model was trained with" if trained else "the most that a plan may have"
         raise InputError(
-            f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {options.num_train_timesteps}, the "
-            "number of timesteps that the model was trained with. Choose one of those."
+            f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {most}, {why}. Choose one of those."
         )
+    with _in_float32(sampler, num_inference_steps):
+        return _plan(spec, options, sampler, num_inference_steps)
+
+
+@contextmanager
+def _in_float32(sampler: str, num_inference_steps: int) -> Iterator[None]:
+    """Raise InputError where formulas give what is no finite float32."""
+    try:
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            yield
+    except (PlanError, ArithmeticError, ValueError) as error:
+        raise InputError(
+            f"{sampler} with {num_inference_steps} steps of this scheduler config has numbers that float32 does not "
+            "hold. Use another sampler or number of steps, or the config that the network was trained with."
+        ) from error
+
+
+def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_steps: int) -> Plan:
     grid = spec.grid(options, num_inference_steps)
     steps = range(num_inference_steps)
     rows = [spec.rows(options, grid, step, min(step, MAX_HISTORY)) for step in steps]
+    firsts = [0, *itertools.accumulate(map(len, rows))]
+
+    def entry(start: int) -> Entry:
+        with _in_float32(sampler, num_inference_steps):
+            return _entry(spec, options, grid, rows, firsts, start)
+
     first = grid.here[0]
     init_scale = 1.0
     if spec.edm_scale:
         init_scale = first.ratio if options.timestep_spacing != "leading" else math.hypot(first.ratio, 1)
     return Plan(
-        sampler=f"{sampler}-eta{eta:g}" if eta else sampler,  # its own name: it draws other pictures
+        sampler=f"{sampler}-eta{options.eta:g}" if options.eta else sampler,  # its own name: it draws other pictures
         num_inference_steps=num_inference_steps,
         init_scale=init_scale,
         rows=tuple(row for step in rows for row in step),
-        entries=tuple(_entry(spec, options, grid, rows, start) for start in steps),
+        entries=Entries(num_inference_steps, entry),
     )
 
 
@@ -95,18 +126,23 @@ def _options(options: SchedulerConfig, sampler: str, eta: float) -> SchedulerCon
     return dataclasses.replace(options, solver_type=solver_type, eta=float(eta))
 
 
-def _entry(spec: Sampler, options: SchedulerConfig, grid: Grid, rows: list[list[Row]], start: int) -> Entry:
-    """Start at a step with an empty history, until its rows are those of the whole run."""
-    resume = min(start + MAX_HISTORY, len(rows))
-    fresh = [spec.rows(options, grid, step, step - start) for step in range(start, resume)]
-    while fresh and fresh[-1] == rows[resume - 1]:
-        fresh.pop()
-        resume -= 1
+def _entry(
+    spec: Sampler, options: SchedulerConfig, grid: Grid, rows: list[list[Row]], firsts: list[int], start: int
+) -> Entry:
+    """Start at a step with an empty history, until its rows are those of the whole run, as all after them then are.
+
+    ``firsts`` has the number of the first row of each step, and of one more.
+    """
+    warmup: list[Row] = []
+    resume = start
+    while resume < len(rows) and (fresh := spec.rows(options, grid, resume, resume - start)) != rows[resume]:
+        warmup += fresh
+        resume += 1
     level = grid.here[start]
     image_scale, noise_scale = (1.0, level.ratio) if spec.edm_scale else level
     return Entry(
         image_scale=image_scale,
         noise_scale=noise_scale,
-        warmup=tuple(row for step in fresh for row in step),
-        resume=sum(len(step) for step in rows[:resume]),
+        warmup=tuple(warmup),
+        resume=firsts[resume],
     )

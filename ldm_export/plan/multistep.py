@@ -188,5 +188,7 @@ def _solver_row(
     config: SchedulerConfig, grid: Grid, step: int, form: tuple[float, float], keep: float, total: Vector, noise: float
 ) -> Row:
     """The row of a solver on the variance-preserving latents, trailing zero weights dropped."""
-    weights = tuple(float(weight) for weight in np.trim_zeros(total, "b"))
-    return Row(grid.timesteps[step], 1.0, *form, keep=keep, weights=weights, noise=noise)
+    weights: list[float] = total.tolist()
+    while weights and not weights[-1]:
+        weights.pop()
+    return Row(grid.timesteps[step], 1.0, *form, keep=keep, weights=tuple(weights), noise=noise)

@@ -96,7 +96,7 @@ def lcm(config: SchedulerConfig, grid: Grid, step: int, age: int) -> list[Row]:
     The consistency function is c_skip * x + c_out * x0 with the boundary scalings of 2303.01469, sigma_data = 0.5.
     """
     there, time, data = grid.there[step], grid.timesteps[step] * config.timestep_scaling, 0.5
-    c_skip, c_out = data**2 / (time**2 + data**2), time / math.hypot(time, data)
+    c_skip, c_out = data**2 / (time * time + data**2), time / math.hypot(time, data)
     return [
         one_step_row(config, grid, step, sample=there.alpha * c_skip, x0=there.alpha * c_out, noise=there.sigma),
     ]

@@ -19,6 +19,7 @@ from ldm_export.plan.schedule import (
     consistency_grid,
     interpolated_grid,
     open_ended_grid,
+    short_repr,
     solver_grid,
     strided_grid,
 )
@@ -222,7 +223,7 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     own = PARALLEL.get(name, name) if isinstance(name, str) else name
     if own not in [*(sampler.diffusers_class for sampler in SAMPLERS.values()), *OF_THE_SAME_KIND]:
         raise InputError(
-            f"the scheduler is {name!r}; a network with that scheduler cannot be sampled by "
+            f"the scheduler is {short_repr(name)}; a network with that scheduler cannot be sampled by "
             f"{', '.join(SAMPLERS)}, which are for networks trained on the noise of DDPM. Use another checkpoint."
         )
     return str(own)
@@ -244,7 +245,7 @@ def sampler_of(config: Mapping[str, Any]) -> str:
         given = default if given is None else given
         if isinstance(given, (str, bool)) and given in samplers:
             return samplers[given]
-        what = f"{own} with {key} = {given!r}"
+        what = f"{own} with {key} = {short_repr(given)}"
     elif own in covered:
         return covered[own]
     else:

@@ -111,6 +111,7 @@ class SchedulerConfig:
         """The bound that x0 is clipped to, 0 for none."""
         return self.clip_sample_range if self.clip_sample else 0.0
 
+    @np.errstate(over="ignore", invalid="ignore")  # what comes of it is judged here
     def betas(self) -> Vector:
         """The variances beta_t of the forward process (DDPM, 2006.11239, section 2), each in (0, 1)."""
         steps = self.num_train_timesteps
@@ -136,7 +137,16 @@ class SchedulerConfig:
     def alphas_cumprod(self) -> Vector:
         """alpha_bar_t, decreasing; with zero terminal SNR the last is 0 (2305.08891, algorithm 1)."""
         alphas_cumprod: Vector = np.cumprod(1 - self.betas(), dtype=np.float64)
+        if not (np.all(np.diff(alphas_cumprod, prepend=1.0) < 0) and alphas_cumprod[-1] > 0):
+            raise InputError(
+                f"the noise schedule's alphas_cumprod go from {alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}; "
+                "each must be smaller than the one before and above 0. Mend beta_start, beta_end or trained_betas."
+            )
         if self.rescale_betas_zero_snr:
+            if len(alphas_cumprod) < 2:
+                raise InputError(
+                    "rescale_betas_zero_snr leaves nothing of 1 training timestep; it needs 2. Switch it off."
+                )
             root = np.sqrt(alphas_cumprod)
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         return alphas_cumprod
@@ -174,7 +184,13 @@ class SchedulerConfig:
 
 def _refusal(key: str, value: Any, allowed: str) -> str:
     remedy = "Use the config that the network was trained with." if key in SHARED else "Choose another sampler."
-    return f"the scheduler config has {key} = {value!r}; {allowed}. {remedy}"
+    return f"the scheduler config has {key} = {short_repr(value)}; {allowed}. {remedy}"
+
+
+def short_repr(value: Any) -> str:
+    """A value of a config for a message, as Python writes it and cut after 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _checked(key: str, value: Any, kind: type) -> Any:

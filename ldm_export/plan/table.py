@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +36,10 @@ MAX_HISTORY = 5
 MOST_STEPS = 10_000
 
 Latents = npt.NDArray[np.floating[Any]]
+
+
+class PlanError(InputError):
+    """Numbers of which no row or trajectory can be made."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,18 @@ class Row:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not all(map(_is_float32, value if field.name == "weights" else (value,))):
-                raise InputError(
-                    f"a plan row has {field.name} = {value}; it must be finite in float32. Compile the plan again."
+        for name, value in vars(self).items():
+            if not (all(map(_is_float32, value)) if name == "weights" else _is_float32(value)):
+                raise PlanError(
+                    f"a plan row has {name} = {value}; it must be finite in float32. Compile the plan again."
                 )
         if self.timestep < 0 or not np.float32(self.input_scale) > 0 or self.clip < 0:
-            raise InputError(
+            raise PlanError(
                 f"a plan row has timestep {self.timestep}, input_scale {self.input_scale} and clip {self.clip}; "
                 "they must be >= 0, > 0 and >= 0. Compile the plan again."
             )
         if len(self.weights) > MAX_HISTORY:
-            raise InputError(
+            raise PlanError(
                 f"a plan row has {len(self.weights)} weights; at most {MAX_HISTORY} values are remembered. "
                 "Compile the plan again."
             )
@@ -84,6 +88,32 @@ class Entry:
     resume: int
 
 
+class Entries(Sequence[Entry]):
+    """The entries of a compiled plan, each made when it is first asked for: most runs start from noise.
+
+    Parameters
+    ----------
+    count : how many there are
+    make : gives one by its number, 0 to count - 1
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Entry]) -> None:
+        self._count, self._make = count, cache(make)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, step: Any) -> Any:
+        number = range(self._count)[step]
+        return self._make(number) if isinstance(number, int) else tuple(map(self._make, number))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A run of the sampler: ``x = image_scale * image_latents + noise_scale * z``, then ``rows`` in order."""
@@ -94,13 +124,13 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if not self.rows or not (_is_float32(self.image_scale) and _is_float32(self.noise_scale)):
-            raise InputError(
+            raise PlanError(
                 f"a plan starts at image_scale {self.image_scale} and noise_scale {self.noise_scale} with "
                 f"{len(self.rows)} rows; scales must be finite and rows at least 1. Compile the plan again."
             )
         for made, row in enumerate(self.rows[:MAX_HISTORY], start=1):
             if len(row.weights) > made:
-                raise InputError(
+                raise PlanError(
                     f"network call {made} of a plan weighs {len(row.weights)} remembered values; only {made} exist "
                     "by then. Compile the plan again."
                 )
@@ -114,7 +144,7 @@ class Plan:
     num_inference_steps: int
     init_scale: float
     rows: tuple[Row, ...]
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -128,6 +158,8 @@ class Plan:
                 f"a plan of {steps} steps has {len(self.entries)} entries; it needs one a step. Compile the plan again."
             )
         self.from_noise()
+        if isinstance(self.entries, Entries):  # which are not made yet, and fit together
+            return
         for start, entry in enumerate(self.entries):
             if len(entry.warmup) > 2 * MAX_HISTORY:
                 raise InputError(
@@ -178,7 +210,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan file: the same plan gives the same text, and every number reads back to the last bit."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, sort_keys=True, indent=1) + "\n"
+        document = asdict(replace(self, entries=tuple(self.entries)))
+        return json.dumps({"format_version": FORMAT_VERSION, **document}, sort_keys=True, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -240,7 +273,7 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "float": _number,
     "tuple[float, ...]": lambda value, name: tuple(_number(item, name) for item in _exactly(list, value, name)),
     "tuple[Row, ...]": lambda value, name: tuple(_record(Row, item, "a row") for item in _exactly(list, value, name)),
-    "tuple[Entry, ...]": lambda value, name: tuple(
+    "Sequence[Entry]": lambda value, name: tuple(
         _record(Entry, item, "an entry") for item in _exactly(list, value, name)
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypedDict
 
 import numpy as np
@@ -12,7 +13,9 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import BundleError, InputError
-from ldm_export.plan import Plan, Trajectory
+from ldm_export.plan import Plan, Trajectory, compile_plan
+from ldm_export.plan.schedule import short_repr
+from ldm_export.reading.documents import MalformedError, parsed
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
@@ -20,6 +23,8 @@ from ldm_export.runtime.values import flag, listed, real_number, shown, text_of,
 
 LARGEST_GUIDANCE = 1e6
 MOST_STEPS = LARGEST_SIZE
+SCHEDULER = "scheduler/scheduler_config.json"
+"""What plans are compiled from, as diffusers writes it."""
 
 
 class Options(TypedDict, total=False):
@@ -27,7 +32,8 @@ class Options(TypedDict, total=False):
 
     Attributes
     ----------
-    sampler, steps : a plan of the bundle, such as ``ddim`` and 20; by default the bundle's own choice
+    sampler, steps : such as ``ddim`` and 20; by default the bundle's own choice. A plan that the bundle has no file of
+        is compiled from its scheduler config (`ldm_export.plan.SAMPLERS` are the samplers)
     guidance : how far to go from the negative prompt's prediction to the prompt's, from 0 to 1e6; 1 or less is off;
         the bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
     negative_prompt : one for all pictures, or one each; none. The empty text is a prompt, too: of models
@@ -224,33 +230,65 @@ def texts_for(name: str, value: Any) -> tuple[str, ...]:
 
 
 def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
-    """The bundle's plan of that sampler and number of steps.
+    """The plan of that sampler and number of steps: the bundle's file, or else compiled by its scheduler config.
 
     Raises
     ------
     InputError
-        If there is none; the message says which there are and how to add one.
+        If there is no such file and none can be compiled; the message says why.
     BundleError
-        If it cannot be read, or is another.
+        If the file, or the config, cannot be read, or the file is of another plan.
     """
     path = f"plans/{sampler}-{steps}.json"
-    if path not in bundle.manifest.files:
-        there = [name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")]
-        kin = sorted((name for name in there if name.rpartition("-")[0] == sampler), key=len)
-        samplers = sorted({name.rpartition("-")[0] for name in there})
-        has = f"{', '.join(kin)}" if kin else f"plans for {', '.join(samplers) or 'no sampler'}"
+    if path in bundle.manifest.files:
+        return _plan_of(bundle, path)
+    there = [name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")]
+    lacks = f"This bundle has no plan for {short_repr(sampler)} with {steps} steps"
+    if SCHEDULER not in bundle.manifest.files:
         raise InputError(
-            f"This bundle has no plan for {sampler[:60]!r} with {steps} steps; it has {has}. "
-            f"Use one of those, or run: ldm-export plan {bundle.path} --sampler {sampler[:60]} --steps {steps}"
+            f"{lacks}, and no {SCHEDULER} to compile one from; its plans: {', '.join(sorted(there)) or 'none'}. "
+            "Use one of those, or export the bundle anew."
         )
-    return _plan_of(bundle, path)
+    try:
+        return _compiled(bundle.read(SCHEDULER), sampler, steps)
+    except MalformedError as error:
+        raise BundleError(f"Bundle {bundle.path}: {SCHEDULER} is {error}. Export the bundle anew.") from error
+    except InputError as error:
+        kin = sorted((name for name in there if name.rpartition("-")[0] == sampler), key=lambda name: (len(name), name))
+        has = f" (it has {', '.join(kin)})" if kin else ""
+        raise InputError(f"{lacks}{has}, and it cannot be compiled: {error}") from error
 
 
 def check_plans(bundle: Bundle) -> None:
-    """Raise BundleError unless each plan of a bundle can be read, and is what its name says."""
+    """Raise BundleError unless each plan file of a bundle can be read and is what its name says, and the bundle's
+    default plan can be had."""
     for path in bundle.manifest.files:
         if path.startswith("plans/"):
             _plan_of(bundle, path)
+    try:
+        read_plan(bundle, bundle.manifest.model["default_sampler"], bundle.manifest.model["default_steps"])
+    except InputError as error:
+        raise BundleError(f"Bundle {bundle.path} cannot be drawn with as it says of itself. {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compiled(config: bytes, sampler: str, steps: int) -> Plan:
+    """Compile by the text of a scheduler config; the last plans are remembered."""
+    return compile_plan(scheduler_from_json(config), sampler, steps)
+
+
+def scheduler_from_json(text: bytes) -> dict[str, Any]:
+    """A scheduler config, in which diffusers may have written ``Infinity``.
+
+    Raises
+    ------
+    MalformedError
+        If it is no JSON object.
+    """
+    config = parsed(text, constants=True)
+    if not isinstance(config, dict):
+        raise MalformedError("no JSON object")
+    return config
 
 
 def _plan_of(bundle: Bundle, path: str) -> Plan:

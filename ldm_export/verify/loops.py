@@ -14,15 +14,15 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.parity import PICTURE_TOLERANCE, RUNTIME, TOLERANCE, Parity, check_parity, largest_error
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import BundleError, ExportError, InputError
+from ldm_export.errors import BundleError, ExportError
 from ldm_export.export.loop import WEIGHTS, Loop, build_loop, check_loopable
-from ldm_export.export.plans import add_plan
+from ldm_export.export.plans import loop_of, with_plan
 from ldm_export.families import family_of
 from ldm_export.graph.running import session_options
-from ldm_export.plan import Plan, compile_plan
+from ldm_export.plan import compile_plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
-from ldm_export.runtime.request import checked_request
+from ldm_export.runtime.request import checked_request, read_plan
 
 PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)
@@ -32,20 +32,6 @@ LARGEST_SIDE = 16
 
 if TYPE_CHECKING:
     from ldm_export.checkpoint import LatentDiffusion
-
-
-def loop_of(name: str) -> tuple[str, int]:
-    """The sampler and the steps of a loop's name, such as ``ddim-20``.
-
-    Raises
-    ------
-    InputError
-        If it is no such name.
-    """
-    sampler, _, steps = name.rpartition("-")
-    if not sampler or not (steps.isascii() and steps.isdigit() and len(steps) < 6):
-        raise InputError(f"--loop {name} is not the name of a plan; it is SAMPLER-STEPS, such as ddim-20.")
-    return sampler, int(steps)
 
 
 def check_loops(checkpoint: LatentDiffusion, names: Sequence[str]) -> None:
@@ -69,22 +55,18 @@ def records_of(bundle: Bundle, loops: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda stage: None) -> Bundle:
-    """Build ``loops/NAME.onnx``, compare it with the runtime, and add it to the bundle, with its plan if that is new.
+    """Build ``loops/NAME.onnx``, compare it with the runtime, and add it to the bundle, with its plan's file.
 
     Raises
     ------
     InputError
-        If there is no such plan, or no loop of such a model.
+        If there is no such plan and none can be compiled, or no loop of such a model.
     BundleError
         If the bundle has loops that were made of other graphs.
     ParityError
         If what the loop draws differs from what the runtime draws by more than the tolerance. Nothing is added.
     """
-    sampler, steps = loop_of(name)
-    if f"plans/{name}.json" in bundle.manifest.files:
-        plan = Plan.from_json(bundle.read(f"plans/{name}.json"))
-    else:
-        bundle, plan = add_plan(bundle, sampler, steps)
+    plan = read_plan(bundle, *loop_of(name))
     for other, changed in stale_loops(bundle.manifest).items():
         if any(path.endswith(".onnx") for path in changed):
             raise BundleError(
@@ -98,6 +80,7 @@ def add_loop(bundle: Bundle, name: str, progress: Callable[[str], None] = lambda
         progress(f"{name}: comparing with the runtime")
         records = compare_loop(bundle, loop, path)
         check_parity(records, "The loop was not added.")
+        bundle, _ = with_plan(bundle, *loop_of(name))
         if WEIGHTS not in bundle.manifest.files:
             bundle = bundle.add_file(WEIGHTS, path.with_name(Path(WEIGHTS).name))
         return bundle.add_file(loop.spec.path, path, graph=loop.spec, parity=[record.to_dict() for record in records])

@@ -260,8 +260,8 @@ def test_sides_that_do_not_fit(
         Bench([tiny_bundle, bundle], None, BenchOptions())
     with pytest.raises(InputError, match="was given twice"):
         Bench([tiny_bundle, tiny_bundle], None, OPTIONS)
-    with pytest.raises(InputError, match="no plan for 'ddim' with 7 steps"):
-        Bench([tiny_bundle, disturbed_bundle], None, BenchOptions(steps=7))
+    with pytest.raises(InputError, match="no plan for 'ddim' with 1001 steps"):
+        Bench([tiny_bundle, disturbed_bundle], None, BenchOptions(steps=1001))
     with pytest.raises(BundleError, match=r"manifest\.json is missing"):
         Bench([tmp_path], None, OPTIONS)
 

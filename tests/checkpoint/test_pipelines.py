@@ -85,23 +85,11 @@ def test_the_class_of_the_scheduler_is_that_of_the_index(checkpoint: Path) -> No
     ],
 )
 def test_a_model_is_drawn_with_its_own_scheduler(
-    checkpoint: Path, name: str, config: dict[str, Any], sampler: str, steps: int, tmp_path: Path
+    checkpoint: Path, name: str, config: dict[str, Any], sampler: str, steps: int
 ) -> None:
     model = with_scheduler(checkpoint, name, **config)
     assert model.drawing == SamplingDefaults(sampler, steps)
-    chain._write_plans(model, tmp_path / "plans")
-    assert (tmp_path / "plans" / f"{sampler}-{steps}.json").is_file()
-
-
-def test_few_training_timesteps_leave_plans_out(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = with_scheduler(checkpoint, "DDIMScheduler", num_train_timesteps=40, beta_start=0.01, beta_end=0.3)
-    with caplog.at_level("INFO", "ldm_export"):
-        chain._write_plans(model, tmp_path / "plans")
-    assert {"ddim-10.json", "ddim-20.json"} <= {file.name for file in (tmp_path / "plans").iterdir()}
-    assert "ddim-50" in caplog.text
-    assert "it must be 1 to 40" in caplog.text
+    assert compile_plan(model.scheduler, sampler, steps).rows
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "TCDScheduler", "PNDMScheduler"])

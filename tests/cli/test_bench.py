@@ -135,7 +135,7 @@ def nothing_is_measured(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         (["--repeats", "0"], "repeats is 0; at least 1 is needed"),
         (["--repeats", "-2"], "repeats is -2; at least 1 is needed"),
         (["--warm-up", "-1"], "warm_up is -1"),
-        (["--steps", "7"], "no plan for 'ddim' with 7 steps"),
+        (["--steps", "1001"], "no plan for 'ddim' with 1001 steps"),
         (["--sampler", "magic"], "no plan for 'magic'"),
         (["--fail-under", "speed=2"], "--fail-under speed=2 cannot be judged; it is KEY=NUMBER with a KEY of psnr"),
         (["--fail-under", "drift=inf"], "--fail-under drift=inf cannot be judged"),

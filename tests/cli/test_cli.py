@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ldm_export.cli.main import COMMANDS
 from ldm_export.export import chain
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import read_plan
 from tests.tiny_recipe import CONFIG
 
 Run = Callable[..., Result]
@@ -241,7 +243,8 @@ def test_verify(run: Run, tiny_checkpoint: Path, tiny_bundle: Path) -> None:
 def test_inspect(run: Run, tiny_bundle: Path) -> None:
     done = run("inspect", tiny_bundle)
     assert done.exit_code == 0, done.output
-    assert all(words in done.stdout for words in ("encoder_hidden_states", "latent_parameters", "ddim-20", "epsilon"))
+    assert all(words in done.stdout for words in ("encoder_hidden_states", "latent_parameters", "epsilon"))
+    assert "plans" not in done.stdout
     assert json.loads(run("inspect", tiny_bundle, "--json").stdout) == json.loads(
         (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
     )
@@ -273,12 +276,13 @@ def test_plan_with_a_loop(run: Run, bundle: Path) -> None:
 
 
 def test_export_with_loops(run: Run, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    options = ["--loop", "ddim-10", "--loop", "euler-ancestral-7"]  # of which no bundle has the second plan by itself
+    options = ["--loop", "ddim-10", "--loop", "euler-ancestral-7"]  # whose plans become files
     done = run("export", tiny_checkpoint, "-o", tmp_path / "new", *options)
     assert done.exit_code == 0, done.output
     assert re.search(r"^loops/ddim-10 +latents +differs from the runtime by ", done.stdout, re.MULTILINE)
     files = Bundle.open(tmp_path / "new", verify=True).manifest.files
-    assert {"loops/ddim-10.onnx", "loops/euler-ancestral-7.onnx", "plans/euler-ancestral-7.json"} <= files.keys()
+    assert {"loops/ddim-10.onnx", "loops/euler-ancestral-7.onnx"} <= files.keys()
+    assert {path for path in files if path.startswith("plans/")} == {f"plans/{name}.json" for name in options[1::2]}
 
 
 def test_doctor(run: Run) -> None:
@@ -350,7 +354,7 @@ def test_export_overwrites_nothing_but_a_bundle(run: Run, tiny_checkpoint: Path,
     ("options", "message"),
     [
         (["--sampler", "magic"], "no plan for 'magic'"),
-        (["--steps", "7"], "ldm-export plan .* --sampler ddim --steps 7"),
+        (["--steps", "1001"], "it must be 1 to 1000, .* Choose one of those"),
         (["--size", "big"], "--size big is not a size; it is HEIGHTxWIDTH"),
         (["--size", "17x16"], "17x16 does not fit"),
         (["--size", "0x16"], "height is 0; give a whole number"),
@@ -419,7 +423,8 @@ def test_a_model_without_loops(run: Run, kinds: Callable[[str], tuple[Path, Path
 def test_verify_knows_a_loop_of_another_plan(run: Run, bundle: Path) -> None:
     assert run("plan", bundle, "--sampler", "ddim", "--steps", 10, "--loop").exit_code == 0
     opened = Bundle.open(bundle)
-    opened.add_file("plans/ddim-10.json", opened.file("plans/plms-10.json").read_bytes())
+    plan = read_plan(opened, "ddim", 10)
+    opened.add_file("plans/ddim-10.json", replace(plan, init_scale=2.0).to_json().encode())
     assert_refused(run("verify", bundle), r"loops/ddim-10 was made of another plans/ddim-10\.json than the bundle has")
 
 

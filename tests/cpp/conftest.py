@@ -64,6 +64,26 @@ def library(build: Callable[..., Path], shared_folder: Path) -> Path:
         return build(SOURCES, folder, "-DCMAKE_BUILD_TYPE=Release")
 
 
+def need(found: bool, what: str) -> None:
+    if not found:
+        pytest.skip(f"{what} is not installed")
+
+
+def installed(prefix: str) -> bool:
+    """Whether a header of a Debian package is there."""
+    return any((Path(root) / prefix).exists() for root in ("/usr/include", "/usr/local/include"))
+
+
+@pytest.fixture(scope="session")
+def programs(build: Callable[..., Path], shared_folder: Path) -> Path:
+    """The folder that the tests in C++ are built in, once for all processes of this run."""
+    need(installed("catch2/catch.hpp"), "Catch2 2")
+    folder = shared_folder / "ldm_tests"
+    folder.mkdir(exist_ok=True)
+    with locked(folder):
+        return build(Path(__file__).parent, folder, "-DCMAKE_BUILD_TYPE=Debug")
+
+
 def binding_of() -> ModuleType:
     """The example that binds ldm.h with ctypes."""
     spec = importlib.util.spec_from_file_location("ldm_ctypes", SOURCES / "examples" / "ldm_ctypes.py")

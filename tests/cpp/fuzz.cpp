@@ -1,8 +1,10 @@
 // What a bundle or a caller may hold that this library parses itself: no input may crash it. The first byte chooses.
+#include "compiler.hpp"
 #include "engines.hpp"
 #include "json.hpp"
 #include "onnx_wire.hpp"
 #include "request.hpp"
+#include "samplers.hpp"
 #include "target.hpp"
 #include "tokenizer.hpp"
 #include "unicode.hpp"
@@ -35,9 +37,8 @@ void read_manifest(std::string_view text) {
     checked_request(bundle, facts, facts.reads_text ? &prompt : nullptr, 1, options);
 }
 
-// A plan, run from each of its steps.
-void run_plan(std::string_view text) {
-    const Plan plan = plan_from_json(text);
+// Run a plan from each of its steps.
+void run(const Plan &plan) {
     constexpr std::size_t count = 3;
     const std::array<float, count> output{1.0f, -2.0f, 0.5f};
     for (std::size_t start = 0; start < plan.num_inference_steps; ++start) {
@@ -45,6 +46,22 @@ void run_plan(std::string_view text) {
         const Trajectory run = plan.starting_at(start);
         Stepper stepper(run.rows, latents.data(), count);
         for (const Row &row : run.rows) stepper.advance(row, output.data(), [&] { return output.data(); });
+    }
+}
+
+// Compile a scheduler config for the sampler and the number of steps that the first two bytes say.
+void compile(std::string_view text) {
+    if (text.size() < 2) return;
+    const std::string &sampler = samplers()[static_cast<unsigned char>(text[0]) % samplers().size()].name;
+    const std::int64_t steps = static_cast<unsigned char>(text[1]);
+    text.remove_prefix(2);
+    if (!is_utf8(text)) throw MalformedError("not UTF-8 text");
+    const Json config = parsed(text, Repeats::refused, Constants::allowed);
+    if (!config.is(Kind::object)) throw MalformedError("no JSON object");
+    try {
+        run(compile_plan(config, sampler, steps));
+    } catch (const InputError &error) {
+        require(is_utf8(error.what()));
     }
 }
 
@@ -85,14 +102,15 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size
     if (size == 0) return 0;
     const std::string_view text(reinterpret_cast<const char *>(data) + 1, size - 1);
     try {
-        switch (data[0] % 7) {
+        switch (data[0] % 8) {
             case 0: read_manifest(text); break;
-            case 1: run_plan(text); break;
+            case 1: run(plan_from_json(text)); break;
             case 2: external_data_from_bytes(text); break;
             case 3: target_from_json(text); break;
             case 4: read_tokenizer(text); break;
             case 5: tokenize(tokenizer, text); break;
-            default: engines_from_json(text, "rtx-sm89");
+            case 6: engines_from_json(text, "rtx-sm89"); break;
+            default: compile(text);
         }
     } catch (const Error &) {
     } catch (const MalformedError &) {

@@ -1,13 +1,17 @@
 """What ``fuzz.cpp`` begins with: real files of a bundle, and small tokenizers of each layout that is read."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-MANIFEST, PLAN, ONNX, TARGET, TOKENIZER, PROMPT = range(6)
+from ldm_export.plan import SAMPLERS, compile_plan
+from tests.plan_cases import wrong
+
+MANIFEST, PLAN, ONNX, TARGET, TOKENIZER, PROMPT, ENGINES, SCHEDULER = range(8)
 """The first byte, which says what the rest is."""
 
-PLANS = ("lcm-1", "lcm-4", "ddim-10", "plms-10", "heun-10")
+PLANS = (("lcm", 1), ("lcm", 4), ("ddim", 10), ("plms", 10), ("heun", 10))
 PROMPTS = (
     "a red circle",
     "it's <|endoftext|> e\u0301 \u1112\u1161\u11ab  12 we'll",
@@ -45,7 +49,11 @@ def write_seeds(bundle: Path, folder: Path) -> None:
         (TOKENIZER, _tokenizer("a cat<|endoftext|> b", added_tokens_decoder=DECODER, extra_special_tokens=["<x>"])),
         (TOKENIZER, _tokenizer("abc dog", whole=WHOLE)),
     ]
-    seeds += [(PLAN, (bundle / "plans" / f"{name}.json").read_bytes()) for name in PLANS]
+    scheduler = (bundle / "scheduler" / "scheduler_config.json").read_bytes()
+    seeds += [(PLAN, compile_plan(json.loads(scheduler), *plan).to_json().encode()) for plan in PLANS]
+    seeds += [(SCHEDULER, bytes([number, 5]) + scheduler) for number in range(len(SAMPLERS))]
+    for number, (config, _, _) in enumerate(itertools.islice(wrong(0), 0, 1500, 37)):
+        seeds.append((SCHEDULER, bytes([number % len(SAMPLERS), 9]) + json.dumps(config).encode()))
     seeds += [(ONNX, path.read_bytes()) for path in target.glob("unet.*.onnx")]
     seeds += [(PROMPT, prompt.encode()) for prompt in PROMPTS]
     folder.mkdir()

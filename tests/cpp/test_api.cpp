@@ -141,7 +141,7 @@ TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
     refused([](auto &o) { o.sampler = "magic"; }, "no plan for 'magic'");
     refused([](auto &o) { o.sampler = "../ddim"; }, "no plan");
     refused([](auto &o) { o.sampler = "\xff"; }, "UTF-8");
-    refused([](auto &o) { o.steps = 3; }, "ldm-export plan");
+    refused([](auto &o) { o.steps = 1001; }, "it must be 1 to 1000, the number of timesteps");
     refused([](auto &o) { o.guidance = -1; }, "guidance is -1");
     refused([](auto &o) { o.guidance = 1e308; }, "a number from 0 to 1000000");
     refused([](auto &o) { o.height = o.width = 1 << 19; }, "GB of memory");

@@ -17,7 +17,7 @@ from PIL import Image
 import ldm_export
 from ldm_export.cli import cmake_dir
 from ldm_export.runtime import Pipeline
-from tests.cpp.conftest import SOURCES, run
+from tests.cpp.conftest import SOURCES, installed, need, run
 from tests.cpp.fuzz_seeds import write_seeds
 
 TESTS = Path(__file__).parent
@@ -38,16 +38,6 @@ def first_program() -> str:
     """The program on the header's first screen."""
     lines = HEADER.read_text().split("\n")
     return "\n".join(line for line in lines[2:20]).partition("\nErrors")[0]
-
-
-def need(found: bool, what: str) -> None:
-    if not found:
-        pytest.skip(f"{what} is not installed")
-
-
-def installed(prefix: str) -> bool:
-    """Whether a header of a Debian package is there."""
-    return any((Path(root) / prefix).exists() for root in ("/usr/include", "/usr/local/include"))
 
 
 def test_version() -> None:
@@ -176,25 +166,22 @@ def build_tests(build: Callable[..., Path], folder: Path, *options: str) -> Path
     return build(TESTS, folder, "-DCMAKE_BUILD_TYPE=Debug", *options)
 
 
-def test_its_own_tests(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
-    programs = build_tests(build, tmp_path / "build")
+def test_its_own_tests(programs: Path, bundle: Path) -> None:
     print(run(programs / "ldm_unit", "--rng-seed", "0", LDM_TEST_BUNDLE=str(bundle)))
     print(run(programs / "ldm_unit", "[life]", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="50"))
     print(run(programs / "ldm_memory", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="50"))
 
 
 @pytest.mark.slow
-def test_a_thousand_lives(build: Callable[..., Path], bundle: Path, tmp_path: Path) -> None:
-    programs = build_tests(build, tmp_path / "build")
+def test_a_thousand_lives(programs: Path, bundle: Path) -> None:
     print(run(programs / "ldm_unit", "[life]", LDM_TEST_BUNDLE=str(bundle)))
     print(run(programs / "ldm_memory", LDM_TEST_BUNDLE=str(bundle), LDM_TEST_ROUNDS="1000"))
 
 
 @pytest.mark.slow
-def test_lives_under_valgrind(build: Callable[..., Path], tiny_bundle: Path, tmp_path: Path) -> None:
+def test_lives_under_valgrind(programs: Path, tiny_bundle: Path) -> None:
     """Without the target, whose weights are packed for a processor that valgrind hides."""
     need(shutil.which("valgrind") is not None, "valgrind")
-    programs = build_tests(build, tmp_path / "build")
     checks = ("--leak-check=full", "--errors-for-leak-kinds=definite,possible", "--error-exitcode=1")
     suppressed = f"--suppressions={TESTS / 'valgrind.supp'}"
     settings = {"LDM_TEST_BUNDLE": str(tiny_bundle), "LDM_TEST_ROUNDS": "5"}

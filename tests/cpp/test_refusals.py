@@ -14,8 +14,13 @@ import onnx
 import pytest
 
 from ldm_export.bundle.manifest import MANIFEST
+from ldm_export.errors import BundleError, InputError
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import SCHEDULER
 from tests.bundle.test_bundle import DEEP_LIES, LIES, make
 from tests.bundle.test_target import DOES_NOT_FIT
+from tests.hostile.base import sound
+from tests.hostile.case import MISSING
 
 STATUS_INPUT, STATUS_BUNDLE, STATUS_BACKEND = 1, 2, 3
 PROMPT = "a red circle"
@@ -91,6 +96,42 @@ def test_another_model_is_refused(
     with pytest.raises(binding.LdmError, match="inpainting, or editing") as caught:
         open_cpp(kinds("inpainting")[1]).draw([PROMPT])
     assert caught.value.status == STATUS_INPUT
+
+
+ASKED = [("magic", 10), ("it's", 10), ("x" * 70, 10), ("ddim", 1001), ("ddim", 1 << 20), ("unipc", 1000), ("lcm", 51)]
+CONFIGS: dict[str, Any] = {
+    "its own": {},
+    "no class": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "of NaN": {"beta_start": float("nan")},
+    "of infinity": {"beta_end": float("inf"), "lambda_min_clipped": float("-inf")},
+    "numbers that no float32 holds": {"clip_sample_range": 1e300, "clip_sample": True},
+    "no object": None,
+    "none": MISSING,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_cannot_be_compiled_is_refused_in_the_same_words(
+    open_cpp: Callable[..., Any], binding: ModuleType, tmp_path: Path, config: str
+) -> None:
+    draft, folder = sound(), tmp_path / "bundle"
+    if CONFIGS[config] is MISSING:
+        del draft.files[SCHEDULER]
+    elif CONFIGS[config] is None:
+        draft.files[SCHEDULER] = b"[]"
+    else:
+        draft.files[SCHEDULER] = json.dumps(draft.document(SCHEDULER) | CONFIGS[config]).encode()
+    folder.mkdir()
+    draft.write(folder)
+    cpp, python = open_cpp(folder, backend=b"cpu"), Pipeline.open(folder, backend="cpu")
+    for sampler, steps in ASKED if config == "its own" else [("ddim", 5)]:
+        with pytest.raises((InputError, BundleError)) as expected:
+            python.generate("a cat", sampler=sampler, steps=steps)
+        with pytest.raises(binding.LdmError) as caught:
+            cpp.draw(["a cat"], sampler=sampler.encode(), steps=steps)
+        assert caught.value.status == (STATUS_INPUT if expected.type is InputError else STATUS_BUNDLE)
+        assert str(caught.value) == str(expected.value)
+        assert "plan" in str(caught.value) or "JSON object" in str(caught.value)
 
 
 UNET = """<ir_version: 9, opset_import: ["" : 18]>

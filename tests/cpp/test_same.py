@@ -9,6 +9,7 @@ import shutil
 import unicodedata
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.errors import InputError
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline, Tokenizer
+from ldm_export.runtime.request import read_plan
 from tests.hostile.base import entry_of, sound
 
 LATENT_TOLERANCE = 1e-5
@@ -106,6 +109,30 @@ def test_latents_from_an_image(cpp: Any, python: Pipeline, sampler: str, strengt
     given = {"image": image.tobytes(), "height": 16, "width": 24, "strength": strength}
     result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=steps, seed=5, **given)
     assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=steps, seed=5, image=image, strength=strength))
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 6), ("plms", 7), ("heun", 3), ("unipc", 13), ("deis", 16)])
+@pytest.mark.parametrize("strength", [None, 1.0, 0.4])
+def test_any_number_of_steps(
+    cpp: Any, python: Pipeline, bundle: Path, sampler: str, steps: int, strength: float | None
+) -> None:
+    assert not (bundle / "plans" / f"{sampler}-{steps}.json").exists()
+    image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
+    for_cpp = {} if strength is None else {"image": image.tobytes(), "height": 16, "width": 16, "strength": strength}
+    for_python = {} if strength is None else {"image": image, "strength": strength}
+    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=steps, seeds=seeds(), **for_cpp)
+    assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=steps, seed=SEEDS, **for_python))
+
+
+def test_a_plans_file_is_what_is_drawn_with(open_cpp: Callable[..., Any], tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    opened = Bundle.open(folder)
+    plan = read_plan(opened, "ddim", 5)
+    opened.add_file("plans/ddim-5.json", replace(plan, init_scale=0.5).to_json().encode())
+    compiled = drawn(open_cpp(tiny_bundle), PROMPTS, steps=5)
+    result = drawn(open_cpp(folder), PROMPTS, steps=5)
+    assert np.abs(result[1] - compiled[1]).max() > 0.1
+    assert_same(result, Pipeline.open(folder, backend="cpu").generate(PROMPTS, steps=5))
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -400,7 +400,7 @@ def fill_the_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["export_graph", "compare_graph", "_write_json", "_write_plans", "copy_tokenizer"])
+@pytest.mark.parametrize("place", ["export_graph", "compare_graph", "_write_json", "copy_tokenizer"])
 @pytest.mark.parametrize(
     ("happens", "error", "message"),
     [(interrupt, KeyboardInterrupt, None), (fill_the_disk, ExportError, "The disk is full: .*are needed. Make room")],
@@ -425,7 +425,7 @@ def test_an_export_that_ends_early_leaves_nothing(
 def test_an_existing_bundle_is_replaced_only_by_force(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     checkpoint = LatentDiffusion.open(tiny_checkpoint)
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    (bundle / "plans" / "ddim-10.json").unlink()
+    (bundle / "vae_encoder" / "config.json").unlink()
     with pytest.raises(BundleError, match="exists; use --force"):
         chain.export_bundle(checkpoint, bundle)
     stages: list[str] = []

@@ -104,9 +104,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"a plan of {sampler}", True, lambda draft: None, asks=asks)
         yield Case(f"a plan of {sampler}, with an image", True, lambda draft: None, asks={**asks, "image": True})
     for asks in ({"sampler": "ddim", "steps": 3}, {"sampler": "none", "steps": 2}, {"sampler": "../ddim", "steps": 2}):
-        yield Case(
-            f"no plan of {asks['sampler']} with {asks['steps']}", False, lambda draft: None, asks={**ASKS, **asks}
-        )
+        name, opens = f"no file of {asks['sampler']} with {asks['steps']}", asks["sampler"] == "ddim"
+        yield Case(name, opens, lambda draft: None, asks={**ASKS, **asks})
     for key, times in (("rows", 1), ("rows", 5), ("entries", 1), ("entries", 3)):
         yield Case(f"a plan with {times} {key}", False, partial(_repeated, key=key, times=times))
     for steps, calls, opens in ((3, 3, True), (3, 6, True), (3, 7, False), (3, 2, False), (10001, 10001, False)):
@@ -119,7 +118,7 @@ def cases() -> Iterator[Case]:
         False,
         lambda draft: draft.files.update({PLAN: draft.files["plans/euler-ancestral-2.json"]}),
     )
-    yield Case("a plan that is a folder", False, _folder)
+    yield Case("a plan that is a folder", True, _folder)  # so it is compiled
     yield Case("a plan that is a JSON text", False, lambda draft: draft.files.update({PLAN: b'"plan"'}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 
 from ldm_export import plan as public
 from ldm_export.errors import InputError
-from ldm_export.plan import MAX_HISTORY, SAMPLERS, Plan, Row, Stepper, Trajectory, compile_plan
+from ldm_export.plan import MAX_HISTORY, SAMPLERS, Entry, Plan, Row, Stepper, Trajectory, compile_plan
 from ldm_export.plan.schedule import Level, SchedulerConfig
-from ldm_export.plan.table import Latents
+from ldm_export.plan.table import Entries, Latents
 from tests.scheduler_configs import SHAPE, base_config, network, noises, run_plan
 
 samplers = st.sampled_from(sorted(SAMPLERS))
@@ -281,3 +282,52 @@ def test_a_trajectory_is_checked_where_it_is_made() -> None:
         Trajectory(0.0, 1.0, ())
     with pytest.raises(InputError, match="only 1 exist"):
         Trajectory(0.0, 1.0, (Row(0.0, weights=(1.0, 1.0)),))
+
+
+def test_entries_are_made_when_they_are_asked_for() -> None:
+    asked: list[int] = []
+    whole = compile_plan(base_config(), "unipc", 8)
+    made = tuple(whole.entries)
+
+    def make(step: int) -> Entry:
+        asked.append(step)
+        return made[step]
+
+    plan = dataclasses.replace(whole, entries=Entries(8, make))
+    assert plan.from_noise().rows == plan.rows
+    assert asked == []
+    assert plan.for_strength(0.25) == plan.starting_at(6) == whole.starting_at(6)
+    assert asked == [6]
+    assert plan.entries[-1] == made[-1]
+    assert plan.entries[2:4] == made[2:4]
+    assert plan == whole == dataclasses.replace(whole, entries=made)
+    assert hash(plan) == hash(dataclasses.replace(whole, entries=made))
+    assert plan.to_json() == whole.to_json()
+    assert Plan.from_json(plan.to_json()) == plan
+    other = (*made[:-1], dataclasses.replace(made[-1], noise_scale=0.5))
+    assert plan != dataclasses.replace(whole, entries=other)
+    with pytest.raises(IndexError):
+        plan.entries[8]
+
+
+def test_more_steps_than_a_plan_may_have() -> None:
+    config = {"num_train_timesteps": 100_000, "beta_start": 1e-6, "beta_end": 1e-4}
+    with pytest.raises(InputError, match="must be 1 to 10000, the most that a plan may have"):
+        compile_plan(config, "ddim", 10_001)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_start": 5e-324}, "alphas_cumprod go from 1 to .*; each must be smaller"),
+        ({"num_train_timesteps": 100_000}, "alphas_cumprod go from 1 to .*; each must be smaller"),
+        ({"num_train_timesteps": 1, "rescale_betas_zero_snr": True}, "1 training timestep; it needs 2"),
+        ({"clip_sample_range": 1e39}, "ddim with 1 steps of this scheduler config has numbers that float32"),
+        ({"beta_end": 1.7e308}, r"1000 betas in \[0.0001, 1.7e\+308\]"),
+        ({"prediction_type": "x" * 100_000}, r"prediction_type = 'x{59}\.\.\.; it must be one of"),
+        ({"trained_betas": [0] * 100_000}, r"trained_betas = \[0, .{55,58}\.\.\.; it must be a list"),
+    ],
+)
+def test_numbers_that_no_network_was_trained_with(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compile_plan({"clip_sample": True, "timestep_spacing": "trailing", **config}, "ddim", 1)

@@ -291,8 +291,12 @@ def test_an_error_of_onnxruntime_becomes_one_sentence(tiny_bundle: Path) -> None
 
 GREY = np.full((16, 16, 3), 127, np.uint8)
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown sampler": ({"sampler": "magic"}, "no plan for 'magic' with 20 steps; it has plans for ddim, ddpm"),
-    "unplanned steps": ({"steps": 21}, "no plan for 'ddim' with 21 steps.*ldm-export plan .* --steps 21"),
+    "unknown sampler": (
+        {"sampler": "magic"},
+        "no plan for 'magic' with 20 steps, .* known are ddpm, ddim, plms.* Use one",
+    ),
+    "too many steps": ({"steps": 1001}, "no plan for 'ddim' with 1001 steps, .* it must be 1 to 1000, .* Choose one"),
+    "no integer steps": ({"sampler": "unipc", "steps": 1000}, "do not fit into 1000 training timesteps.*Use fewer"),
     "zero steps": ({"steps": 0}, "steps is 0; give a whole number from 1"),
     "odd size": ({"height": 17}, "17x16 does not fit; height and width must be multiples of 2. Use 16x16"),
     "zero size": ({"width": 0}, "width is 0; give a whole number from 1"),

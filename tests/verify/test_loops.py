@@ -22,13 +22,14 @@ from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export import loop as export_loop
 from ldm_export.export.graphs import change_graphs, copy_bundle, copy_files
 from ldm_export.export.loop import WEIGHTS, build_loop
+from ldm_export.export.plans import loop_of
 from ldm_export.export.splicing import EXTERNAL_FROM_BYTES, GraphWriter, Weights
 from ldm_export.plan import SAMPLERS, Plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
-from ldm_export.runtime.request import checked_request
+from ldm_export.runtime.request import checked_request, read_plan
 from ldm_export.verify import loops as verify_loops
-from ldm_export.verify.loops import add_loop, loop_of
+from ldm_export.verify.loops import add_loop
 from tests.recipe.tiny import FAKE_PASSES
 
 TOLERANCE = 1e-5
@@ -106,7 +107,7 @@ def test_another_batch_and_size(text: Bundle, name: str) -> None:
 
 
 def test_clipped_samples(bundle: Bundle) -> None:
-    plan = Plan.from_json(bundle.file("plans/dpmpp-2m-10.json").read_text())
+    plan = read_plan(bundle, "dpmpp-2m", 10)
     rows = tuple(replace(row, clip=0.5 if k < 7 else 0.0) for k, row in enumerate(plan.rows))
     changed = bundle.add_file("plans/dpmpp-2m-10.json", replace(plan, rows=rows).to_json().encode())
     assert_same(add_loop(changed, "dpmpp-2m-10"), "dpmpp-2m-10", WISHES)
@@ -318,7 +319,7 @@ def test_plans_that_cannot_be_compiled(bundle: Bundle, name: str, message: str) 
 def test_a_loop_of_another_plan_is_known(bundle: Bundle) -> None:
     added = add_loop(bundle, "ddim-10")
     assert stale_loops(added.manifest) == {}
-    other = added.file("plans/plms-10.json").read_bytes()
+    other = read_plan(added, "plms", 10).to_json().encode()
     stale = added.add_file("plans/ddim-10.json", other)
     assert stale_loops(stale.manifest) == {"loops/ddim-10": ["plans/ddim-10.json"]}
 

@@ -196,9 +196,9 @@ def test_the_command(bundle: Path, data: Path, tmp_path: Path) -> None:
     assert "Retrieval R@5" in output
     assert "10 drawn, 12 training, 12 reference" in output
     assert "No held-out pictures were given" in output
-    code, output = run(bundle, "--data", data, *few[:2], "--steps", "11")
+    code, output = run(bundle, "--data", data, *few[:2], "--steps", "1011")
     assert code == 2
-    assert "This bundle has no plan for 'ddim' with 11 steps" in output
+    assert "This bundle has no plan for 'ddim' with 1011 steps" in output
     assert output.count("\n") == 1
 
 

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 namespace ldm::runtime {
@@ -28,7 +29,8 @@ const char *name_of(Kind kind) {
 // What the parser tells, as one value.
 class Builder {
   public:
-    explicit Builder(Repeats repeats) : repeats_(repeats) {}
+    // constants: what texts stand for, by their number among all texts, keys included
+    Builder(Repeats repeats, std::map<std::size_t, double> constants) : repeats_(repeats), constants_(std::move(constants)) {}
 
     bool null() { return add(std::monostate()); }
     bool boolean(bool value) { return add(value); }
@@ -37,13 +39,17 @@ class Builder {
         return value <= INT64_MAX ? add(static_cast<std::int64_t>(value)) : add(static_cast<double>(value));
     }
     bool number_float(double value, const std::string &) { return add(value); }
-    bool string(std::string &value) { return add(std::move(value)); }
+    bool string(std::string &value) {
+        const auto constant = constants_.find(texts_++);
+        return constant == constants_.end() ? add(std::move(value)) : add(constant->second);
+    }
     bool binary(nlohmann::json::binary_t &) { return false; }
     bool start_object(std::size_t) { return open(Json::Object()); }
     bool start_array(std::size_t) { return open(Json::Array()); }
     bool end_object() { return close(); }
     bool end_array() { return close(); }
     bool key(std::string &name) {
+        if (constants_.count(texts_++) != 0) throw MalformedError("not JSON: a key is no text");
         key_ = std::move(name);
         if (repeats_ == Repeats::refused && open_.back()->object().count(key_) != 0)
             throw MalformedError("not JSON: the key " + Json(key_).dump() + " occurs twice");
@@ -81,9 +87,40 @@ class Builder {
     }
 
     Repeats repeats_;
+    std::map<std::size_t, double> constants_;
+    std::size_t texts_ = 0;  // that have been told
     std::vector<Json *> open_;  // the containers around what comes next; only the innermost one grows, so that none moves
     std::string key_;
 };
+
+// The text with an empty text in place of each NaN, Infinity and -Infinity, which the parser does not know, and what each is
+// by its number among all texts.
+std::string without_constants(std::string_view text, std::map<std::size_t, double> &constants) {
+    static const std::pair<std::string_view, double> known[] = {
+        {"NaN", std::nan("")}, {"-Infinity", -INFINITY}, {"Infinity", INFINITY}};
+    std::string plain;
+    std::size_t texts = 0;
+    for (std::size_t i = 0; i < text.size();) {
+        if (text[i] == '"') {
+            const std::size_t start = i++;
+            while (i < text.size() && text[i] != '"') i += text[i] == '\\' ? 2 : 1;
+            i = std::min(i + 1, text.size());
+            plain += text.substr(start, i - start);
+            ++texts;
+            continue;
+        }
+        const auto here = std::find_if(std::begin(known), std::end(known),
+                                       [&](const auto &item) { return text.substr(i, item.first.size()) == item.first; });
+        if (here == std::end(known)) {
+            plain += text[i++];
+            continue;
+        }
+        constants.emplace(texts++, here->second);
+        plain += "\"\"";
+        i += here->first.size();
+    }
+    return plain;
+}
 
 std::string escaped(const std::string &text) {
     std::string json = "\"";
@@ -113,11 +150,14 @@ bool is_plain(const std::string &part) {
 
 }  // namespace
 
-Json parsed(std::string_view text, Repeats repeats) {
+Json parsed(std::string_view text, Repeats repeats, Constants allowed) {
     if (text.substr(0, 3) == "\xEF\xBB\xBF") throw MalformedError("not JSON: it begins with a byte order mark");
     if (text.find('\0') != std::string_view::npos)  // which ends the text for the parser
         throw MalformedError("not JSON: it has the character NUL");
-    Builder builder(repeats);
+    std::map<std::size_t, double> constants;
+    std::string plain;
+    if (allowed == Constants::allowed) text = plain = without_constants(text, constants);
+    Builder builder(repeats, std::move(constants));
     nlohmann::json::sax_parse(text, &builder);
     return std::move(builder.whole);
 }

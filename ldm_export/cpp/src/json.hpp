@@ -65,10 +65,11 @@ class Json {
     std::variant<std::monostate, bool, std::int64_t, double, std::string, Array, Object> value_;
 };
 
-enum class Repeats { allowed, refused };  // of a key in an object; the last one counts
+enum class Repeats { allowed, refused };    // of a key in an object; the last one counts
+enum class Constants { refused, allowed };  // NaN, Infinity and -Infinity, which diffusers writes
 
-// Parse; NaN, infinity, a byte order mark and nesting deeper than 500 are refused.
-Json parsed(std::string_view text, Repeats repeats);
+// Parse; a byte order mark and nesting deeper than 500 are refused.
+Json parsed(std::string_view text, Repeats repeats, Constants constants = Constants::refused);
 
 // The member `key`, of exactly this kind; `where` names the holder, "" being the whole document.
 const Json &field(const Json &holder, const std::string &key, Kind kind, const std::string &where = "");

@@ -12,7 +12,7 @@ namespace ldm::runtime {
 namespace {
 
 constexpr std::int64_t FORMAT_VERSION = 1;
-constexpr std::size_t MAX_HISTORY = 5, MOST_STEPS = 10'000, MOST_WARMUP_ROWS = 2 * MAX_HISTORY;
+constexpr std::size_t MAX_HISTORY = 5, MOST_WARMUP_ROWS = 2 * MAX_HISTORY;
 
 [[noreturn]] void refuse(const std::string &what) { throw InputError(what + ". Compile the plan again."); }
 
@@ -112,7 +112,7 @@ void check(const std::vector<Row> &warmup, const std::vector<Row> &rows, std::si
 
 void check(const Plan &plan) {
     const std::size_t steps = plan.num_inference_steps, rows = plan.rows.size();
-    if (steps > MOST_STEPS) refuse(join("a plan has ", steps, " steps; it may have ", MOST_STEPS));
+    if (steps > static_cast<std::size_t>(MOST_STEPS)) refuse(join("a plan has ", steps, " steps; it may have ", MOST_STEPS));
     if (steps < 1 || rows < steps || rows / 2 > steps || rows > 2 * steps)
         refuse(join("a plan of ", steps, " steps has ", rows, " rows; a step is one or two network calls"));
     if (plan.entries.size() != steps)

@@ -5,12 +5,15 @@
 //   network input = input_scale * x,   timestep = the row's timestep
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace ldm::runtime {
+
+constexpr std::int64_t MOST_STEPS = 10'000;
 
 // One network call and the update that follows it.
 struct Row {

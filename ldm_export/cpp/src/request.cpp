@@ -1,12 +1,13 @@
 #include "request.hpp"
 
+#include "compiler.hpp"
 #include "error.hpp"
 #include "memory.hpp"
+#include "repr.hpp"
 #include "unicode.hpp"
 
 #include <algorithm>
 #include <cmath>
-#include <set>
 
 namespace ldm::runtime {
 
@@ -15,6 +16,7 @@ namespace {
 constexpr std::size_t LARGEST_BATCH = 1 << 16;
 constexpr std::uint32_t LARGEST_SIDE = 1 << 20;
 constexpr std::int64_t LARGEST_GUIDANCE = 1'000'000;
+constexpr const char *SCHEDULER = "scheduler/scheduler_config.json";  // what plans are compiled from
 constexpr double DECODER_FEATURES = 32, LATENT_BUFFERS = 8;  // held at once, at the least, of a pixel and of a latent
 
 std::vector<std::string> texts(const char *const *given, std::size_t count, const char *what) {
@@ -140,6 +142,19 @@ void check_memory(const Facts &facts, const Request &request) {
                               " GB are left. Ask for fewer or smaller ones."));
 }
 
+// The scheduler config, in which diffusers may have written Infinity.
+Json scheduler_of(const Bundle &bundle) {
+    try {
+        Json config = parsed(bundle.files.text(SCHEDULER), Repeats::refused, Constants::allowed);
+        if (!config.is(Kind::object)) throw MalformedError("no JSON object");
+        return config;
+    } catch (const MalformedError &error) {
+        throw BundleError(join("Bundle ", bundle.path().string(), ": ", SCHEDULER, " is ", error.what(),
+                               ". Export the bundle anew."));
+    }
+}
+
+// The plan of that sampler and number of steps: the bundle's file, or else compiled by its scheduler config.
 Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
     const std::string path = join("plans/", sampler, "-", steps, ".json");
     if (bundle.files.has(path)) {
@@ -149,18 +164,27 @@ Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t s
                                   plan.sampler, "'. Compile the plan again."));
         return plan;
     }
-    std::set<std::string> kin, samplers;
+    std::vector<std::string> there, kin;
     for (const auto &[name, _] : bundle.manifest.files) {
         if (name.rfind("plans/", 0) != 0) continue;
-        const std::size_t dash = name.rfind('-'), end = name.rfind('.');
-        if (dash == std::string::npos || dash < 6 || end == std::string::npos || end < dash) continue;
-        samplers.insert(name.substr(6, dash - 6));
-        if (name.substr(6, dash - 6) == sampler) kin.insert(name.substr(6, end - 6));
+        there.push_back(name.substr(6, name.size() - std::min<std::size_t>(name.size(), 6 + 5)));  // without .json
+        if (there.back().substr(0, there.back().rfind('-')) == sampler) kin.push_back(there.back());
     }
-    throw InputError(join("This bundle has no plan for '", sampler, "' with ", steps, " steps; it has ",
-                          kin.empty() ? "plans for " + listed(samplers, "no sampler") : listed(kin),
-                          ". Use one of those, or run: ldm-export plan ", bundle.path().string(), " --sampler ", sampler,
-                          " --steps ", steps));
+    const std::string lacks = join("This bundle has no plan for ", short_repr(sampler), " with ", steps, " steps");
+    std::sort(there.begin(), there.end());
+    if (!bundle.files.has(SCHEDULER))
+        throw InputError(join(lacks, ", and no ", SCHEDULER, " to compile one from; its plans: ", listed(there, "none"),
+                              ". Use one of those, or export the bundle anew."));
+    const Json config = scheduler_of(bundle);
+    try {
+        return compile_plan(config, sampler, steps);
+    } catch (const InputError &error) {
+        std::sort(kin.begin(), kin.end(), [](const std::string &a, const std::string &b) {
+            return std::pair(a.size(), a) < std::pair(b.size(), b);
+        });
+        const std::string has = kin.empty() ? "" : " (it has " + listed(kin) + ")";
+        throw InputError(join(lacks, has, ", and it cannot be compiled: ", error.what()));
+    }
 }
 
 std::string loop(const Bundle &bundle, const std::string &sampler, std::uint32_t steps, bool stepped) {

@@ -32,6 +32,7 @@ from ldm_export.bundle.targets.engines import (
 )
 from ldm_export.contract import STEP, GraphSpec, TensorSpec
 from ldm_export.errors import ExportError, InputError
+from ldm_export.export.plans import loop_of, with_plan
 from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_of
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
@@ -117,7 +118,7 @@ def build_engines(
     Raises
     ------
     InputError
-        For a device, size, graph or plan that there is not.
+        For a device, size or graph that there is not, or a plan that cannot be compiled.
     BackendError
         If the flavour is not installed, or needs a GPU.
     BundleError
@@ -129,6 +130,8 @@ def build_engines(
         If a graph, converted or composed, differs too much from what it shall compute.
     """
     wanted = _target(bundle, settings)
+    for plan in loops:
+        bundle, _ = with_plan(bundle, *loop_of(plan))  # an engine records what it was made of
     tasks = _tasks(bundle, settings, graphs, loops)
     target, because = _kept(wanted, bundle, tasks, set(tasks) if force else set())
     waiting = {name: task for name, task in tasks.items() if name not in target.engines}

@@ -16,9 +16,10 @@ import onnx_ir
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.contract import STEP, GraphSpec, step_spec
-from ldm_export.errors import BundleError, InputError
+from ldm_export.errors import InputError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.loop import build_loop
+from ldm_export.export.plans import loop_of
 from ldm_export.export.step import step_model
 from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
 from ldm_export.export.tensorrt.proof import compare_converted, compare_loop, compare_step, recorded
@@ -28,6 +29,7 @@ from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.graph.weights import check_weights
 from ldm_export.plan import Plan
+from ldm_export.runtime.request import read_plan
 
 PRECISIONS: dict[str, GraphPass | None] = {"fp32": None, "fp16": Half(), "int8": QuantizeWeights()}
 """How a plain graph comes to each precision; of int8 only the weights are integers, which is all that RTX has."""
@@ -142,7 +144,7 @@ def converted(
 
 
 def plan_of(bundle: Bundle, name: str) -> Plan:
-    """One of a bundle's plans.
+    """One of the plans that a bundle has files of, which are what engines are recorded to be made from.
 
     Raises
     ------
@@ -151,18 +153,12 @@ def plan_of(bundle: Bundle, name: str) -> Plan:
     BundleError
         If its file is of another.
     """
-    path = f"plans/{name}.json"
-    if path not in bundle.manifest.files:
+    if f"plans/{name}.json" not in bundle.manifest.files:
         raise InputError(
-            f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle))}. Use one of these, or add it "
-            "with ldm-export plan."
+            f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle)) or 'none'}. Use one of these, or "
+            "add it with ldm-export plan."
         )
-    plan = Plan.from_json(bundle.read(path))
-    if Path(path).name != plan.file_name:
-        raise BundleError(
-            f"{path} of {bundle.path} is of the plan {Path(plan.file_name).stem}. Export the bundle anew."
-        )
-    return plan
+    return read_plan(bundle, *loop_of(name))
 
 
 def plans_of(bundle: Bundle) -> list[str]:

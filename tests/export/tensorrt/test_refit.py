@@ -24,6 +24,7 @@ from onnx import numpy_helper
 from ldm_export.bundle import Bundle
 from ldm_export.cli.main import main
 from ldm_export.errors import BackendError, ExportError, InputError
+from ldm_export.export.plans import add_plan
 from ldm_export.export.tensorrt import refit
 from ldm_export.export.tensorrt.build import EngineSettings, build_engines
 from ldm_export.export.tensorrt.refit import check_same_networks, refit_engines
@@ -176,6 +177,8 @@ def test_another_network_is_refused_before_a_gpu_is_asked_for(base: Path, other:
 def test_a_loop_takes_no_other_plan(base: Path, other: Path) -> None:
     """The plan is in the engine, and its numbers are no weights."""
     name, plan = "loops/ddim-10", "plans/ddim-10.json"
+    for folder in (base, other):
+        add_plan(Bundle.open(folder), "ddim", 10)
     file = base / "targets" / KIND / "target.json"
     document = json.loads(file.read_text())
     made_from = {plan: Bundle.open(base).manifest.files[plan].sha256}

@@ -25,6 +25,7 @@ from ldm_export.export.tensorrt.library import library_of
 from ldm_export.export.tensorrt.process import in_a_process, last_words
 from ldm_export.export.tensorrt.profiles import Range, profile_of
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
+from ldm_export.runtime.request import read_plan
 from tests.export.tensorrt.engines import KIND, RTX, SMALL, child, contents, settings
 
 library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -125,7 +126,7 @@ def test_profiles_follow_the_contract(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("unett", "has no graph 'unett'; it has"), ("loops/x", "has no plan 'x'; it has")]
+    ("name", "message"), [("unett", "has no graph 'unett'; it has"), ("loops/x", "has no plan 'x'; it has none. Use")]
 )
 def test_graphs_that_there_are_not(bundle: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -133,14 +134,15 @@ def test_graphs_that_there_are_not(bundle: Path, name: str, message: str) -> Non
 
 
 def test_a_loop_of_no_plan(bundle: Path) -> None:
-    with pytest.raises(InputError, match=r"has no plan 'ddim-7'; it has ddim-10, .* ldm-export plan\.$"):
-        build_engines(Bundle.open(bundle), settings(), SMALL, ["ddim-7"])
+    for name, message in (("magic-7", "known are ddpm, ddim"), ("ddim-1001", "1 to 1000"), ("x", "SAMPLER-STEPS")):
+        with pytest.raises(InputError, match=message):
+            build_engines(Bundle.open(bundle), settings(), SMALL, [name])
 
 
 def test_a_loop_of_another_plan_than_it_says(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    opened = opened.add_file("plans/ddim-10.json", opened.file("plans/plms-10.json").read_bytes())
-    with pytest.raises(BundleError, match=r"^plans/ddim-10\.json of \S+ is of the plan plms-10\. Export"):
+    opened = opened.add_file("plans/ddim-10.json", read_plan(opened, "plms", 10).to_json().encode())
+    with pytest.raises(BundleError, match=r"plans/ddim-10\.json has the plan plms-10\.json\. Export"):
         build_engines(opened, settings(), SMALL, ["ddim-10"])
     assert not (bundle / "targets").exists()
 

@@ -92,8 +92,8 @@ typedef struct ldm_open_options {
 
 typedef struct ldm_draw_options {
     size_t struct_size;
-    const char *sampler;                 /* one that the bundle has plans for; NULL: the bundle's own */
-    uint32_t steps;                      /* 0: the bundle's own number */
+    const char *sampler;                 /* such as "euler"; NULL: the bundle's own */
+    uint32_t steps;                      /* any that the sampler can do; 0: the bundle's own number */
     double guidance;                     /* from 0 to 1e6, 1 or less is off; NaN: the bundle's own */
     const char *const *negative_prompts; /* NULL: none, for which some models take zeros; "" is a text like any other */
     size_t negative_prompt_count;        /* one for all pictures, or one each */

@@ -1,0 +1,130 @@
+#include "compiler.hpp"
+
+#include "error.hpp"
+#include "repr.hpp"
+#include "samplers.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+namespace ldm::runtime {
+
+namespace {
+
+bool is_float32(double number) { return std::abs(number) <= std::numeric_limits<float>::max(); }  // false for NaN
+
+bool is_sound(const Row &row) {
+    const double numbers[] = {row.timestep, row.input_scale, row.from_sample, row.from_output,
+                              row.clip,     row.keep,        row.direct,      row.noise};
+    return std::all_of(std::begin(numbers), std::end(numbers), is_float32) &&
+           std::all_of(row.weights.begin(), row.weights.end(), is_float32) && row.timestep >= 0 &&
+           static_cast<float>(row.input_scale) > 0;
+}
+
+bool operator==(const Row &a, const Row &b) {
+    return a.timestep == b.timestep && a.input_scale == b.input_scale && a.from_sample == b.from_sample &&
+           a.from_output == b.from_output && a.clip == b.clip && a.keep == b.keep && a.direct == b.direct &&
+           a.weights == b.weights && a.noise == b.noise;
+}
+
+bool same(const std::vector<Row> &a, const std::vector<Row> &b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Row &x, const Row &y) { return x == y; });
+}
+
+// What the config and the sampler make of each other.
+SchedulerConfig options_of(const Json &config, const Sampler &sampler) {
+    SchedulerConfig options = SchedulerConfig::from_json(as_trained(config, sampler), sampler.defaults, sampler.only);
+    if (options.solver_order > sampler.orders)
+        throw InputError(join("the scheduler config has solver_order = ", options.solver_order, "; ", sampler.name,
+                              " has orders 1 to ", sampler.orders, ". Lower it."));
+    if (sampler.name == "unipc" && !options.lower_order_final &&
+        (options.final_sigmas_type == "zero" || options.use_karras_sigmas))
+        throw InputError("the scheduler config has lower_order_final = false; unipc's last step is infinite with "
+                         "final_sigmas_type 'zero' and empty with use_karras_sigmas. Set lower_order_final to true.");
+    const auto &known = sampler.solver_types;
+    if (std::find(known.begin(), known.end(), options.solver_type) == known.end()) options.solver_type = known.front();
+    return options;
+}
+
+class Compiler {
+  public:
+    Compiler(const Sampler &sampler, const SchedulerConfig &options, std::size_t steps)
+        : sampler_(sampler), options_(options), grid_(sampler.grid(options, steps)) {
+        for (std::size_t step = 0; step < steps; ++step) steps_.push_back(rows(step, step));
+    }
+
+    Plan plan() const {
+        Plan plan;
+        plan.sampler = sampler_.name;
+        plan.num_inference_steps = steps_.size();
+        plan.init_scale = 1;
+        const double first = grid_.here[0].ratio();
+        if (sampler_.edm_scale) plan.init_scale = options_.timestep_spacing != "leading" ? first : std::hypot(first, 1);
+        check(is_float32(plan.init_scale));
+        std::vector<std::size_t> firsts{0};  // the number of the first row of each step, and of one more
+        for (const std::vector<Row> &step : steps_) {
+            plan.rows.insert(plan.rows.end(), step.begin(), step.end());
+            firsts.push_back(plan.rows.size());
+        }
+        for (std::size_t start = 0; start < steps_.size(); ++start) plan.entries.push_back(entry(start, firsts));
+        return plan;
+    }
+
+  private:
+    std::vector<Row> rows(std::size_t step, std::size_t age) const {
+        constexpr std::size_t MAX_HISTORY = 5;  // older values are forgotten
+        const std::vector<Row> found = sampler_.rows(options_, grid_, step, std::min(age, MAX_HISTORY));
+        check(std::all_of(found.begin(), found.end(), is_sound));
+        return found;
+    }
+
+    // Start at a step with an empty history, until its rows are those of the whole run, as all after them then are.
+    Entry entry(std::size_t start, const std::vector<std::size_t> &firsts) const {
+        const Level level = grid_.here[start];
+        Entry entry{level.alpha, level.sigma, {}, 0};
+        if (sampler_.edm_scale) entry = {1.0, level.ratio(), {}, 0};
+        check(is_float32(entry.image_scale) && is_float32(entry.noise_scale));
+        std::size_t resume = start;
+        for (; resume < steps_.size(); ++resume) {
+            const std::vector<Row> fresh = rows(resume, resume - start);
+            if (same(fresh, steps_[resume])) break;
+            entry.warmup.insert(entry.warmup.end(), fresh.begin(), fresh.end());
+        }
+        entry.resume = firsts[resume];
+        return entry;
+    }
+
+    void check(bool holds) const {
+        if (holds) return;
+        throw InputError(join(sampler_.name, " with ", grid_.timesteps.size(),
+                              " steps of this scheduler config has numbers that float32 does not hold. Use another sampler or "
+                              "number of steps, or the config that the network was trained with."));
+    }
+
+    const Sampler &sampler_;
+    const SchedulerConfig &options_;
+    Grid grid_;
+    std::vector<std::vector<Row>> steps_;
+};
+
+}  // namespace
+
+Plan compile_plan(const Json &config, const std::string &sampler, std::int64_t num_inference_steps) {
+    const auto spec = std::find_if(samplers().begin(), samplers().end(),
+                                   [&](const Sampler &known) { return known.name == sampler; });
+    if (spec == samplers().end())
+        throw InputError(join("sampler ", short_repr(sampler), " is not known; known are ", sampler_names(),
+                              ". Use one of them."));
+    const SchedulerConfig options = options_of(config, *spec);
+    const std::int64_t trained = options.num_train_timesteps, most = std::min(trained, MOST_STEPS);
+    if (num_inference_steps < 1 || num_inference_steps > most)
+        throw InputError(join("num_inference_steps is ", num_inference_steps, "; it must be 1 to ", most, ", ",
+                              most == trained ? "the number of timesteps that the model was trained with"
+                                              : "the most that a plan may have",
+                              ". Choose one of those."));
+    return Compiler(*spec, options, static_cast<std::size_t>(num_inference_steps)).plan();
+}
+
+}  // namespace ldm::runtime

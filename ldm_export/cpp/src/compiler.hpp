@@ -1,0 +1,17 @@
+// Compiles a scheduler config, a sampler's name and a number of steps into a plan; as ldm_export/plan/compiler.py, whose
+// docstring says where a plan differs from diffusers.
+#pragma once
+
+#include "json.hpp"
+#include "plan.hpp"
+
+#include <cstdint>
+#include <string>
+
+namespace ldm::runtime {
+
+// The plan; `config` is an object. Throws InputError for an unknown sampler, a number of steps, a scheduler class or a config
+// value that cannot be used.
+Plan compile_plan(const Json &config, const std::string &sampler, std::int64_t num_inference_steps);
+
+}  // namespace ldm::runtime

@@ -1,0 +1,140 @@
+"""Scheduler configs, samplers and numbers of steps on which both compilers of plans are compared, by the thousand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ldm_export.plan import SAMPLERS
+from ldm_export.plan.samplers import OF_THE_SAME_KIND, PARALLEL
+
+Case = tuple[dict[str, Any], str, Any]
+"""A scheduler config, a sampler, a number of steps."""
+
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+KEYS: dict[str, tuple[Any, ...]] = {
+    "num_train_timesteps": (1000, 40, 100, 999, 7),
+    "beta_start": (0.00085, 0.0001, 0.01),
+    "beta_end": (0.012, 0.02, 0.3),
+    "beta_schedule": SCHEDULES,
+    "trained_betas": (np.linspace(0.001, 0.03, 40).tolist(), []),
+    "prediction_type": PREDICTIONS,
+    "timestep_spacing": SPACINGS,
+    "steps_offset": (0, 1, 3),
+    "rescale_betas_zero_snr": (True, False),
+    "set_alpha_to_one": (True, False, 1, 0.0),
+    "clip_sample": (True, False),
+    "clip_sample_range": (0.8, 2),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
+    "use_karras_sigmas": (True, False),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "solver_order": (1, 2, 3),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
+    "lower_order_final": (True, False),
+    "euler_at_final": (True, False),
+    "original_inference_steps": (50, 25, 7),
+    "timestep_scaling": (10.0, 5),
+    "_class_name": (*sorted({spec.diffusers_class for spec in SAMPLERS.values()}), *OF_THE_SAME_KIND, *PARALLEL),
+    "lambda_min_clipped": (-math.inf,),
+    "thresholding": (False,),
+}
+"""Values that a key may have."""
+
+WRONG: tuple[Any, ...] = (
+    *(
+        "",
+        "none",
+        "it's",
+        "\u00e9\n\x7f\\",
+        '"',
+        [],
+        [0],
+        [0.1, 0.2],
+        ["a", None, [True, {}]],
+        {},
+        {"a": -0.0},
+        True,
+        False,
+    ),
+    *(-1, 0, 1, 2, 3, 4, 100_000, 100_001, 10**12, 2**62, 0.0, -0.0, 0.5, 1.0, 1.5, 1e16, 1e-5, 123456.789, 1e300),
+    *(5e-324, 1.7976931348623157e308, -1e-300, math.nan, math.inf, -math.inf, "x" * 100, list(range(50)), [math.nan]),
+)
+"""Values that some keys take and most do not."""
+
+READ_WITH_ONE_VALUE = (
+    *("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max", "use_flow_sigmas"),
+    *("use_dynamic_shifting", "use_lu_lambdas", "lambda_min_clipped", "interpolation_type", "timestep_type"),
+    *("predict_x0", "disable_corrector", "solver_p", "shift_terminal", "algorithm_type", "skip_prk_steps"),
+)
+
+
+def grid() -> Iterator[Case]:
+    """Every sampler with every schedule, spacing and prediction type, and each other key."""
+    for sampler, schedule, prediction, spacing, zero, steps in itertools.product(
+        SAMPLERS, SCHEDULES, PREDICTIONS, SPACINGS, (False, True), (1, 2, 3, 5, 8, 14, 15, 20)
+    ):
+        yield (
+            {
+                **STABLE_DIFFUSION,
+                "beta_schedule": schedule,
+                "prediction_type": prediction,
+                "timestep_spacing": spacing,
+                "rescale_betas_zero_snr": zero,
+            },
+            sampler,
+            steps,
+        )
+    for (key, values), sampler, steps in itertools.product(KEYS.items(), SAMPLERS, (1, 2, 4, 11, 23)):
+        for value, prediction in itertools.product(values, ("epsilon", "v_prediction")):
+            yield {**STABLE_DIFFUSION, "prediction_type": prediction, key: value}, sampler, steps
+
+
+def drawn(count: int, seed: int = 0) -> Iterator[Case]:
+    """Random configs of values that are meant."""
+    choose = random.Random(seed)
+    for _ in range(count):
+        keys = choose.sample(sorted(KEYS), choose.randint(1, 12))
+        config = {key: choose.choice(KEYS[key]) for key in keys}
+        if config.get("trained_betas"):
+            config["num_train_timesteps"] = len(config["trained_betas"])
+        yield config, choose.choice(sorted(SAMPLERS)), choose.choice((1, 2, 3, 4, 6, 10, 13, 17, 25, 30, 39))
+
+
+def long() -> Iterator[Case]:
+    """As many steps as there are training timesteps, or nearly."""
+    for sampler, spacing in itertools.product(SAMPLERS, SPACINGS):
+        for trained, steps in ((1000, 999), (1000, 1000), (1000, 333), (60, 59), (2000, 50)):
+            config = {
+                **STABLE_DIFFUSION,
+                "num_train_timesteps": trained,
+                "timestep_spacing": spacing,
+                "steps_offset": 0,
+            }
+            yield {**config, "original_inference_steps": trained}, sampler, steps
+
+
+def wrong(count: int, seed: int = 1) -> Iterator[Case]:
+    """Random configs of which some values are not meant, and numbers of steps that are none."""
+    choose = random.Random(seed)
+    keys = [*KEYS, *READ_WITH_ONE_VALUE]
+    for key, value in itertools.product(keys, WRONG):
+        yield {**STABLE_DIFFUSION, key: value}, choose.choice(sorted(SAMPLERS)), 10
+    for config, sampler, steps in drawn(count, seed):
+        for _ in range(choose.randint(1, 2)):
+            config[choose.choice(keys)] = choose.choice(WRONG)
+        yield config, sampler, steps
+    for sampler in SAMPLERS:
+        for steps in (0, 1001, 10_001, 100_000, 2**31 - 1):
+            yield {}, sampler, steps
+            yield {"num_train_timesteps": 100_000}, sampler, steps
+    for sampler in ("", "ddimm", "DDIM", "it's", "../ddim", "x" * 100):
+        yield {}, sampler, 10
