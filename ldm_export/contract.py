@@ -202,7 +202,7 @@ def loop_spec(name: str, graphs: Mapping[str, GraphSpec], roles: Roles, *, draws
     inputs.append(TensorSpec("noise", "float32", shape))
     if draws:
         inputs.append(TensorSpec("step_noise", "float32", (draws, *shape)))
-    if guided or "guidance" in sources:
+    if guided or not sources.isdisjoint(("guidance", "guidance_weight")):
         inputs.append(TensorSpec("guidance_scale", "float32", ()))
     channels = graphs[roles.vae_decoder].outputs[0].shape[1]
     images = TensorSpec("images", "uint8", ("batch", "image_height", "image_width", channels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,34 @@ def test_the_error_tree_is_the_drawn_one() -> None:
     assert ldm_export.errors.__doc__ is not None
     drawn = {line.split()[1] for line in ldm_export.errors.__doc__.splitlines() if line.strip().startswith(("├", "└"))}
     assert drawn == {error.__name__ for error in ldm_export.errors.LdmExportError.__subclasses__()}
+
+
+FAMILIES = re.compile(
+    r"unet|sdxl|\blcm\b|stable.?diffusion|flux|pixart|\bdit\b|\bsd[123x]|\bt5\b|refiner|"
+    r"time_ids|text_embeds|timestep_cond|encoder_hidden_states|hidden_states",
+    re.IGNORECASE,
+)
+"""Words that only families of models know."""
+SAMPLERS = {"samplers", "onestep", "schedule"}
+"""Files of C++ that compile plans: one of the samplers is called lcm."""
+RUNTIMES = [
+    *(ROOT / "ldm_export" / "runtime").rglob("*.py"),
+    *(ROOT / "ldm_export" / "cpp" / "src").glob("*"),
+    *(ROOT / "ldm_export" / "cpp" / "include").rglob("*.h*"),
+]
+
+
+@pytest.mark.parametrize("file", RUNTIMES, ids=lambda file: str(file.relative_to(ROOT / "ldm_export")))
+def test_a_runtime_names_no_family(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    words = [(number, word) for number, line in enumerate(lines, 1) for word in FAMILIES.findall(line)]
+    if file.stem in SAMPLERS:
+        words = [(number, word) for number, word in words if word.lower() != "lcm"]
+    if not file.name.startswith("tokenizer"):  # CLIP is the kind of a tokenizer
+        words += [(number, "CLIP") for number, line in enumerate(lines, 1) if "CLIP" in line]
+    assert words == []
+
+
+def test_the_words_are_seen() -> None:
+    seen = ("the UNet", "sd3", "LCM", "SDXL", "Stable Diffusion", "encoder_hidden_states")
+    assert all(FAMILIES.search(text) for text in seen)

@@ -61,7 +61,7 @@ class Tokenizer:
     model_max_length : int
         Length of every row of ids; 77 if no file says otherwise.
     bos_token_id, eos_token_id, pad_token_id : int
-        Stable Diffusion 1.x pads with the end token, 2.x and SDXL's second tokenizer with ``!``, id 0.
+        Some models pad with the end token, others with ``!``, id 0.
 
     Raises
     ------

@@ -134,7 +134,7 @@ Mixture unipc_weights(const SchedulerConfig &config, const Grid &grid, std::size
 
 }  // namespace
 
-// Pseudo linear multistep (PNDM, 2202.09778, eq. 9 and 11) with Stable Diffusion's doubled first step.
+// Pseudo linear multistep (PNDM, 2202.09778, eq. 9 and 11) with the doubled first step of diffusers.
 //
 // A step is DDIM's with a mixture of the last four outputs for the output. The first step is taken, its end looked at, and
 // taken again from its beginning with the mean of both outputs; the second output then leaves the history.

@@ -26,8 +26,8 @@ const Defaults KARRAS{{"use_karras_sigmas", false}};
 const Defaults FINAL{{"final_sigmas_type", "zero"}};
 const Defaults SOLVER = both(both(LINSPACE, KARRAS), {{"solver_order", std::int64_t{2}}, {"lower_order_final", true}});
 const Defaults DPM_SOLVER = both(both(SOLVER, FINAL), {{"solver_type", "midpoint"}, {"euler_at_final", false}});
-const Defaults STABLE_DIFFUSION{{"beta_start", 0.00085}, {"beta_end", 0.012}};
-const Defaults CONSISTENCY = both(STABLE_DIFFUSION, {{"beta_schedule", "scaled_linear"}});
+const Defaults LATENT_BETAS{{"beta_start", 0.00085}, {"beta_end", 0.012}};
+const Defaults CONSISTENCY = both(LATENT_BETAS, {{"beta_schedule", "scaled_linear"}});
 
 const Only UNTHRESHOLDED{{"thresholding", {false}}};
 const Only NO_OTHER_SIGMAS{{"use_exponential_sigmas", {false}}, {"use_beta_sigmas", {false}}};
@@ -56,7 +56,7 @@ const std::vector<Sampler> SAMPLERS{
     {"euler", "EulerDiscreteScheduler", interpolated_grid, euler, both(both(LINSPACE, KARRAS), FINAL), EULER_ONLY, true},
     {"euler-ancestral", "EulerAncestralDiscreteScheduler", interpolated_grid, euler_ancestral, LINSPACE, {}, true},
     {"heun", "HeunDiscreteScheduler", interpolated_grid, heun,
-     both(both(both(LINSPACE, KARRAS), NO_CLIP), STABLE_DIFFUSION), NO_OTHER_SIGMAS, true},
+     both(both(both(LINSPACE, KARRAS), NO_CLIP), LATENT_BETAS), NO_OTHER_SIGMAS, true},
     {"dpmpp-2m", "DPMSolverMultistepScheduler", solver_grid, dpm_solver_2m, DPM_SOLVER, DPM_SOLVER_ONLY, false,
      {"midpoint", "heun"}},
     {"dpmpp-2m-sde", "DPMSolverMultistepScheduler", solver_grid, dpm_solver_2m_sde, DPM_SOLVER, DPM_SOLVER_ONLY, false,
@@ -72,10 +72,10 @@ const std::map<std::string, std::string> PARALLEL{{"DDIMParallelScheduler", "DDI
 
 // Classes that no sampler here is, of networks that all samplers here can solve; each with its defaults that differ.
 const std::map<std::string, Defaults> OF_THE_SAME_KIND{
-    {"DPMSolverSDEScheduler", STABLE_DIFFUSION},
+    {"DPMSolverSDEScheduler", LATENT_BETAS},
     {"DPMSolverSinglestepScheduler", {}},
-    {"KDPM2AncestralDiscreteScheduler", STABLE_DIFFUSION},
-    {"KDPM2DiscreteScheduler", STABLE_DIFFUSION},
+    {"KDPM2AncestralDiscreteScheduler", LATENT_BETAS},
+    {"KDPM2DiscreteScheduler", LATENT_BETAS},
     {"LMSDiscreteScheduler", {}},
     {"SASolverScheduler", {}},
     {"TCDScheduler", CONSISTENCY},

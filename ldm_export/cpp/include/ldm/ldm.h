@@ -104,7 +104,7 @@ typedef struct ldm_draw_options {
     size_t image_count;                  /* one for all pictures, or one each; 1 */
     double strength;                     /* in (0, 1], the share of the steps that is redone on the image; 0.6 */
     const int64_t *class_labels;         /* one a picture, for class-conditional models; NULL */
-    uint32_t deepcache;                  /* the whole UNet in every so many steps only; 1 is off */
+    uint32_t deepcache;                  /* the whole denoiser in every so many steps only; 1 is off */
     int32_t whole;                       /* 1: by the plan's loop graph, all in one call; 0 */
     ldm_step_callback step;
     void *step_user;

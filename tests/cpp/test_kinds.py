@@ -1,0 +1,191 @@
+"""Every kind of model, judged by diffusers: Python and C++, plain graphs, the target and the loop graph.
+
+Size, batch, prompts and number of steps are none that were exported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm_export.bundle import Bundle
+from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.runtime import Pipeline
+from ldm_export.verify.loops import add_loop
+from ldm_export.verify.metrics import psnr_db
+from tests.bundle_fixture import CLASSES
+from tests.diffusers_pipelines import LATENT_TOLERANCE, judged, opened
+from tests.scheduler_configs import relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
+
+PROMPTS = ["a red circle", "two green triangles on white", "grinning face"]
+SEEDS = [7, 11, 2]
+HEIGHT, WIDTH, STEPS = 24, 40, 7
+SAME_PICTURE_DB = 80.0
+FORMS = ("plain", "target", "loop")
+TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("StableDiffusion", {"sampler": "dpmpp-2m", "guidance": 5.0}),
+    "sd2": ("StableDiffusion", {"sampler": "ddim", "guidance": 5.0}),
+    "sdxl": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0}),
+    "sdxl, negative": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a blue square"}),
+    "ssd-1b": ("StableDiffusionXL", {"sampler": "dpmpp-2m", "guidance": 5.0}),
+    "lcm": ("LatentConsistencyModel", {"sampler": "lcm", "guidance": 6.5}),
+    "refiner": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0}),
+}
+"""The kind of each case, before a comma, with its pipelines in diffusers and how it is drawn."""
+WITHOUT_TEXT = {"unconditional": None, "class-conditional": [CLASSES - 1, 0, 2]}
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    tiny_bundle: Path, kinds: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], Path]:
+    """A function from a kind, one of `FORMS` and a sampler to a bundle."""
+    folder = tmp_path_factory.mktemp("forms")
+
+    @cache
+    def make(kind: str, form: str, sampler: str) -> Path:
+        plain = tiny_bundle if kind == "text" else kinds(kind)[1]
+        if form == "plain":
+            return plain
+        bundle = Bundle.open(shutil.copytree(plain, folder / f"{kind}-{form}-{sampler}"))
+        if form == "loop":
+            return add_loop(bundle, f"{sampler}-{STEPS}").path
+        build_ort_cpu(bundle)
+        return bundle.path
+
+    return make
+
+
+def drawn_by_both(open_cpp: Callable[..., Any], folder: Path, form: str, **options: Any) -> dict[str, Any]:
+    """The pictures and latents of each runtime, by its name."""
+    whole = form == "loop"
+    python = Pipeline.open(folder, backend="cpu")
+    cpp = open_cpp(folder, warn=pytest.fail)
+    assert ("ort-cpu" in python.backend) == ("ort-cpu" in cpp.info().backend.decode()) == (form == "target")
+    by_python = python.generate(seed=SEEDS, steps=STEPS, whole=whole, **options)
+    given: dict[str, Any] = {"steps": STEPS, "whole": int(whole), "seeds": (ctypes.c_int64 * len(SEEDS))(*SEEDS)}
+    prompts = options.pop("prompts", None)
+    if prompts is None:
+        given["count"] = len(SEEDS)
+    if (negative := options.pop("negative_prompt", None)) is not None:
+        given |= {"negative_prompts": (ctypes.c_char_p * 1)(negative.encode()), "negative_prompt_count": 1}
+    if (labels := options.pop("class_labels", None)) is not None:
+        given["class_labels"] = (ctypes.c_int64 * len(labels))(*labels)
+    if (image := options.pop("image", None)) is not None:
+        given |= {"image": image.tobytes(), "image_count": len(image), "height": HEIGHT, "width": WIDTH}
+    options["sampler"] = options["sampler"].encode()
+    latents: list[Any] = []
+
+    def keep(step: Any) -> None:
+        latents[:] = [np.ctypeslib.as_array(step.latents, tuple(step.latents_shape)).copy()]
+
+    pixels = np.frombuffer(cpp.draw(prompts, callback=keep, **given, **options), np.uint8)
+    by_cpp = SimpleNamespace(images=pixels.reshape(by_python.images.shape), latents=latents[0])
+    return {"Python": by_python, "C++": by_cpp}
+
+
+@torch.no_grad()
+def check(results: dict[str, Any], latents: torch.Tensor, vae: Any) -> None:
+    decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    pixels = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
+    pictures = (pixels * 255).round().astype(np.uint8)
+    for runtime, result in results.items():
+        assert relative_error(result.latents, latents.numpy()) < LATENT_TOLERANCE, runtime
+        assert psnr_db(result.images, pictures) >= SAME_PICTURE_DB, runtime
+
+
+def in_forms(cases: Iterable[str], forms: Iterable[str]) -> list[Any]:
+    """Every case in every form; those that need more graphs than others already show are slow."""
+    quick = {(case, "plain") for case in cases} | {("sdxl", form) for form in forms}
+    slow = pytest.mark.slow
+    return [
+        pytest.param(case, form, marks=() if (case, form) in quick else slow) for case, form in product(cases, forms)
+    ]
+
+
+@pytest.mark.parametrize(("case", "form"), in_forms([case for case in TEXT if case != "refiner"], FORMS))
+def test_text_to_image(
+    open_cpp: Callable[..., Any],
+    bundles: Callable[[str, str, str], Path],
+    kinds: Callable[[str], tuple[Path, Path]],
+    tiny_checkpoint: Path,
+    case: str,
+    form: str,
+) -> None:
+    kind, (pipeline, given) = case.partition(",")[0], TEXT[case]
+    checkpoint = tiny_checkpoint if kind == "text" else kinds(kind)[0]
+    pipe, options = opened(getattr(diffusers, f"{pipeline}Pipeline"), checkpoint), dict(given)
+    sampler, sizes = options.pop("sampler"), {"height": HEIGHT, "width": WIDTH}
+    results = drawn_by_both(
+        open_cpp, bundles(kind, form, sampler), form, prompts=PROMPTS, sampler=sampler, **options, **sizes
+    )
+    if "negative_prompt" in options:
+        options["negative_prompt"] = [options["negative_prompt"]] * len(PROMPTS)
+    check(results, judged(pipe, sampler, PROMPTS, SEEDS, steps=STEPS, **options, **sizes), pipe.vae)
+
+
+# diffusers' pipeline of LCM spreads its steps over the strength, where all others leave out the first ones, as here
+@pytest.mark.parametrize(("case", "form"), in_forms([case for case in TEXT if case != "lcm"], FORMS[:2]))
+def test_image_to_image(
+    open_cpp: Callable[..., Any],
+    bundles: Callable[[str, str, str], Path],
+    kinds: Callable[[str], tuple[Path, Path]],
+    tiny_checkpoint: Path,
+    case: str,
+    form: str,
+) -> None:
+    kind, (pipeline, given) = case.partition(",")[0], TEXT[case]
+    checkpoint = tiny_checkpoint if kind == "text" else kinds(kind)[0]
+    pipe, options = opened(getattr(diffusers, f"{pipeline}Img2ImgPipeline"), checkpoint), {**given, "strength": 0.6}
+    sampler = options.pop("sampler")
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    waves = [np.stack([np.sin(x / 5 + k), np.cos(y / 4), np.sin((x + y) / 7 - k)], axis=-1) for k in range(len(SEEDS))]
+    image = ((np.stack(waves) * 0.5 + 0.5) * 255).round().astype(np.uint8)
+    results = drawn_by_both(
+        open_cpp, bundles(kind, form, sampler), form, prompts=PROMPTS, sampler=sampler, image=image, **options
+    )
+    if "negative_prompt" in options:
+        options["negative_prompt"] = [options["negative_prompt"]] * len(PROMPTS)
+    pictures = [Image.fromarray(picture) for picture in image]
+    check(results, judged(pipe, sampler, PROMPTS, SEEDS, image=pictures, steps=STEPS, **options), pipe.vae)
+
+
+@pytest.mark.parametrize(("kind", "form"), in_forms(WITHOUT_TEXT, FORMS))
+@torch.no_grad()
+def test_models_without_text(
+    open_cpp: Callable[..., Any],
+    bundles: Callable[[str, str, str], Path],
+    kinds: Callable[[str], tuple[Path, Path]],
+    kind: str,
+    form: str,
+) -> None:
+    """diffusers has no pipeline for these: its scheduler, UNet and autoencoder, in a loop of this test's own."""
+    checkpoint, labels = kinds(kind)[0], WITHOUT_TEXT[kind]
+    unet = diffusers.UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    vae = diffusers.AutoencoderKL.from_pretrained(checkpoint / "vae")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(checkpoint / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    noise = [torch.randn(1, 4, HEIGHT // 2, WIDTH // 2, generator=torch.Generator().manual_seed(s)) for s in SEEDS]
+    latents = torch.cat(noise)
+    for timestep in scheduler.timesteps:
+        classes = None if labels is None else torch.tensor(labels)
+        output = unet(latents, timestep, None, class_labels=classes).sample
+        latents = scheduler.step(output, timestep, latents).prev_sample
+    given: dict[str, Any] = {"sampler": "ddim", "height": HEIGHT, "width": WIDTH}
+    if labels is not None:
+        given["class_labels"] = labels
+    check(drawn_by_both(open_cpp, bundles(kind, form, "ddim"), form, **given), latents, vae)
