@@ -43,7 +43,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
-from ldm_export.export.graphs import change_graphs, copy_bundle
+from ldm_export.export.graphs import change_graphs, copy_bundle, graphs_of
 from ldm_export.export.tensorrt.build import EngineSettings, build_engines
 from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
 from ldm_export.graph.half import Half
@@ -213,8 +213,8 @@ def half_of(place: Path) -> Figures:
         return {"bytes": bytes_of(Bundle.open(place / HALF))}
     started = time.perf_counter()
     bundle, step = Bundle.open(place / "bundle"), Half()
-    graphs = [graph for name, graph in bundle.manifest.graphs.items() if name in step.graphs]
-    calls = {graph.name: example_calls(bundle, graph, CALIBRATED) for graph in graphs}
+    graphs = bundle.manifest.graphs
+    calls = {name: example_calls(bundle, graphs[name], CALIBRATED) for name in graphs_of(bundle, step)}
     with tempfile.TemporaryDirectory(dir=place) as work:
         checkpoint = LatentDiffusion.open(place / "checkpoint")
         changed, reports = change_graphs(bundle, Path(work) / HALF, step, calls, [], checkpoint)

@@ -245,8 +245,8 @@ def test_verify_and_inspect(models: dict[str, Model], run: Run) -> None:
     done = run("verify", bundle, "--against", checkpoint, "--json")
     assert done.exit_code == 0, done.output
     assert {record["graph"] for record in json.loads(done.stdout)["parity"]} == {"unet", "vae_decoder", "vae_encoder"}
-    assert "num_class_embeds: None" in run("inspect", bundle).stdout
-    assert f"num_class_embeds: {CLASSES}" in run("inspect", models["class-conditional"][1]).stdout
+    assert "class_count: None" in run("inspect", bundle).stdout
+    assert f"class_count: {CLASSES}" in run("inspect", models["class-conditional"][1]).stdout
 
 
 def test_the_demo_says_that_it_needs_text(models: dict[str, Model], run: Run, tmp_path: Path) -> None:

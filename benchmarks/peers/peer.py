@@ -57,7 +57,8 @@ class Setup:
 
 def unet_inputs(folder: Path, k: int) -> dict[str, Any]:
     with np.load(folder / "inputs.npz", allow_pickle=False) as inputs:
-        return {**inputs, "timestep": np.array(TIMESTEPS[k % len(TIMESTEPS)], np.float32)}
+        timestep = np.full(len(inputs["sample"]), TIMESTEPS[k % len(TIMESTEPS)], np.float32)
+        return {**inputs, "timestep": timestep}
 
 
 # --- PyTorch --------------------------------------------------------------------------------------------------------
@@ -164,9 +165,12 @@ def onnxruntime_unet(folder: Path, how: str, setup: Setup) -> Call:
     owner = "optimum" if how == "optimum-onnx" else "bundle"
     session = onnxruntime.InferenceSession(folder / owner / "unet" / "model.onnx", providers=["CPUExecutionProvider"])
     kinds = {value.name: value.type for value in session.get_inputs()}
+    ranks = {value.name: len(value.shape) for value in session.get_inputs()}
 
     def call(k: int) -> Any:
         inputs = unet_inputs(folder, k)
+        if ranks["timestep"] == 0:  # one for the whole batch
+            inputs["timestep"] = inputs["timestep"][0]
         if kinds["timestep"] == "tensor(int64)":
             inputs["timestep"] = inputs["timestep"].astype(np.int64)
         return session.run(None, inputs)[0]

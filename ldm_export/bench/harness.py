@@ -226,7 +226,7 @@ class Bench:
         found = []
         for record in records:
             error = record.max_error if math.isfinite(record.max_error) else LARGEST
-            found.append({**record.to_dict(), "max_error": error, "same_weights": same[record.graph]})
+            found.append({**record.to_dict(), "max_error": error, "same_weights": same.get(record.graph, True)})
         return found
 
     def _process(self, progress: Progress) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def change_graphs(
         If a weight is not the one that it was rounded from, or a graph's output differs from its network's by more than
         the pass's tolerance, or has more noise than graphs of its precision may. Nothing is sealed.
     """
-    roles = bundle.manifest.roles
-    meant = [name for each in step.graphs for name in ((each,) if roles is None else roles.named(each))]
-    names = [name for name in dict.fromkeys(meant) if name in bundle.manifest.graphs]
+    names = graphs_of(bundle, step)
     if not names:
         raise InputError(
             f"{step.name} is for {', '.join(step.graphs)}; this bundle has {', '.join(bundle.manifest.graphs)}."
@@ -104,6 +102,12 @@ def change_graphs(
             roles=manifest.roles,
         )
     return sealed, reports
+
+
+def graphs_of(bundle: Bundle, step: GraphPass) -> list[str]:
+    """Names of the bundle's graphs that a pass is for, by their roles or their names."""
+    named = dict.fromkeys(name for each in step.graphs for name in bundle.roles.named(each))
+    return [name for name in named if name in bundle.manifest.graphs]
 
 
 def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, Any]], force: bool) -> Bundle:

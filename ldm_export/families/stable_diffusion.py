@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
 
@@ -81,7 +82,6 @@ class StableDiffusion:
             guidance = Guidance(INPUT, drawing.guidance)
         else:
             guidance = Guidance(NONE if drawing.folded else TWO_ROWS, drawing.guidance)
-        lengths = {name: token_count(self._checkpoint, name) for name in self._encoders}
         conditioner = self._conditioner
         made = () if conditioner is None else conditioner.outputs
         direct = {"class_labels": "class_labels", "image_latents": "image_latents"}
@@ -95,7 +95,7 @@ class StableDiffusion:
             "vae_encoder",
             guidance,
             tuple(
-                TextEncoder(name, self._checkpoint.tokenizer_folder(name).name, "clip", lengths[name])
+                TextEncoder(name, self._checkpoint.tokenizer_folder(name).name, "clip", self._lengths[name])
                 for name in self._encoders
             ),
             None if conditioner is None else CONDITIONER,
@@ -115,7 +115,7 @@ class StableDiffusion:
             "prediction_type": self._checkpoint.scheduler.get("prediction_type", "epsilon"),
         }
 
-    @property
+    @cached_property
     def graphs(self) -> Sequence[ModelGraph]:
         load, graphs = self._checkpoint.load, []
         for name, config in self._encoders.items():
@@ -136,7 +136,7 @@ class StableDiffusion:
     def text_encoder_spec(self, name: str) -> GraphSpec:
         """A text encoder of CLIP's kind; for SDXL with every layer's hidden states, the last but one of which it
         reads."""
-        config, length = self._encoders[name], token_count(self._checkpoint, name)
+        config, length = self._encoders[name], self._lengths[name]
         width = config["hidden_size"]
         states = TensorSpec("last_hidden_state", "float32", ("batch", length, width))
         if config["with_projection"]:
@@ -209,6 +209,11 @@ class StableDiffusion:
         sample = TensorSpec("sample", "float32", ("batch", self._vae["in_channels"], "image_height", "image_width"))
         shape = ("batch", channels * self._vae["latent_channels"], "height", "width")
         return graph_spec("vae_encoder", [sample], [TensorSpec(name, "float32", shape)])
+
+    @cached_property
+    def _lengths(self) -> Mapping[str, int]:
+        """Token ids of a prompt, by text encoder."""
+        return {name: token_count(self._checkpoint, name) for name in self._encoders}
 
     @property
     def _reads_text(self) -> bool:
@@ -308,8 +313,7 @@ class StableDiffusion:
                     f"{SIZES_AND_SCORE} sizes of {each} (projection_class_embeddings_input_dim). Use the text encoder "
                     "that the UNet was trained with."
                 ]
-        for name in encoders:
-            token_count(self._checkpoint, name)
+        self._lengths  # noqa: B018 - refuses tokenizers that do not fit
         return []
 
 
@@ -381,7 +385,8 @@ def _text_encoder(load: Any, name: str, outputs: Sequence[str]) -> GraphModule:
 
 
 def _conditioner(network: Conditioner) -> GraphModule:
-    return GraphModule(network, lambda network, *inputs: network(*inputs)).eval()
+    own = deepcopy(network)  # whoever takes it may release its memory
+    return GraphModule(own, lambda network, *inputs: network(*inputs)).eval()
 
 
 def _denoiser(load: Any, names: Sequence[str]) -> GraphModule:

@@ -105,11 +105,12 @@ class TorchImageGenerator:
         family.check()
         self._reference = TorchReference(checkpoint)
         own, roles = checkpoint.drawing, family.roles
-        self.defaults = SamplingSettings(sampler=own.sampler, steps=own.steps, guidance=own.guidance)
+        self.defaults = SamplingSettings(sampler=own.sampler, steps=own.steps, guidance=roles.guidance.scale)
         self.classes = family.facts["class_count"]
         self.condition = "text" if checkpoint.reads_text else "label" if self.classes else None
         self.guided, self.uses_guidance = roles.guidance.takes_two_rows, roles.guidance.kind != NONE
-        self.channels = int(checkpoint.configs["vae"]["in_channels"])
+        encoder = next(graph.spec for graph in family.graphs if graph.spec.name == roles.vae_encoder)
+        self.channels = int(encoder.inputs[0].shape[1])
         self.name = f"checkpoint {checkpoint.name}"
         self.pixels = checkpoint.picture_size
         self._tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]

@@ -196,6 +196,8 @@ class TorchReference:
             return None
         if labels_of(self._specs, self._roles).dtype != "int64":
             return "class labels as features"
+        if not self._checkpoint.configs["unet"]["num_class_embeds"]:
+            return "class numbers of which there may be any"
         return "class numbers beside text" if self._roles.text_encoders else None
 
 

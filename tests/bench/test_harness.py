@@ -47,7 +47,7 @@ def disturbed_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.2), weight.name))
         file.write_bytes(model.SerializeToString(deterministic=True))
         facts = {"model": manifest.model, "graphs": manifest.graphs, "source": manifest.source}
-        return writer.seal(**facts, parity=manifest.parity).path
+        return writer.seal(**facts, parity=manifest.parity, roles=manifest.roles).path
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_stages_and_ratios() -> None:
     theirs = [Timings(text_ms=run.total_ms * 2) for run in ours]
     found = stages(ours)
     assert found["text"] == {"median_ms": 2.0, "p90_ms": pytest.approx(2.8)}
-    assert found["unet"]["median_ms"] == 8.0
+    assert found["denoiser"]["median_ms"] == 8.0
     assert found["denoiser_call"]["median_ms"] == 3.0
     assert found["total"]["median_ms"] == 13.0
     assert times_as_fast(theirs, ours) == 2.0

@@ -119,7 +119,7 @@ class TestHonest:
         text = (bundle / "manifest.json").read_text(encoding="utf-8")
         assert text.endswith("}\n")
         assert text == json.dumps(json.loads(text), sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-        assert json.loads(text)["format_version"] == 1
+        assert json.loads(text)["format_version"] == 2
         assert str(bundle.parent) not in text
 
     def test_equal_content_gives_equal_bytes(self, bundle, tmp_path):
@@ -230,7 +230,7 @@ LIES = {  # name -> (what to do to the folder, what the message says); the first
     "manifest a list": (lambda p: (p / "manifest.json").write_text("[]"), "is of type list; dict is needed"),
     "manifest with a key twice": (lambda p: (p / "manifest.json").write_text('{"a": 1, "a": 2}'), "occurs twice"),
     "manifest a link": (lambda p: replace_by_link(p / "manifest.json", p.parent / "m"), "'manifest.json' is a link"),
-    "unknown version": (edited(format_version=2), "format_version 2; this ldm_export reads 1"),
+    "unknown version": (edited(format_version=3), "format_version 3; this ldm_export reads 2"),
     "version of text": (edited(format_version="1"), "format_version is of type str"),
     "version true": (edited(format_version=True), "format_version is of type bool"),
     "missing version": (without("format_version"), "lacks 'format_version'"),

@@ -546,7 +546,7 @@ class Doubled:
         self.calls += 1
         return {self.spec.outputs[0].name: np.asarray(self.function(**inputs), np.float32)}
 
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], fixed: Any = ()) -> Callable[[], None]:
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], *_: Any) -> Callable[[], None]:
         def call() -> None:
             for name, array in self.run(inputs).items():
                 outputs[name][...] = array
@@ -555,19 +555,19 @@ class Doubled:
 
 
 def once() -> tuple[OnceGraph, Doubled, Doubled]:
-    """y = x + 2 t + 3 c, of which the products are parts."""
+    """y = x + 2 t + 3 c, of which the products are parts; t has one number a row."""
     x, t, c, two, three, y = (
-        TensorSpec(name, "float32", () if name in ("t", "two") else ("batch", 2))
+        TensorSpec(name, "float32", ("batch",) if name in ("t", "two") else ("batch", 2))
         for name in ("x", "t", "c", "two", "three", "y")
     )
     by_t = Doubled(GraphSpec("t", (t,), (two,)), lambda t: 2 * t)
     by_c = Doubled(GraphSpec("c", (c,), (three,)), lambda c: 3 * c)
-    rest = Doubled(GraphSpec("rest", (x, two, three), (y,)), lambda x, two, three: x + two + three)
+    rest = Doubled(GraphSpec("rest", (x, two, three), (y,)), lambda x, two, three: x + two[:, None] + three)
     return OnceGraph(GraphSpec("g", (x, t, c), (y,)), rest, {"t": by_t, "c": by_c}), by_t, by_c
 
 
 def arrays() -> dict[str, Any]:
-    return {"x": np.ones((1, 2), np.float32), "t": np.array(5, np.float32), "c": np.ones((1, 2), np.float32)}
+    return {"x": np.ones((1, 2), np.float32), "t": np.full(1, 5, np.float32), "c": np.ones((1, 2), np.float32)}
 
 
 def test_timesteps_are_remembered_and_prompts_are_not() -> None:
@@ -577,6 +577,20 @@ def test_timesteps_are_remembered_and_prompts_are_not() -> None:
         inputs["t"][...] = timestep
         np.testing.assert_array_equal(graph.run(inputs)["y"], np.full((1, 2), expected))
     assert (by_t.calls, by_c.calls) == (2, 4)
+
+
+def test_each_row_has_a_timestep_of_its_own() -> None:
+    graph, by_t, _ = once()
+    inputs = {"x": np.ones((3, 2), np.float32), "t": np.array([5, 6, 5], np.float32), "c": np.ones((3, 2), np.float32)}
+    expected = np.repeat([[14.0], [16.0], [14.0]], 2, axis=1)
+    np.testing.assert_array_equal(graph.run(inputs)["y"], expected)
+    assert by_t.calls == 2
+    out = {"y": np.zeros((3, 2), np.float32)}
+    call = graph.bind(inputs, out)
+    inputs["t"][...] = [6, 6, 7]
+    call()
+    np.testing.assert_array_equal(out["y"], np.repeat([[16.0], [16.0], [18.0]], 2, axis=1))
+    assert by_t.calls == 3
 
 
 def test_not_all_timesteps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

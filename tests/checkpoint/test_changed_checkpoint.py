@@ -171,9 +171,9 @@ def test_a_folded_model_is_called_once_a_step(folded: tuple[LatentDiffusion, Bun
     shapes = []
     bind = pipeline._graph("unet").bind
 
-    def watched(inputs: Any, outputs: Any, fixed: Any) -> Any:
+    def watched(inputs: Any, *more: Any) -> Any:
         shapes.append(inputs["sample"].shape)
-        return bind(inputs, outputs, fixed)
+        return bind(inputs, *more)
 
     pipeline._graph("unet").bind = watched  # type: ignore[method-assign]
     for options in ({}, {"guidance": 3.0, "negative_prompt": ""}, {"negative_prompt": ["", ""]}):
@@ -228,7 +228,7 @@ def test_a_conditioned_model_is_told_the_guidance(tiny_checkpoint: Path, traced_
     model = tiny.save_changed(tmp_path / "conditioned", {"unet": student}, None, drawing, RECORDS)
     pipeline = Pipeline(export_bundle(model, tmp_path / "bundle"), "cpu")
     assert pipeline.bundle.roles.guidance.scale == 5.0
-    assert pipeline.bundle.roles.guidance.kind == "two_rows"
+    assert pipeline.bundle.roles.guidance.kind == "input"
     assert "timestep_cond" in {tensor.name for tensor in pipeline.bundle.manifest.graphs["unet"].inputs}
     latents = {}
     for guidance in (None, 2.5):

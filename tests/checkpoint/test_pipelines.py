@@ -108,7 +108,7 @@ def test_a_scheduler_that_no_sampler_is(checkpoint: Path, name: str) -> None:
 def test_what_the_unet_predicts_can_be_said(checkpoint: Path) -> None:
     model = LatentDiffusion.open(checkpoint, prediction_type="v_prediction")
     assert model.scheduler["prediction_type"] == "v_prediction"
-    assert chain._model_facts(model, 2)["prediction_type"] == "v_prediction"
+    assert family_of(model).facts["prediction_type"] == "v_prediction"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_the_size_of_the_latents(checkpoint: Path, name: str, changes: dict[str,
     edit_json(checkpoint / "unet/config.json", **changes)
     model = LatentDiffusion.open(checkpoint)
     assert model.configs["unet"]["sample_size"] == size
-    facts = chain._model_facts(model, 2)
+    facts = family_of(model).facts
     assert (facts["height"], facts["width"]) == tuple(
         2 * side for side in (size if isinstance(size, tuple) else [size] * 2)
     )

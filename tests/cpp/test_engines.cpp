@@ -66,7 +66,7 @@ struct WithTargets {
 
     fs::path path = fs::temp_directory_path() / join("ldm_engines.", ::getpid());
     std::map<std::string, FileEntry> files{{"unet/model.onnx", {1, SOURCE_SHA}}};
-    Bundle bundle{{files, {{"unet", {"unet/model.onnx", {}, {}}}}, {}}, {Folder(path), "", MANIFEST, files, true}};
+    Bundle bundle{{files, {{"unet", {"unet/model.onnx", {}, {}}}}, {}, {}}, {Folder(path), "", MANIFEST, files, true}};
 };
 
 }  // namespace

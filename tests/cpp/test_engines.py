@@ -156,7 +156,7 @@ def test_in_a_step_only_the_sample_and_the_timestep_go_up(host: Host, engined: P
     moved: list[int] = []
     host.open(engined).draw(PROMPTS, steps=10, callback=lambda _: moved.append(host.count("uploaded_bytes")))
     assert moved[0] > moved[1]  # what the prompts give, once
-    assert moved[1:] == [4 * (4 * 4 * 8 * 8 + 1)] * 9
+    assert moved[1:] == [4 * (4 * 4 * 8 * 8 + 4)] * 9  # rows of the prompts and of none, each with its timestep
 
 
 def test_contexts_are_used_again(host: Host, engined: Path) -> None:

@@ -211,6 +211,8 @@ def long_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     first = max(draft.document("tokenizer/vocab.json").values()) + 1
     draft.put("tokenizer/added_tokens.json", {token: first + k for k, token in enumerate(VECTORS)})
     encoder = draft.model("text_encoder")
+    draft.manifest = json.loads(json.dumps(draft.manifest))
+    draft.manifest["roles"]["text_encoders"][0]["length"] = LONG
     spec = draft.manifest["graphs"]["text_encoder"]
     for value, tensor in ((encoder.graph.input[0], spec["inputs"][0]), (encoder.graph.output[0], spec["outputs"][0])):
         value.type.tensor_type.shape.dim[1].dim_value = tensor["shape"][1] = LONG

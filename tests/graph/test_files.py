@@ -117,7 +117,7 @@ def test_a_bundle_with_a_large_graph(
         "unet": [
             {
                 "sample": rng.standard_normal((1, 4, 8, 8)).astype(np.float32),
-                "timestep": np.array(timestep, np.float32),
+                "timestep": np.full(1, timestep, np.float32),
                 "encoder_hidden_states": rng.standard_normal((1, 16, 32)).astype(np.float32),
             }
             for timestep in (900, 100)

@@ -350,7 +350,7 @@ def test_convolutions_of_a_unet(tiny_bundle: Path) -> None:
     calls = [
         {
             "sample": random(seed, 1, 4, 8, 8),
-            "timestep": np.array(900.0 - 400 * seed, np.float32),
+            "timestep": np.full(1, 900.0 - 400 * seed, np.float32),
             "encoder_hidden_states": random(seed + 9, 1, 16, 32),
         }
         for seed in range(2)

@@ -141,7 +141,7 @@ def test_calls_of_every_graph_over_whole_drawings(tiny_bundle: Path) -> None:
     counts = {name: len(calls[name]) for name in ("unet", "vae_decoder", "vae_encoder")}
     pictures = CALIBRATION_PICTURES  # decoded once as they are drawn, once when they are encoded again
     assert counts == {"unet": pictures * STEPS, "vae_decoder": 2 * pictures, "vae_encoder": pictures}
-    timesteps = [float(call["timestep"]) for call in calls["unet"][:STEPS]]
+    timesteps = [float(call["timestep"][0]) for call in calls["unet"][:STEPS]]
     assert timesteps == sorted(timesteps, reverse=True)
     assert len(set(timesteps)) == STEPS
     samples = {call["sample"].tobytes() for call in calls["unet"]}

@@ -79,8 +79,8 @@ def test_the_measured_faster_one_draws(tiny_bundle: Path, cache: Path, caplog: p
     assert pipeline.requested_backend == "auto"
     assert pipeline.backend.startswith(f"{faster} ")
     assert [record.getMessage() for record in caplog.records] == [
-        f"measured: onnxruntime {times['onnxruntime']:.1f} ms, openvino {times['openvino']:.1f} ms a UNet call; "
-        f"{faster} is used from now on"
+        f"measured: onnxruntime {times['onnxruntime']:.1f} ms, openvino {times['openvino']:.1f} ms a call of the "
+        f"denoiser; {faster} is used from now on"
     ]
     assert np.isfinite(pipeline.generate("a red circle", steps=10).latents).all()
 
@@ -266,7 +266,7 @@ def test_the_command_line_says_it_once(tiny_bundle: Path, tmp_path: Path, timed:
     arguments = ["generate", str(tiny_bundle), "red", "-o", str(tmp_path / "p.png"), "--steps", "10"]
     first, second = (CliRunner().invoke(main, arguments) for _ in range(2))
     assert first.exit_code == second.exit_code == 0, first.output
-    said = "measured: onnxruntime 4.0 ms, openvino 3.0 ms a UNet call; openvino is used from now on\n"
+    said = "measured: onnxruntime 4.0 ms, openvino 3.0 ms a call of the denoiser; openvino is used from now on\n"
     assert first.stderr == said
     assert second.stderr == ""
     assert "openvino" in second.stdout

@@ -54,7 +54,7 @@ def test_steps_that_have_no_file_are_drawn_as_with_one(bundle: Bundle) -> None:
     image = {"image": np.full((16, 16, 3), 99, np.uint8), "strength": 0.3}
     pipeline = Pipeline(bundle, "cpu")
     drawn, from_image = pipeline.generate(PROMPT, **options), pipeline.generate(PROMPT, **options, **image)
-    assert (len(drawn.timings.unet_ms), len(from_image.timings.unet_ms)) == (25, 7)
+    assert (len(drawn.timings.denoiser_ms), len(from_image.timings.denoiser_ms)) == (25, 7)
     with_file, _ = add_plan(bundle, "ddim", 25)
     assert "plans/ddim-25.json" in with_file.manifest.files
     pipeline = Pipeline(with_file, "cpu")

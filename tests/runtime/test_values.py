@@ -152,8 +152,8 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, graph: str, value: float, call: int
         spoil(self, results)
         return results
 
-    def spoiling_bind(self: OnnxRuntimeGraph, inputs: Any, outputs: Any, fixed: Any = ()) -> Callable[[], None]:
-        bound = bind(self, inputs, outputs, fixed)
+    def spoiling_bind(self: OnnxRuntimeGraph, inputs: Any, outputs: Any, *more: Any) -> Callable[[], None]:
+        bound = bind(self, inputs, outputs, *more)
         return lambda: (bound(), spoil(self, outputs))[0]
 
     monkeypatch.setattr(OnnxRuntimeGraph, "run", spoiling_run)

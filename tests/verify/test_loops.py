@@ -139,6 +139,9 @@ def test_guidance_in_the_model(tiny_bundle: Path, tmp_path: Path) -> None:
         ("class-conditional", "dpmpp-2m-10", {"class_labels": [4, 0]}),
         ("lcm", "lcm-4", {"prompts": WISHES["prompts"], "guidance": 1.0}),
         ("lcm", "lcm-4", {"prompts": WISHES["prompts"], "guidance": 8.5}),
+        ("sdxl", "euler-10", {key: WISHES[key] for key in ("prompts", "negative_prompt")} | {"guidance": 5.0}),
+        ("sdxl", "euler-10", {"prompts": WISHES["prompts"], "guidance": 5.0}),
+        ("refiner", "euler-10", {"prompts": WISHES["prompts"], "guidance": 5.0}),
     ],
 )
 def test_other_kinds_of_models(
@@ -150,7 +153,10 @@ def test_other_kinds_of_models(
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("sdxl", r"the UNet is told text_embeds and time_ids \(SDXL\)"), ("inpainting", "9 input channels for 4")],
+    [
+        ("inpainting", "reads a picture's latents beside its own"),
+        ("8 channels", "reads a picture's latents beside its"),
+    ],
 )
 def test_models_without_loops(
     kinds: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, message: str
@@ -244,7 +250,7 @@ def test_graphs_with_external_data(bundle: Bundle, tmp_path: Path) -> None:
             model = onnx.load(path)
             onnx.save(model, path, save_as_external_data=True, location="model.onnx_data", size_threshold=2000)
         manifest = bundle.manifest
-        large = writer.seal(model=manifest.model, graphs=manifest.graphs, source=manifest.source)
+        large = writer.seal(model=manifest.model, graphs=manifest.graphs, source=manifest.source, roles=manifest.roles)
     of_large, of_small = add_loop(large, "ddim-10"), add_loop(bundle, "ddim-10")
     assert of_large.manifest.files[WEIGHTS] == of_small.manifest.files[WEIGHTS]
     made_of = next(record["made_of"] for record in of_large.manifest.parity if "made_of" in record)

@@ -105,8 +105,8 @@ def test_a_checkpoint_and_its_bundle_generate_the_same_by_default(kinds: Kinds, 
 @pytest.mark.parametrize(
     ("kind", "unet", "what"),
     [
-        ("inpainting", {}, r"9 channels, 4 of which are latents \(inpainting\)"),
-        ("unconditional", {"class_embed_type": "timestep"}, "class_labels by an embedding of type 'timestep'"),
+        ("inpainting", {}, r"the latents of a picture beside its own \(inpainting\)"),
+        ("unconditional", {"class_embed_type": "timestep"}, "class numbers of which there may be any"),
         ("sd2", {"num_class_embeds": 5}, "class numbers beside text"),
     ],
 )
@@ -116,7 +116,9 @@ def test_what_it_does_not_give_is_named_alone(
     checkpoint = shutil.copytree(kinds(kind)[0], tmp_path / "changed")
     file = checkpoint / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **unet}))
-    with pytest.raises(InputError, match=rf"changed: the UNet takes {what}, which the PyTorch side .* does not give"):
+    with pytest.raises(
+        InputError, match=rf"changed: the denoiser reads {what}, which the PyTorch side .* does not give"
+    ):
         TorchImageGenerator(LatentDiffusion.open(checkpoint))
 
 
