@@ -237,7 +237,7 @@ def test_a_conditioned_model_is_told_the_guidance(tiny_checkpoint: Path, traced_
         assert relative_error(drawn.latents, judged(model.path, guidance or 5.0, 10)) < TOLERANCE
         latents[guidance] = drawn.latents
     assert relative_error(latents[None], latents[2.5]) > 100 * TOLERANCE
-    with pytest.raises(InputError, match=r"^A negative prompt was given; this model was distilled to be told"):
+    with pytest.raises(InputError, match=r"^A negative prompt was given; this model was distilled to be given"):
         pipeline.generate(PROMPTS, negative_prompt="blue")
     pipeline.generate(PROMPTS, negative_prompt="", steps=10)
 

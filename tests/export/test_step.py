@@ -24,7 +24,7 @@ UNET = GraphSpec("unet/model.onnx", (SAMPLE,), (TensorSpec("out_sample", "float3
 SCHEDULER = base_config(_class_name="DDIMScheduler", clip_sample=True, clip_sample_range=1.0)
 TOLERANCE = 1e-6
 """Of the largest value: the same sums in the same order."""
-RESULTS = ["next_latents", "next_remembered", "sample"]
+RESULTS = ["next_latents", "next_remembered", "sample", "timestep"]
 Array = np.ndarray[Any, Any]
 
 
