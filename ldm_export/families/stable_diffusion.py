@@ -184,13 +184,13 @@ class StableDiffusion:
         for name in self._encoders:
             given |= {f"{name}.{tensor.name}": tensor for tensor in self.text_encoder_spec(name).outputs}
         inputs = [TensorSpec(name, given[name].dtype, given[name].shape) for name in self._conditioner.sources]
-        told = {tensor.name: tensor for tensor in self.denoiser_spec.inputs}
+        wanted = {tensor.name: tensor for tensor in self.denoiser_spec.inputs}
         outputs = []
         for name in self._conditioner.outputs:
-            shape = told[name].shape
+            shape = wanted[name].shape
             if "tokens" in shape:
                 shape = (shape[0], inputs[0].shape[1], shape[2])
-            outputs.append(TensorSpec(name, told[name].dtype, shape))
+            outputs.append(TensorSpec(name, wanted[name].dtype, shape))
         return graph_spec(CONDITIONER, inputs, outputs)
 
     @property

@@ -39,7 +39,7 @@ def token_count(checkpoint: LatentDiffusion, name: str) -> int:
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Open a checkpoint's tokenizer, its faults told as the checkpoint's."""
+    """Open a checkpoint's tokenizer, its faults reported as the checkpoint's."""
     if not (folder / WHOLE).is_file() and not all((folder / name).is_file() for name in FILES[:2]):
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor vocab.json and merges.txt. Put the model's tokenizer there."

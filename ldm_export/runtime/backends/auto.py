@@ -202,7 +202,7 @@ def _remember(file: Path | None, times: Mapping[str, float]) -> None:
         write_whole(file, json.dumps(times).encode())
     except OSError as error:
         until = f"this time, which cannot be remembered ({error})"
-    told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
+    spent = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
     _log.info(
-        "measured: %s a call of the denoiser; %s is used %s", told, min(times, key=lambda name: times[name]), until
+        "measured: %s a call of the denoiser; %s is used %s", spent, min(times, key=lambda name: times[name]), until
     )
