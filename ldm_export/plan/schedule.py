@@ -127,6 +127,7 @@ class SchedulerConfig:
         else:  # squaredcos_cap_v2: improved DDPM, 2102.09672, eq. 17, capped as there
             alphas_cumprod = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+        betas = _flushed(betas)
         if len(betas) != steps or not np.all((betas > 0) & (betas < 1)):
             raise InputError(
                 f"the noise schedule has {len(betas)} betas in [{betas.min():.3g}, {betas.max():.3g}]; it needs "
@@ -136,7 +137,7 @@ class SchedulerConfig:
 
     def alphas_cumprod(self) -> Vector:
         """alpha_bar_t, decreasing; with zero terminal SNR the last is 0 (2305.08891, algorithm 1)."""
-        alphas_cumprod: Vector = np.cumprod(1 - self.betas(), dtype=np.float64)
+        alphas_cumprod: Vector = _flushed(np.cumprod(1 - self.betas(), dtype=np.float64))
         if not (np.all(np.diff(alphas_cumprod, prepend=1.0) < 0) and alphas_cumprod[-1] > 0):
             raise InputError(
                 f"the noise schedule's alphas_cumprod go from {alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}; "
@@ -312,6 +313,14 @@ def solver_grid(config: SchedulerConfig, steps: int) -> Grid:
 def open_ended_grid(config: SchedulerConfig, steps: int) -> Grid:
     """`solver_grid` for a solver that cannot reach zero noise, whatever the config says: DEIS."""
     return solver_grid(replace(config, final_sigmas_type="sigma_min"), steps)
+
+
+def _flushed(values: Vector) -> Vector:
+    """The values, (...) float64, with 0 for all that are too small to be normal numbers.
+
+    Arithmetic on those depends on the thread: a library may have told its processor to take them for 0.
+    """
+    return np.where(np.abs(values) < np.finfo(np.float64).tiny, 0.0, values)
 
 
 def _linked(levels: list[Level], timesteps: npt.NDArray[Any], final: Level) -> Grid:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace ldm::runtime {
 
@@ -27,6 +28,10 @@ Vector logarithms(Vector values) {
     for (double &value : values) value = std::log(value);
     return values;
 }
+
+// Arithmetic on numbers too small to be normal depends on the thread: a library may have told its processor to take
+// them for 0.
+double flushed(double value) { return std::abs(value) < std::numeric_limits<double>::min() ? 0 : value; }
 
 std::size_t index(double timestep) { return static_cast<std::size_t>(timestep); }
 
@@ -79,6 +84,7 @@ Vector SchedulerConfig::betas() const {
         };
         for (std::size_t step = 0; step < steps; ++step) betas.push_back(std::min(1 - curve(step + 1) / curve(step), 0.999));
     }
+    for (double &beta : betas) beta = flushed(beta);
     const auto inside = [](double beta) { return beta > 0 && beta < 1; };
     if (betas.size() == steps && std::all_of(betas.begin(), betas.end(), inside)) return betas;
     double least = betas.front(), most = betas.front();
@@ -97,7 +103,7 @@ Vector SchedulerConfig::alphas_cumprod() const {
     double product = 1;
     bool decreasing = true;
     for (double &value : alphas_cumprod) {
-        value = product * (1 - value);
+        value = flushed(product * (1 - value));
         decreasing = decreasing && value < product;
         product = value;
     }
