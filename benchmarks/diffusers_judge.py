@@ -63,7 +63,7 @@ def main(bundle: Path, checkpoint: str) -> None:
             seconds["diffusers"].append(middle - started)
             seconds["bundle"].append(ended - middle)
             shares.append(timings.loop_ms / timings.total_ms)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    medians = {variant: statistics.median(values) for variant, values in seconds.items()}
     ratio = medians["diffusers"] / medians["bundle"]
     print(
         f"one picture, {STEPS} steps: diffusers {medians['diffusers']:.3f} s, "

@@ -67,11 +67,11 @@ def cpp_pictures(library: Path, bundle: Path, backend: str) -> tuple[Generate, s
     return generate, info.backend.decode()
 
 
-def compare(sides: dict[str, Callable[[], tuple[Generate, str]]], samplers: tuple[str, ...]) -> dict[str, Any]:
-    """The worst PSNR of each side to the first one, by sampler; a side that does not run has the reason instead."""
+def compare(variants: dict[str, Callable[[], tuple[Generate, str]]], samplers: tuple[str, ...]) -> dict[str, Any]:
+    """The worst PSNR of each variant to the first one, by sampler; the reason instead where a variant does not run."""
     rows: dict[str, Any] = {}
     expected: dict[tuple[str, int], Any] = {}
-    for name, start in sides.items():
+    for name, start in variants.items():
         try:
             generate, runs_on = start()
             worst = {}
@@ -111,14 +111,14 @@ def main() -> int:
     place = given.folder / given.workload
     device = "cpu" if given.backend == "cpu" else "cuda"
     bundle_of(given.workload, place, device)
-    sides: dict[str, Callable[[], tuple[Generate, str]]] = {"cpu": lambda: python_pictures(place / "bundle", "cpu")}
+    variants: dict[str, Callable[[], tuple[Generate, str]]] = {"cpu": lambda: python_pictures(place / "bundle", "cpu")}
     if given.library is None:
         half_of(place)
-        sides["fp32"] = lambda: python_pictures(place / "bundle", given.backend)
-        sides["fp16"] = lambda: python_pictures(place / HALF, given.backend)
+        variants["fp32"] = lambda: python_pictures(place / "bundle", given.backend)
+        variants["fp16"] = lambda: python_pictures(place / HALF, given.backend)
     else:
-        sides["fp32, C++"] = lambda: cpp_pictures(given.library, place / "bundle", given.backend)
-    rows = compare(sides, given.samplers)
+        variants["fp32, C++"] = lambda: cpp_pictures(given.library, place / "bundle", given.backend)
+    rows = compare(variants, given.samplers)
     faults = faults_of(rows)
     write_document({"workload": given.workload, "backend": given.backend, "rows": rows, "faults": faults}, given.result)
     for fault in faults:

@@ -1,13 +1,14 @@
-"""One UNet call on integers against the same weights in fp32, in turn, each side in a process of its own: ONNX Runtime
-on the plain graphs, the targets that `export` makes of them, and PyTorch.
+"""One UNet call on integers against the same weights in fp32, in turn, each variant in a process of its own: ONNX
+Runtime on the plain graphs, the targets that `export` makes of them, and PyTorch.
 
 int8_unet.py WORKLOAD [RESULT.json] [--folder F] [--work W] [--rounds N] [--one-at-a-time]
 
 A workload is one of `peers/workloads.py`, made before; its int8 bundles are made in W (build/int8/WORKLOAD): calibrated
 on drawings of `emoji64`'s prompts or, where weights are random, on random latents at some of a plan's timesteps. With
 --one-at-a-time, for models of which only one fits into memory, every round starts, calls (twice, the second counts) and
-ends each side, and only the passes of the recipes are applied, not every combination. Errors are root mean square, as a
-share of the output in fp32, of the worst of some calibration calls. The last line of the output is one JSON document.
+ends each variant, and only the passes of the recipes are applied, not every combination. Errors are root mean square,
+as a share of the output in fp32, of the worst of some calibration calls. The last line of the output is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def prepared(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, An
 
 
 def main(options: argparse.Namespace) -> dict[str, Any]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # what it held is free when sides are timed
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # what it held is free when variants are timed
         folders, passes, facts = apart.submit(prepared, options).result()
     starts: dict[str, Callable[[], Peer]] = {}
     for peer in ("diffusers eager", "PyTorch quantize_dynamic"):

@@ -65,7 +65,7 @@ def main(workload: str) -> dict[str, Any]:
     graph, inputs = target.graphs["unet"], unet_inputs(folder, 0)
     with tempfile.TemporaryDirectory() as temporary:
         sessions = {}
-        for path in (graph.path, *graph.once.values()):
+        for path in (graph.path, *graph.hoisted.values()):
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.enable_mem_pattern = False

@@ -62,7 +62,7 @@ def main() -> dict[str, Any]:
         "whole": whole,
         "pruned": narrowed(whole, channels, magnitude(whole, channels), Fraction(share)).student,
     }
-    sides, rows = {}, {}
+    variants, rows = {}, {}
     for name, network in networks.items():
         graph = spec_of(network)
         example = random_inputs(graph, SIZES, 8, 1)
@@ -76,10 +76,10 @@ def main() -> dict[str, Any]:
             }
             opened = session(onnx.load(str(path)))
         call = {spec.name: np.asarray(value) for spec, value in zip(graph.inputs, example, strict=True)}
-        sides[name] = lambda opened=opened, call=call: opened.run(None, call)
-    times: dict[str, list[float]] = {name: [] for name in sides}
+        variants[name] = lambda opened=opened, call=call: opened.run(None, call)
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(ROUNDS + 1):
-        for name, run in sides.items():
+        for name, run in variants.items():
             time.sleep(SETTLE_S)
             started = time.perf_counter()
             run()

@@ -72,14 +72,14 @@ def main() -> None:
         "timesteps": torch.randint(1000, (batch_size,)),
         "states": torch.randn(batch_size, config.tokenizer["model_max_length"], config.unet["cross_attention_dim"]),
     }
-    sides = {"ldm_reference": Training(config, ours, batch), "diffusers": Training(config, theirs, batch)}
-    losses = {name: side.step() for name, side in sides.items()}  # also the warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    variants = {"ldm_reference": Training(config, ours, batch), "diffusers": Training(config, theirs, batch)}
+    losses = {name: variant.step() for name, variant in variants.items()}  # also the warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.rounds):
-        for name, side in sides.items():
+        for name, variant in variants.items():
             started = time.perf_counter()
             for _ in range(arguments.steps):
-                side.step()
+                variant.step()
             seconds[name].append((time.perf_counter() - started) / arguments.steps)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]

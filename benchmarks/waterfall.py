@@ -3,8 +3,8 @@
 waterfall.py WORK [RESULT.json]        WORK as `ldm-export export CHECKPOINT --recipe ... --work WORK` left it
 
 The last row is what was kept last, with its target ort-cpu. Quality is what the recipe measured on each stage's bundle;
-times are measured here, one picture at a time, each side drawn as its own defaults say, every round all sides. The last
-line of the output is one JSON document.
+times are measured here, one picture at a time, each variant drawn as its own defaults say, every round all variants.
+The last line of the output is one JSON document.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def main(work: Path, checkpoint: str) -> dict[str, Any]:
     bundles = {record["name"]: Bundle.open(record["folder"] / "bundle") for record in built}
     plain = bundles["teacher"]
     drawing = plain.manifest.model
-    sides: dict[str, Draw] = {"PyTorch eager": draw_with_torch(checkpoint, plain)}
-    sides |= {name: draw_with(Pipeline(bundle, "cpu"), list(PROMPTS)) for name, bundle in bundles.items()}
+    variants: dict[str, Draw] = {"PyTorch eager": draw_with_torch(checkpoint, plain)}
+    variants |= {name: draw_with(Pipeline(bundle, "cpu"), list(PROMPTS)) for name, bundle in bundles.items()}
     last = [record for record in built if record["kept"]][-1]
     with tempfile.TemporaryDirectory() as folder:
         final = Bundle.open(shutil.copytree(last["folder"] / "bundle", Path(folder) / "bundle"))
         build_ort_cpu(final)
-        sides[ORT_CPU] = draw_with(Pipeline(final, "cpu"), list(PROMPTS))
-        times = runs_in_turn(sides, ROUNDS)
+        variants[ORT_CPU] = draw_with(Pipeline(final, "cpu"), list(PROMPTS))
+        times = runs_in_turn(variants, ROUNDS)
     rows = [row("PyTorch eager", None, times["PyTorch eager"], times, records[0])]
     for record in records:
         rows.append(row(record["name"], record, times.get(record["name"]), times, records[0]))
@@ -105,8 +105,8 @@ def row(
             for key, stage in (("total", "total"), ("unet", "denoiser_call"), ("decode", "decode"))
         }
         found["steps"] = len(spent[0].denoiser_ms)
-        for side, against in (("eager", "PyTorch eager"), ("plain", "teacher")):
-            found[f"faster_than_{side}"] = times_as_fast(times[against], spent)
+        for variant, against in (("eager", "PyTorch eager"), ("plain", "teacher")):
+            found[f"faster_than_{variant}"] = times_as_fast(times[against], spent)
     return found
 
 

@@ -33,7 +33,7 @@ def ratio(ratio: float, words: tuple[str, str], detail: str) -> str:
 
 
 def likeness(psnr_db: float, alike: bool) -> str:
-    """What a PSNR means, of a side that is drawn step by step ``alike`` or of a student."""
+    """What a PSNR means, of a variant that is drawn step by step ``alike`` or of a student."""
     if psnr_db >= SAME_PICTURE_DB:
         return "no eye can tell"
     if psnr_db >= LIKE_PICTURE_DB:
@@ -42,8 +42,8 @@ def likeness(psnr_db: float, alike: bool) -> str:
 
 
 def chip(record: Values) -> str:
-    told = verdict(record)
-    return f'<span class="chip {({"ok": "good", "FAIL": "bad"}).get(told, "")}">{told}</span>'
+    result = verdict(record)
+    return f'<span class="chip {({"ok": "good", "FAIL": "bad"}).get(result, "")}">{result}</span>'
 
 
 def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> str:

@@ -3,9 +3,9 @@
     echo '{"bundle": "my.bundle", "backend": "cpu", "given": {"prompts": ["red apple"], "seed": [0]}}' |
     python -m ldm_export.bench.child
 
-It is told in one line. Prints ``drawn`` once the first picture is there and, after a second, the peak of its resident
-memory in bytes; it holds what it holds until its input ends. Nothing is imported that this side does not need: a bundle
-is drawn without PyTorch.
+The request is one line of JSON. Prints ``drawn`` once the first picture is there and, after a second, the peak of its
+resident memory in bytes; it holds what it holds until its input ends. Nothing is imported that its variant does not
+need: a bundle is drawn without PyTorch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ldm_export.processes import peak_rss_bytes
 
 
 def main() -> None:
-    told = json.loads(sys.stdin.readline())
-    draw = opened(told)
+    request = json.loads(sys.stdin.readline())
+    draw = opened(request)
     draw()
     print("drawn", flush=True)
     draw()
@@ -28,18 +28,18 @@ def main() -> None:
     sys.stdin.read()
 
 
-def opened(told: dict[str, Any]) -> Callable[[], object]:
+def opened(request: dict[str, Any]) -> Callable[[], object]:
     """What draws a picture; opening it is part of what is timed."""
-    given = told["given"]
-    if "bundle" in told:
+    given = request["given"]
+    if "bundle" in request:
         from ldm_export.runtime import Pipeline
 
-        pipeline = Pipeline.open(told["bundle"], backend=told["backend"])
+        pipeline = Pipeline.open(request["bundle"], backend=request["backend"])
         return lambda: pipeline.generate(**given)
     from ldm_export.checkpoint import LatentDiffusion
     from ldm_export.verify.torch_reference import TorchReference
 
-    reference = TorchReference(LatentDiffusion.open(told["checkpoint"]))
+    reference = TorchReference(LatentDiffusion.open(request["checkpoint"]))
     return lambda: reference.draw_as(given)
 
 

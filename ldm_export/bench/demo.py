@@ -43,7 +43,7 @@ def run_demo(
         build_ort_cpu(export_bundle(model, folder / target, force=True, progress=progress), progress)
     bench = Bench([folder / target for target in models], checkpoint, options)
     document = bench.run(folder / "demo.json", "ldm-export demo", resume=False, progress=progress)
-    document["gates"] = [gate for gate in judged(document) if gate["side"] == BUNDLE]
+    document["gates"] = [gate for gate in judged(document) if gate["variant"] == BUNDLE]
     return document
 
 

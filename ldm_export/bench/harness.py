@@ -1,6 +1,6 @@
-"""The bench: every measurement of all sides, each written down as soon as it is made.
+"""The bench: every measurement of all variants, each written down as soon as it is made.
 
-The document is JSON: what was measured, on what, and under ``results`` what came out, by measurement and side. It is
+The document is JSON: what was measured, on what, and under ``results`` what came out, by measurement and variant. It is
 all that the report is made from. Its ``key`` is a hash of whatever could change a result: the bundles' hashes, the
 checkpoint's, options, versions, machine. A bench that was interrupted goes on where a document of its own key ends.
 """
@@ -37,7 +37,7 @@ MOST_BYTES = 1 << 30
 """Largest document that is read, with its pictures, bytes."""
 _PLAIN = re.compile(r"[\w .,:/+=-]*")
 PROCESSES = 3
-"""New processes a side for cold start and memory, or the number of repeats if that is smaller."""
+"""New processes a variant for cold start and memory, or the number of repeats if that is smaller."""
 
 Document = dict[str, Any]
 Progress = Callable[[str], None]
@@ -54,7 +54,7 @@ class BenchOptions:
     sampler, steps : of the bundles that can be drawn so; each bundle's own by default
     seed : of the first picture; the next has one more
     batch : pictures drawn at a time where latency is measured
-    warm_up, repeats : rounds of all sides that are not counted, and that are
+    warm_up, repeats : rounds of all variants that are not counted, and that are
     backends : what runs the bundles, each of them by every one
     data, held_out : folders of pictures that quality is judged by; without them it is not
     pictures : how many are drawn for that
@@ -98,24 +98,24 @@ class Bench:
         self.took_up: Path | None = None
         """The document of an earlier run whose results were taken up."""
         self._checkpoint = checkpoint
-        self.sides, self.left_out = open_variants(
+        self.variants, self.left_out = open_variants(
             bundles, checkpoint, sampler=options.sampler, steps=options.steps, backends=options.backends
         )
-        self.conditions = conditions_for(self.sides[0], options.prompts)
-        self.baseline = self.sides[0].name if len(self.sides) > 1 else None
+        self.conditions = conditions_for(self.variants[0], options.prompts)
+        self.baseline = self.variants[0].name if len(self.variants) > 1 else None
         if options.data is not None:
             self._check_data(options.data)
 
     @property
     def comparable(self) -> list[str]:
-        """The sides that are drawn as the baseline is, step by step."""
-        return [side.name for side in self.sides[1:] if side.drawing == self.sides[0].drawing]
+        """The variants that are drawn as the baseline is, step by step."""
+        return [variant.name for variant in self.variants[1:] if variant.drawing == self.variants[0].drawing]
 
     def check_gates(self, gates: Sequence[Gate]) -> None:
-        """Raise InputError if a gate can be judged of no side, or a side that it is asked of is left out."""
+        """Raise InputError if a gate can be judged of no variant, or a variant that it is asked of is left out."""
         for gate in gates:
             for name, why in self.left_out.items():
-                raise InputError(f"--fail-under {gate} is asked of every side, and {name} is left out: {why}")
+                raise InputError(f"--fail-under {gate} is asked of every variant, and {name} is left out: {why}")
             if self.baseline is None:
                 raise InputError(
                     f"--fail-under {gate} compares, and there is one bundle alone. "
@@ -124,7 +124,9 @@ class Bench:
             if gate.key == "parity":
                 self._check_parity_gate(gate)
             if gate.key == "drift" and not self.comparable:
-                ours, theirs = (f"{side.name} with {side.drawing}" for side in (self.sides[1], self.sides[0]))
+                ours, theirs = (
+                    f"{variant.name} with {variant.drawing}" for variant in (self.variants[1], self.variants[0])
+                )
                 raise InputError(
                     f"--fail-under {gate} compares step by step; {ours} and {theirs} (sampler, steps, guidance) take "
                     "other steps. Use psnr instead, or give them the same --steps."
@@ -134,7 +136,7 @@ class Bench:
         checkpoint = self._checkpoint
         if checkpoint is None:
             raise InputError(f"--fail-under {gate} is about PyTorch's networks. Name a checkpoint with --against.")
-        bundles = [side.bundle for side in self.sides if side.bundle is not None]
+        bundles = [variant.bundle for variant in self.variants if variant.bundle is not None]
         if not any(same for bundle in bundles for same in same_weights(bundle, checkpoint).values()):
             raise InputError(
                 f"--fail-under {gate} compares graphs with the networks that they were exported from, and no bundle "
@@ -166,29 +168,29 @@ class Bench:
             "latency": self._latency,
             "pictures": self._pictures,
         }
-        by_bundle = {side.target: side for side in reversed(self.sides) if side.bundle is not None}
-        for side in self.sides if self._checkpoint is not None else ():
-            if side is by_bundle.get(side.target):  # its graphs are the same, whatever runs them
-                measurements[f"parity of {side.name}"] = partial(self._parity, side)
+        by_bundle = {variant.target: variant for variant in reversed(self.variants) if variant.bundle is not None}
+        for variant in self.variants if self._checkpoint is not None else ():
+            if variant is by_bundle.get(variant.target):  # its graphs are the same, whatever runs them
+                measurements[f"parity of {variant.name}"] = partial(self._parity, variant)
         measurements["process"] = self._process
-        for side in self.sides if self.options.data is not None else ():
-            measurements[f"quality of {side.name}"] = partial(self._quality, side)
+        for variant in self.variants if self.options.data is not None else ():
+            measurements[f"quality of {variant.name}"] = partial(self._quality, variant)
         return measurements
 
     def _bytes(self, progress: Progress) -> dict[str, Any]:
-        first = self.sides[0]
+        first = self.variants[0]
         return {
-            side.name: {"bytes": side.bytes, "smaller": None if side is first else first.bytes / side.bytes}
-            for side in self.sides
+            variant.name: {"bytes": variant.bytes, "smaller": None if variant is first else first.bytes / variant.bytes}
+            for variant in self.variants
         }
 
     def _latency(self, progress: Progress) -> dict[str, Any]:
         options, rounds = self.options, self.options.warm_up + self.options.repeats
-        draws = {side.name: self._timed(side) for side in self.sides}
+        draws = {variant.name: self._timed(variant) for variant in self.variants}
         runs = runs_in_turn(
             draws, options.repeats, options.warm_up, lambda done: progress(f"latency, round {done + 1} of {rounds}")
         )
-        first = self.sides[0].name
+        first = self.variants[0].name
         return {
             name: {
                 "calls": len(runs[name][0].denoiser_ms),
@@ -199,30 +201,32 @@ class Bench:
             for name in draws
         }
 
-    def _timed(self, side: Variant) -> Draw:
+    def _timed(self, variant: Variant) -> Draw:
         batch = self.options.batch
 
         def draw(number: int) -> Timings:
             numbers = range(number * batch, (number + 1) * batch)
-            told = [self.conditions[k % len(self.conditions)] for k in numbers]
-            if side.image_generator.condition == "text":  # new each time: a pipeline remembers what it has encoded
-                told = [f"{text} {k}" for text, k in zip(told, numbers, strict=True)]
-            return side.sample(told, [self.options.seed + k for k in numbers]).timings
+            conditions = [self.conditions[k % len(self.conditions)] for k in numbers]
+            if variant.image_generator.condition == "text":  # new each time: a pipeline remembers what it has encoded
+                conditions = [f"{text} {k}" for text, k in zip(conditions, numbers, strict=True)]
+            return variant.sample(conditions, [self.options.seed + k for k in numbers]).timings
 
         return draw
 
     def _pictures(self, progress: Progress) -> dict[str, Any]:
-        def drawn_by(side: Variant) -> Any:
-            return lambda k: side.sample([self.conditions[k]], [self.options.seed + k])
+        def drawn_by(variant: Variant) -> Any:
+            return lambda k: variant.sample([self.conditions[k]], [self.options.seed + k])
 
-        sides = {side.name: drawn_by(side) for side in self.sides}
-        return compare_pictures(sides, len(self.conditions), self.baseline, self.comparable, progress)
+        variants = {variant.name: drawn_by(variant) for variant in self.variants}
+        return compare_pictures(variants, len(self.conditions), self.baseline, self.comparable, progress)
 
-    def _parity(self, side: Variant, progress: Progress) -> list[dict[str, Any]]:
+    def _parity(self, variant: Variant, progress: Progress) -> list[dict[str, Any]]:
         assert self._checkpoint is not None
-        assert side.bundle is not None
-        same = same_weights(side.bundle, self._checkpoint)
-        records = compare_with_checkpoint(side.bundle, self._checkpoint, lambda what: progress(f"{side.name}, {what}"))
+        assert variant.bundle is not None
+        same = same_weights(variant.bundle, self._checkpoint)
+        records = compare_with_checkpoint(
+            variant.bundle, self._checkpoint, lambda what: progress(f"{variant.name}, {what}")
+        )
         found = []
         for record in records:
             error = record.max_error if math.isfinite(record.max_error) else LARGEST
@@ -230,27 +234,27 @@ class Bench:
         return found
 
     def _process(self, progress: Progress) -> dict[str, Any]:
-        children = {side.name: side.child(self.conditions[0], self.options.seed) for side in self.sides}
+        children = {variant.name: variant.child(self.conditions[0], self.options.seed) for variant in self.variants}
         return processes_in_turn(children, min(self.options.repeats, PROCESSES), progress)
 
-    def _quality(self, side: Variant, progress: Progress) -> dict[str, Any]:
+    def _quality(self, variant: Variant, progress: Progress) -> dict[str, Any]:
         assert self.options.data is not None
-        settings = replace(side.settings, prompts=self.options.pictures, seed=self.options.seed)
-        judge = open_judge(side.target, None)
+        settings = replace(variant.settings, prompts=self.options.pictures, seed=self.options.seed)
+        judge = open_judge(variant.target, None)
         report = evaluate(
-            side.image_generator,
+            variant.image_generator,
             self.options.data,
             self.options.held_out,
             settings,
             judge,
-            lambda what, done, of: progress(f"quality of {side.name}, {what} {done} of {of}"),
+            lambda what, done, of: progress(f"quality of {variant.name}, {what} {done} of {of}"),
         )
         return {name: figure._asdict() for name, figure in report.figures.items()}
 
     def _check_data(self, data: Path) -> None:
         """Refuse folders that cannot be judged by before minutes have passed."""
-        image_generator = self.sides[0].image_generator
-        settings = replace(self.sides[0].settings, prompts=self.options.pictures)
+        image_generator = self.variants[0].image_generator
+        settings = replace(self.variants[0].settings, prompts=self.options.pictures)
         pictures = open_pictures(data, image_generator.size, image_generator.channels, image_generator.condition)
         choose_prompts(pictures, settings, image_generator.condition)
         if self.options.held_out is not None:
@@ -276,7 +280,7 @@ class Bench:
     def _new_document(self, command: str) -> Document:
         options = json.loads(json.dumps(asdict(self.options), default=str))  # as it is read again
         row = {"machine": machine(), "versions": versions(), "options": options, "conditions": self.conditions}
-        hashes = {side.name: self._hash(side) for side in self.sides}
+        hashes = {variant.name: self._hash(variant) for variant in self.variants}
         text = json.dumps([FORMAT, row, hashes], sort_keys=True)
         return {
             "format": FORMAT,
@@ -285,14 +289,14 @@ class Bench:
             "command": command,
             **row,
             "baseline": self.baseline,
-            "sides": {side.name: side.facts() for side in self.sides},
+            "variants": {variant.name: variant.facts() for variant in self.variants},
             "left_out": self.left_out,
             "results": {},
         }
 
-    def _hash(self, side: Variant) -> Any:
-        if side.bundle is not None:
-            return hashlib.sha256(side.bundle.manifest.to_json().encode()).hexdigest()
+    def _hash(self, variant: Variant) -> Any:
+        if variant.bundle is not None:
+            return hashlib.sha256(variant.bundle.manifest.to_json().encode()).hexdigest()
         assert self._checkpoint is not None
         return [self._checkpoint.sha256(component) for component in self._checkpoint.components]
 
@@ -325,12 +329,12 @@ def write_document(document: Document, path: Path) -> None:
 
 
 def results_by_variant(document: Document) -> Document:
-    """Results as measurement -> side -> value, also of those that are made a side at a time."""
+    """Results as measurement -> variant -> value, also of those that are made a variant at a time."""
     found: Document = {}
     for name, value in document["results"].items():
-        measurement, of, side = name.partition(" of ")
+        measurement, of, variant = name.partition(" of ")
         if of:
-            found.setdefault(measurement, {})[side] = value
+            found.setdefault(measurement, {})[variant] = value
         else:
             found[name] = value
     return found

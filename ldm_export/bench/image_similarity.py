@@ -1,7 +1,7 @@
-"""The same conditions and seeds drawn by every side: how far latents drift from the baseline's, step by step, and how
-much the pictures differ.
+"""The same conditions and seeds drawn by every variant: how far latents drift from the baseline's, step by step, and
+how much the pictures differ.
 
-    drift of step i  =  |x_i - y_i| / |y_i|        Euclidean, over the latents x of a side and y of the baseline
+    drift of step i  =  |x_i - y_i| / |y_i|        Euclidean, over the latents x of a variant and y of the baseline
 
 Rounding alone gives about 1e-6 and grows little; what is quantized starts near 1e-2 and grows. Sides that are drawn
 otherwise than the baseline (sampler, steps, guidance) meet other latents and have no drift.
@@ -29,33 +29,33 @@ Draw = Callable[[int], Sample]
 
 
 def compare_pictures(
-    sides: Mapping[str, Draw],
+    variants: Mapping[str, Draw],
     count: int,
     baseline: str | None,
     comparable: Sequence[str],
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Draw ``count`` pictures with every side.
+    """Draw ``count`` pictures with every variant.
 
     Parameters
     ----------
-    baseline : the side that the others are compared with; None compares nothing
-    comparable : the sides that are drawn as the baseline is, step by step
+    baseline : the variant that the others are compared with; None compares nothing
+    comparable : the variants that are drawn as the baseline is, step by step
 
     Returns
     -------
-    side -> ``png``, one a picture in base64; and beside the baseline ``psnr_db``, one a picture, :data:`LARGEST` for
+    variant -> ``png``, one a picture in base64; and beside the baseline ``psnr_db``, one a picture, :data:`LARGEST` for
     equal ones; and ``drift``, the ``median`` and ``worst`` of the pictures after each step, or None
     """
-    found: dict[str, dict[str, Any]] = {name: {"png": []} for name in sides}
+    found: dict[str, dict[str, Any]] = {name: {"png": []} for name in variants}
     drifts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in comparable}
     for k in range(count):
         samples = {}
-        for name, draw in sides.items():
+        for name, draw in variants.items():
             progress(f"picture {k + 1} of {count}, {name}")
             samples[name] = draw(k)
             found[name]["png"].append(_png(samples[name].images[0]))
-        for name in sides.keys() - {baseline} if baseline else ():
+        for name in variants.keys() - {baseline} if baseline else ():
             ours, theirs = samples[name], samples[baseline or ""]
             psnr = min(psnr_db(ours.images[0], theirs.images[0]), LARGEST)
             found[name].setdefault("psnr_db", []).append(psnr)

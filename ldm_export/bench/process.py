@@ -1,4 +1,4 @@
-"""Cold start and memory, each side in processes of its own, in turn: see :mod:`ldm_export.bench.child`."""
+"""Cold start and memory, each variant in processes of its own, in turn: see :mod:`ldm_export.bench.child`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Process(NamedTuple):
 
 
 def processes_in_turn(
-    sides: Mapping[str, Mapping[str, Any]], rounds: int, progress: Callable[[str], None]
+    variants: Mapping[str, Mapping[str, Any]], rounds: int, progress: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """What each side needs in a new process, every round all sides.
+    """What each variant needs in a new process, every round all variants.
 
     Parameters
     ----------
-    sides : name -> what the process is told
+    variants : name -> the request, :mod:`ldm_export.bench.child`'s, of its process
 
     Returns
     -------
@@ -45,12 +45,12 @@ def processes_in_turn(
     BackendError
         If a process ends without a picture.
     """
-    found: dict[str, list[_Process]] = {name: [] for name in sides}
+    found: dict[str, list[_Process]] = {name: [] for name in variants}
     for number in range(rounds):
-        for name, told in sides.items():
+        for name, request in variants.items():
             progress(f"cold start {number + 1} of {rounds}, {name}")
             time.sleep(SETTLE_S)
-            found[name].append(_one(name, told))
+            found[name].append(_one(name, request))
     measured = {}
     for name, runs in found.items():
         starts = [run.start_ms for run in runs]
@@ -63,7 +63,7 @@ def processes_in_turn(
     return measured
 
 
-def _one(name: str, told: Mapping[str, Any]) -> _Process:
+def _one(name: str, request: Mapping[str, Any]) -> _Process:
     """What one new process takes."""
     device_before = used_device_bytes()
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -72,7 +72,7 @@ def _one(name: str, told: Mapping[str, Any]) -> _Process:
         try:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(json.dumps(told) + "\n")
+            process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             first = process.stdout.readline()
             spent_ms = (time.perf_counter() - started) * 1000.0

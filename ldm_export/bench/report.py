@@ -35,9 +35,9 @@ class Report:
     def __init__(self, document: Values):
         self.document = document
         self.results = results_by_variant(dict(document))
-        self.sides: Values = document["sides"]
+        self.variants: Values = document["variants"]
         self.baseline: str | None = document["baseline"]
-        others = [name for name in self.sides if name != self.baseline]
+        others = [name for name in self.variants if name != self.baseline]
         self.others = others
         self.colours = {name: 1 + k % COLOURS for k, name in enumerate(others)} | {self.baseline or "": 0}
 
@@ -67,7 +67,7 @@ class Report:
     def _head(self) -> str:
         options, machine = self.document["options"], self.document["machine"]
         text = (
-            f"{options['repeats']} rounds of all sides in turn after {options['warm_up']} of warm-up, batches of "
+            f"{options['repeats']} rounds of all variants in turn after {options['warm_up']} of warm-up, batches of "
             f"{options['batch']}, on {machine['cpu']}, {machine['cpus']} CPUs.{self._threads()}"
         )
         return (
@@ -80,10 +80,10 @@ class Report:
         gates = self.document.get("gates", [])
         short, well = ([gate["says"] for gate in gates if gate["passed"] is passed] for passed in (False, True))
         lists = [
-            f'<ul class="checks">{"".join(f"<li{kind}>{mark} {escape(says)}</li>" for says in told)}</ul>'
-            if told
+            f'<ul class="checks">{"".join(f"<li{kind}>{mark} {escape(says)}</li>" for says in sentences)}</ul>'
+            if sentences
             else ""
-            for told, kind, mark in ((short, " class=bad", "✗"), (well, "", "✓"))
+            for sentences, kind, mark in ((short, " class=bad", "✗"), (well, "", "✓"))
         ]
         if well:
             count = f"{len(well)} of {len(gates)}" if short else "All" if len(well) > 1 else "The"
@@ -95,24 +95,24 @@ class Report:
 
     def _panels(self) -> str:
         panels = []
-        for side in self.others:
+        for variant in self.others:
             panels.append(
-                f'<section class="card panel"><header><h3>{self._dot(side)}{escape(side)}</h3>'
-                f"<span>{escape(self._drawing(side))}</span></header>"
-                f'<div class="figures">{"".join(self._figures(side))}</div></section>'
+                f'<section class="card panel"><header><h3>{self._dot(variant)}{escape(variant)}</h3>'
+                f"<span>{escape(self._drawing(variant))}</span></header>"
+                f'<div class="figures">{"".join(self._figures(variant))}</div></section>'
             )
         return f'<div class="panels">{"".join(panels)}</div>'
 
-    def _drawing(self, side: str) -> str:
-        drawn, calls = self.sides[side], self.results["latency"][side]["calls"]
+    def _drawing(self, variant: str) -> str:
+        drawn, calls = self.variants[variant], self.results["latency"][variant]["calls"]
         calls_of = "two pictures (with and without the prompt)" if drawn["guided"] else "one picture"
         return f"{drawn['sampler']}, {drawn['steps']} steps: {calls} UNet calls of {calls_of}"
 
-    def _figures(self, side: str) -> Iterable[str]:
+    def _figures(self, variant: str) -> Iterable[str]:
         base, results = self.baseline, self.results
-        spent = results["latency"][side]["stages"]["total"]["median_ms"]
-        needs = results["process"][side]
-        peak, start, size = needs["peak_rss_bytes"], needs["cold_start_ms"], results["bytes"][side]["bytes"]
+        spent = results["latency"][variant]["stages"]["total"]["median_ms"]
+        needs = results["process"][variant]
+        peak, start, size = needs["peak_rss_bytes"], needs["cold_start_ms"], results["bytes"][variant]["bytes"]
         if base is None:
             yield figure(milliseconds(spent), "ms", "a picture")
             yield figure(megabytes(size), "MB", "on disk")
@@ -124,16 +124,16 @@ class Report:
         their_spent = results["latency"][base]["stages"]["total"]["median_ms"]
         their_size, their_peak = results["bytes"][base]["bytes"], their_needs["peak_rss_bytes"]
         yield ratio(
-            results["latency"][side]["faster"],
+            results["latency"][variant]["faster"],
             ("faster", "slower"),
             f"{milliseconds(spent)} ms, was {milliseconds(their_spent)} ms",
         )
         yield ratio(
-            results["bytes"][side]["smaller"],
+            results["bytes"][variant]["smaller"],
             ("smaller", "larger"),
             f"{megabytes(size)} MB on disk, was {megabytes(their_size)} MB",
         )
-        psnr, alike = min(results["pictures"][side]["psnr_db"]), bool(results["pictures"][side]["drift"])
+        psnr, alike = min(results["pictures"][variant]["psnr_db"]), bool(results["pictures"][variant]["drift"])
         value, unit = ("same", "") if decibels(psnr) == "identical" else (f"{psnr:.1f}", "dB")
         yield figure(value, unit, f"<em>worst PSNR</em>: {likeness(psnr, alike)}")
         if peak and their_peak:
@@ -153,39 +153,39 @@ class Report:
 
     def _pictures(self) -> str:
         count = len(self.document["conditions"])
-        columns = f"grid-template-columns:repeat({len(self.sides)},minmax(0,1fr))"
+        columns = f"grid-template-columns:repeat({len(self.variants)},minmax(0,1fr))"
         figures = []
-        for k, told in enumerate(self.document["conditions"]):
-            strip = "".join(self._picture(side, k, str(told)) for side in self.sides)
+        for k, condition in enumerate(self.document["conditions"]):
+            strip = "".join(self._picture(variant, k, str(condition)) for variant in self.variants)
             seed = self.document["options"]["seed"] + k
-            caption = f"{escape(str(told)) or 'unconditional'} <span class='soft'>· seed {seed}</span>"
+            caption = f"{escape(str(condition)) or 'unconditional'} <span class='soft'>· seed {seed}</span>"
             figures.append(
                 f'<figure class="card"><div class="strip" style="{columns}">{strip}</div>'
                 f"<figcaption>{caption}</figcaption></figure>"
             )
-        least = f"repeat(auto-fill,minmax(min(100%,{max(15, 6 * len(self.sides))}rem),1fr))"
+        least = f"repeat(auto-fill,minmax(min(100%,{max(15, 6 * len(self.variants))}rem),1fr))"
         against = f" PSNR is against {escape(self.baseline)}." if self.baseline else ""
         return (
-            f"<h2>The same prompts and seeds</h2><p class='soft'>{count} pictures a side.{against}</p>"
+            f"<h2>The same prompts and seeds</h2><p class='soft'>{count} pictures a variant.{against}</p>"
             f'<div class="pictures" style="grid-template-columns:{least}">{"".join(figures)}</div>'
         )
 
-    def _picture(self, side: str, k: int, told: str) -> str:
-        found = self.results["pictures"][side]
+    def _picture(self, variant: str, k: int, condition: str) -> str:
+        found = self.results["pictures"][variant]
         psnr = f"<i>{decibels(found['psnr_db'][k])}</i>" if "psnr_db" in found else ""
-        alt = escape(f"{told}, {side}")
+        alt = escape(f"{condition}, {variant}")
         return (
             f'<div><img alt="{alt}" src="data:image/png;base64,{escape(found["png"][k])}">'
-            f'<i title="{escape(side)}">{self._dot(side)}{escape(side)}</i>{psnr}</div>'
+            f'<i title="{escape(variant)}">{self._dot(variant)}{escape(variant)}</i>{psnr}</div>'
         )
 
     # --- latency ----------------------------------------------------------------------------------------------------
 
     def _latency(self) -> str:
         latency = self.results["latency"]
-        slowest = max(sum(side["stages"][stage]["median_ms"] for stage in STAGES) for side in latency.values())
+        slowest = max(sum(variant["stages"][stage]["median_ms"] for stage in STAGES) for variant in latency.values())
         bars = []
-        for side, found in latency.items():
+        for variant, found in latency.items():
             spent = {stage: found["stages"][stage]["median_ms"] for stage in STAGES}
             track = "".join(
                 f'<i style="width:{100 * value / slowest:.2f}%;background:var(--s{number})" '
@@ -194,7 +194,7 @@ class Report:
             )
             total = f"{milliseconds(found['stages']['total']['median_ms'])} ms"
             bars.append(
-                f'<div><div class="bar-head"><span>{self._dot(side)}{escape(side)}</span><b>{total}</b></div>'
+                f'<div><div class="bar-head"><span>{self._dot(variant)}{escape(variant)}</span><b>{total}</b></div>'
                 f'<div class="track">{track}</div></div>'
             )
         legend = "".join(
@@ -207,14 +207,14 @@ class Report:
         ]  # fmt: skip
         rows = [
             [
-                self._dot(side) + escape(side),
+                self._dot(variant) + escape(variant),
                 escape(str(found["calls"])),
                 *(milliseconds(found["stages"][s]["median_ms"]) for s in ("text", "denoiser_call", "loop", "decode")),
                 f"<b>{milliseconds(found['stages']['total']['median_ms'])}</b>",
                 milliseconds(found["stages"]["total"]["p90_ms"]),
                 "" if found["faster"] is None else times(found["faster"]),
             ]
-            for side, found in latency.items()
+            for variant, found in latency.items()
         ]
         batch = self.document["options"]["batch"]
         what = "one picture" if batch == 1 else f"{batch} pictures"
@@ -226,26 +226,28 @@ class Report:
         )
 
     def _threads(self) -> str:
-        """What makes a comparison unfair: PyTorch may be told to use fewer CPUs than there are, and bundles are not."""
-        cpus, threads = self.document["machine"]["cpus"], self.sides.get(self.baseline or "", {}).get("threads")
+        """What makes a comparison unfair: PyTorch may be set to use fewer CPUs than there are, and bundles are not."""
+        cpus, threads = self.document["machine"]["cpus"], self.variants.get(self.baseline or "", {}).get("threads")
         if threads is None or threads >= cpus:
             return ""
-        return f" PyTorch was told to use {threads} of {cpus} CPUs; unset OMP_NUM_THREADS for a fair comparison."
+        return f" PyTorch was set to use {threads} of {cpus} CPUs; unset OMP_NUM_THREADS for a fair comparison."
 
     # --- passes -----------------------------------------------------------------------------------------------------
 
     def _passes(self) -> str:
         cards = []
-        for side in self.others:
-            drawn = waterfall(self.sides[side]["passes"], self.colours[side])
+        for variant in self.others:
+            drawn = waterfall(self.variants[variant]["passes"], self.colours[variant])
             if drawn:
                 cards.append(
-                    f"<div class='card'><h3>{self._dot(side)}{escape(side)}</h3>"
+                    f"<div class='card'><h3>{self._dot(variant)}{escape(variant)}</h3>"
                     "<p class='soft'>Milliseconds for one picture after each pass, as its recipe measured them.</p>"
                     f"{drawn}</div>"
                 )
         points = [
-            point for side in self.others for point in pareto_points(self.sides[side]["passes"], self.colours[side])
+            point
+            for variant in self.others
+            for point in pareto_points(self.variants[variant]["passes"], self.colours[variant])
         ]
         if len(points) > 1:
             chart = scatter(points, "ms for one picture", "Fréchet distance, lower is better")
@@ -263,13 +265,15 @@ class Report:
         return f"<h2>How like {escape(self.baseline or '')}</h2><div class='two'>{found}</div>" if found else ""
 
     def _drift_card(self) -> str:
-        drifts = {side: self.results["pictures"][side].get("drift") for side in self.others}
+        drifts = {variant: self.results["pictures"][variant].get("drift") for variant in self.others}
         lines = [
-            Curve(side, found["median"], found["worst"], self.colours[side]) for side, found in drifts.items() if found
+            Curve(variant, found["median"], found["worst"], self.colours[variant])
+            for variant, found in drifts.items()
+            if found
         ]
         if self.baseline is None or not lines:
             return ""
-        without = [side for side in self.others if not drifts[side]]
+        without = [variant for variant in self.others if not drifts[variant]]
         note = f" {', '.join(without)}: drawn in other steps, so not compared." if without else ""
         chart = curves(lines, "step", "relative error")
         return (
@@ -283,12 +287,12 @@ class Report:
             return ""
         points = [
             Point(
-                latency[side]["stages"]["total"]["median_ms"],
-                min(statistics.median(pictures[side]["psnr_db"]), IDENTICAL_DB),
-                side,
-                self.colours[side],
+                latency[variant]["stages"]["total"]["median_ms"],
+                min(statistics.median(pictures[variant]["psnr_db"]), IDENTICAL_DB),
+                variant,
+                self.colours[variant],
             )
-            for side in self.others
+            for variant in self.others
         ]
         chart = scatter(points, "ms for one picture", "median PSNR, dB, higher is better")
         return (
@@ -299,14 +303,14 @@ class Report:
     def _parity_card(self) -> str:
         rows = [
             [
-                self._dot(side) + escape(side),
+                self._dot(variant) + escape(variant),
                 escape(record["graph"]),
                 escape(record["output"]),
                 f"{record['max_error']:.1e}",
                 f"{record['tolerance']:.0e}",
                 chip(record),
             ]
-            for side, records in self.results.get("parity", {}).items()
+            for variant, records in self.results.get("parity", {}).items()
             for record in records
         ]
         if not rows:
@@ -327,27 +331,27 @@ class Report:
             return ""
         names = [name for name in QUALITY if any(name in figures for figures in quality.values())]
         rows = []
-        for side, figures in quality.items():
-            cells = [self._dot(side) + escape(side)]
+        for variant, figures in quality.items():
+            cells = [self._dot(variant) + escape(variant)]
             for name in names:
                 digits, found = QUALITY[name][1], figures.get(name)
                 cells.append("" if found is None else interval(found, digits))
             rows.append(cells)
         points = [
             Point(
-                self.results["latency"][side]["stages"]["total"]["median_ms"],
+                self.results["latency"][variant]["stages"]["total"]["median_ms"],
                 figures["frechet_distance"]["value"],
-                side,
-                self.colours[side],
+                variant,
+                self.colours[variant],
             )
-            for side, figures in quality.items()
+            for variant, figures in quality.items()
         ]
         chart = scatter(points, "ms for one picture", "Fréchet distance, lower is better") if len(points) > 1 else ""
         heads = [("", ""), *((QUALITY[name][0], "95 % interval") for name in names)]
         count = self.document["options"]["pictures"]
         return (
-            f"<h2>Quality of the pictures</h2><p class='soft'>{count} drawn of each side. Distances are in features of "
-            f"EfficientNet-Lite0 and not comparable with an Inception FID.</p><div class='two'>"
+            f"<h2>Quality of the pictures</h2><p class='soft'>{count} drawn of each variant. Distances are in features "
+            f"of EfficientNet-Lite0 and not comparable with an Inception FID.</p><div class='two'>"
             f"<div class='card whole'>{table(heads, rows)}</div>"
             + (f"<div class='card'><h3>Quality against latency</h3>{chart}</div>" if chart else "")
             + "</div>"
@@ -356,12 +360,12 @@ class Report:
     def _needs(self) -> str:
         rows = []
         on_gpu = any(found["device_bytes"] for found in self.results["process"].values())
-        for side, found in self.results["process"].items():
+        for variant, found in self.results["process"].items():
             starts = found["cold_starts_ms"]
             rows.append(
                 [
-                    self._dot(side) + escape(side),
-                    megabytes(self.results["bytes"][side]["bytes"]),
+                    self._dot(variant) + escape(variant),
+                    megabytes(self.results["bytes"][variant]["bytes"]),
                     megabytes(found["peak_rss_bytes"]),
                     *([megabytes(found["device_bytes"])] if on_gpu else []),
                     f"{found['cold_start_ms'] / 1e3:.2f}",
@@ -371,20 +375,20 @@ class Report:
         heads = [("", ""), ("on disk", "MB"), ("peak memory", "MB"), *([("on the GPU", "MB")] if on_gpu else [])]
         heads += [("cold start", "s"), ("range", "s")]
         return (
-            "<h2>Size, memory, cold start</h2><p class='soft'>Each side in new processes, in turn: from the start of "
-            f"the process to its first picture; memory after two.</p><div class='card'>{table(heads, rows)}</div>"
+            "<h2>Size, memory, cold start</h2><p class='soft'>Each variant in new processes, in turn: from the start "
+            f"of the process to its first picture; memory after two.</p><div class='card'>{table(heads, rows)}</div>"
         )
 
     def _machine(self) -> str:
         machine = self.document["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in self.document["versions"].items())
-        backends = "; ".join(f"{name}: {side['backend']}" for name, side in self.sides.items())
+        backends = "; ".join(f"{name}: {variant['backend']}" for name, variant in self.variants.items())
         facts = {
             "Machine": f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['system']}",
             **({"GPU": machine["gpu"]} if machine["gpu"] else {}),
             "Versions": versions,
             "Ran by": backends,
-            **{f"Left out: {side}": why for side, why in self.document["left_out"].items()},
+            **{f"Left out: {variant}": why for variant, why in self.document["left_out"].items()},
         }
         listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items())
         return (
@@ -392,8 +396,8 @@ class Report:
             f"<pre tabindex='0'>{escape(self.document['command'])}</pre>"
         )
 
-    def _dot(self, side: str) -> str:
-        return f'<span class="dot" style="background:var(--c{self.colours[side]})"></span>'
+    def _dot(self, variant: str) -> str:
+        return f'<span class="dot" style="background:var(--c{self.colours[variant]})"></span>'
 
 
 def page(document: Values) -> str:

@@ -13,20 +13,20 @@ MEMORIES = ("peak_rss_bytes", "device_bytes")
 
 
 def summary_rows(document: dict[str, Any]) -> list[list[str]]:
-    """One row a side, beneath :data:`HEADS`."""
+    """One row a variant, beneath :data:`HEADS`."""
     results, rows = results_by_variant(document), []
-    for side, drawn in document["sides"].items():
-        spent, pictures = results["latency"][side]["stages"], results["pictures"][side]
-        process, faster = results["process"][side], results["latency"][side]["faster"]
+    for variant, drawn in document["variants"].items():
+        spent, pictures = results["latency"][variant]["stages"], results["pictures"][variant]
+        process, faster = results["process"][variant], results["latency"][variant]["faster"]
         drift = pictures.get("drift")
         rows.append(
             [
-                side,
+                variant,
                 str(drawn["steps"]),
                 milliseconds(spent["total"]["median_ms"]),
                 milliseconds(spent["denoiser_call"]["median_ms"]),
                 "" if faster is None else times(faster),
-                f"{results['bytes'][side]['bytes'] / 1e6:.1f}",
+                f"{results['bytes'][variant]['bytes'] / 1e6:.1f}",
                 *("" if size is None else f"{size / 1e6:.0f}" for size in map(process.get, MEMORIES)),
                 f"{process['cold_start_ms'] / 1e3:.2f}",
                 decibels(min(pictures["psnr_db"])).removesuffix(" dB") if "psnr_db" in pictures else "",
@@ -39,8 +39,8 @@ def summary_rows(document: dict[str, Any]) -> list[list[str]]:
 def parity_lines(document: dict[str, Any]) -> list[str]:
     """One line an output of a graph that was compared with PyTorch."""
     return [
-        f"{verdict(record):5} {side}: {record['graph']} {record['output']} {record['max_error']:.1e} "
+        f"{verdict(record):5} {variant}: {record['graph']} {record['output']} {record['max_error']:.1e} "
         f"(allowed {record['tolerance']:.0e})"
-        for side, records in results_by_variant(document).get("parity", {}).items()
+        for variant, records in results_by_variant(document).get("parity", {}).items()
         for record in records
     ]

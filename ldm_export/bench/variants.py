@@ -1,4 +1,4 @@
-"""The sides of a bench: a checkpoint in PyTorch, if one is given, and bundles; each drawn as it is meant to be."""
+"""The variants of a bench: a checkpoint in PyTorch, if one is given, and bundles; each drawn as it is meant to be."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Variant:
         return self.image_generator.sample(conditions, seeds, self.settings)
 
     def child(self, condition: str | int, seed: int) -> dict[str, Any]:
-        """What a process of its own is told, to draw one picture."""
+        """Request for :mod:`ldm_export.bench.child` to draw one picture in a process of its own."""
         given = self.image_generator.given([condition], [seed], self.settings)
         if isinstance(self.image_generator, BundleImageGenerator):
             return {"bundle": self.target, "backend": self.image_generator.requested_backend, "given": given}
@@ -109,7 +109,7 @@ def open_variants(
 ) -> tuple[list[Variant], dict[str, str]]:
     """The checkpoint, if there is one, and the bundles, hashes checked, in their order, each by every backend.
 
-    Backends that do not run here are left out: the second value says why, by the name that the side would have.
+    Backends that do not run here are left out: the second value says why, by the name that the variant would have.
 
     ``sampler`` and ``steps`` hold for the bundles that have or can compile such a plan, and one must; a student that
     was taught to draw in few steps keeps its own. Otherwise each is drawn as its manifest says, and the checkpoint as
@@ -120,7 +120,7 @@ def open_variants(
     BackendError
         If no bundle can be drawn by any of the backends.
     BundleError, CheckpointError, InputError
-        If a side cannot be opened, or they do not all draw the same kind of pictures.
+        If a variant cannot be opened, or they do not all draw the same kind of pictures.
     """
     opened = [Bundle.open(path, verify=True) for path in bundles]
     for bundle in opened:
@@ -132,7 +132,7 @@ def open_variants(
     if (sampler or steps) and not any(found for *_, found in plans):
         model = opened[0].manifest.model
         read_plan(opened[0], sampler or model["default_sampler"], steps or model["default_steps"])  # says what there is
-    sides: list[Variant] = []
+    variants: list[Variant] = []
     left_out: dict[str, str] = {}
     for (folder, bundle, (its_sampler, its_steps, _)), backend in product(
         zip(names, opened, plans, strict=True), backends
@@ -145,18 +145,18 @@ def open_variants(
             left_out[name] = str(error)
             continue
         settings = replace(image_generator.defaults, sampler=its_sampler, steps=its_steps)
-        sides.append(
+        variants.append(
             Variant(
                 name, str(bundle.path), image_generator, settings, image_generator.backend, bundle.size_bytes, bundle
             )
         )
-    if not sides:
+    if not variants:
         raise BackendError(" ".join(dict.fromkeys(left_out.values())))
     if checkpoint is not None:
-        sides.insert(0, _checkpoint_side(checkpoint, sides, sampler, steps))
-    for side in sides[1:]:
-        _check_alike(side, sides[0])
-    return sides, left_out
+        variants.insert(0, _checkpoint_variant(checkpoint, variants, sampler, steps))
+    for variant in variants[1:]:
+        _check_alike(variant, variants[0])
+    return variants, left_out
 
 
 def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, int, bool]:
@@ -174,15 +174,15 @@ def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, 
     return *own, wanted == own
 
 
-def _checkpoint_side(
+def _checkpoint_variant(
     checkpoint: LatentDiffusion, bundles: Sequence[Variant], sampler: str | None, steps: int | None
 ) -> Variant:
     image_generator = TorchImageGenerator(checkpoint)
     like = next(
         (
-            side.settings
-            for side in bundles
-            if side.bundle and same_weights(side.bundle, checkpoint)[side.bundle.roles.denoiser]
+            variant.settings
+            for variant in bundles
+            if variant.bundle and same_weights(variant.bundle, checkpoint)[variant.bundle.roles.denoiser]
         ),
         image_generator.defaults,
     )
@@ -209,7 +209,7 @@ def same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> dict[str, bool]
     }
 
 
-def conditions_for(side: Variant, prompts: Sequence[str]) -> list[str | int]:
+def conditions_for(variant: Variant, prompts: Sequence[str]) -> list[str | int]:
     """What is drawn: the prompts, or of models that read none every class, or nothing, a few times.
 
     Raises
@@ -217,23 +217,27 @@ def conditions_for(side: Variant, prompts: Sequence[str]) -> list[str | int]:
     InputError
         If there are prompts for a model that reads none.
     """
-    if side.image_generator.condition == "text":
+    if variant.image_generator.condition == "text":
         return list(prompts or PROMPTS[:DEFAULT_PICTURES])
     if prompts:
-        raise InputError(f"{len(prompts)} prompts were given; {side.name} reads no text. Leave them out.")
-    if side.image_generator.condition is None:
+        raise InputError(f"{len(prompts)} prompts were given; {variant.name} reads no text. Leave them out.")
+    if variant.image_generator.condition is None:
         return [""] * DEFAULT_PICTURES
-    return list(range(min(side.image_generator.classes or 1, DEFAULT_PICTURES)))
+    return list(range(min(variant.image_generator.classes or 1, DEFAULT_PICTURES)))
 
 
-def _check_alike(side: Variant, first: Variant) -> None:
-    facts = [(x.image_generator.condition, x.image_generator.channels, x.image_generator.pixels) for x in (side, first)]
+def _check_alike(variant: Variant, first: Variant) -> None:
+    facts = [
+        (x.image_generator.condition, x.image_generator.channels, x.image_generator.pixels) for x in (variant, first)
+    ]
     if facts[0] != facts[1]:
-        told = [
-            f"{x.name} (told {kind or 'nothing'}, {c} channels, {h}x{w})"
-            for x, (kind, c, (h, w)) in zip((side, first), facts, strict=True)
+        described = [
+            f"{x.name} ({kind or 'no'} condition, {c} channels, {h}x{w})"
+            for x, (kind, c, (h, w)) in zip((variant, first), facts, strict=True)
         ]
-        raise InputError(f"{told[0]} and {told[1]} draw different pictures. Compare models of one kind and size.")
+        raise InputError(
+            f"{described[0]} and {described[1]} draw different pictures. Compare models of one kind and size."
+        )
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -302,8 +302,8 @@ class ListedFiles:
     def _check_location(self, name: str, data: ExternalData) -> None:
         entry = self.files.get(_beside(name, data.location))
         if entry is None:
-            told = f"{name} reads tensor {data.tensor!r} from {data.location!r}"
-            raise MalformedError(f"{told}, which {self._document} does not list")
+            reading = f"{name} reads tensor {data.tensor!r} from {data.location!r}"
+            raise MalformedError(f"{reading}, which {self._document} does not list")
         if data.offset + (data.length or 0) > entry.size_bytes:
             raise MalformedError(
                 f"{name} reads tensor {data.tensor!r} beyond the {entry.size_bytes} bytes of {data.location!r}"

@@ -16,9 +16,9 @@ The file is UTF-8 JSON with sorted keys and no time or machine path in it, so eq
 
 No other keys are allowed at the top. A graph's path is its name with ``/model.onnx`` or ``.onnx``; names of its tensors
 are unique; a size is a whole number from 0 to 2**20, or the name of a free one. A record of ``parity`` is of an output
-of a graph, with numbers from 0 to 2**20, and of loops it has ``made_of``, the SHA-256 of each file that went in. Every
-file but ``manifest.json`` and those under ``targets/`` is listed. ``roles`` is null in a bundle that only holds graphs;
-no runtime generates with it.
+of a graph, with numbers from 0 to 2**20, and of loops it has ``source_hashes``, the SHA-256 of each file that went in.
+Every file but ``manifest.json`` and those under ``targets/`` is listed. ``roles`` is null in a bundle that only holds
+graphs; no runtime generates with it.
 """
 
 import json
@@ -125,13 +125,24 @@ def _manifest_of(found: Any) -> Manifest:
 
 def stale_loops(manifest: Manifest) -> dict[str, list[str]]:
     """Name the loops that were made of a plan or of graphs which the bundle no longer has so, each with those files."""
-    now = {path: entry.sha256 for path, entry in manifest.files.items()}
     changed = {
-        str(record.get("graph")): sorted(path for path, sha256 in made_of.items() if now.get(path) != sha256)
+        str(record.get("graph")): changed_files(manifest, source_hashes)
         for record in manifest.parity
-        if (made_of := record.get("made_of"))
+        if (source_hashes := record.get("source_hashes"))
     }
     return {name: paths for name, paths in changed.items() if paths}
+
+
+def source_hashes_of(manifest: Manifest, graph: str) -> dict[str, str]:
+    """SHA-256 of each file that the graph with this path consists of, {path: hex}: its own and that of its weights."""
+    files = manifest.files
+    return {path: files[path].sha256 for path in (graph, f"{graph}_data") if path in files}
+
+
+def changed_files(manifest: Manifest, source_hashes: Mapping[str, str]) -> list[str]:
+    """Name the files that a bundle no longer has with these hashes, {path: SHA-256}, sorted."""
+    now = {path: entry.sha256 for path, entry in manifest.files.items()}
+    return sorted(path for path, sha256 in source_hashes.items() if now.get(path) != sha256)
 
 
 def is_loop(relative: str) -> bool:
@@ -168,11 +179,11 @@ def _check_parity(record: object, graphs: Mapping[str, GraphSpec], where: str) -
         if type(value) not in (int, float) or not 0 <= value <= LARGEST_SIZE:
             raise MalformedError(f"{where}.{key} is {str(value)[:40]}; a number from 0 to {LARGEST_SIZE} is needed")
     field(record, "passed", bool, where)
-    if "made_of" in record:
-        made_of = field(record, "made_of", dict, where)
-        for path in made_of:
-            if not re.fullmatch(r"[0-9a-f]{64}", field(made_of, path, str, f"{where}.made_of")):
-                raise MalformedError(f"{where}.made_of[{path!r}] is not 64 hex digits")
+    if "source_hashes" in record:
+        source_hashes = field(record, "source_hashes", dict, where)
+        for path in source_hashes:
+            if not re.fullmatch(r"[0-9a-f]{64}", field(source_hashes, path, str, f"{where}.source_hashes")):
+                raise MalformedError(f"{where}.source_hashes[{path!r}] is not 64 hex digits")
 
 
 def _specs(entry: Mapping[str, Any], side: str, where: str) -> tuple[TensorSpec, ...]:
@@ -183,8 +194,8 @@ def _specs(entry: Mapping[str, Any], side: str, where: str) -> tuple[TensorSpec,
         if not all(
             size if isinstance(size, str) else type(size) is int and 0 <= size <= LARGEST_SIZE for size in shape
         ):
-            told = f"{at} has the shape {str(shape)[:200]}"
-            raise MalformedError(f"{told}; sizes are whole numbers from 0 to {LARGEST_SIZE}, or names")
+            shape_text = f"{at} has the shape {str(shape)[:200]}"
+            raise MalformedError(f"{shape_text}; sizes are whole numbers from 0 to {LARGEST_SIZE}, or names")
         specs.append(TensorSpec(field(spec, "name", str, at), field(spec, "dtype", str, at), tuple(shape)))
         if not specs[-1].name:
             raise MalformedError(f"{at} has no name")

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 """Allowed error of an fp32 graph."""
 
 SILENT_DB = 200.0
-"""Signal-to-noise ratio beyond which none is told apart: float64 ends at about 300 dB, and JSON has no infinity."""
+"""Largest signal-to-noise ratio that is written, dB: float64 ends at about 300 dB, and JSON has no infinity."""
 
 PICTURE_TOLERANCE = 2 / 255
 """Allowed error of pictures of bytes: a value that is rounded the other way, and one to spare."""
@@ -44,7 +44,7 @@ class Parity:
     max_error : max |given - exact| / max |exact|, at most ``tolerance``; of loops' pictures a share of 255
     snr_db : signal-to-noise ratio, at least ``least_snr_db`` where that is given: of graphs with rounded numbers
     reference : what it was compared with: PyTorch, or of loops the runtime
-    made_of : of loops, the SHA-256 of each file that they were built from
+    source_hashes : of loops, the SHA-256 of each file that they were built from
     """
 
     graph: str
@@ -54,7 +54,7 @@ class Parity:
     snr_db: float = SILENT_DB
     least_snr_db: float | None = None
     reference: str = PYTORCH
-    made_of: Mapping[str, str] | None = None
+    source_hashes: Mapping[str, str] | None = None
 
     @property
     def passed(self) -> bool:
@@ -70,8 +70,8 @@ class Parity:
         record["passed"] = self.passed
         if self.reference != PYTORCH:
             record["reference"] = self.reference
-        if self.made_of is not None:
-            record["made_of"] = dict(self.made_of)
+        if self.source_hashes is not None:
+            record["source_hashes"] = dict(self.source_hashes)
         return record
 
 

@@ -97,7 +97,7 @@ def scheduler_as_used(index: Mapping[str, Any], config: Mapping[str, Any]) -> di
 
 
 def latent_size(index: Mapping[str, Any], unet: Mapping[str, Any], version: Any) -> tuple[int, int]:
-    """Height and width of the latents that a pipeline makes unless told otherwise.
+    """Height and width of the latents that a pipeline makes by default.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How a model is sampled from unless told otherwise."""
+"""Sampler, steps and guidance that a model is sampled with by default."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ FEW = 4
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a model is drawn with unless told otherwise.
+    """Sampler, steps and guidance that a model is sampled with by default.
 
     Attributes
     ----------
     guidance : the scale
-    folded : whether that scale is in the UNet itself, which then is called once a step and takes no other
+    guidance_distilled : whether that scale is in the UNet's weights: it is called once a step and takes no other
     """
 
     sampler: str = "ddim"
     steps: int = 20
     guidance: float = 4.0
-    folded: bool = False
+    guidance_distilled: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingDefaults:
@@ -33,7 +33,7 @@ class SamplingDefaults:
             "sampler": (str,),
             "steps": (int,),
             "guidance": (int, float),
-            "folded": (bool,),
+            "guidance_distilled": (bool,),
         }
         for key, value in asdict(drawing).items():
             if type(value) not in kinds[key]:

@@ -32,7 +32,7 @@ KEPT = Gate("parity", 1.0)
 @click.option("--steps", type=int, default=None, help="Likewise; students keep the few that they were taught.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Picture k has seed + k.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time, for latency.")
-@click.option("--repeats", type=int, default=9, show_default=True, help="Rounds of all sides in turn.")
+@click.option("--repeats", type=int, default=9, show_default=True, help="Rounds of all variants in turn.")
 @click.option("--warm-up", type=int, default=2, show_default=True, help="Rounds before those, not counted.")
 @click.option(
     "--backend",
@@ -87,10 +87,10 @@ def command(
     for file in (output, json_file):
         check_output(file)
     checkpoint = None if against is None else LatentDiffusion.open(against)
-    told = BenchOptions(prompts=_prompts(prompts, texts), **options)
+    settings = BenchOptions(prompts=_prompts(prompts, texts), **options)
     with stages("bench") as progress:
         progress("opening")
-        bench = Bench(bundles, checkpoint, told)
+        bench = Bench(bundles, checkpoint, settings)
         bench.check_gates(gates)
         try:
             document = bench.run(json_file, _command_line(ctx), resume=resume, progress=progress)

@@ -105,7 +105,7 @@ def _listed(text: str | None) -> tuple[str, ...]:
 def print_target(target: Target) -> None:
     for name, graph in target.report["graphs"].items():
         rules = [f"{rule['name']} {rule['applied']}" for rule in graph["rules"] if rule["applied"]]
-        cut = [f"{count} values once a {OFTEN.get(key, key)}" for key, count in graph["once"].items()]
+        cut = [f"{count} values once a {OFTEN.get(key, key)}" for key, count in graph["hoisted"].items()]
         says = ", ".join([*rules, *cut]) or "no rule fits"
         console.print(f"{name:15} {says}; differs from the plain graph by {graph['error']:.1e}")
         for rule in graph["rules"]:

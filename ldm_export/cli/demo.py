@@ -34,7 +34,7 @@ def command(ctx: click.Context, output: Path, checkpoint: str, as_json: bool) ->
     with stages("demo") as progress:
         document = run_demo(LatentDiffusion.open(checkpoint), output, progress)
     found = document["results"]["pictures"]
-    drawn = {side: pictures_of(found[side]["png"]) for side in found}
+    drawn = {variant: pictures_of(found[variant]["png"]) for variant in found}
     reference, bundle, *taught = drawn.values()
     save_grid(reference, output / "pytorch.png")
     save_grid(bundle, output / "bundle.png")

@@ -61,11 +61,11 @@ def _gpu() -> dict[str, Any]:
 
 def targets_of(bundle: Bundle, found: dict[str, Any]) -> dict[str, str]:
     """Each target of a bundle by its kind: empty where it runs here, or why it does not and what to type."""
-    told = {}
+    advice = {}
     onnxruntime = found["packages"]["onnxruntime"] or found["packages"]["onnxruntime-gpu"] or "not installed"
     cpu = read_target(bundle, ORT_CPU, needs_of(onnxruntime))
     if cpu is not None:
-        told[ORT_CPU] = f"{cpu}. Run: ldm-export build {bundle.path} --target cpu" if isinstance(cpu, str) else ""
+        advice[ORT_CPU] = f"{cpu}. Run: ldm-export build {bundle.path} --target cpu" if isinstance(cpu, str) else ""
     devices = found["gpu"]["devices"]
     capability = devices[0]["compute_capability"] if devices else None
     for flavour in FLAVOURS:
@@ -73,12 +73,12 @@ def targets_of(bundle: Bundle, found: dict[str, Any]) -> dict[str, str]:
         for kind, target in engine_fits(bundle, flavour, installed, capability).items():
             if not isinstance(target, EngineTarget):
                 run = f". Run: {remedy(bundle, kind, target, flavour, capability)}" if capability else ""
-                told[kind] = f"{target}{run}"
+                advice[kind] = f"{target}{run}"
             elif installed is None:
-                told[kind] = f"{flavour} is not installed. Run: pip install 'ldm_export[{EXTRAS[flavour]}]'"
+                advice[kind] = f"{flavour} is not installed. Run: pip install 'ldm_export[{EXTRAS[flavour]}]'"
             else:
-                told[kind] = "" if capability else "there is no GPU here"
-    return told
+                advice[kind] = "" if capability else "there is no GPU here"
+    return advice
 
 
 def diagnose(bundle: Bundle | None = None) -> dict[str, Any]:

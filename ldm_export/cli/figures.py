@@ -20,8 +20,8 @@ def print_bench(document: dict[str, Any]) -> None:
     for row in zip(*(cells for _, *cells in columns), strict=True):
         table.add_row(*row)
     console.print(table)
-    for side, why in document["left_out"].items():
-        console.print(f"{side} is left out: {why}", soft_wrap=True)
+    for variant, why in document["left_out"].items():
+        console.print(f"{variant} is left out: {why}", soft_wrap=True)
     for line in parity_lines(document):
         console.print(line)
 
@@ -30,7 +30,7 @@ def without_pictures(document: dict[str, Any]) -> dict[str, Any]:
     """The document without what is not for reading."""
     results = document["results"]
     pictures = {
-        side: {key: value for key, value in found.items() if key != "png"}
-        for side, found in results["pictures"].items()
+        variant: {key: value for key, value in found.items() if key != "png"}
+        for variant, found in results["pictures"].items()
     }
     return {**document, "results": {**results, "pictures": pictures}}

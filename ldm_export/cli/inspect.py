@@ -43,8 +43,8 @@ def command(bundle: Path, as_json: bool) -> None:
     console.print(graphs)
     parity = Table("graph", "output", "max error", "allowed")
     for record in manifest.parity:
-        told = [record.get(key, "") for key in ("graph", "output", "max_error", "tolerance")]
-        parity.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in told))
+        cells = [record.get(key, "") for key in ("graph", "output", "max_error", "tolerance")]
+        parity.add_row(*(f"{value:.1e}" if isinstance(value, float) else str(value) for value in cells))
     console.print(parity)
     plans = sorted(Path(path).stem for path in manifest.files if path.startswith("plans/"))
     if plans:

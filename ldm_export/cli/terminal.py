@@ -36,7 +36,7 @@ errors = PlainConsole(stderr=True, soft_wrap=True)
 
 def prepare_streams() -> None:
     """Let stdout and stderr take any text, whatever their encoding, and be there: where the shell closed stdout,
-    writing fails with an error that can be told; what would go to a closed stderr vanishes."""
+    writing fails with an error that can be reported; what would go to a closed stderr vanishes."""
     if sys.stdout is None or sys.stderr is None:
         while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:  # else a file that is opened later is 1 or 2
             pass

@@ -49,7 +49,7 @@ def export_bundle(
     ----------
     output : the folder to make
     force : replace a bundle that is there
-    progress : told of each stage
+    progress : called with the name of each stage
 
     Raises
     ------

@@ -33,7 +33,7 @@ def change_graphs(
     output: Path,
     step: GraphPass,
     calibration: Mapping[str, Sequence[Inputs]],
-    told: Sequence[str | int],
+    conditions: Sequence[str | int],
     checkpoint: LatentDiffusion,
     progress: Progress = lambda stage: None,
 ) -> tuple[Bundle, dict[str, Any]]:
@@ -43,7 +43,8 @@ def change_graphs(
 
     Parameters
     ----------
-    calibration, told : inputs of each graph, by its name, and the prompts or classes that they were recorded under
+    calibration : {graph: its inputs in each recorded call}
+    conditions : prompts or classes that the calls were recorded under
     checkpoint : the networks that the bundle was exported from
 
     Raises
@@ -96,7 +97,7 @@ def change_graphs(
         sealed = writer.seal(
             model=manifest.model,
             graphs=graphs,
-            source={**manifest.source, CALIBRATION: list(told)},
+            source={**manifest.source, CALIBRATION: list(conditions)},
             passes=manifest.passes,
             parity=parity,
             roles=manifest.roles,

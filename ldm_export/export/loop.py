@@ -29,6 +29,7 @@ import onnx
 from onnx import ModelProto, TensorProto, helper
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import source_hashes_of
 from ldm_export.contract import (
     ROW_FIELDS,
     WEIGHT_FIELDS,
@@ -57,13 +58,13 @@ class Loop:
     spec : where it goes in the bundle, its inputs and outputs
     model : the graph; its weights are external data
     weights : the file that they are in
-    made_of : SHA-256 of each file of the bundle that went into it, its plan's among them
+    source_hashes : SHA-256 of each file of the bundle that went into it, its plan's among them
     """
 
     spec: GraphSpec
     model: ModelProto
     weights: Weights
-    made_of: Mapping[str, str]
+    source_hashes: Mapping[str, str]
 
     def save(self, folder: Path) -> Path:
         """Write the graph and its weights to ``folder``, check the graph, and give its path.
@@ -152,12 +153,12 @@ def build_loop(bundle: Bundle, plan: Plan) -> Loop:
     main.output(spec.outputs[0], _levels(main, sample), "Cast", to=TensorProto.UINT8)
     main.output(spec.outputs[1], latents)
     main.graph.name = spec.name
-    read = [path for path in files if any(path.startswith(graphs[name].path) for name in parts)]  # and its _data
     its_file = f"plans/{plan.file_name}"  # which may yet be added
     its_sha256 = hashlib.sha256(plan.to_json().encode()).hexdigest()
-    made_of = {its_file: files[its_file].sha256 if its_file in files else its_sha256}
-    made_of |= {path: files[path].sha256 for path in read}
-    return Loop(spec, _model(main, models), weights, made_of)
+    source_hashes = {its_file: files[its_file].sha256 if its_file in files else its_sha256}
+    for name in parts:
+        source_hashes |= source_hashes_of(bundle.manifest, graphs[name].path)
+    return Loop(spec, _model(main, models), weights, source_hashes)
 
 
 def _request(

@@ -32,8 +32,8 @@ from ldm_export.export.onnx import random_inputs
 from ldm_export.graph.base import Array
 from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.deepcache import cut_deep
+from ldm_export.graph.cpu.hoist import hoist_invariants
 from ldm_export.graph.cpu.matching import CONTRIB
-from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.cpu.rule import apply_rules
 from ldm_export.graph.files import check_links
 from ldm_export.graph.running import session_options
@@ -95,7 +95,7 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     is_denoiser = roles is not None and name == roles.denoiser
     parts = {}
     for tensor in spec.inputs[1:] if is_denoiser else ():  # the timestep comes back, conditions stay
-        parts[tensor.name] = cut_once(model, [tensor.name], f"once.{tensor.name}", COSTLY)
+        parts[tensor.name] = hoist_invariants(model, [tensor.name], f"hoisted.{tensor.name}", COSTLY)
     files = {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
     for key, file in files.items():
         _lay_out(parts[key], folder / file)
@@ -123,8 +123,8 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
                 f"{ORT_CPU}: {name} has a signal-to-noise ratio of {snr:.1f} dB, compared with the plain graph; "
                 f"{least:.1f} dB is the least for numbers that are rounded as its are. Nothing was kept."
             )
-    once = {key: len(part.graph.outputs) for key, part in parts.items() if part is not None}
-    return graph, {"rules": [asdict(rule) for rule in reports], "once": once, **compared}
+    hoisted = {key: len(part.graph.outputs) for key, part in parts.items() if part is not None}
+    return graph, {"rules": [asdict(rule) for rule in reports], "hoisted": hoisted, **compared}
 
 
 def _lay_out(model: ir.Model | None, file: Path) -> None:
@@ -182,7 +182,7 @@ def _compared(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bu
     before = _opened(plain)
     expected = [array for call in calls for array in before.run(names, call)]
     del before  # one of the two is in memory at a time
-    after = {path: _opened(folder / path) for path in (graph.path, *graph.once.values())}
+    after = {path: _opened(folder / path) for path in (graph.path, *graph.hoisted.values())}
     results = [array for call in calls for array in run_parts(graph, call, after.__getitem__, names)]
     return largest_error(expected, results), least_snr(expected, results)
 
@@ -192,7 +192,7 @@ def run_parts(
 ) -> list[Array]:
     """One call of a target's graph, what is cut out of it first."""
     given = dict(call)
-    for path in graph.once.values():
+    for path in graph.hoisted.values():
         session = opened(path)
         outputs = [value.name for value in session.get_outputs()]
         inputs = {value.name: call[value.name] for value in session.get_inputs()}

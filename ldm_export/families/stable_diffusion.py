@@ -81,7 +81,7 @@ class StableDiffusion:
         elif self._unet["time_cond_proj_dim"]:
             guidance = Guidance(INPUT, drawing.guidance)
         else:
-            guidance = Guidance(NONE if drawing.folded else TWO_ROWS, drawing.guidance)
+            guidance = Guidance(NONE if drawing.guidance_distilled else TWO_ROWS, drawing.guidance)
         conditioner = self._conditioner
         made = () if conditioner is None else conditioner.outputs
         direct = {"class_labels": "class_labels", "image_latents": "image_latents"}

@@ -326,6 +326,6 @@ def _refitted_time(
     new = fit(sinusoids(student.config.block_out_channels[0]), goal).T
     fitted = {"time_embedding.linear_1.weight": new.float()}
     if unet.time_embedding.cond_proj is not None:
-        told = old @ weights["time_embedding.cond_proj.weight"].double()
-        fitted["time_embedding.cond_proj.weight"] = fit(new, told).float()
+        projected = old @ weights["time_embedding.cond_proj.weight"].double()
+        fitted["time_embedding.cond_proj.weight"] = fit(new, projected).float()
     return fitted

@@ -4,7 +4,7 @@ Meng et al., 2210.03142, section 3.1: the student is the teacher's network, taug
 
     out(x_t, no prompt) + w (out(x_t, prompt) - out(x_t, no prompt)),
 
-for one w that is then part of its weights ("fixed"), or for any w in a range, of which it is told through an embedding
+for one w that is then part of its weights ("fixed"), or for any w in a range, which it takes as an input, an embedding
 added to the time embedding, as in LCM (2310.04378, section 4.2; diffusers' ``timestep_cond``).
 """
 
@@ -61,7 +61,7 @@ class DistillGuidance(Training):
         model, data = setting.model, setting.data
         if not data.empty:
             raise InputError(f"{self.name}: {model.name} is drawn without guidance; leave this pass out.")
-        if model.drawing.folded or model.configs["unet"]["time_cond_proj_dim"]:
+        if model.drawing.guidance_distilled or model.configs["unet"]["time_cond_proj_dim"]:
             raise InputError(f"{self.name}: {model.name} has guidance in its network already; leave this pass out.")
         teacher = model.load("unet")
         assert isinstance(teacher, UNet2DConditionModel)
@@ -81,7 +81,7 @@ class DistillGuidance(Training):
 
         weights = self.train(self.name, objective, rows_at, setting)
         student.load_state_dict({key.removeprefix("student."): value for key, value in weights.items()})
-        drawing = replace(model.drawing, guidance=self.guidance, folded=not conditioned)
+        drawing = replace(model.drawing, guidance=self.guidance, guidance_distilled=not conditioned)
         return Change(
             {"unet": student.requires_grad_(False).eval()}, drawing, report={"calls_a_step": {"before": 2, "after": 1}}
         )
@@ -105,15 +105,15 @@ class GuidanceObjective(nn.Module):
     def forward(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, scales: Tensor, **conditions: Tensor
     ) -> dict[str, Tensor]:
-        """Latents and noise (B, C, h, w), timesteps and scales (B,), and what the UNet is told."""
+        """Latents and noise (B, C, h, w), timesteps and scales (B,), and the conditions, (B, ...) each."""
         x = add_noise(latents, noise, self.get_buffer("alphas_cumprod"), timesteps)
         with torch.no_grad():
             empty = {name: rows.to(x.device) for name, rows in self.empty.items()}
             goal = predict_guided(self.teacher, x, timesteps, conditions, empty, scales[:, None, None, None])
-        told = dict(conditions)
+        inputs = dict(conditions)
         if width := self.student.config.time_cond_proj_dim:
-            told["timestep_cond"] = guidance_embedding(scales, width)
-        return {"loss": (predict(self.student, x, timesteps, told).float() - goal.float()).square().mean()}
+            inputs["timestep_cond"] = guidance_embedding(scales, width)
+        return {"loss": (predict(self.student, x, timesteps, inputs).float() - goal.float()).square().mean()}
 
 
 def conditioned_copy(teacher: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -73,7 +73,7 @@ class DistillSteps(Training):
 
     def apply(self, setting: PassContext) -> Change:
         model, data = setting.model, setting.data
-        if data.empty and not model.drawing.folded:
+        if data.empty and not model.drawing.guidance_distilled:
             raise InputError(
                 f"{self.name}: {model.name} is drawn with guidance; put distill-guidance, with the method fixed, "
                 "before this pass."
@@ -202,7 +202,7 @@ class ProgressiveObjective(StepObjective):
         self.few, self.many = few, many
 
     def forward(self, latents: Tensor, noise: Tensor, index: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
-        """Latents and noise (B, C, h, w), the student's step (B,), and what the UNet is told."""
+        """Latents and noise (B, C, h, w), the student's step (B,), and the conditions, (B, ...) each."""
         few, many = self.few, self.many
         timestep, (alpha, sigma) = few.timesteps[index], (few.alpha[index], few.sigma[index])
         middle = many.timesteps[2 * index + 1], many.alpha[2 * index + 1], many.sigma[2 * index + 1]

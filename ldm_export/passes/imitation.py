@@ -80,7 +80,7 @@ class DistillationOptions(Training):
         model, data = setting.model, setting.data
         student, teacher = smaller.student, smaller.teacher
         timesteps = timesteps_drawn(model)
-        guided = bool(data.empty) and not model.drawing.folded
+        guided = bool(data.empty) and not model.drawing.guidance_distilled
 
         def rows_at(generator: torch.Generator) -> Rows:
             return noisy_rows(data, self.batch_size, timesteps, generator, guided=guided)
@@ -116,8 +116,8 @@ def timesteps_drawn(model: LatentDiffusion) -> Tensor:
 def noisy_rows(
     data: TeacherData, count: int, timesteps: Tensor, generator: torch.Generator, *, guided: bool = False
 ) -> dict[str, Tensor]:
-    """``latents``, ``noise``, one of the ``timesteps`` each, and what the UNet is told, without a prompt now and then
-    where the model is drawn with guidance."""
+    """``latents``, ``noise``, one of the ``timesteps`` each, and the conditions, (B, ...) each: now and then without a
+    prompt where the model is drawn with guidance."""
     latents, conditions = data.rows(count, generator)
     noise = torch.randn(latents.shape, generator=generator)
     chosen = timesteps[torch.randint(len(timesteps), (count,), generator=generator)]
@@ -187,7 +187,7 @@ class Imitation(nn.Module):
         self._theirs.close()
 
     def forward(self, latents: Tensor, noise: Tensor, timesteps: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
-        """Latents and noise (B, C, h, w), timesteps (B,), and what the UNet is told."""
+        """Latents and noise (B, C, h, w), timesteps (B,), and the conditions, (B, ...) each."""
         out, goal = self._both(latents, noise, timesteps, conditions)
         terms = {"output": _relative(out, goal)}
         loss = terms["output"]

@@ -38,7 +38,7 @@ def taylor(
     generator: torch.Generator,
     progress: Callable[[int, int], None],
 ) -> Sums:
-    """(size,) a space, over calls of noisy latents (B, C, h, w), timesteps (B,) and what the UNet is told."""
+    """(size,) a space, over calls of noisy latents (B, C, h, w), timesteps (B,) and the conditions, (B, ...) each."""
     scores = {name: torch.zeros(space.size) for name, space in channels.spaces.items()}
     weights = dict(unet.named_parameters())
     unet.requires_grad_(True)

@@ -89,7 +89,7 @@ def _calls(setting: PassContext, generator: torch.Generator) -> Sequence[tuple[T
     """Noisy latents at timesteps spread over all that the model may be asked at."""
     alphas_cumprod = alphas_cumprod_from_config(setting.model.scheduler).float()
     timesteps = timesteps_drawn(setting.model)
-    guided = bool(setting.data.empty) and not setting.model.drawing.folded
+    guided = bool(setting.data.empty) and not setting.model.drawing.guidance_distilled
     calls = []
     for index in torch.linspace(0, len(timesteps) - 1, min(TIMESTEPS, len(timesteps))).long():
         rows = noisy_rows(setting.data, ROWS, timesteps[index : index + 1], generator, guided=guided)

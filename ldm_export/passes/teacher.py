@@ -39,7 +39,7 @@ class TeacherData:
 
     Attributes
     ----------
-    conditions : (P, ...) each, of every prompt or class; empty for a model that is told nothing
+    conditions : (P, ...) each, of every prompt or class; empty for an unconditional model
     empty : what the same inputs are without a prompt, to guide away from; empty where there is no guidance
     latents : (N, C, h, w), scaled as the UNet sees them
     owner : (N,), the condition that each was drawn under
@@ -86,30 +86,30 @@ def predict_guided(
 
 
 def encode_conditions(
-    model: LatentDiffusion, told: Sequence[str | int], tokenize: Callable[[Sequence[str]], Tensor] | None
+    model: LatentDiffusion, prompts: Sequence[str | int], tokenize: Callable[[Sequence[str]], Tensor] | None
 ) -> tuple[Conditions, Conditions]:
-    """The UNet's inputs for prompts, classes or, where ``told`` is empty, nothing; and those of the empty prompt.
+    """The UNet's inputs for prompts, classes or, where ``prompts`` is empty, nothing; and those of the empty prompt.
 
     Raises
     ------
     InputError
-        If the model is told anything else (two text encoders, sizes, an embedded guidance scale).
+        If the model takes anything else (two text encoders, sizes, an embedded guidance scale).
     """
     components = [name for name in model.components if name.startswith("text_encoder")]
     config = model.configs["unet"]
     if len(components) > 1 or config["addition_embed_type"] or config["time_cond_proj_dim"]:
         raise InputError(
-            f"{model.name} is told more than one text encoder says; models with one text encoder, classes or nothing "
-            "can be taught from. Leave the trained passes out of the recipe."
+            f"{model.name} has more conditions than one text encoder's output; models with one text encoder, "
+            "classes or nothing can be taught from. Leave the trained passes out of the recipe."
         )
     if components and tokenize is not None:
         encoder = model.load("text_encoder")
         with torch.no_grad():
-            ids = tokenize(["", *map(str, told)])
+            ids = tokenize(["", *map(str, prompts)])
             states = torch.cat([encoder(part).last_hidden_state for part in torch.split(ids, 256)])
         return {"encoder_hidden_states": states[1:]}, {"encoder_hidden_states": states[0]}
     if config["num_class_embeds"]:
-        return {"class_labels": torch.tensor([int(label) for label in told])}, {}
+        return {"class_labels": torch.tensor([int(label) for label in prompts])}, {}
     return {}, {}
 
 
@@ -133,9 +133,9 @@ def draw_latents(
     """
     height, width = (side // model.pixels_per_latent for side in model.picture_size)
     shape = (model.configs["vae"]["latent_channels"], height, width)
-    told = max((len(rows) for rows in conditions.values()), default=1)
-    owner = torch.arange(count) % told
-    made = json.dumps([model.sha256("unet"), told, drawing.steps, drawing.guidance, count, seed, mixed_precision])
+    choices = max((len(rows) for rows in conditions.values()), default=1)
+    owner = torch.arange(count) % choices
+    made = json.dumps([model.sha256("unet"), choices, drawing.steps, drawing.guidance, count, seed, mixed_precision])
     latents = _read(file, made, shape)
     if len(latents) < count:
         unet = model.load("unet")

@@ -1,4 +1,4 @@
-"""The embedding of a guidance scale that a distilled UNet is told (LCM, 2310.04378, section 4.2)."""
+"""The embedding of a guidance scale that a distilled UNet takes as an input (LCM, 2310.04378, section 4.2)."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def open_ended_grid(config: SchedulerConfig, steps: int) -> Grid:
 def _flushed(values: Vector) -> Vector:
     """The values, (...) float64, with 0 for all that are too small to be normal numbers.
 
-    Arithmetic on those depends on the thread: a library may have told its processor to take them for 0.
+    Arithmetic on those depends on the thread: a library may have set its processor to take them for 0.
     """
     return np.where(np.abs(values) < np.finfo(np.float64).tiny, 0.0, values)
 

@@ -23,7 +23,7 @@ MADE = "made.json"
 
 
 def draw_gallery(
-    bundle: Bundle, told: Sequence[str | int], count: int, folder: Path, progress: Progress
+    bundle: Bundle, conditions: Sequence[str | int], count: int, folder: Path, progress: Progress
 ) -> tuple[Path, Path]:
     """Two folders of pictures with captions or classes, in the layout of training data: ``count`` each, of different
     conditions (as far as there are enough) and seeds. What the same bundle has drawn there is not drawn again."""
@@ -32,8 +32,8 @@ def draw_gallery(
     settings = SamplingSettings(
         sampler=model["default_sampler"], steps=model["default_steps"], guidance=bundle.roles.guidance.scale
     )
-    order = np.random.default_rng(0).permutation(max(len(told), 1))
-    made = json.dumps([bundle.manifest.source.get("sha256"), asdict(settings), count, list(told)])
+    order = np.random.default_rng(0).permutation(max(len(conditions), 1))
+    made = json.dumps([bundle.manifest.source.get("sha256"), asdict(settings), count, list(conditions)])
     folders = []
     for name, first_seed, skip in (("gallery", GALLERY_SEED, 0), ("reference", REFERENCE_SEED, count)):
         path = folder / name
@@ -47,12 +47,12 @@ def draw_gallery(
         for start in range(0, count, settings.batch):
             progress(f"teacher draws the {name}", start, count)
             numbers = range(start, min(start + settings.batch, count))
-            chosen = [told[order[(skip + k) % len(told)]] if told else "" for k in numbers]
+            chosen = [conditions[order[(skip + k) % len(conditions)]] if conditions else "" for k in numbers]
             images = image_generator.draw(chosen, [first_seed + k for k in numbers], settings)
             for number, condition, image in zip(numbers, chosen, images, strict=True):
                 file = PNG.format(number=number)
                 Image.fromarray(image.squeeze()).save(path / file)
-                says = {} if not told else {"text" if isinstance(condition, str) else "label": condition}
+                says = {} if not conditions else {"text" if isinstance(condition, str) else "label": condition}
                 lines.append({"file_name": file, **says})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (path / "metadata.jsonl").write_text(text, encoding="utf-8")  # last: a folder that has it is complete

@@ -70,18 +70,18 @@ def run_recipe(
         raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")
     _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
-    told = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
+    conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
     drawing = SamplingDefaults("ddim", recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
     teacher = replace(checkpoint, drawn_with=drawing)
     weights = [teacher.sha256(name) for name in teacher.components]
     learned = [] if pictures is None else [hashlib.sha256(pictures.images.tobytes()).hexdigest()]
-    key = hash_of(weights, asdict(recipe.teacher), list(told), *learned)
+    key = hash_of(weights, asdict(recipe.teacher), list(conditions), *learned)
     latents = work / "teacher" / f"latents-{key[:8]}.safetensors"
-    material = Material(teacher, recipe.teacher, told, pictures, latents, progress)
+    material = Material(teacher, recipe.teacher, conditions, pictures, latents, progress)
     try:
         plain = _plain_bundle(work / TEACHER / BUNDLE, teacher, progress)
         if data is None:
-            data, held_out = draw_gallery(plain, told, recipe.budget.pictures, work / "pictures", progress)
+            data, held_out = draw_gallery(plain, conditions, recipe.budget.pictures, work / "pictures", progress)
         judge = Judge(data, held_out or data, alignment, recipe.budget.pictures, progress)
         adopted = None if from_scratch else adoptable(key, list(recipe.torch_passes))
         run = _Run(recipe, material, judge, StageCache(work, judge.name), adopted)
@@ -191,9 +191,9 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
 def _check_guidance(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
     """Steps are distilled of a network that is called once a step."""
     passes = {step.name: step for step in recipe.torch_passes}
-    guided = checkpoint.reads_text and recipe.teacher.guidance > 1 and not checkpoint.drawing.folded
-    folded = getattr(passes.get(DistillGuidance.name), "method", None) == "fixed"
-    if DistillSteps.name in passes and guided and not folded:
+    guided = checkpoint.reads_text and recipe.teacher.guidance > 1 and not checkpoint.drawing.guidance_distilled
+    distilled = getattr(passes.get(DistillGuidance.name), "method", None) == "fixed"
+    if DistillSteps.name in passes and guided and not distilled:
         raise InputError(
             f"The recipe {recipe.name} has {DistillSteps.name} for {checkpoint.name}, which is drawn with guidance "
             f"{recipe.teacher.guidance:g}; put {DistillGuidance.name}, with the method fixed, before it."

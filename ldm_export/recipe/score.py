@@ -37,7 +37,7 @@ class Score:
     latency : of one picture, timed in turn with the stage before
     steps, guidance, sampler : how it was drawn
     frechet_distance : to the pictures that the recipe is judged by
-    retrieval_at_1, retrieval_at_5 : shares; None for a model that is told nothing
+    retrieval_at_1, retrieval_at_5 : shares; None for an unconditional model
     psnr_to_teacher_db : median over pictures of the same prompts and seeds
     """
 
@@ -100,10 +100,10 @@ class Judge:
             BundleImageGenerator(bundle), self.gallery, self.reference, settings, self.alignment, self.progress
         )
         prompts = [str(prompt) for prompt in report.prompts]
-        sides = {"this": bundle, **({} if beside is None else {"beside": beside})}
+        bundles = {"this": bundle, **({} if beside is None else {"beside": beside})}
         reads_text = bool(bundle.roles.text_encoders)
         latencies = time_in_turn(
-            {name: draw_with(Pipeline(side, "cpu"), prompts if reads_text else None) for name, side in sides.items()},
+            {name: draw_with(Pipeline(each, "cpu"), prompts if reads_text else None) for name, each in bundles.items()},
             ROUNDS,
         )
         figures = {name: figure.value for name, figure in report.figures.items()}

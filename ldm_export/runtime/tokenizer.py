@@ -276,8 +276,8 @@ class TokenizerFiles:
             kind = str if "added_tokens_decoder" in config else int
             digits = str(number) if type(number) is kind else ""
             if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
-                told = f"gives an added token the id {str(number)[:40]!r}"
-                raise self.bad(name, f"{told}; ids are whole numbers from 0, of at most {_MOST_DIGITS} digits")
+                fault = f"gives an added token the id {str(number)[:40]!r}"
+                raise self.bad(name, f"{fault}; ids are whole numbers from 0, of at most {_MOST_DIGITS} digits")
             found[int(digits)] = self.token(name, token, special=False)
         return found
 

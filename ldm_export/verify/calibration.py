@@ -54,18 +54,18 @@ class RecordingBackend(Backend):
         return RecordingGraph(self._backend.load(graph), self.calls.setdefault(graph, []))
 
 
-def calibration_conditions(told: Sequence[str | int]) -> list[str | int]:
+def calibration_conditions(conditions: Sequence[str | int]) -> list[str | int]:
     """What calibration pictures are drawn of: a few of all prompts or classes."""
-    chosen = np.random.default_rng(1).permutation(len(told))[:CALIBRATION_PICTURES]
-    return [told[number] for number in chosen]
+    chosen = np.random.default_rng(1).permutation(len(conditions))[:CALIBRATION_PICTURES]
+    return [conditions[number] for number in chosen]
 
 
-def calibration_calls(bundle: Bundle, told: Sequence[str | int]) -> dict[str, list[Inputs]]:
+def calibration_calls(bundle: Bundle, conditions: Sequence[str | int]) -> dict[str, list[Inputs]]:
     """What every graph is given while these are drawn, over their whole trajectories, and encoded again."""
     backend = RecordingBackend(open_backend(bundle, "cpu", None))
     pipeline = Pipeline(bundle, backend)
     for seed in range(CALIBRATION_PICTURES):
-        condition = told[seed % len(told)] if told else None
+        condition = conditions[seed % len(conditions)] if conditions else None
         given: dict[str, Any] = {"seed": [seed]}
         if isinstance(condition, str):
             given["prompts"] = [condition]

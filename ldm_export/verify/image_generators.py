@@ -1,4 +1,4 @@
-"""What draws pictures, a PyTorch checkpoint or a bundle, behind one interface: the sides that a bench compares."""
+"""What draws pictures, a PyTorch checkpoint or a bundle, behind one interface: the variants that a bench compares."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Sample:
 
 
 class ImageGenerator(Protocol):
-    """What both sides can do.
+    """What a checkpoint and a bundle both can do.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class ImageGenerator(Protocol):
     def given(
         self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
     ) -> dict[str, Any]:
-        """What one drawing is told, as JSON can hold it; :mod:`ldm_export.bench.child` draws by it too."""
+        """Keyword arguments of ``Pipeline.generate`` for these pictures, as JSON can hold them."""
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
         """Pictures with latents and timings."""
@@ -191,12 +191,12 @@ class BundleImageGenerator:
     def given(
         self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
     ) -> dict[str, Any]:
-        told = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
+        given = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
         if self.condition == "text":
-            told |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
+            given |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
         elif self.condition == "label":
-            told["class_labels"] = [int(label) for label in conditions]
-        return told
+            given["class_labels"] = [int(label) for label in conditions]
+        return given
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
         trajectory: list[Array] = []

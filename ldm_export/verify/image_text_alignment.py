@@ -46,8 +46,8 @@ class Pictures:
     Attributes
     ----------
     images : uint8 (N, H, W, C)
-    conditions : (number of the picture, caption or class), one a line of the data's metadata; empty where a model is
-        told nothing
+    conditions : (number of the picture, caption or class), one a line of the data's metadata; empty for an
+        unconditional model
     """
 
     images: Array

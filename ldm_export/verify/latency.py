@@ -1,4 +1,4 @@
-"""How long a picture takes, in turn: every round times each side once, so that a slow minute slows all of them."""
+"""How long a picture takes, in turn: every round times each variant once, so that a slow minute slows all of them."""
 
 from __future__ import annotations
 
@@ -41,19 +41,22 @@ def draw_with(pipeline: Pipeline, prompts: list[str] | None) -> Draw:
     return draw
 
 
-def time_in_turn(sides: Mapping[str, Draw], rounds: int) -> dict[str, Latency]:
-    """Time every side once a round, after a round that is not counted."""
-    return {name: _medians(runs) for name, runs in runs_in_turn(sides, rounds).items()}
+def time_in_turn(variants: Mapping[str, Draw], rounds: int) -> dict[str, Latency]:
+    """Time every variant once a round, after a round that is not counted."""
+    return {name: _medians(runs) for name, runs in runs_in_turn(variants, rounds).items()}
 
 
 def runs_in_turn(
-    sides: Mapping[str, Draw], rounds: int, warm_up: int = 1, progress: Callable[[int], None] = lambda done: None
+    variants: Mapping[str, Draw], rounds: int, warm_up: int = 1, progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, list[Timings]]:
-    """Every side once a round, after ``warm_up`` rounds that are not counted; ``progress`` is told of each."""
-    timed: dict[str, list[Timings]] = {name: [] for name in sides}
+    """Time every variant once a round, after ``warm_up`` rounds that are not counted.
+
+    ``progress`` is called with the number of each round, from 0, before it.
+    """
+    timed: dict[str, list[Timings]] = {name: [] for name in variants}
     for number in range(warm_up + rounds):
         progress(number)
-        for name, draw in sides.items():
+        for name, draw in variants.items():
             time.sleep(SETTLE_S)
             timings = draw(number)
             if number >= warm_up:

@@ -109,7 +109,7 @@ def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[Parity]:
     of_latents = largest_error([drawn.latents], [latents])
     return [
         Parity(name, "images", of_pictures, PICTURE_TOLERANCE, reference=RUNTIME),
-        Parity(name, "latents", of_latents, TOLERANCE, reference=RUNTIME, made_of=loop.made_of),
+        Parity(name, "latents", of_latents, TOLERANCE, reference=RUNTIME, source_hashes=loop.source_hashes),
     ]
 
 

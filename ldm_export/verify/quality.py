@@ -148,7 +148,7 @@ def evaluate(
     apart = gallery[kept] if held_out_folder is None else features("held-out", held_out.images[kept])
     _distances(report, drawn, gallery, apart, same=held_out_folder is None)
     if image_generator.condition is None:
-        report.notes.append("The model is told nothing: there is no retrieval and no alignment.")
+        report.notes.append("The model is unconditional: there is no retrieval and no alignment.")
     else:
         _retrieval(report, drawn, gallery, data, chosen)
     if image_generator.condition == "text":

@@ -12,7 +12,7 @@ SCHEDULES = ("cosine", "constant", "cyclic")
 
 @dataclass(frozen=True)
 class Optimisation:
-    """What every stage can be told.
+    """Options of every stage of training.
 
     Attributes
     ----------

@@ -170,7 +170,7 @@ def train_text_encoder(
 
 
 class Conditions:
-    """What the UNet is told beside the latents: captions (as ids, or as states of a frozen encoder), classes, nothing.
+    """Inputs of the UNet beside the latents: captions (as ids, or as states of a frozen encoder), classes, nothing.
 
     ``owner`` (N,) is the picture of every training row; a picture with several captions has several rows.
     """

@@ -28,7 +28,7 @@ NEEDS = {"cold_start_ms": 900.0, "cold_starts_ms": [900.0], "peak_rss_bytes": No
 @pytest.fixture(autouse=True, scope="module")
 def small(traced_once: None) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "processes_in_turn", lambda sides, rounds, progress: dict.fromkeys(sides, NEEDS))
+        patch.setattr(harness, "processes_in_turn", lambda variants, rounds, progress: dict.fromkeys(variants, NEEDS))
         patch.setattr(run_demo, "__defaults__", (OPTIONS,))
         yield
 
@@ -42,7 +42,7 @@ def document(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_bundle_draws_what_pytorch_draws(document: Document) -> None:
-    assert list(document["sides"]) == ["PyTorch tiny", "bundle"]
+    assert list(document["variants"]) == ["PyTorch tiny", "bundle"]
     assert {gate["key"]: gate["passed"] for gate in document["gates"]} == {"psnr": True, "parity": True}
     assert min(document["results"]["pictures"]["bundle"]["psnr_db"]) >= 45.0
 

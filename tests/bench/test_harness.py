@@ -71,19 +71,19 @@ def document(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Document
 def test_everything_is_measured_of_every_side(document: Document) -> None:
     assert document["complete"] is True
     assert document["results"].keys() == PARTS
-    sides = ["PyTorch tiny", "tiny", "disturbed"]
-    assert document["baseline"] == sides[0]
+    variants = ["PyTorch tiny", "tiny", "disturbed"]
+    assert document["baseline"] == variants[0]
     for part in ("bytes", "latency", "pictures", "process"):
-        assert list(document["results"][part]) == sides
+        assert list(document["results"][part]) == variants
     latencies, needs = document["results"]["latency"], document["results"]["process"]
-    for side in sides:
-        assert latencies[side]["calls"] == document["sides"][side]["steps"] == 10
-        stages = dict(latencies[side]["stages"])
+    for variant in variants:
+        assert latencies[variant]["calls"] == document["variants"][variant]["steps"] == 10
+        stages = dict(latencies[variant]["stages"])
         assert stages.pop("whole") == {"median_ms": 0, "p90_ms": 0}  # no picture is one call of a loop graph
         assert all(0 < spent["median_ms"] <= spent["p90_ms"] for spent in stages.values())
-        assert len(latencies[side]["totals_ms"]) == 2
-        assert len(needs[side]["cold_starts_ms"]) == 2
-        assert needs[side]["cold_start_ms"] > 0
+        assert len(latencies[variant]["totals_ms"]) == 2
+        assert len(needs[variant]["cold_starts_ms"]) == 2
+        assert needs[variant]["cold_start_ms"] > 0
     assert needs["PyTorch tiny"]["peak_rss_bytes"] > needs["tiny"]["peak_rss_bytes"] > 2**24
     assert document["versions"].keys() >= {"ldm_export", "python", "numpy", "torch"}
 
@@ -104,7 +104,7 @@ def test_a_disturbed_bundle_drifts_and_fails(document: Document) -> None:
     assert records == {"text_encoder": True, "unet": False, "vae_decoder": True, "vae_encoder": True}
     gates = [Gate("drift", 1e-4), Gate("parity", 1.0)]
     judged = judge(gates, results_by_variant(document), document["baseline"])
-    assert {(gate["key"], gate["side"]): gate["passed"] for gate in judged} == {
+    assert {(gate["key"], gate["variant"]): gate["passed"] for gate in judged} == {
         ("drift", "tiny"): True,
         ("drift", "disturbed"): False,
         ("parity", "tiny"): True,
@@ -124,10 +124,10 @@ def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_p
     """Each by the sampler that is its own."""
     checkpoint, bundle = kinds(kind)
     bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(repeats=1, warm_up=0))
-    theirs, ours = bench.sides
+    theirs, ours = bench.variants
     assert ours.drawing == theirs.drawing
     assert ours.settings.sampler == {"sdxl": "euler", "lcm": "lcm"}.get(kind, "ddim")
-    assert [side.guided for side in bench.sides] == [kind in ("sd2", "sdxl")] * 2
+    assert [variant.guided for variant in bench.variants] == [kind in ("sd2", "sdxl")] * 2
     results = bench.run(tmp_path / "r.json", "", resume=False, progress=lambda what: None)["results"]
     assert results["latency"][theirs.name]["calls"] == results["latency"][ours.name]["calls"] == ours.settings.steps
     assert max(results["pictures"][ours.name]["drift"]["worst"]) < 2e-5
@@ -137,7 +137,7 @@ def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_p
 def test_what_a_process_of_its_own_is_told_draws_there(kinds: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, bundle = kinds("sdxl")
     bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(prompts=("red",)))
-    children = {side.name: side.child("red", 0) for side in bench.sides}
+    children = {variant.name: variant.child("red", 0) for variant in bench.variants}
     found = process.processes_in_turn(children, 1, lambda what: None)
     assert all(needs["cold_start_ms"] > 0 for needs in found.values())
 
@@ -168,7 +168,7 @@ def test_one_bundle_alone_has_nothing_to_compare_with(tiny_bundle: Path, tmp_pat
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No new processes and no pauses."""
     found = {"cold_start_ms": 1.0, "cold_starts_ms": [1.0], "peak_rss_bytes": None, "device_bytes": None}
-    monkeypatch.setattr(harness, "processes_in_turn", lambda sides, rounds, progress: dict.fromkeys(sides, found))
+    monkeypatch.setattr(harness, "processes_in_turn", lambda variants, rounds, progress: dict.fromkeys(variants, found))
     monkeypatch.setattr(latency.time, "sleep", lambda seconds: None)
 
 
@@ -273,7 +273,7 @@ def test_gates_that_cannot_be_judged(tiny_bundle: Path, disturbed_bundle: Path, 
         alone.check_gates([Gate("parity", 1.0)])
     other = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), BenchOptions(sampler="euler", steps=10))
     other.check_gates([Gate("drift", 1.0)])  # PyTorch takes the same steps
-    other.sides[1].settings = replace(other.sides[1].settings, sampler="ddim")
+    other.variants[1].settings = replace(other.variants[1].settings, sampler="ddim")
     with pytest.raises(InputError, match=r"drift=1 compares step by step; tiny with .*ddim.* take other steps"):
         other.check_gates([Gate("drift", 1.0)])
 
@@ -285,8 +285,10 @@ def test_what_is_no_gate(text: str) -> None:
 
 
 def test_a_process_that_cannot_draw() -> None:
-    with pytest.raises(BackendError, match=r"could not draw with side \(ldm_export\.errors\.BundleError: .*absent"):
-        process.processes_in_turn({"side": {"bundle": "absent", "backend": "cpu", "given": {}}}, 1, lambda what: None)
+    with pytest.raises(BackendError, match=r"could not draw with variant \(ldm_export\.errors\.BundleError: .*absent"):
+        process.processes_in_turn(
+            {"variant": {"bundle": "absent", "backend": "cpu", "given": {}}}, 1, lambda what: None
+        )
 
 
 def test_several_backends_and_one_that_is_missing(
@@ -294,16 +296,18 @@ def test_several_backends_and_one_that_is_missing(
 ) -> None:
     options = replace(OPTIONS, repeats=1, warm_up=0, backends=("cuda", "cpu", "tensorrt-rtx", "openvino"))
     bench = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), options)
-    assert [side.name for side in bench.sides] == ["PyTorch tiny", "tiny cpu", "tiny openvino"]
+    assert [variant.name for variant in bench.variants] == ["PyTorch tiny", "tiny cpu", "tiny openvino"]
     document = bench.run(tmp_path / "r.json", "", resume=False, progress=lambda what: None)
     assert document["left_out"].keys() == {"tiny cuda", "tiny tensorrt-rtx"}
     assert "cuda was asked for; the installed ONNX Runtime" in document["left_out"]["tiny cuda"]
     assert [name for name in document["results"] if name.startswith("parity")] == ["parity of tiny cpu"]
-    assert "openvino" in document["sides"]["tiny openvino"]["backend"]
+    assert "openvino" in document["variants"]["tiny openvino"]["backend"]
     drifts = document["results"]["pictures"]
-    assert all(0 < max(drifts[side]["drift"]["worst"]) < 1e-5 for side in ("tiny cpu", "tiny openvino"))
+    assert all(0 < max(drifts[variant]["drift"]["worst"]) < 1e-5 for variant in ("tiny cpu", "tiny openvino"))
     assert "Left out: tiny tensorrt-rtx" in page(document)
-    with pytest.raises(InputError, match="psnr=40 is asked of every side, and tiny cuda is left out: cuda was asked"):
+    with pytest.raises(
+        InputError, match="psnr=40 is asked of every variant, and tiny cuda is left out: cuda was asked"
+    ):
         bench.check_gates([Gate("psnr", 40.0)])
     with pytest.raises(BackendError, match="cuda was asked for; the installed ONNX Runtime"):
         Bench([tiny_bundle], None, replace(options, backends=("cuda",)))
@@ -313,9 +317,9 @@ def test_memory_of_the_device_is_what_the_process_adds(tiny_bundle: Path, monkey
     used = iter([1000, 5000, 1000, 4000, None, 9000])
     monkeypatch.setattr(process, "used_device_bytes", lambda: next(used))
     told = {"bundle": str(tiny_bundle), "backend": "cpu", "given": {"prompts": ["red"], "seed": [0], "steps": 10}}
-    found = process.processes_in_turn({"side": told}, 2, lambda what: None)["side"]
+    found = process.processes_in_turn({"variant": told}, 2, lambda what: None)["variant"]
     assert found["device_bytes"] == 4000
-    assert process.processes_in_turn({"side": told}, 1, lambda what: None)["side"]["device_bytes"] is None
+    assert process.processes_in_turn({"variant": told}, 1, lambda what: None)["variant"]["device_bytes"] is None
 
 
 # --- figures --------------------------------------------------------------------------------------------------------

@@ -59,16 +59,16 @@ def spent(total_ms: float, faster: float | None) -> dict[str, Any]:
     return {"calls": 20, "faster": faster, "stages": stages, "totals_ms": [total_ms]}
 
 
-def made(sides: int = 3) -> dict[str, Any]:
+def made(variants: int = 3) -> dict[str, Any]:
     """A document as the harness makes them: PyTorch, a bundle, a student from a recipe, as many as are asked for."""
-    names = ["PyTorch toy", "plain", "<fast> & small"][:sides]
+    names = ["PyTorch toy", "plain", "<fast> & small"][:variants]
     drawn = {"sampler": "ddim", "steps": 20, "guidance": 4.0, "guided": True, "height": 64, "width": 64}
     parity = {"graph": "unet", "output": "out_sample", "max_error": 3e-6, "tolerance": 1e-4, "passed": True}
     pictures: dict[str, Any] = {name: {"png": [png()] * 2} for name in names}
-    if sides > 1:
+    if variants > 1:
         drift = {"median": [1e-7 * (k + 1) for k in range(20)], "worst": [2e-7 * (k + 1) for k in range(20)]}
         pictures["plain"] |= {"psnr_db": [86.0, 999.0], "drift": drift}
-        pictures[names[-1]] |= {"psnr_db": [24.5, 23.5], "drift": drift if sides == 2 else None}
+        pictures[names[-1]] |= {"psnr_db": [24.5, 23.5], "drift": drift if variants == 2 else None}
     document = {
         "format": 1,
         "command": "ldm-export bench plain --prompt 'a <b>'",
@@ -77,8 +77,8 @@ def made(sides: int = 3) -> dict[str, Any]:
         "options": {"repeats": 9, "warm_up": 2, "batch": 1, "seed": 5, "pictures": 40},
         "conditions": PROMPTS,
         "left_out": {},
-        "baseline": names[0] if sides > 1 else None,
-        "sides": {
+        "baseline": names[0] if variants > 1 else None,
+        "variants": {
             name: {**drawn, "backend": "toy", "threads": None, "passes": PASSES if k == 2 else []}
             for k, name in enumerate(names)
         },
@@ -106,7 +106,7 @@ def made(sides: int = 3) -> dict[str, Any]:
             "quality of plain": {"frechet_distance": {"value": 148.76, "low": 140.0, "high": 157.0}},
         },
     }
-    if sides > 1:
+    if variants > 1:
         gates = [gate_from_text(text) for text in ("psnr=40", "faster=1.5")]
         document["gates"] = judge(gates, results_by_variant(document), names[0])
     return document
@@ -184,7 +184,7 @@ def test_what_a_gpu_adds() -> None:
 
 def test_pytorch_with_fewer_threads_is_told() -> None:
     document = made()
-    document["sides"]["PyTorch toy"]["threads"] = 1
+    document["variants"]["PyTorch toy"]["threads"] = 1
     assert "PyTorch was told to use 1 of 2 CPUs; unset OMP_NUM_THREADS" in page(document)
 
 
@@ -255,10 +255,10 @@ def test_waterfall() -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
-@pytest.mark.parametrize("sides", [1, 2, 3])
-def test_a_browser_shows_it_at_any_width(tmp_path: Path, sides: int) -> None:
-    document = made(sides)
-    if sides == 1:
+@pytest.mark.parametrize("variants", [1, 2, 3])
+def test_a_browser_shows_it_at_any_width(tmp_path: Path, variants: int) -> None:
+    document = made(variants)
+    if variants == 1:
         document["results"] = {key: value for key, value in document["results"].items() if " of " not in key}
     (tmp_path / "report.html").write_text(page(document), encoding="utf-8")
     with browser() as tab:

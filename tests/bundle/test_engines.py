@@ -35,7 +35,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     engine = Engine(
         path="unet.plan",
         source="unet/model.onnx",
-        made_from={"unet/model.onnx": manifest.files["unet/model.onnx"].sha256},
+        source_hashes={"unet/model.onnx": manifest.files["unet/model.onnx"].sha256},
         inputs=(TensorSpec("sample", "float32", (-1, 4, -1, -1)), TensorSpec("timestep", "float32", ())),
         outputs=(TensorSpec("out_sample", "float32", (-1, 4, -1, -1)),),
         profile={"sample": RANGE},
@@ -130,8 +130,8 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda bundle: changed(bundle, lambda document: document["files"].update({"../x": {"size_bytes": 1}})),
         "its target.json cannot be read (the path '../x' is not a plain one inside the folder)",
     ),
-    "other graphs": (in_unet(made_from={"unet/model.onnx": "0" * 64}), "its unet was made from other graphs"),
-    "no graph": (in_unet(made_from={}), "its unet does not say what it was made from"),
+    "other graphs": (in_unet(source_hashes={"unet/model.onnx": "0" * 64}), "its unet was made from other graphs"),
+    "no graph": (in_unet(source_hashes={}), "its unet does not say what it was made from"),
     "another kind": (
         lambda bundle: changed(bundle, lambda document: document.update(precision="fp32")),
         "its target.json cannot be read (it is for tensorrt_rtx, 8.6, 8.9 in fp32)",

@@ -31,7 +31,7 @@ from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import open_backend
-from ldm_export.runtime.backends.once import OnceGraph
+from ldm_export.runtime.backends.hoisted import HoistedGraph
 from tests.graph.test_whole_graphs import draw
 from tests.scheduler_configs import relative_error
 
@@ -133,7 +133,7 @@ def test_a_target_is_beside_the_bundle(built: Path, tiny_bundle: Path, tmp_path:
     copy = copy_bundle(opened, tmp_path / "copy", passes=[], force=False)
     assert not (copy.path / "targets").exists()
     graphs = json.loads((built / "targets" / "ort-cpu" / "target.json").read_text())["graphs"]
-    assert {name: sorted(graph["once"]) for name, graph in graphs.items()} == {
+    assert {name: sorted(graph["hoisted"]) for name, graph in graphs.items()} == {
         "text_encoder": [],
         "unet": ["encoder_hidden_states", "timestep"],
         "vae_decoder": [],
@@ -232,7 +232,7 @@ def test_another_number_in_any_output_is_seen(built: Path, monkeypatch: pytest.M
     opened = Bundle.open(built)
     spec = opened.manifest.graphs["unet"]
     target = json.loads((built / "targets" / "ort-cpu" / "target.json").read_text())["graphs"]["unet"]
-    graph = ort_cpu.TargetGraph(target["path"], target["once"])
+    graph = ort_cpu.TargetGraph(target["path"], target["hoisted"])
     folder = built / "targets" / "ort-cpu"
     assert ort_cpu._compared(opened.file(spec.path), spec, graph, folder, opened)[0] < CLOSE
     run_parts = ort_cpu.run_parts
@@ -333,7 +333,7 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
         f"it was made for onnxruntime 0.1, and this is {onnxruntime.__version__}",
     ),
     "another processor": (updated(needs=NEEDS | {"cpu": "z80"}), f"it was made for cpu z80, and this is {cpu_level()}"),
-    "other graphs": (updated(made_from={"unet/model.onnx": "0" * 64}), "it was made from other graphs"),
+    "other graphs": (updated(source_hashes={"unet/model.onnx": "0" * 64}), "it was made from other graphs"),
     "no needs": (updated(needs={}), "it says what it needs of nothing, and must of onnxruntime, cpu"),
     "no processor": (
         updated(needs={"onnxruntime": onnxruntime.__version__}),
@@ -382,12 +382,12 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
         DEEP + "-1",
     ),
     "no outermost blocks": (of_unet(shallow=""), DEEP + ""),
-    "a part of no input": (of_unet(once={"latents": "unet.timestep.onnx"}), "ONNX Runtime refuses its unet"),
+    "a part of no input": (of_unet(hoisted={"latents": "unet.timestep.onnx"}), "ONNX Runtime refuses its unet"),
     "parts exchanged": (
-        of_unet(once={"timestep": "unet.encoder_hidden_states.onnx", "encoder_hidden_states": "unet.timestep.onnx"}),
+        of_unet(hoisted={"timestep": "unet.encoder_hidden_states.onnx", "encoder_hidden_states": "unet.timestep.onnx"}),
         "ONNX Runtime refuses its unet",
     ),
-    "a part too few": (of_unet(once={"timestep": "unet.timestep.onnx"}), "ONNX Runtime refuses its unet"),
+    "a part too few": (of_unet(hoisted={"timestep": "unet.timestep.onnx"}), "ONNX Runtime refuses its unet"),
     "another graph": (of_unet(path="vae_decoder.onnx"), "ONNX Runtime refuses its unet"),
     "a graph elsewhere": (of_unet(path="../../unet/model.onnx"), "its ../../unet/model.onnx is missing"),
     "an absolute path": (of_unet(path="/etc/passwd"), "its /etc/passwd is missing"),
@@ -407,8 +407,8 @@ DOES_NOT_FIT: dict[str, tuple[Callable[[Path], object], str]] = {
         "its target.json cannot be read (",
     ),
     "another format": (
-        updated(format_version=2),
-        "its target.json cannot be read (it has format_version 2; this ldm_export reads 1)",
+        updated(format_version=1),
+        "its target.json cannot be read (it has format_version 1; this ldm_export reads 2)",
     ),
     "a graph too few": (
         lambda bundle: changed(bundle, lambda document: document["graphs"].pop("vae_decoder")),
@@ -533,7 +533,7 @@ def test_where_the_system_tells_nothing_another_machine_is_another(monkeypatch: 
     assert "here " not in here  # the machine's name is not given away
 
 
-# --- OnceGraph ------------------------------------------------------------------------------------------------------
+# --- HoistedGraph ---------------------------------------------------------------------------------------------------
 
 
 class Doubled:
@@ -554,7 +554,7 @@ class Doubled:
         return call
 
 
-def once() -> tuple[OnceGraph, Doubled, Doubled]:
+def hoisted() -> tuple[HoistedGraph, Doubled, Doubled]:
     """y = x + 2 t + 3 c, of which the products are parts; t has one number a row."""
     x, t, c, two, three, y = (
         TensorSpec(name, "float32", ("batch",) if name in ("t", "two") else ("batch", 2))
@@ -563,7 +563,7 @@ def once() -> tuple[OnceGraph, Doubled, Doubled]:
     by_t = Doubled(GraphSpec("t", (t,), (two,)), lambda t: 2 * t)
     by_c = Doubled(GraphSpec("c", (c,), (three,)), lambda c: 3 * c)
     rest = Doubled(GraphSpec("rest", (x, two, three), (y,)), lambda x, two, three: x + two[:, None] + three)
-    return OnceGraph(GraphSpec("g", (x, t, c), (y,)), rest, {"t": by_t, "c": by_c}), by_t, by_c
+    return HoistedGraph(GraphSpec("g", (x, t, c), (y,)), rest, {"t": by_t, "c": by_c}), by_t, by_c
 
 
 def arrays() -> dict[str, Any]:
@@ -571,7 +571,7 @@ def arrays() -> dict[str, Any]:
 
 
 def test_timesteps_are_remembered_and_prompts_are_not() -> None:
-    graph, by_t, by_c = once()
+    graph, by_t, by_c = hoisted()
     inputs = arrays()
     for timestep, expected in ((5, 14), (6, 16), (5, 14), (6, 16)):
         inputs["t"][...] = timestep
@@ -580,7 +580,7 @@ def test_timesteps_are_remembered_and_prompts_are_not() -> None:
 
 
 def test_each_row_has_a_timestep_of_its_own() -> None:
-    graph, by_t, _ = once()
+    graph, by_t, _ = hoisted()
     inputs = {"x": np.ones((3, 2), np.float32), "t": np.array([5, 6, 5], np.float32), "c": np.ones((3, 2), np.float32)}
     expected = np.repeat([[14.0], [16.0], [14.0]], 2, axis=1)
     np.testing.assert_array_equal(graph.run(inputs)["y"], expected)
@@ -594,8 +594,8 @@ def test_each_row_has_a_timestep_of_its_own() -> None:
 
 
 def test_not_all_timesteps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm_export.runtime.backends.once.MOST_RESULTS", 2)
-    graph, by_t, _ = once()
+    monkeypatch.setattr("ldm_export.runtime.backends.hoisted.MOST_RESULTS", 2)
+    graph, by_t, _ = hoisted()
     inputs = arrays()
     for timestep in (1, 2, 3, 3, 2, 1):
         inputs["t"][...] = timestep
@@ -605,7 +605,7 @@ def test_not_all_timesteps_are_remembered(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("fixed", "expected"), [((), 36), (("c",), 30)], ids=["nothing fixed", "fixed"])
 def test_a_bound_call_reads_and_writes_in_place(fixed: tuple[str, ...], expected: float) -> None:
-    graph, _, by_c = once()
+    graph, _, by_c = hoisted()
     inputs, out = arrays(), {"y": np.zeros((1, 2), np.float32)}
     call = graph.bind(inputs, out, fixed)
     call()

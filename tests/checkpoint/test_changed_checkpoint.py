@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", 
 PROMPTS, SEEDS = ["a red circle", "two green triangles on white"], [7, 11]
 TOLERANCE = 2e-5
 """Allowed max |ours - diffusers'| / max |diffusers'| of latents."""
-FOLDED = SamplingDefaults("ddim", 4, 3.0, folded=True)
+FOLDED = SamplingDefaults("ddim", 4, 3.0, guidance_distilled=True)
 RECORDS: list[dict[str, Any]] = [{"name": "teacher", "key": "a"}, {"name": "distill-guidance", "kept": True}]
 
 
@@ -117,7 +117,7 @@ def test_what_was_changed_once_is_changed_again(checkpoint: LatentDiffusion, tmp
     unet = once.load("unet")
     twice = once.save_changed(tmp_path / "twice", {"unet": unet}, None, SamplingDefaults("ddim", 2, 3.0, True), RECORDS)
     assert (once.drawing, once.passes) == (FOLDED, RECORDS[:1])
-    assert (twice.drawing, twice.passes) == (SamplingDefaults("ddim", 2, 3.0, folded=True), RECORDS)
+    assert (twice.drawing, twice.passes) == (SamplingDefaults("ddim", 2, 3.0, guidance_distilled=True), RECORDS)
     assert twice.sha256("unet") != once.sha256("unet") == checkpoint.sha256("unet")
     assert twice.sha256("vae") == checkpoint.sha256("vae")
     assert twice.scheduler == checkpoint.scheduler
@@ -129,7 +129,7 @@ def test_record_passes_keeps_the_drawing(checkpoint: LatentDiffusion, tmp_path: 
     again = LatentDiffusion.open(changed.path)
     assert (again.drawing, again.passes) == (FOLDED, RECORDS)
     assert json.loads((changed.path / PASSES).read_text())["drawing"] == {
-        **{"sampler": "ddim", "steps": 4, "guidance": 3.0, "folded": True}
+        **{"sampler": "ddim", "steps": 4, "guidance": 3.0, "guidance_distilled": True}
     }
 
 
@@ -244,7 +244,7 @@ def test_a_conditioned_model_is_told_the_guidance(tiny_checkpoint: Path, traced_
 
 # --- what lies ------------------------------------------------------------------------------------------------------
 
-PLAIN = {"sampler": "ddim", "steps": 4, "guidance": 3.0, "folded": True}
+PLAIN = {"sampler": "ddim", "steps": 4, "guidance": 3.0, "guidance_distilled": True}
 LIES: dict[str, tuple[str, str]] = {
     "no JSON": ("{", "is not readable JSON"),
     "no object": ("[]", "holds a list; a JSON object is needed"),
@@ -254,7 +254,10 @@ LIES: dict[str, tuple[str, str]] = {
     "sampler": (json.dumps({"drawing": {**PLAIN, "sampler": 5}}), "does not say how to draw (sampler = 5)"),
     "steps": (json.dumps({"drawing": {**PLAIN, "steps": "4"}}), "does not say how to draw (steps = '4')"),
     "guidance": (json.dumps({"drawing": {**PLAIN, "guidance": None}}), "does not say how to draw (guidance = None)"),
-    "folded": (json.dumps({"drawing": {**PLAIN, "folded": "no"}}), "does not say how to draw (folded = 'no')"),
+    "folded": (
+        json.dumps({"drawing": {**PLAIN, "guidance_distilled": "no"}}),
+        "does not say how to draw (guidance_distilled = 'no')",
+    ),
     "passes": (json.dumps({"drawing": PLAIN, "passes": 3}), "does not say what passes did"),
     "a pass": (json.dumps({"drawing": PLAIN, "passes": ["half"]}), "does not say what passes did"),
 }

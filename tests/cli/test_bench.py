@@ -25,7 +25,7 @@ Run = Callable[..., Result]
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run `ldm-export bench` in this process, without new processes and pauses."""
     found = {"cold_start_ms": 900.0, "cold_starts_ms": [900.0], "peak_rss_bytes": 10_000_000, "device_bytes": None}
-    monkeypatch.setattr(harness, "processes_in_turn", lambda sides, rounds, progress: dict.fromkeys(sides, found))
+    monkeypatch.setattr(harness, "processes_in_turn", lambda variants, rounds, progress: dict.fromkeys(variants, found))
     monkeypatch.setattr(latency.time, "sleep", lambda seconds: None)
     return lambda *arguments: CliRunner().invoke(main, ["bench", *map(str, arguments)])
 

@@ -20,12 +20,12 @@ const std::string EMPTY_SHA = SHA;
 
 // A target of a UNet's engine, as its target.json.
 Json document(const std::string &kind, const std::string &precision) {
-    return parsed(R"({"format_version": 1, "flavour": "tensorrt_rtx", "version": "1.7.1.116", "refittable": false,
+    return parsed(R"({"format_version": 2, "flavour": "tensorrt_rtx", "version": "1.7.1.116", "refittable": false,
         "compute_capabilities": ["8.6", "12.0"], "stripped": false, "sparse": false, "report": {}, "kind": ")" + kind +
         R"(", "precision": ")" + precision + R"(", "files": {"unet.plan": {"size_bytes": 0, "sha256": ")" + EMPTY_SHA +
         R"("}},
         "engines": {"unet": {"path": "unet.plan", "source": "unet/model.onnx", "seconds": 1.5,
-            "made_from": {"unet/model.onnx": ")" + SOURCE_SHA + R"("},
+            "source_hashes": {"unet/model.onnx": ")" + SOURCE_SHA + R"("},
             "inputs": [{"name": "sample", "dtype": "float32", "shape": [-1, 4, -1, -1]},
                        {"name": "timestep", "dtype": "float32", "shape": []}],
             "outputs": [{"name": "out_sample", "dtype": "float32", "shape": [-1, 4, -1, -1]}],
@@ -104,7 +104,7 @@ TEST_CASE("Every field of a target.json of engines is needed, and of its kind") 
         }
     }
     for (const auto &[path, value] : std::vector<std::pair<const char *, const char *>>{
-             {"format_version", "2"},
+             {"format_version", "1"},
              {"kind", R"("rtx-sm86")"},
              {"precision", R"("fp32")"},
              {"flavour", R"("trt")"},
@@ -163,8 +163,8 @@ TEST_CASE("The fastest engines that fit are taken, and of the others it is said 
         CHECK(says(folder.why(), "targets/rtx-sm86-sm120 does not fit: " + reason));
     };
     refuse("engines/unet/path", R"("../../unet/model.onnx")", "its ../../unet/model.onnx is missing");
-    refuse("engines/unet/made_from", R"({"unet/model.onnx": "b"})", "its unet was made from other graphs");
-    refuse("engines/unet/made_from", "{}", "its unet does not say what it was made from");
+    refuse("engines/unet/source_hashes", R"({"unet/model.onnx": "b"})", "its unet was made from other graphs");
+    refuse("engines/unet/source_hashes", "{}", "its unet does not say what it was made from");
     refuse("engines/unet/profile", "{}", "its unet has a profile for nothing, and free sizes in sample");
     refuse("engines/unet/profile/sample/min/0", "3",
            "its unet takes sample of (-1, 4, -1, -1), and has a profile of (3, 4, 8, 8)");

@@ -213,8 +213,10 @@ def test_a_loop_that_the_bundle_has_no_graph_of(host: Host, engined: Path, tmp_p
     del manifest["files"][path]
     (folder / path).unlink()
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    made_from = {plan: manifest["files"][plan]["sha256"]}
-    change_target(engines_of(folder), lambda found: found["engines"][name].update(source=plan, made_from=made_from))
+    source_hashes = {plan: manifest["files"][plan]["sha256"]}
+    change_target(
+        engines_of(folder), lambda found: found["engines"][name].update(source=plan, source_hashes=source_hashes)
+    )
     drawn = draw(host.open(folder), PROMPTS, sampler="ddim", whole=1)
     assert_same(drawn, by_python(engined, PROMPTS, sampler="ddim"))
 

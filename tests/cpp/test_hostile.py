@@ -107,7 +107,7 @@ def test_weights_that_change_while_they_are_mapped_are_an_error(
         with_target(draft)
         draft.target_files["model.onnx_data"] = draft.files[weights]
         assert draft.target is not None
-        draft.target["made_from"][weights] = entry_of(draft.files[weights])["sha256"]
+        draft.target["source_hashes"][weights] = entry_of(draft.files[weights])["sha256"]
         weights = "targets/ort-cpu/model.onnx_data"
     folder = written(draft, tmp_path / "bundle")
     pipeline = open_cpp(folder, backend=b"cpu")

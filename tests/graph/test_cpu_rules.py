@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from ldm_export.bundle import Bundle
 from ldm_export.export.onnx import random_inputs
+from ldm_export.graph.cpu.hoist import hoist_invariants
 from ldm_export.graph.cpu.matching import CONTRIB
-from ldm_export.graph.cpu.once import cut_once
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from tests.bundle_fixture import CLASSES
 from tests.graph.graphs import Array, graph_of, off_by, random, run
@@ -326,7 +326,7 @@ def test_a_gate_that_is_left(plain: Callable[[], onnx.ModelProto], refused: tupl
     assert_left(plain(), "gated", refused)
 
 
-# --- cut_once -------------------------------------------------------------------------------------------------------
+# --- hoist_invariants ----------------------------------------------------------------------------------------------
 
 
 def network(outputs: Sequence[str] = ("y",)) -> onnx.ModelProto:
@@ -355,7 +355,7 @@ def run_all(model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 def test_the_rest_of_what_is_cut_out_is_the_whole() -> None:
     model = inferred(network())
-    parts = {name: cut_once(model, [name], f"once.{name}") for name in "tc"}
+    parts = {name: hoist_invariants(model, [name], f"hoisted.{name}") for name in "tc"}
     assert [value.name for value in model.graph.inputs] == ["x", "c", "once.t.0", "once.c.0"]
     assert [each.op_type for each in model.graph] == ["Add", "Mul", "Add"]
     call = {"x": random(1, 2, 3), "t": np.array(0.4, np.float32), "c": random(2, 2, 3)}
@@ -372,7 +372,7 @@ def test_the_rest_of_what_is_cut_out_is_the_whole() -> None:
 def test_nothing_is_cut_where_nothing_depends_on_it_alone(names: list[str]) -> None:
     model = inferred(network())
     before = ir.to_proto(model)
-    assert cut_once(model, names, "once") is None
+    assert hoist_invariants(model, names, "hoisted") is None
     assert ir.to_proto(model) == before
 
 
@@ -391,7 +391,7 @@ def test_what_a_branch_reads_from_outside_is_seen() -> None:
     ]
     plain = graph_of(nodes, {"x": ["B", 3], "t": []}, {"y": ["B", 3]}, {"zero": np.array(0, np.float32)})
     model = inferred(plain)
-    part = cut_once(model, ["t"], "once")
+    part = hoist_invariants(model, ["t"], "hoisted")
     assert part is not None
     assert [each.op_type for each in part.graph] == ["Greater"]
     for timestep in (-1.0, 1.0):
@@ -401,7 +401,7 @@ def test_what_a_branch_reads_from_outside_is_seen() -> None:
 
 def test_a_cut_of_two_inputs_together() -> None:
     model = inferred(network())
-    part = cut_once(model, ["t", "c"], "once")
+    part = hoist_invariants(model, ["t", "c"], "hoisted")
     assert part is not None
     assert [value.name for value in part.graph.outputs] == ["once.0", "once.1"]
     assert [value.name for value in model.graph.inputs] == ["x", "c", "once.0", "once.1"]
@@ -411,7 +411,7 @@ def test_a_cut_of_two_inputs_together() -> None:
 def test_an_output_that_depends_on_one_input_alone_stays_an_output(also: str) -> None:
     plain = network(("y", also))
     model = inferred(plain)
-    part = cut_once(model, ["c"], "once")
+    part = hoist_invariants(model, ["c"], "hoisted")
     call = {"x": random(1, 2, 3), "t": np.array(0.4, np.float32), "c": random(2, 2, 3)}
     given = call if part is None else call | run_all(part, call)
     results = run_all(model, given)

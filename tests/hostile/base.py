@@ -218,12 +218,14 @@ def with_target(draft: Draft) -> None:
 
     graphs = {name: f"{name}.onnx" for name in SPECS}
     draft.target = {
-        "format_version": 1,
+        "format_version": 2,
         "kind": "ort-cpu",
-        "made_from": {f"{name}/model.onnx": entry_of(draft.files[f"{name}/model.onnx"])["sha256"] for name in SPECS},
+        "source_hashes": {
+            f"{name}/model.onnx": entry_of(draft.files[f"{name}/model.onnx"])["sha256"] for name in SPECS
+        },
         "needs": needs_of(onnxruntime.__version__),
         "graphs": {
-            name: {"path": path, "once": {}, "shallow": "", "deep_channels": 0} for name, path in graphs.items()
+            name: {"path": path, "hoisted": {}, "shallow": "", "deep_channels": 0} for name, path in graphs.items()
         },
         "report": {},
     }

@@ -60,7 +60,7 @@ def _parity() -> Iterator[Case]:
         manifest_value("parity", 0, "passed"), opened=("true", "false"), refused=("1", '"yes"', "null", MISSING)
     )
     yield from rows(
-        manifest_value("parity", 0, "made_of"),
+        manifest_value("parity", 0, "source_hashes"),
         opened=("{}", f'{{"unet/model.onnx": "{"0" * 64}"}}'),
         refused=("[]", "null", "1", '{"unet/model.onnx": 1}', '{"unet/model.onnx": "x"}'),
     )

@@ -40,18 +40,18 @@ def _after(change: Callable[[Path], object]) -> Callable[[Draft], None]:
 
 def _values() -> Iterator[Case]:
     for path, skipped in {
-        ("format_version",): ("0", "2", "1.0", "true", "null", MISSING),
+        ("format_version",): ("0", "1", "2.0", "true", "null", MISSING),
         ("kind",): ('"ort-gpu"', "null", "1", MISSING),
-        ("made_from",): ("{}", "[]", "null", '{"unet/model.onnx": 1}', MISSING),
+        ("source_hashes",): ("{}", "[]", "null", '{"unet/model.onnx": 1}', MISSING),
         ("needs",): ("{}", "[]", "null", '{"onnxruntime": 1}', MISSING),
         ("needs", "onnxruntime"): ('"0.1"', '""', "null", "1.32", MISSING),
         ("needs", "cpu"): ('"another"', "null", MISSING),
         ("needs", "more"): ('"x"',),
         ("graphs",): ("{}", "[]", "null", MISSING),
         ("graphs", "unet"): ("{}", "[]", "null", MISSING),
-        ("graphs", "more"): ('{"path": "unet.onnx", "once": {}, "shallow": "", "deep_channels": 0}',),
+        ("graphs", "more"): ('{"path": "unet.onnx", "hoisted": {}, "shallow": "", "deep_channels": 0}',),
         ("graphs", "unet", "path"): ('"../../unet/model.onnx"', '"none.onnx"', '""', "null", '"/etc/passwd"', MISSING),
-        ("graphs", "unet", "once"): (
+        ("graphs", "unet", "hoisted"): (
             "[]",
             "null",
             '{"sample": "none.onnx"}',
@@ -149,5 +149,5 @@ def cases() -> Iterator[Case]:
 
 def _of_other_graphs(draft: Draft) -> None:
     assert draft.target is not None
-    made_from = json.loads(json.dumps(draft.target["made_from"]))
-    draft.target["made_from"] = {**made_from, "unet/model.onnx": "0" * 64}
+    source_hashes = json.loads(json.dumps(draft.target["source_hashes"]))
+    draft.target["source_hashes"] = {**source_hashes, "unet/model.onnx": "0" * 64}

@@ -54,7 +54,7 @@ def model(write_small: Callable[..., LatentDiffusion], tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def folded(model: LatentDiffusion) -> LatentDiffusion:
     """The same, as if guidance were distilled into its UNet."""
-    return dataclasses.replace(model, drawn_with=SamplingDefaults("ddim", 8, GUIDANCE, folded=True))
+    return dataclasses.replace(model, drawn_with=SamplingDefaults("ddim", 8, GUIDANCE, guidance_distilled=True))
 
 
 @pytest.fixture(scope="session")

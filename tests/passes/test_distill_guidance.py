@@ -170,7 +170,7 @@ def test_a_fixed_student_draws_near_the_guided_teacher(
     assert error(student, batch, judged, 4.0) < 0.4 * error(unet, batch, judged, 4.0)
     assert error(student, batch, judged, 1.0) > error(student, batch, judged, 4.0)
     assert change.networks.keys() == {"unet"}
-    assert change.drawing == SamplingDefaults("ddim", 20, 4.0, folded=True)
+    assert change.drawing == SamplingDefaults("ddim", 20, 4.0, guidance_distilled=True)
     assert change.scheduler is None
     assert change.report == {"calls_a_step": {"before": 2, "after": 1}}
     assert not student.training
@@ -192,7 +192,7 @@ def test_a_conditioned_student_draws_near_the_teacher_at_the_scale_that_it_is_to
         near = error(student, batch, judged, guidance)
         assert near < (0.7 if guidance == 3 else 0.3) * error(unet, batch, judged, guidance)
         assert near < 0.5 * error(student, batch, judged, guidance, scale=other)  # it listens to the scale
-    assert change.drawing == SamplingDefaults("ddim", 20, 5.0, folded=False)
+    assert change.drawing == SamplingDefaults("ddim", 20, 5.0, guidance_distilled=False)
     assert student.time_embedding.cond_proj.weight.abs().max() > 0  # the scale is listened to
     save_component(student, tmp_path / "unet")
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")

@@ -164,7 +164,7 @@ def test_a_student_of_few_steps_arrives_nearer_to_the_teacher_of_many(
     untaught = (drawn(folded.load("unet"), folded, data, to) - goal).square().mean().item()
     taught = (drawn(change.networks["unet"], folded, data, to) - goal).square().mean().item()
     assert taught < 0.5 * untaught
-    assert change.drawing == SamplingDefaults("ddim", to, 4.0, folded=True)
+    assert change.drawing == SamplingDefaults("ddim", to, 4.0, guidance_distilled=True)
     assert change.report["steps"] == to
     assert list(change.report["loss"]) == [2, 1][: 3 - to]
 
@@ -283,7 +283,7 @@ def test_a_consistency_model_is_drawn_as_by_diffusers(
 ) -> None:
     step = DistillSteps(method="consistency", start=20, to=4, updates=3, batch_size=8)
     change = step.apply(setting(folded))
-    assert change.drawing == SamplingDefaults("lcm", 4, 4.0, folded=True)
+    assert change.drawing == SamplingDefaults("lcm", 4, 4.0, guidance_distilled=True)
     assert change.report["loss"] > 0
     assert change.scheduler is not None
     changed = folded.save_changed(tmp_path / "few", change.networks, change.scheduler, change.drawing, [])
@@ -340,7 +340,7 @@ def test_a_model_that_is_drawn_with_guidance(setting: MakeSetting, model: Latent
 def test_a_consistency_model_is_not_halved(setting: MakeSetting, tiny_checkpoint: Path, tmp_path: Path) -> None:
     KINDS["lcm"](tmp_path / "lcm", tiny_checkpoint)
     model = dataclasses.replace(
-        LatentDiffusion.open(tmp_path / "lcm"), drawn_with=SamplingDefaults("lcm", 4, 4.0, folded=True)
+        LatentDiffusion.open(tmp_path / "lcm"), drawn_with=SamplingDefaults("lcm", 4, 4.0, guidance_distilled=True)
     )
     with pytest.raises(InputError, match=r"lcm is a consistency model already; leave this pass out\.$"):
         DistillSteps(start=8, updates=1).apply(setting(model))

@@ -175,7 +175,7 @@ def test_a_shipped_checkpoint_without_results(
     shipped = Path(shutil.copytree(results["one"], tmp_path / "shipped"))
     (shipped / PASSES).unlink()
     if passes is not None:
-        drawing = {"sampler": "ddim", "steps": 2, "guidance": 4.0, "folded": False}
+        drawing = {"sampler": "ddim", "steps": 2, "guidance": 4.0, "guidance_distilled": False}
         (shipped / PASSES).write_text(json.dumps({"drawing": drawing, "passes": passes}))
     ship(shipped=shipped)
     make(DECODER)

@@ -119,7 +119,7 @@ def test_every_stage_is_a_bundle_and_trained_ones_are_checkpoints(whole: tuple[P
         stage = latest(folder / "work", name)
         checkpoint = LatentDiffusion.open(stage / "checkpoint")
         assert checkpoint.passes == plain(records[: number + 1])
-        assert checkpoint.drawing.folded
+        assert checkpoint.drawing.guidance_distilled
         source = Bundle.open(stage / "bundle").manifest.source["sha256"]
         assert source == {component: checkpoint.sha256(component) for component in checkpoint.components}
         assert json.loads((stage / "stage.json").read_text(encoding="utf-8")) == plain(records[number])

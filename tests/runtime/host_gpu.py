@@ -333,8 +333,8 @@ def add_engines(bundle: Bundle, flavour: str, *, largest: int = 8, precision: st
             if any(isinstance(size, str) for size in tensor.shape)
         }
         source = unet.path if name == STEP else graphs[name].path
-        made_from = {source: bundle.manifest.files[source].sha256}
-        engines[name] = Engine(f"{name}.plan", source, made_from, inputs, outputs, profile, 0.0)
+        source_hashes = {source: bundle.manifest.files[source].sha256}
+        engines[name] = Engine(f"{name}.plan", source, source_hashes, inputs, outputs, profile, 0.0)
     write_engine_target(
         EngineTarget(
             folder, kind, flavour, VERSION, (CAPABILITY,), precision, False, False, False, engines=engines, report={}

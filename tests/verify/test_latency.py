@@ -1,4 +1,4 @@
-"""Timing in turn: every side once a round, medians of the rounds that count."""
+"""Timing in turn: every variant once a round, medians of the rounds that count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
-def side(name: str, calls: list[tuple[str, int]], timings: Callable[[int], Timings]) -> Draw:
+def variant(name: str, calls: list[tuple[str, int]], timings: Callable[[int], Timings]) -> Draw:
     def draw(seed: int) -> Timings:
         calls.append((name, seed))
         return timings(seed)
@@ -32,8 +32,8 @@ def side(name: str, calls: list[tuple[str, int]], timings: Callable[[int], Timin
 
 def test_sides_take_turns(pauses: list[float]) -> None:
     calls: list[tuple[str, int]] = []
-    sides = {name: side(name, calls, lambda seed: Timings(denoiser_ms=[1.0])) for name in ("ours", "theirs")}
-    assert time_in_turn(sides, 2).keys() == sides.keys()
+    variants = {name: variant(name, calls, lambda seed: Timings(denoiser_ms=[1.0])) for name in ("ours", "theirs")}
+    assert time_in_turn(variants, 2).keys() == variants.keys()
     assert calls == [(name, seed) for seed in (0, 1, 2) for name in ("ours", "theirs")]
     assert pauses == [latency.SETTLE_S] * 6
 
@@ -45,7 +45,7 @@ def test_the_first_round_is_not_counted_and_one_slow_round_changes_nothing() -> 
             load_ms=9.0, text_ms=slow, encode_ms=0.0, denoiser_ms=[2 * slow, 4 * slow], loop_ms=slow, decode_ms=3 * slow
         )
 
-    timed = time_in_turn({"ours": side("ours", [], timings)}, 3)
+    timed = time_in_turn({"ours": variant("ours", [], timings)}, 3)
     assert timed == {"ours": Latency(total_ms=11.0, text_ms=1.0, denoiser_ms=4.0, decode_ms=3.0, calls=2)}
     assert timed["ours"].to_dict() == {
         "total_ms": 11.0,
@@ -61,7 +61,7 @@ def test_medians_are_of_each_stage() -> None:
     rounds = [
         Timings(text_ms=t, denoiser_ms=[u], decode_ms=d) for t, u, d in ((1, 1, 1), (1, 5, 9), (5, 9, 1), (9, 1, 5))
     ]
-    timed = time_in_turn({"ours": side("ours", [], lambda seed: rounds[seed])}, 3)["ours"]
+    timed = time_in_turn({"ours": variant("ours", [], lambda seed: rounds[seed])}, 3)["ours"]
     assert timed.total_ms == statistics.median(run.total_ms for run in rounds[1:]) == 15
     assert (timed.text_ms, timed.denoiser_ms, timed.decode_ms) == (5, 5, 5)
 
@@ -76,7 +76,7 @@ def test_a_loop_graph_has_a_stage_of_its_own() -> None:
         0.0,
         0.0,
     ]
-    assert time_in_turn({"ours": side("ours", [], lambda seed: runs[0])}, 2)["ours"].calls == 0
+    assert time_in_turn({"ours": variant("ours", [], lambda seed: runs[0])}, 2)["ours"].calls == 0
 
 
 def test_a_prompt_is_new_each_time(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

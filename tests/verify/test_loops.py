@@ -220,7 +220,7 @@ def test_the_manifest_says_what_it_takes_and_what_it_was_made_of(text: Bundle) -
     assert records["images"]["passed"]
     files = text.manifest.files
     parts = ["plans/euler-ancestral-10.json", *(f"{n}/model.onnx" for n in ("text_encoder", "unet", "vae_decoder"))]
-    assert records["latents"]["made_of"] == {path: files[path].sha256 for path in parts}
+    assert records["latents"]["source_hashes"] == {path: files[path].sha256 for path in parts}
 
 
 def test_the_same_graphs_give_the_same_bytes(text: Bundle, tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_graphs_with_external_data(bundle: Bundle, tmp_path: Path) -> None:
         large = writer.seal(model=manifest.model, graphs=manifest.graphs, source=manifest.source, roles=manifest.roles)
     of_large, of_small = add_loop(large, "ddim-10"), add_loop(bundle, "ddim-10")
     assert of_large.manifest.files[WEIGHTS] == of_small.manifest.files[WEIGHTS]
-    made_of = next(record["made_of"] for record in of_large.manifest.parity if "made_of" in record)
-    assert {"unet/model.onnx", "unet/model.onnx_data"} <= made_of.keys()
+    source_hashes = next(record["source_hashes"] for record in of_large.manifest.parity if "source_hashes" in record)
+    assert {"unet/model.onnx", "unet/model.onnx_data"} <= source_hashes.keys()
 
 
 def test_graphs_inside_a_spliced_graph(tmp_path: Path) -> None:

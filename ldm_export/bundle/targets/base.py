@@ -2,11 +2,11 @@
 
 ``target.json`` says what it was made from and for what, so that a target that does not fit is passed over, never run:
 
-    {"format_version": 1, "kind": "ort-cpu",
-     "made_from": {"unet/model.onnx": "…64 hex digits…", ...},        the bundle's own files
+    {"format_version": 2, "kind": "ort-cpu",
+     "source_hashes": {"unet/model.onnx": "…64 hex digits…", ...},        the bundle's own files
      "needs": {"onnxruntime": "1.32.0", "cpu": "x86_64 GenuineIntel 6 85 avx avx2 …"},   all must be equal
      "files": {"unet.onnx": {"size_bytes": 1234, "sha256": "…"}, ...},
-     "graphs": {"unet": {"path": "unet.onnx", "once": {"timestep": "unet.timestep.onnx", ...},
+     "graphs": {"unet": {"path": "unet.onnx", "hoisted": {"timestep": "unet.timestep.onnx", ...},
                          "shallow": "unet.shallow.onnx", "deep_channels": 128}, ...},
      "report": {...}}                                                  free: rules, parity, seconds
 
@@ -33,7 +33,7 @@ from ldm_export.reading.hashes import sha256_of
 from ldm_export.reading.json_fields import FileEntry, field, files_of
 
 TARGET = "target.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MOST_CHANNELS = 1 << 20
 ORT_CPU = "ort-cpu"
 
@@ -44,20 +44,20 @@ class TargetGraph:
 
     Attributes
     ----------
-    path : of what is run in every call
-    once : by name of the input that it depends on alone, the graph of what need not be; it gives inputs of the first
-    shallow : the outermost blocks alone, which take what ``path`` gives as ``deep``; empty where there are none
-    deep_channels : of ``deep``, which else has the latents' sizes
+    path : of the graph that runs in every call
+    hoisted : {input: path of the graph that depends on that input alone}; its outputs are further inputs of ``path``
+    shallow : path of the outermost blocks alone (DeepCache), which take the output ``deep`` of ``path``; "" for none
+    deep_channels : C of the tensor ``deep`` (B, C, h, w), whose h and w are the latents'; 0 for none
     """
 
     path: str
-    once: Mapping[str, str]
+    hoisted: Mapping[str, str]
     shallow: str = ""
     deep_channels: int = 0
 
     @property
     def paths(self) -> list[str]:
-        return [self.path, *self.once.values(), *([self.shallow] if self.shallow else [])]
+        return [self.path, *self.hoisted.values(), *([self.shallow] if self.shallow else [])]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def folder_of(bundle: Bundle, kind: str) -> Path:
     return bundle.path / TARGETS / kind
 
 
-def made_from(bundle: Bundle) -> dict[str, str]:
+def source_hashes(bundle: Bundle) -> dict[str, str]:
     """The hashes of all files that a bundle's graphs consist of."""
     graphs = {graph.path for graph in bundle.manifest.graphs.values()}
     data = {path for path in bundle.manifest.files if path.endswith(".onnx_data")}
@@ -133,7 +133,7 @@ def write_target(
 ) -> None:
     """Write ``target.json`` for what lies in ``folder``."""
     document = {
-        "made_from": made_from(bundle),
+        "source_hashes": source_hashes(bundle),
         "needs": dict(needs),
         "graphs": {name: asdict(graph) for name, graph in graphs.items()},
         "report": report,
@@ -168,7 +168,7 @@ def read_target(bundle: Bundle, kind: str, has: Mapping[str, str]) -> Target | s
     found = sound_target(bundle, kind)
     if not isinstance(found, Target):
         return found
-    if found.source != made_from(bundle):
+    if found.source != source_hashes(bundle):
         return "it was made from other graphs"
     if found.needs.keys() != has.keys():
         return f"it says what it needs of {_listed(found.needs)}, and must of {_listed(has)}"
@@ -267,7 +267,7 @@ def _target_of(found: Any, folder: Path) -> Target:
         entry = field(found["graphs"], name, dict, "graphs")
         graphs[name] = TargetGraph(
             field(entry, "path", str, where),
-            texts(entry, "once", where),
+            texts(entry, "hoisted", where),
             field(entry, "shallow", str, where),
             field(entry, "deep_channels", int, where),
         )
@@ -279,7 +279,7 @@ def _target_of(found: Any, folder: Path) -> Target:
         graphs,
         texts(found, "needs"),
         field(found, "report", dict),
-        texts(found, "made_from"),
+        texts(found, "source_hashes"),
         files_of(found),
     )
 

@@ -7,7 +7,7 @@ unsaid. Beside the format and the files, which are those of every target (``ldm_
      "compute_capabilities": ["8.6", "8.9"], "precision": "fp32",
      "refittable": false, "stripped": false, "sparse": false,
      "engines": {"unet": {"path": "unet.plan", "source": "unet/model.onnx",
-                          "made_from": {"unet/model.onnx": "…64 hex digits…", ...},    with the files of its weights
+                          "source_hashes": {"unet/model.onnx": "…64 hex digits…", ...},    with the files of its weights
                           "inputs": [{"name": "sample", "dtype": "float32", "shape": [-1, 4, -1, -1]}, ...],
                           "outputs": [...],
                           "profile": {"sample": {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [8, 4, 16, 16]}, ...},
@@ -31,6 +31,7 @@ from typing import Any
 
 from ldm_export.bundle.bundle import Bundle
 from ldm_export.bundle.listed import ListedFiles
+from ldm_export.bundle.manifest import changed_files
 from ldm_export.bundle.targets.base import kinds_of, listed, sound, texts, write_document
 from ldm_export.contract import TensorSpec
 from ldm_export.reading.documents import MalformedError
@@ -57,7 +58,7 @@ class Engine:
     ----------
     path : of the serialised engine, in the target's folder
     source : what it was built from: a graph of the bundle, or the plan of a loop
-    made_from : SHA-256 of each file of the bundle that it was made from
+    source_hashes : SHA-256 of each file of the bundle that it was made from
     inputs, outputs : as the engine itself says, a free dimension being -1; names and dtypes are the graph's
     profile : what shapes each input with a free dimension may have; the engine's only optimization profile
     seconds : how long the build took
@@ -65,7 +66,7 @@ class Engine:
 
     path: str
     source: str
-    made_from: Mapping[str, str]
+    source_hashes: Mapping[str, str]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profile: Mapping[str, ShapeRange]
@@ -118,7 +119,7 @@ class EngineTarget:
     def fault_of(self, name: str) -> str:
         """Say what is wrong with what is said of one engine; empty if nothing is."""
         engine = self.engines[name]
-        if engine.source not in engine.made_from:
+        if engine.source not in engine.source_hashes:
             return f"its {name} does not say what it was made from"
         free = {tensor.name: tensor.shape for tensor in engine.inputs if -1 in tensor.shape}
         if engine.profile.keys() != free.keys():
@@ -185,8 +186,7 @@ def listed_engine_target(bundle: Bundle, kind: str) -> EngineTarget | str | None
 
 def is_current(engine: Engine, bundle: Bundle) -> bool:
     """Whether a bundle's files are still those that an engine was made from."""
-    now = {path: entry.sha256 for path, entry in bundle.manifest.files.items()}
-    return all(now.get(path) == sha256 for path, sha256 in engine.made_from.items())
+    return not changed_files(bundle.manifest, engine.source_hashes)
 
 
 def fits(shape: tuple[int | str, ...], sizes: ShapeRange) -> bool:
@@ -235,7 +235,7 @@ def _engine(entry: Any, where: str) -> Engine:
     return Engine(
         path=field(entry, "path", str, where),
         source=field(entry, "source", str, where),
-        made_from=texts(entry, "made_from", where),
+        source_hashes=texts(entry, "source_hashes", where),
         inputs=_tensors(entry, "inputs", where),
         outputs=_tensors(entry, "outputs", where),
         profile={

@@ -37,7 +37,7 @@ struct ldm_preview {
 
 namespace {
 
-constexpr std::int32_t MOST_THREADS = 1024;  // ONNX Runtime starts as many as it is told, for each graph
+constexpr std::int32_t MOST_THREADS = 1024;  // ONNX Runtime starts as many as it is given, for each graph
 
 constexpr const char *OUT_OF_MEMORY = "Out of memory. Close other programs, or ask for fewer or smaller pictures.";
 
@@ -200,15 +200,15 @@ bool wants(std::size_t count, const void *buffer, std::size_t *room, const char 
 void call_back(const ldm_draw_options &options, const Step &step, std::size_t picture_bytes) {
     if (options.step == nullptr) return;
     const ldm_preview preview{step.decode, picture_bytes};
-    ldm_step told{};
-    told.struct_size = sizeof told;
-    told.index = static_cast<std::uint32_t>(step.index);
-    told.count = static_cast<std::uint32_t>(step.count);
-    told.timestep = step.timestep;
-    told.latents = step.latents.as<float>();
-    std::copy(step.latents.shape.begin(), step.latents.shape.end(), std::begin(told.latents_shape));
-    told.preview = &preview;
-    const int stop = calling("step", [&] { return options.step(&told, options.step_user); });
+    ldm_step now{};
+    now.struct_size = sizeof now;
+    now.index = static_cast<std::uint32_t>(step.index);
+    now.count = static_cast<std::uint32_t>(step.count);
+    now.timestep = step.timestep;
+    now.latents = step.latents.as<float>();
+    std::copy(step.latents.shape.begin(), step.latents.shape.end(), std::begin(now.latents_shape));
+    now.preview = &preview;
+    const int stop = calling("step", [&] { return options.step(&now, options.step_user); });
     if (stop != 0) throw CancelledError(join("Cancelled after step ", step.index + 1, " of ", step.count, "."));
 }
 
@@ -271,20 +271,20 @@ ldm_status ldm_pipeline_info(ldm_pipeline *pipeline, ldm_info *info) {
         needed(info, "info");
         const Facts &facts = use.model().facts();
         const std::vector<Tokenizer> &tokenizers = use.model().tokenizers();
-        ldm_info told{};
-        told.backend = use->backends.insert(use.model().backend()).first->c_str();
-        told.height = facts.height;
-        told.width = facts.width;
-        told.channels = facts.picture_channels;
-        told.latent_channels = facts.latent_channels;
-        told.pixels_per_latent = facts.pixels_per_latent;
-        told.reads_text = facts.reads_text;
-        told.class_count = facts.class_count;
-        told.token_count = tokenizers.empty() ? 0 : static_cast<std::uint32_t>(tokenizers[0].max_length());
-        told.default_sampler = facts.default_sampler.c_str();
-        told.default_steps = facts.default_steps;
-        told.default_guidance = facts.guidance.scale;
-        give(told, info, info->struct_size);
+        ldm_info found{};
+        found.backend = use->backends.insert(use.model().backend()).first->c_str();
+        found.height = facts.height;
+        found.width = facts.width;
+        found.channels = facts.picture_channels;
+        found.latent_channels = facts.latent_channels;
+        found.pixels_per_latent = facts.pixels_per_latent;
+        found.reads_text = facts.reads_text;
+        found.class_count = facts.class_count;
+        found.token_count = tokenizers.empty() ? 0 : static_cast<std::uint32_t>(tokenizers[0].max_length());
+        found.default_sampler = facts.default_sampler.c_str();
+        found.default_steps = facts.default_steps;
+        found.default_guidance = facts.guidance.scale;
+        give(found, info, info->struct_size);
     });
 }
 

@@ -16,7 +16,7 @@ constexpr const char *TOKENIZER_KIND = "clip";  // the only one that is read
 const Dimension BATCH{0, "batch"}, HEIGHT{0, "height"}, WIDTH{0, "width"}, ROWS{0, "image_height"}, COLUMNS{0, "image_width"};
 const Dimension ANY{0, ""};  // a fixed size of whatever value
 
-std::string told(const TensorSpec &tensor) {
+std::string described(const TensorSpec &tensor) {
     std::vector<std::string> sizes;
     for (const Dimension &size : tensor.shape)
         sizes.push_back(size.is_free() ? size.name : size.size == 0 ? "a fixed size" : std::to_string(size.size));
@@ -64,7 +64,7 @@ class Role {
             std::find_if(tensors.begin(), tensors.end(), [&](const TensorSpec &tensor) { return tensor.name == wanted.name; });
         if (found == tensors.end()) refuse(join("it has no ", side, " '", wanted.name, "'"));
         if (!fits(*found, wanted))
-            refuse(join("its ", side, " '", wanted.name, "' is ", told(*found), "; ", told(wanted), " is needed"));
+            refuse(join("its ", side, " '", wanted.name, "' is ", described(*found), "; ", described(wanted), " is needed"));
         known_.insert(wanted.name);
         return *found;
     }
@@ -127,7 +127,7 @@ void check_source(const Role &role, const TensorSpec &tensor, const std::string 
     const bool of_request = request_sources().count(source) != 0;
     for (const TensorSpec &given : found->second)
         if (can_take(tensor, given, of_request)) return;
-    role.refuse(join("its input '", tensor.name, "' is ", told(tensor), ", and ", source, " is ", told(found->second.front())));
+    role.refuse(join("its input '", tensor.name, "' is ", described(tensor), ", and ", source, " is ", described(found->second.front())));
 }
 
 void add_outputs(Kinds &known, const std::string &prefix, const GraphSpec &graph) {

@@ -73,7 +73,7 @@ bool fits(const TensorSpec &tensor, const ShapeRange &range) {
 
 Engine engine_of(const Json &entry, const std::string &where) {
     Engine engine{field(entry, "path", Kind::text, where).text(), field(entry, "source", Kind::text, where).text(),
-                  texts_of(entry, "made_from", where),            tensors_of(entry, "inputs", where),
+                  texts_of(entry, "source_hashes", where),            tensors_of(entry, "inputs", where),
                   tensors_of(entry, "outputs", where),            {}};
     for (const auto &[name, range] : field(entry, "profile", Kind::object, where).object()) {
         const std::string at = where + ".profile['" + name + "']";
@@ -85,7 +85,7 @@ Engine engine_of(const Json &entry, const std::string &where) {
 }
 
 void check_profile(const std::string &name, const Engine &engine) {
-    if (engine.made_from.count(engine.source) == 0) throw PassedOver("its " + name + " does not say what it was made from");
+    if (engine.source_hashes.count(engine.source) == 0) throw PassedOver("its " + name + " does not say what it was made from");
     std::vector<std::string> free;
     for (const TensorSpec &tensor : engine.inputs)
         if (is_free(tensor)) free.push_back(tensor.name);
@@ -132,7 +132,7 @@ EngineTarget read_engines(const Bundle &bundle, const std::string &kind, const s
         throw PassedOver(
             join("it was made for compute capability ", listed(able), ", and this device has ", compute_capability));
     for (const auto &[name, engine] : target.engines)
-        for (const auto &[path, sha256] : engine.made_from)
+        for (const auto &[path, sha256] : engine.source_hashes)
             if (!bundle.files.has(path) || bundle.manifest.files.at(path).sha256 != sha256)
                 throw PassedOver("its " + name + " was made from other graphs");
     for (const auto &[name, graph] : bundle.manifest.graphs)

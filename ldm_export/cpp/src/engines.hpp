@@ -14,7 +14,7 @@ struct Flavour {
     const char *backend;  // what users call it
     const char *library;  // its name
     const char *kind;     // what its targets are called after, and LDM_TENSORRT is set to
-    bool any_device;      // builds for devices that are not there, and is told which
+    bool any_device;      // builds for devices that are not there, and takes their compute capabilities
 };
 inline constexpr std::array<Flavour, 2> FLAVOURS{
     {{"tensorrt-rtx", "tensorrt_rtx", "rtx", true}, {"tensorrt", "tensorrt", "tensorrt", false}}};
@@ -33,7 +33,7 @@ struct ShapeRange {
 struct Engine {
     std::string path;                              // in the target's folder
     std::string source;                            // what it was built from: a graph of the bundle, or a loop's plan
-    std::map<std::string, std::string> made_from;  // SHA-256 of each file of the bundle that it was made from
+    std::map<std::string, std::string> source_hashes;  // SHA-256 of each file of the bundle that it was made from
     std::vector<TensorSpec> inputs, outputs;       // each free size has a name of its own
     std::map<std::string, ShapeRange> profile;     // of each input with a free size
 

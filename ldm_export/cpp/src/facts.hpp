@@ -17,7 +17,7 @@ struct Facts {
     Guidance guidance;
     bool reads_text, takes_classes;
     bool reads_image_latents;   // beside the sample, for inpainting or editing
-    std::uint32_t class_count;  // 0: not told, or takes none
+    std::uint32_t class_count;  // 0: not given, or takes none
 };
 
 // Throws BundleError unless the bundle has the graphs and says the facts.

@@ -49,7 +49,7 @@ void overwrite(Tensor &tensor, const Tensor &values) {
 
 }  // namespace
 
-OnceGraph::OnceGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, std::unique_ptr<Graph> shallow,
+HoistedGraph::HoistedGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, std::unique_ptr<Graph> shallow,
                      std::int64_t deep_channels)
     : Graph(std::move(spec)),
       rest_(std::move(rest)),
@@ -59,7 +59,7 @@ OnceGraph::OnceGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, s
     check_parts();
 }
 
-void OnceGraph::check_parts() const {
+void HoistedGraph::check_parts() const {
     Specs given = by_name(spec().inputs);
     bool fits = true;
     for (const auto &[name, part] : parts_) {
@@ -85,7 +85,7 @@ void OnceGraph::check_parts() const {
                                ". Build the target anew."));
 }
 
-Tensors OnceGraph::run(const TensorRefs &inputs) const {
+Tensors HoistedGraph::run(const TensorRefs &inputs) const {
     TensorRefs given = inputs;
     std::vector<Tensors> held;
     for (const auto &[name, _] : parts_) held.push_back(results(name, *inputs.at(name)));
@@ -94,7 +94,7 @@ Tensors OnceGraph::run(const TensorRefs &inputs) const {
     return rest_->run(taken(given, *rest_));
 }
 
-Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::size_t every) const {
+Call HoistedGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::size_t every) const {
     struct Bound {
         std::map<std::string, Tensors> held;  // what the parts give, by part
         Tensor deep;
@@ -128,7 +128,7 @@ Call OnceGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std::s
 
 // What the part that depends on an input gives for a value; where each row is one number, such as its timestep, what it
 // gave for that number is remembered.
-Tensors OnceGraph::results(const std::string &part, Tensor &value) const {
+Tensors HoistedGraph::results(const std::string &part, Tensor &value) const {
     if (value.shape.size() != 1) return parts_.at(part)->run({{part, &value}});
     Tensors whole;
     for (std::size_t number = 0; number < value.count(); ++number)
@@ -143,7 +143,7 @@ Tensors OnceGraph::results(const std::string &part, Tensor &value) const {
     return whole;
 }
 
-SharedTensors OnceGraph::row(const std::string &part, const Tensor &value, std::size_t number) const {
+SharedTensors HoistedGraph::row(const std::string &part, const Tensor &value, std::size_t number) const {
     Tensor one{value.dtype, {1}, {}};
     const auto bytes = static_cast<std::ptrdiff_t>(value.data.size() / value.count());
     const auto from = value.data.begin() + bytes * static_cast<std::ptrdiff_t>(number);

@@ -42,14 +42,15 @@ class Graph {
     GraphSpec spec_;
 };
 
-// A graph whose unchanging parts run apart: what depends on a condition once a binding, on the timestep once at all.
-class OnceGraph : public Graph {
+// A graph with its invariants hoisted out of the sampling loop: what depends on a condition alone runs once a binding,
+// what depends on the timestep alone once for each timestep.
+class HoistedGraph : public Graph {
   public:
     using Parts = std::map<std::string, std::unique_ptr<Graph>>;  // by the one input that each depends on
 
     // `rest` takes the graph's own inputs and what the parts give; `shallow`, which may be null, is its outermost blocks,
     // which take what `rest` gives as "deep" (B, deep_channels, h, w). Throws BundleError unless they are one of `spec`.
-    OnceGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, std::unique_ptr<Graph> shallow,
+    HoistedGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, std::unique_ptr<Graph> shallow,
               std::int64_t deep_channels);
 
     Tensors run(const TensorRefs &inputs) const override;

@@ -88,7 +88,7 @@ class Builder {
 
     Repeats repeats_;
     std::map<std::size_t, double> constants_;
-    std::size_t texts_ = 0;  // that have been told
+    std::size_t texts_ = 0;  // strings so far
     std::vector<Json *> open_;  // the containers around what comes next; only the innermost one grows, so that none moves
     std::string key_;
 };

@@ -52,8 +52,8 @@ void check_record(const Json &record, const std::map<std::string, GraphSpec> &gr
         if (const double number = field(record, key, Kind::number, where).number(); !(number >= 0 && number <= LARGEST_SIZE))
             throw MalformedError(join(where, " has ", key, " = ", number, "; it must be from 0 to ", LARGEST_SIZE));
     field(record, "passed", Kind::boolean, where);
-    if (record.object().count("made_of") == 0) return;
-    for (const auto &[path, sha256] : texts_of(record, "made_of", where))
+    if (record.object().count("source_hashes") == 0) return;
+    for (const auto &[path, sha256] : texts_of(record, "source_hashes", where))
         if (!is_sha256(sha256)) throw MalformedError(join(where, " was made of ", path, " with the SHA-256 '", sha256, "'"));
 }
 

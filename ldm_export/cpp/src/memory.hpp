@@ -6,7 +6,7 @@
 namespace ldm::runtime {
 
 // Bytes that this process may still take: of the machine, of its control group, and of its address space. The largest
-// number where none of these is told.
+// number where none of these can be read.
 std::uint64_t available_bytes();
 
 }  // namespace ldm::runtime

@@ -137,10 +137,10 @@ void Model::check_unchanged() const {
 
 std::unique_ptr<Graph> Model::load_target(const TargetGraph &graph, const GraphSpec &spec) {
     const auto part = [&](const std::string &path) { return open(target_->files, path, nullptr); };
-    if (graph.once.empty() && graph.shallow.empty()) return open(target_->files, graph.path, &spec);
-    OnceGraph::Parts parts;
-    for (const auto &[input, path] : graph.once) parts.emplace(input, part(path));
-    return std::make_unique<OnceGraph>(spec, part(graph.path), std::move(parts),
+    if (graph.hoisted.empty() && graph.shallow.empty()) return open(target_->files, graph.path, &spec);
+    HoistedGraph::Parts parts;
+    for (const auto &[input, path] : graph.hoisted) parts.emplace(input, part(path));
+    return std::make_unique<HoistedGraph>(spec, part(graph.path), std::move(parts),
                                        graph.shallow.empty() ? nullptr : part(graph.shallow), graph.deep_channels);
 }
 

@@ -29,7 +29,7 @@ Vector logarithms(Vector values) {
     return values;
 }
 
-// Arithmetic on numbers too small to be normal depends on the thread: a library may have told its processor to take
+// Arithmetic on numbers too small to be normal depends on the thread: a library may have set its processor to take
 // them for 0.
 double flushed(double value) { return std::abs(value) < std::numeric_limits<double>::min() ? 0 : value; }
 

@@ -35,10 +35,10 @@ bool is_vector_flag(const std::string &field, const std::string &flag) {
 
 std::string this_cpu() {
     std::ifstream stream("/proc/cpuinfo");
-    const std::string told = cpu_level({std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()});
+    const std::string level = cpu_level({std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()});
     struct utsname system {};
-    if (told.empty() || ::uname(&system) != 0) throw PassedOver("this system does not tell the kind of its processor");
-    return std::string(system.machine) + " " + told;
+    if (level.empty() || ::uname(&system) != 0) throw PassedOver("this system does not tell the kind of its processor");
+    return std::string(system.machine) + " " + level;
 }
 
 // The hashes of all files that a bundle's graphs consist of.
@@ -57,7 +57,7 @@ std::map<std::string, std::string> sources_of(const Bundle &bundle) {
 
 std::vector<std::string> TargetGraph::paths() const {
     std::vector<std::string> found{path};
-    for (const auto &[_, part] : once) found.push_back(part);
+    for (const auto &[_, part] : hoisted) found.push_back(part);
     if (!shallow.empty()) found.push_back(shallow);
     return found;
 }
@@ -81,7 +81,7 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
                 throw PassedOver(error.what());
             }
         }
-    if (target.made_from != sources_of(bundle)) throw PassedOver("it was made from other graphs");
+    if (target.source_hashes != sources_of(bundle)) throw PassedOver("it was made from other graphs");
     const std::map<std::string, std::string> has{{"cpu", this_cpu()}, {"onnxruntime", onnxruntime}};
     if (target.needs.size() != has.size()) throw PassedOver("it says not just of cpu and onnxruntime what it needs");
     for (const auto &[name, there] : has) {
@@ -101,11 +101,11 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
 
 TargetDocument target_from_json(std::string_view text) {
     const Json document = target_document(text, ORT_CPU);
-    TargetDocument target{{}, texts_of(document, "needs"), texts_of(document, "made_from"), files_of(document)};
+    TargetDocument target{{}, texts_of(document, "needs"), texts_of(document, "source_hashes"), files_of(document)};
     for (const auto &[name, entry] : field(document, "graphs", Kind::object).object()) {
         const std::string where = "graphs['" + name + "']";
         target.graphs.emplace(name, TargetGraph{field(entry, "path", Kind::text, where).text(),
-                                                texts_of(entry, "once", where),
+                                                texts_of(entry, "hoisted", where),
                                                 field(entry, "shallow", Kind::text, where).text(),
                                                 field(entry, "deep_channels", Kind::integer, where).integer()});
     }
@@ -130,11 +130,11 @@ std::string cpu_level(const std::string &cpuinfo) {
             if (is_vector_flag(name, flag)) vectors.insert(flag);
     }
     if (vectors.empty()) return "";
-    std::string told;
-    for (const std::string &word : models) told += word + " ";
-    for (const std::string &word : vectors) told += word + " ";
-    told.pop_back();
-    return told;
+    std::string listed;
+    for (const std::string &word : models) listed += word + " ";
+    for (const std::string &word : vectors) listed += word + " ";
+    listed.pop_back();
+    return listed;
 }
 
 }  // namespace ldm::runtime

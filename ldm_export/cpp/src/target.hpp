@@ -12,7 +12,7 @@ constexpr const char *ORT_CPU = "ort-cpu";
 
 struct TargetGraph {
     std::string path;                         // of what is run in every call
-    std::map<std::string, std::string> once;  // by the input that it depends on alone, what need not be
+    std::map<std::string, std::string> hoisted;  // {input: path of the graph that depends on that input alone}
     std::string shallow;                      // the outermost blocks alone, which take "deep"; empty: there are none
     std::int64_t deep_channels;               // of "deep", which else has the latents' sizes
 
@@ -22,7 +22,7 @@ struct TargetGraph {
 // What target.json says.
 struct TargetDocument {
     std::map<std::string, TargetGraph> graphs;
-    std::map<std::string, std::string> needs, made_from;
+    std::map<std::string, std::string> needs, source_hashes;
     std::map<std::string, FileEntry> files;
 };
 

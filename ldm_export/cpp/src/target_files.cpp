@@ -9,7 +9,7 @@ namespace ldm::runtime {
 
 namespace {
 
-constexpr std::int64_t FORMAT_VERSION = 1;
+constexpr std::int64_t FORMAT_VERSION = 2;
 
 }  // namespace
 

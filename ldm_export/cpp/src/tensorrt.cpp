@@ -84,9 +84,9 @@ using Shapes = std::map<std::string, Shape>;
 // An engine with memory for inputs of some shapes, on a stream of its own.
 class Bound {
   public:
-    Bound(const Library &library, nvinfer1::ICudaEngine &engine, const Engine &told)
-        : library_(library), engine_(engine), told_(told), context_(context_of(engine)) {
-        if (context_ == nullptr) throw library_.failed("make room for " + told_.path + " on the GPU");
+    Bound(const Library &library, nvinfer1::ICudaEngine &engine, const Engine &facts)
+        : library_(library), engine_(engine), engine_facts_(facts), context_(context_of(engine)) {
+        if (context_ == nullptr) throw library_.failed("make room for " + engine_facts_.path + " on the GPU");
     }
 
     const Shapes &shapes() const { return shapes_; }
@@ -94,13 +94,13 @@ class Bound {
 
     void take(const Shapes &shapes) {
         shapes_.clear();  // until all is there
-        for (const auto &[name, _] : told_.profile) {  // the others have one shape
+        for (const auto &[name, _] : engine_facts_.profile) {  // the others have one shape
             const Shape &shape = shapes.at(name);
             nvinfer1::Dims dims{static_cast<int32_t>(shape.size()), {}};
             std::copy(shape.begin(), shape.end(), dims.d);
-            if (!context_->setInputShape(name.c_str(), dims)) throw library_.failed(join("take ", name, " in ", told_.path));
+            if (!context_->setInputShape(name.c_str(), dims)) throw library_.failed(join("take ", name, " in ", engine_facts_.path));
         }
-        if (context_->inferShapes(0, nullptr) != 0) throw library_.failed("tell the shapes of " + told_.path);
+        if (context_->inferShapes(0, nullptr) != 0) throw library_.failed("tell the shapes of " + engine_facts_.path);
         buffers_.clear();
         for (int32_t k = 0; k < engine_.getNbIOTensors(); ++k) {
             const char *name = engine_.getIOTensorName(k);
@@ -108,7 +108,7 @@ class Bound {
             const Buffer &buffer =
                 buffers_.try_emplace(name, count * type_of(engine_.getTensorDataType(name))->bytes).first->second;
             if (!context_->setTensorAddress(name, buffer.address()))
-                throw library_.failed(join("use its memory for ", name, " of ", told_.path));
+                throw library_.failed(join("use its memory for ", name, " of ", engine_facts_.path));
         }
         shapes_ = shapes;
     }
@@ -116,7 +116,7 @@ class Bound {
     void upload(const std::string &name, const Tensor &tensor) { fitting(name, tensor).upload(tensor, stream_); }
     void download(const std::string &name, Tensor &tensor) { fitting(name, tensor).download(tensor, stream_); }
     void launch() {
-        if (!context_->enqueueV3(stream_.handle())) throw library_.failed("run " + told_.path);
+        if (!context_->enqueueV3(stream_.handle())) throw library_.failed("run " + engine_facts_.path);
     }
     void wait() const { stream_.wait(); }
 
@@ -124,7 +124,7 @@ class Bound {
         const nvinfer1::Dims dims = context_->getTensorShape(name);
         const Shape shape(dims.d, dims.d + std::max(dims.nbDims, 0));
         if (dims.nbDims < 0 || std::any_of(shape.begin(), shape.end(), [](std::int64_t size) { return size < 0; }))
-            throw library_.failed(join("tell the shape of ", name, " of ", told_.path));
+            throw library_.failed(join("tell the shape of ", name, " of ", engine_facts_.path));
         return shape;
     }
 
@@ -144,14 +144,14 @@ class Bound {
     Buffer &fitting(const std::string &name, const Tensor &tensor) {
         Buffer &buffer = buffers_.at(name);
         if (buffer.bytes() != tensor.data.size())
-            throw BackendError(join(told_.path, " has ", buffer.bytes(), " bytes of '", name, "', and ", tensor.data.size(),
+            throw BackendError(join(engine_facts_.path, " has ", buffer.bytes(), " bytes of '", name, "', and ", tensor.data.size(),
                                     " are there. Build the target anew."));
         return buffer;
     }
 
     const Library &library_;
     nvinfer1::ICudaEngine &engine_;
-    const Engine &told_;
+    const Engine &engine_facts_;
     Stream stream_;
     std::map<std::string, Buffer> buffers_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
@@ -161,11 +161,11 @@ class Bound {
 class EngineGraph : public Graph {
   public:
     EngineGraph(std::shared_ptr<const Library> library, std::unique_ptr<nvinfer1::ICudaEngine> engine, GraphSpec spec,
-                Engine told, std::string rebuild)
+                Engine facts, std::string rebuild)
         : Graph(std::move(spec)),
           library_(std::move(library)),
           engine_(std::move(engine)),
-          told_(std::move(told)),
+          engine_facts_(std::move(facts)),
           rebuild_(std::move(rebuild)) {}
 
     Tensors run(const TensorRefs &inputs) const override {
@@ -197,7 +197,7 @@ class EngineGraph : public Graph {
     }
 
     void check_shape(const std::string &input, const Shape &shape) const override {
-        told_.check_shape(input, shape, rebuild_);
+        engine_facts_.check_shape(input, shape, rebuild_);
     }
 
   private:
@@ -222,7 +222,7 @@ class EngineGraph : public Graph {
 
     std::unique_ptr<Bound> idle(const Shapes &shapes) const {
         const std::lock_guard<std::mutex> lock(mutex_);
-        if (idle_.empty()) return std::make_unique<Bound>(*library_, *engine_, told_);
+        if (idle_.empty()) return std::make_unique<Bound>(*library_, *engine_, engine_facts_);
         auto found = std::find_if(idle_.begin(), idle_.end(), [&](const auto &one) { return one->shapes() == shapes; });
         if (found == idle_.end()) --found;
         std::unique_ptr<Bound> bound = std::move(*found);
@@ -232,7 +232,7 @@ class EngineGraph : public Graph {
 
     std::shared_ptr<const Library> library_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
-    Engine told_;
+    Engine engine_facts_;
     std::string rebuild_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Bound>> idle_;
@@ -295,24 +295,24 @@ class OpenedEngines : public Engines {
             const std::string loop = is_loop(graph) ? " --loop " + graph.substr(graph.find('/') + 1) : "";
             throw BackendError(join(join(TARGETS, "/", target_.document.kind), " has no engine of ", graph, ". Run: ", rebuild_, loop));
         }
-        Engine told = found->second;
-        const std::string file = told.path;
-        told.path = join(TARGETS, "/", target_.document.kind, "/", told.path);  // what errors call it
+        Engine facts = found->second;
+        const std::string file = facts.path;
+        facts.path = join(TARGETS, "/", target_.document.kind, "/", facts.path);  // what errors call it
         std::unique_ptr<nvinfer1::ICudaEngine> engine;
         try {
             const Content plan = target_.files.content(file);
 #if LDM_TENSORRT_RTX
-            check_validity(*library_, plan.bytes(), told.path, rebuild_);
+            check_validity(*library_, plan.bytes(), facts.path, rebuild_);
 #endif
             engine.reset(library_->runtime->deserializeCudaEngine(plan.bytes().data(), plan.bytes().size()));
         } catch (const BundleError &error) {
-            throw BackendError(join(told.path, " cannot be used, since ", error.what(), ". Run: ", rebuild_));
+            throw BackendError(join(facts.path, " cannot be used, since ", error.what(), ". Run: ", rebuild_));
         }
-        if (engine == nullptr) throw library_->failed("open " + told.path);
+        if (engine == nullptr) throw library_->failed("open " + facts.path);
         if (!agree(spec.inputs, specs_of(*engine, nvinfer1::TensorIOMode::kINPUT)) ||
             !agree(spec.outputs, specs_of(*engine, nvinfer1::TensorIOMode::kOUTPUT)))
-            throw BackendError(join(told.path, " has other inputs or outputs than ", spec.path, ". Run: ", rebuild_));
-        return std::make_unique<EngineGraph>(library_, std::move(engine), spec, std::move(told), rebuild_);
+            throw BackendError(join(facts.path, " has other inputs or outputs than ", spec.path, ". Run: ", rebuild_));
+        return std::make_unique<EngineGraph>(library_, std::move(engine), spec, std::move(facts), rebuild_);
     }
 
   private:

@@ -21,7 +21,7 @@ class Tokenizer {
     // Throws BundleError if a file is missing, is not what it should be, or contradicts another.
     Tokenizer(const std::string &folder, const ReadText &read);
 
-    // The ids of a prompt, max_length of them; `warn` is told what is cut off. Throws InputError unless it is UTF-8.
+    // The ids of a prompt, max_length of them; `warn` is called with what is cut off. Throws InputError unless it is UTF-8.
     std::vector<TokenId> operator()(std::string_view prompt, const Warn &warn) const;
 
     std::size_t max_length() const { return max_length_; }

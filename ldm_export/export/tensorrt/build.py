@@ -236,12 +236,12 @@ def _check_network(name: str, spec: GraphSpec, found: Mapping[str, Any], flavour
             "the pass that made it; engines are made of graphs in fp32."
         )
     for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
-        told = {tensor.name: (tensor.dtype, _free(tensor.shape)) for tensor in tensors}
+        listed = {tensor.name: (tensor.dtype, _free(tensor.shape)) for tensor in tensors}
         network = {each["name"]: (each["dtype"], tuple(each["shape"])) for each in found[side]}
-        if told != network:
+        if listed != network:
             raise ExportError(
-                f"{CALLED[flavour]} reads {name} with the {side} {network}; the bundle says {told}. Nothing was built. "
-                "Export the bundle anew."
+                f"{CALLED[flavour]} reads {name} with the {side} {network}; the bundle says {listed}. Nothing was "
+                "built. Export the bundle anew."
             )
 
 
@@ -256,16 +256,16 @@ def _put(target: EngineTarget, name: str, task: _Task, onnx: Path, report: Mappi
         plan.parent.mkdir(parents=True, exist_ok=True)
         graph = {"onnx": str(onnx), "plan": str(plan), "profile": {key: asdict(r) for key, r in task.profile.items()}}
         names = ("flavour", "compute_capabilities", "refittable", "stripped", "sparse")
-        told = {**{key: getattr(target, key) for key in names}, "graphs": {name: graph}}
-        found = in_a_process(told, f"The build of {name}")[name]
+        request = {**{key: getattr(target, key) for key in names}, "graphs": {name: graph}}
+        found = in_a_process(request, f"The build of {name}")[name]
         _check_network(name, task.source.spec, found, target.flavour)
-        sides = {
+        tensors = {
             side: tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in found[side])
             for side in ("inputs", "outputs")
         }
         source = task.source
         engine = Engine(
-            f"{name}.plan", source.path, source.made_from, **sides, profile=task.profile, seconds=found["seconds"]
+            f"{name}.plan", source.path, source.source_hashes, **tensors, profile=task.profile, seconds=found["seconds"]
         )
         told_of = {key: found[key] for key in ("layers", "peak_rss_bytes")}
         told_of |= {"onnx_bytes": bytes_of(onnx), "engine_bytes": plan.stat().st_size, **report}

@@ -23,19 +23,19 @@ from ldm_export.processes import peak_rss_bytes
 
 
 def main() -> None:
-    told = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if told["flavour"] == "tensorrt_rtx":
+    if request["flavour"] == "tensorrt_rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     found = {}
-    for name, graph in told["graphs"].items():
-        found[name] = refitted(graph) if "engine" in graph else graph_of(graph, told)
+    for name, graph in request["graphs"].items():
+        found[name] = refitted(graph) if "engine" in graph else graph_of(graph, request)
     json.dump(found, results)
     results.close()
 
 
-def graph_of(graph: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def graph_of(graph: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     """What there is to say of one graph, and its engine, if it is to be built."""
     from polygraphy.backend.trt import create_network, engine_bytes_from_network
     from polygraphy.backend.trt.util import get_trt_logger
@@ -50,7 +50,7 @@ def graph_of(graph: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
         return {"refused": refusals(parser)}
     document = described(network, library)
     if "plan" in graph:
-        config = config_of(builder, network, graph["profile"], told)
+        config = config_of(builder, network, graph["profile"], request)
         try:
             engine = engine_bytes_from_network((builder, network), lambda *_: config)
         except PolygraphyException:
@@ -97,7 +97,7 @@ def written(engine: Any, plan: str, started: float) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
 
 
-def config_of(builder: Any, network: Any, profile: dict[str, Any], told: dict[str, Any]) -> Any:
+def config_of(builder: Any, network: Any, profile: dict[str, Any], request: dict[str, Any]) -> Any:
     """How to build, as Polygraphy sets it up."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
@@ -106,15 +106,15 @@ def config_of(builder: Any, network: Any, profile: dict[str, Any], told: dict[st
         shapes.add(name, *(tuple(sizes[key]) for key in ("min", "opt", "max")))
     switches = {
         "profiles": [shapes],
-        "refittable": told["refittable"],
-        "strip_plan": told["stripped"],
-        "sparse_weights": told["sparse"],
+        "refittable": request["refittable"],
+        "strip_plan": request["stripped"],
+        "sparse_weights": request["sparse"],
     }
-    if told["flavour"] == "tensorrt":
+    if request["flavour"] == "tensorrt":
         return CreateConfig(**switches)(builder, network)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    capabilities = [tuple(map(int, capability.split("."))) for capability in told["compute_capabilities"]]
+    capabilities = [tuple(map(int, capability.split("."))) for capability in request["compute_capabilities"]]
     return CreateConfigRTX(compute_capabilities=capabilities, **switches)(builder, network)
 
 

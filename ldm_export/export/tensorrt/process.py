@@ -19,7 +19,7 @@ _NO_MEMORY = re.compile(r"bad_alloc|out ?of ?memory|MemoryError", re.IGNORECASE)
 _CLUTTER = re.compile(r"\x1b\[[0-9;]*m|\[[A-Z!]\]\s+|\s*\bIn \w+ at \S+|^Internal Error: ")
 
 
-def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
+def in_a_process(request: Mapping[str, Any], what: str) -> dict[str, Any]:
     """What the process found, by graph.
 
     Parameters
@@ -36,7 +36,7 @@ def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(CHILD, env=environment(), text=True, errors="replace", **pipes) as process:
         try:
-            output, errors = process.communicate(json.dumps(told))
+            output, errors = process.communicate(json.dumps(request))
         except BaseException:
             process.kill()
             raise
@@ -56,7 +56,7 @@ def in_a_process(told: Mapping[str, Any], what: str) -> dict[str, Any]:
         if "errno" in graph:
             raise OSError(graph["errno"], os.strerror(graph["errno"]))
         if "failed" in graph:
-            raise ExportError(f"{what} failed{f': {words}' if words else ''}. {_advice(told)}")
+            raise ExportError(f"{what} failed{f': {words}' if words else ''}. {_advice(request)}")
         if "missing" in graph:
             lacking = f"{graph['missing'][0]!r} and {len(graph['missing']) - 1} more of its weights"
             raise ExportError(f"{what} failed: the graph does not give {lacking}. Nothing was kept; build anew.")
@@ -79,7 +79,7 @@ def _ended(code: int) -> str:
     return f"ended with exit code {code}"
 
 
-def _advice(told: Mapping[str, Any]) -> str:
-    if told.get("refittable") or told.get("stripped"):
+def _advice(request: Mapping[str, Any]) -> str:
+    if request.get("refittable") or request.get("stripped"):
         return "Engines that can be refitted are built where there is a GPU; else leave --refit and --strip out."
     return "Nothing was kept."

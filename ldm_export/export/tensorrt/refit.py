@@ -87,11 +87,11 @@ def refit_engines(
             engines, report = {}, {}
             for number, (name, engine) in enumerate(target.engines.items(), 1):
                 progress(f"{name}: refitting, {number} of {len(target.engines)}")
-                onnx, told = onnx_of(bundle, made, sources[name], reports, work)
+                onnx, conversion = onnx_of(bundle, made, sources[name], reports, work)
                 plan = full / engine.path
                 engines[name] = _refitted(target, name, onnx, plan, sources[name])
                 sizes = {"onnx_bytes": bytes_of(onnx), "engine_bytes": plan.stat().st_size}
-                report[name] = {**target.report[name], **told, **sizes}
+                report[name] = {**target.report[name], **conversion, **sizes}
             filled = replace(target, folder=full, stripped=False, engines=engines, report=report)
             write_engine_target(filled)
             move_into_place(full, folder)
@@ -134,11 +134,11 @@ def _check_can_be_filled(target: EngineTarget, sources: Mapping[str, Source], ba
     """Raise InputError unless the engines may have these weights, and loops are of the same plans."""
     for name, engine in target.engines.items():
         source = sources[name]
-        if is_loop(name) and source.made_from[source.path] != engine.made_from[source.path]:
+        if is_loop(name) and source.source_hashes[source.path] != engine.source_hashes[source.path]:
             raise InputError(
                 f"{source.path} is another plan in {base.path}, and the engine {name} has it in it. Build {name} anew."
             )
-        if not target.refittable and source.made_from != engine.made_from:
+        if not target.refittable and source.source_hashes != engine.source_hashes:
             raise InputError(
                 f"targets/{target.kind} of {base.path} was built with --strip alone, and takes only the weights that "
                 f"it was built from, of which {name}'s are not. Build it with --refit --strip."
@@ -190,7 +190,7 @@ def _nodes_differ(mine: onnx_ir.Model, other: onnx_ir.Model, here: object, there
         return f"{here} has {len(ours)} nodes, inputs and outputs, and {there} {len(theirs)}"
     for a, b in zip(ours, theirs, strict=True):
         if a != b:
-            return f"{a[0]} {a[1]!r} in {here} is {b[0]} {b[1]!r} in {there}, or is told otherwise"
+            return f"{a[0]} {a[1]!r} in {here} is {b[0]} {b[1]!r} in {there}, or has other attributes"
     return ""
 
 
@@ -220,6 +220,6 @@ def _refitted(target: EngineTarget, name: str, onnx: Path, plan: Path, source: S
     engine = target.engines[name]
     plan.parent.mkdir(parents=True, exist_ok=True)
     files = {"onnx": str(onnx), "engine": str(target.file(engine.path)), "plan": str(plan)}
-    told = {"flavour": target.flavour, "graphs": {name: {**files, "refittable": target.refittable}}}
-    found = in_a_process(told, f"Refitting {name}")[name]
-    return replace(engine, made_from=source.made_from, seconds=found["seconds"])
+    request = {"flavour": target.flavour, "graphs": {name: {**files, "refittable": target.refittable}}}
+    found = in_a_process(request, f"Refitting {name}")[name]
+    return replace(engine, source_hashes=source.source_hashes, seconds=found["seconds"])

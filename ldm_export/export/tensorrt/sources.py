@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.manifest import is_loop, source_hashes_of
 from ldm_export.contract import STEP, GraphSpec, step_spec
 from ldm_export.errors import InputError
 from ldm_export.export.chain import tolerances
@@ -41,7 +41,7 @@ class Source:
 
     spec: GraphSpec
     path: str
-    made_from: Mapping[str, str]
+    source_hashes: Mapping[str, str]
 
 
 def source_of(bundle: Bundle, name: str) -> Source:
@@ -54,24 +54,19 @@ def source_of(bundle: Bundle, name: str) -> Source:
     """
     if is_loop(name):
         loop = build_loop(bundle, plan_of(bundle, Path(name).name))
-        return Source(loop.spec, f"plans/{Path(name).name}.json", loop.made_of)
+        return Source(loop.spec, f"plans/{Path(name).name}.json", loop.source_hashes)
     own = {graph: spec for graph, spec in bundle.manifest.graphs.items() if not is_loop(spec.path)}
     graph = bundle.roles.denoiser if name == STEP else name
     if graph not in own:
         raise InputError(f"{bundle.path} has no graph {graph!r}; it has {', '.join(own)}. Name some of these.")
     path = own[graph].path
-    made_from = {file: bundle.manifest.files[file].sha256 for file in files_of(bundle, path)}
-    return Source(step_spec(own[graph]) if name == STEP else own[graph], path, made_from)
-
-
-def files_of(bundle: Bundle, graph: str) -> list[str]:
-    """The files that a graph consists of, by its path: itself and its weights."""
-    return [file for file in bundle.manifest.files if file in (graph, f"{graph}_data")]
+    source_hashes = source_hashes_of(bundle.manifest, path)
+    return Source(step_spec(own[graph]) if name == STEP else own[graph], path, source_hashes)
 
 
 def parts_of(bundle: Bundle, sources: Iterable[Source]) -> list[str]:
     """The graphs that go into some engines, in the bundle's order; ``step`` has only the denoiser's shapes."""
-    of = {path for source in sources if source.spec.name != STEP for path in source.made_from}
+    of = {path for source in sources if source.spec.name != STEP for path in source.source_hashes}
     return [name for name, spec in bundle.manifest.graphs.items() if spec.path in of]
 
 
@@ -122,7 +117,7 @@ def converted(
         If a converted graph, or a weight of it, differs from the plain one by more than its conversion may.
     """
     paths = [bundle.manifest.graphs[name].path for name in names]
-    bundle.check_hashes(file for path in paths for file in files_of(bundle, path))
+    bundle.check_hashes(file for path in paths for file in source_hashes_of(bundle.manifest, path))
     reports: dict[str, dict[str, Any]] = {name: {"compared": [recorded(bundle, name)]} for name in names}
     step = PRECISIONS[precision]
     if step is None:

@@ -22,7 +22,7 @@ from ldm_export.graph.cpu.matching import (
     number,
     only_reader,
     replace,
-    sides,
+    static_shape,
     transposed,
 )
 from ldm_export.graph.cpu.rule import RefusedError
@@ -70,7 +70,7 @@ class FuseAttention:
 
 def shapes_fit(q: ir.Value, k: ir.Value, v: ir.Value, out: ir.Value, heads: int) -> bool:
     """Whether Q (B, L, H D), K (B, M, H D), V (B, M, H E) and the result (B, L, H E) may have such shapes."""
-    known = [shape for value in (q, k, v, out) if (shape := sides(value)) is not None and len(shape) == 3]
+    known = [shape for value in (q, k, v, out) if (shape := static_shape(value)) is not None and len(shape) == 3]
     if len(known) != 4:
         return False
     (batch, length, width), (batch_k, length_k, width_k), (batch_v, length_v, width_v), result = known
@@ -100,7 +100,7 @@ def keys(value: ir.Value | None) -> ir.Value | None:
     flat = None if again is None else made_by(transposed(again.inputs[0], 0, 2, 1), "Reshape")
     if again is None or flat is None:
         return None
-    heads, rows, turned = sides(flat.inputs[0]), sides(flat.outputs[0]), sides(again.outputs[0])
+    heads, rows, turned = static_shape(flat.inputs[0]), static_shape(flat.outputs[0]), static_shape(again.outputs[0])
     if heads is None or rows is None or turned is None or len(heads) != 4 or len(turned) != 4:
         return None
     kept = (heads[0], heads[1], heads[3], heads[2])
@@ -112,7 +112,7 @@ def split_heads(value: ir.Value | None) -> tuple[ir.Value | None, int | None]:
     reshape = made_by(transposed(value, 0, 2, 1, 3), "Reshape")
     if reshape is None:
         return None, None
-    tokens, shape = sides(reshape.inputs[0]), sides(reshape.outputs[0])
+    tokens, shape = static_shape(reshape.inputs[0]), static_shape(reshape.outputs[0])
     if tokens is None or shape is None or len(tokens) != 3 or len(shape) != 4:
         return None, None
     heads, width = shape[2:]

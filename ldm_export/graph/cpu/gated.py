@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ldm_export.graph.base import Array
-from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, only_reader, replace, sides
+from ldm_export.graph.cpu.matching import CONTRIB, Writer, constant, made_by, only_reader, replace, static_shape
 from ldm_export.graph.cpu.rule import RefusedError
 
 
@@ -41,7 +41,7 @@ class SplitGated:
             raise RefusedError("what is split is no product with a constant plus a bias")
         if product.scale is None and product.weight.dtype != np.float32:
             raise RefusedError(f"its weights are {product.weight.dtype}, and the kernel is for float32")
-        rank = len(sides(split.inputs[0]) or ())
+        rank = len(static_shape(split.inputs[0]) or ())
         if axis.as_int() != -1 and axis.as_int() != rank - 1:
             return False
         sizes = constant(split.inputs[1]) if len(split.inputs) > 1 else None

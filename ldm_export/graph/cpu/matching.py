@@ -39,7 +39,7 @@ def number(value: ir.Value | None) -> float | None:
     return float(found.reshape(())) if found is not None and found.size == 1 else None
 
 
-def sides(value: ir.Value | None) -> tuple[int | str | None, ...] | None:
+def static_shape(value: ir.Value | None) -> tuple[int | str | None, ...] | None:
     """A value's shape, as far as it is known: numbers, names, None; None if not even its rank is."""
     if value is None or value.shape is None:
         return None

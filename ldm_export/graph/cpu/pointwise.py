@@ -23,7 +23,7 @@ from ldm_export.graph.cpu.matching import (
     may_be,
     only_reader,
     replace,
-    sides,
+    static_shape,
     transposed,
 )
 
@@ -52,7 +52,7 @@ def on_the_way_in(conv: ir.Node, weight: Array, bias: Array | None) -> bool:
     transpose = None if reshape is None else only_reader(reshape.outputs[0], "Transpose")
     if reshape is None or transpose is None or transposed(transpose.outputs[0], 0, 2, 1) is None:
         return False
-    before, after = sides(conv.outputs[0]), sides(reshape.outputs[0])
+    before, after = static_shape(conv.outputs[0]), static_shape(reshape.outputs[0])
     if before is None or after is None or before[1] != after[1] or not may_be(before[0], after[0]):
         return False
     writer = Writer(transpose)
@@ -69,7 +69,7 @@ def on_the_way_out(conv: ir.Node, weight: Array, bias: Array | None) -> bool:
     if reshape is None or tokens is None or only_reader(reshape.outputs[0], "Conv") is not conv:
         return False
     parts = made_by(reshape.inputs[1], "Concat")
-    before, after = sides(tokens), sides(reshape.outputs[0])
+    before, after = static_shape(tokens), static_shape(reshape.outputs[0])
     if parts is None or before is None or after is None or not len(parts.inputs) == len(after) == 4:
         return False
     if before[2] != weight.shape[1] or not may_be(before[0], after[0]):

@@ -6,7 +6,7 @@ Doubled by repeating pixels, rows 2i and 2i + 1 of a 3 x 3 convolution read only
     y[2i + 1] =  (w_0 + w_1) x[i] + w_2 x[i+1]
 
 and columns likewise, so that each of the four kinds of pixels is a 2 x 2 convolution: 16 products instead of 36 (the
-sub-pixel view of Shi et al., 1609.05158). A UNet that is told the size of its skip connection may double to an odd
+sub-pixel view of Shi et al., 1609.05158). A UNet that is given the size of its skip connection may double to an odd
 size, one row or column less, where the last row reads a margin of zeros instead: then the graph does as before.
 """
 

@@ -39,13 +39,13 @@ from ldm_export.runtime.backends.user_cache import cache_folder
 from ldm_export.runtime.graph import Array
 
 SETTLE_S = 0.1
-"""Between sides that are timed in turn: threads of one that still wait, spinning, for work would slow the other."""
+"""Pause between timings, s: idle worker threads of one backend spin, and would slow the next."""
 BUDGET_S = 1.0
 TURN_S = 0.05
-"""How long one side is called before it is the other's turn, at least once."""
+"""How long one backend is called, at least once, before it is the other's turn, s."""
 LARGE_BYTES = 1 << 30
 """Denoisers from this size are opened and timed one after the other, so that never two of them are in memory."""
-SIDES = ("onnxruntime", "openvino")
+CANDIDATES = ("onnxruntime", "openvino")
 TOKENS = 77
 """How many a denoiser is measured with that reads states of another number."""
 MOST_BYTES = 1 << 16
@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_fastest(bundle: Bundle, threads: int | None) -> Backend:
-    """Open the backend ``auto``; what is measured is told to the logger ``ldm_export`` (level INFO).
+    """Open the backend ``auto``; what is measured goes to the logger ``ldm_export`` (level INFO).
 
     Raises
     ------
@@ -115,21 +115,21 @@ def openvino_version() -> str | None:
 
 
 def measure(bundle: Bundle, cpu: Backend, openvino: Backend) -> dict[str, float]:
-    """The shortest call of the denoiser of each of :data:`SIDES`, in milliseconds."""
+    """The shortest call of the denoiser in each of :data:`CANDIDATES`, in milliseconds."""
     size_bytes = sum(
         entry.size_bytes
         for path, entry in bundle.manifest.files.items()
         if path.startswith(f"{bundle.roles.denoiser}/")
     )
-    sides = list(zip(SIDES, (cpu, openvino), strict=True))
+    backends = list(zip(CANDIDATES, (cpu, openvino), strict=True))
     times: dict[str, float] = {}
-    for group in [sides] if size_bytes < LARGE_BYTES else [[side] for side in sides]:
+    for group in [backends] if size_bytes < LARGE_BYTES else [[backend] for backend in backends]:
         times |= time_calls({name: _denoiser_call(bundle, backend) for name, backend in group})
     return times
 
 
 def time_calls(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-    """The shortest of each side's calls, in milliseconds, timed in turn as the module's docstring says."""
+    """The shortest of each backend's calls, in milliseconds, timed in turn as the module's docstring says."""
     shortest = dict.fromkeys(calls, float("inf"))
     started = time.perf_counter()
     for call in calls.values():
@@ -187,7 +187,7 @@ def remembered(file: Path | None) -> dict[str, float] | None:
         return None
     try:
         found = read_json(file, MOST_BYTES)
-        times = {name: found[name] for name in SIDES}
+        times = {name: found[name] for name in CANDIDATES}
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return times if all(type(value) is float and 0 < value < float("inf") for value in times.values()) else None

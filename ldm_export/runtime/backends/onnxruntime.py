@@ -22,7 +22,7 @@ from ldm_export.runtime.backends.base import (
     foreign_errors,
     one_line,
 )
-from ldm_export.runtime.backends.once import OnceGraph, check_parts
+from ldm_export.runtime.backends.hoisted import HoistedGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, RECORDS, Provider
 from ldm_export.runtime.backends.running import Running
 from ldm_export.runtime.backends.user_cache import cache_folder
@@ -169,7 +169,7 @@ class OnnxRuntimeBackend(Backend):
         found = target.graphs[graph]
         files = files_in(self._bundle, target)
         opened = {path: self._session(files.graph(path), path) for path in found.paths}
-        if not found.once and not found.shallow:
+        if not found.hoisted and not found.shallow:
             session, mapped = opened[found.path]
             check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
             return OnnxRuntimeGraph(session, spec, None, self._running, mapped)
@@ -178,8 +178,8 @@ class OnnxRuntimeBackend(Backend):
             for path, (session, mapped) in opened.items()
         }
         check_parts(spec, found, {path: one.spec for path, one in graphs.items()})
-        parts = {name: graphs[path] for name, path in found.once.items()}
-        return OnceGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
+        parts = {name: graphs[path] for name, path in found.hoisted.items()}
+        return HoistedGraph(spec, graphs[found.path], parts, graphs.get(found.shallow), found.deep_channels)
 
     def interrupt(self) -> None:
         """End what this backend runs and opens, from any thread; there it raises CancelledError, in milliseconds."""

@@ -200,8 +200,8 @@ class TensorRtBackend(Backend):
     def _cache_file(self, entry: EngineEntry) -> Path | None:
         """Where to keep what TensorRT-RTX compiles of an engine for this GPU; a bundle stays as it is."""
         folder = cache_folder()
-        made_of = json.dumps([self._library.version, self._target.kind, self._gpu.name, entry.path, entry.made_from])
-        return folder and folder / f"engine-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.cache"
+        key = json.dumps([self._library.version, self._target.kind, self._gpu.name, entry.path, entry.source_hashes])
+        return folder and folder / f"engine-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cache"
 
 
 class EngineGraph:

@@ -43,7 +43,7 @@ def another_release(bundle: Path) -> None:
 def another_graph(bundle: Path) -> None:
     file = bundle / "targets" / KIND / "target.json"
     document = json.loads(file.read_text())
-    document["engines"]["text_encoder"]["made_from"]["text_encoder/model.onnx"] = "0" * 64
+    document["engines"]["text_encoder"]["source_hashes"]["text_encoder/model.onnx"] = "0" * 64
     file.write_text(json.dumps(document))
 
 
@@ -142,7 +142,7 @@ def test_an_engine_of_an_old_loop_is_dropped(small: Path) -> None:
     build_engines(Bundle.open(small), settings(), ["vae_encoder"])
     file = small / "targets" / KIND / "target.json"
     document = json.loads(file.read_text())
-    document["engines"]["vae_encoder"]["made_from"]["vae_encoder/model.onnx"] = "0" * 64
+    document["engines"]["vae_encoder"]["source_hashes"]["vae_encoder/model.onnx"] = "0" * 64
     file.write_text(json.dumps(document))
     made = build_engines(Bundle.open(small), settings(), SMALL)
     assert (made.built, made.because) == ((), "its vae_encoder was made from other graphs")

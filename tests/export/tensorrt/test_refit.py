@@ -181,8 +181,8 @@ def test_a_loop_takes_no_other_plan(base: Path, other: Path) -> None:
         add_plan(Bundle.open(folder), "ddim", 10)
     file = base / "targets" / KIND / "target.json"
     document = json.loads(file.read_text())
-    made_from = {plan: Bundle.open(base).manifest.files[plan].sha256}
-    document["engines"] = {name: document["engines"][NAME] | {"source": plan, "made_from": made_from}}
+    source_hashes = {plan: Bundle.open(base).manifest.files[plan].sha256}
+    document["engines"] = {name: document["engines"][NAME] | {"source": plan, "source_hashes": source_hashes}}
     file.write_text(json.dumps(document))
     opened = Bundle.open(other)
     changed = json.loads(opened.file(plan).read_text()) | {"init_scale": 1.5}
@@ -239,7 +239,9 @@ def test_what_is_written(base: Path, other: Path, monkeypatch: pytest.MonkeyPatc
     opened = Bundle.open(other)
     made = refit_engines(opened, KIND, here, Bundle.open(base))
     assert (made.folder, made.stripped, made.refittable) == (other / "targets" / KIND, False, True)
-    assert made.engines[NAME].made_from == {f"{NAME}/model.onnx": opened.manifest.files[f"{NAME}/model.onnx"].sha256}
+    assert made.engines[NAME].source_hashes == {
+        f"{NAME}/model.onnx": opened.manifest.files[f"{NAME}/model.onnx"].sha256
+    }
     assert made.engines[NAME].seconds == 1.5
     assert [path.name for path in (other / "targets").iterdir()] == [KIND]
 

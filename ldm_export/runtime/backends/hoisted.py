@@ -1,4 +1,5 @@
-"""A graph whose unchanging parts run apart: what depends on the prompt once a picture, on the timestep once at all."""
+"""A graph with its invariants hoisted out of the sampling loop: what depends on the prompt alone runs once a picture,
+what depends on the timestep alone once for each timestep."""
 
 from __future__ import annotations
 
@@ -18,15 +19,15 @@ MOST_RESULTS = 1024
 """Values of an input of one number a row (timesteps) whose results are kept."""
 
 
-class OnceGraph:
-    """Behaves as one graph of ``spec``.
+class HoistedGraph:
+    """Several graphs that behave as one of ``spec``.
 
     Parameters
     ----------
-    rest : takes the graph's own inputs, as far as it still needs them, and what ``parts`` give
-    parts : by the one input that each depends on
-    shallow : the outermost blocks alone (DeepCache), which take what ``rest`` gives as ``deep``
-    deep_channels : of ``deep``, (B, channels, h, w) with the sizes of the input ``sample``
+    rest : takes the graph's own inputs, as far as it still needs them, and the outputs of ``parts``
+    parts : {input: graph that depends on that input alone}
+    shallow : the outermost blocks alone (DeepCache), which take the output ``deep`` of ``rest``
+    deep_channels : C of the tensor ``deep`` (B, C, h, w), whose B, h and w are those of the input ``sample``
     """
 
     def __init__(
@@ -101,11 +102,11 @@ class OnceGraph:
 def check_parts(spec: GraphSpec, target: TargetGraph, parts: Mapping[str, GraphSpec]) -> None:
     """Raise BundleError unless the graphs of a target, by path, are together one of ``spec``."""
     own = {tensor.name: tensor for tensor in spec.inputs}
-    once = {name: parts[path] for name, path in target.once.items()}
-    given = own | {tensor.name: tensor for part in once.values() for tensor in part.outputs}
+    hoisted = {name: parts[path] for name, path in target.hoisted.items()}
+    given = own | {tensor.name: tensor for part in hoisted.values() for tensor in part.outputs}
     made = {tensor.name: tensor for tensor in spec.outputs}
-    fits = all([tensor.name for tensor in part.inputs] == [name] for name, part in once.items())
-    fits = fits and once.keys() <= own.keys() and _alike(parts[target.path].inputs, given)
+    fits = all([tensor.name for tensor in part.inputs] == [name] for name, part in hoisted.items())
+    fits = fits and hoisted.keys() <= own.keys() and _alike(parts[target.path].inputs, given)
     outputs = {tensor.name: tensor for tensor in parts[target.path].outputs}
     fits = fits and bool(target.shallow) == (DEEP in outputs) and bool(target.shallow) == (target.deep_channels != 0)
     if fits and target.shallow:

@@ -1,4 +1,4 @@
-"""Cuts out of a graph what need not be computed in every call.
+"""Hoists out of a graph what need not be computed in every call of the sampling loop.
 
 In a sampling loop the prompt stays and the timestep is one of a plan's few, so that whatever depends on nothing else
 (the keys and values of cross attention; the time embedding and its projection into every block) is a graph of its own,
@@ -16,7 +16,9 @@ import onnx_ir as ir
 from ldm_export.graph.cpu.matching import remove_unused
 
 
-def cut_once(model: ir.Model, names: Collection[str], prefix: str, costly: Collection[str] = ()) -> ir.Model | None:
+def hoist_invariants(
+    model: ir.Model, names: Collection[str], prefix: str, costly: Collection[str] = ()
+) -> ir.Model | None:
     """Take out of ``model``, in place, what depends on the inputs ``names`` and on no other; its outputs stay in it.
 
     Returns
