@@ -18,8 +18,8 @@ from typing import Any
 
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bundle import Bundle
-from ldm_export.export.tensorrt.build import Built, EngineSettings, build_engines
 from ldm_export.export.tensorrt.profiles import Range
+from ldm_export.verify.engines.build import Built, EngineSettings, build_engines
 
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 RTX = "tensorrt_rtx"
@@ -50,7 +50,7 @@ def rows_of(case: str, folder: Path) -> list[dict[str, Any]]:
         made, total_s = timed(bundle, settings, graphs, loops)
         again, again_s = timed(bundle, settings, graphs, loops)
         assert not again.built
-        common = {"case": case, "precision": settings.precision, "sm": list(settings.models)}
+        common = {"case": case, "precision": settings.precision, "sm": list(settings.sm_versions)}
         for name, engine in made.target.engines.items():
             report = made.target.report[name]
             kept = {key: report[key] for key in ("onnx_bytes", "engine_bytes", "peak_rss_bytes")}

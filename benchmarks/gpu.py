@@ -44,13 +44,13 @@ from ldm_export.bundle.manifest import is_loop
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.graphs import change_graphs, copy_bundle, graphs_of
-from ldm_export.export.tensorrt.build import EngineSettings, build_engines
-from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
 from ldm_export.graph.half import Half
 from ldm_export.runtime.backends import ENGINES
 from ldm_export.runtime.backends.base import one_line
 from ldm_export.runtime.backends.cuda import gpus
 from ldm_export.runtime.backends.providers import PROVIDERS
+from ldm_export.verify.engines.build import EngineSettings, build_engines
+from ldm_export.verify.engines.calls import CALIBRATED, example_calls
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 FOLDER = Path("build/gpu")
@@ -230,8 +230,8 @@ def engines_of(place: Path, precision: str, flavour: str, capability: str, loops
         ignored = shutil.ignore_patterns("targets")
         begun = place / f"{precision}.partial"
         os.replace(shutil.copytree(place / "bundle", begun, ignore=ignored, dirs_exist_ok=True), copy)
-    models = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
-    target = build_engines(Bundle.open(copy), EngineSettings(flavour, models, precision), loops=loops).target
+    sm_versions = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
+    target = build_engines(Bundle.open(copy), EngineSettings(flavour, sm_versions, precision), loops=loops).target
     wanted = [name for name in target.engines if is_loop(f"{name}.onnx") == bool(loops)]
     return {
         "seconds": sum(target.engines[name].seconds for name in wanted),

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import read_plan
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.runtime.facts import check_drawable
-from ldm_export.runtime.request import read_plan
 from ldm_export.verify.image_generators import BundleImageGenerator, Sample, SamplingSettings, TorchImageGenerator
 
 PROMPTS = (

@@ -62,8 +62,8 @@ def _build_cpu(bundle: Bundle, as_json: bool) -> None:
 
 
 def _build_engines(bundle: Bundle, flavour: str, given: dict[str, Any], as_json: bool) -> None:
-    from ldm_export.export.tensorrt.build import DEFAULT_BATCH, EngineSettings, build_engines
     from ldm_export.export.tensorrt.profiles import Range
+    from ldm_export.verify.engines.build import DEFAULT_BATCH, EngineSettings, build_engines
 
     settings = EngineSettings(
         flavour,

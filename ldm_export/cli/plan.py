@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import add_plan
 from ldm_export.cli.options import bundle_argument, console, json_option, parity_line, print_json, stages
-from ldm_export.export.plans import add_plan
 from ldm_export.plan import SAMPLERS
 
 

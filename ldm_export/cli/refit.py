@@ -23,8 +23,8 @@ def command(bundle: Path, kind: str, base: Path | None, as_json: bool) -> None:
 
     Takes seconds where a build takes minutes: one build serves all fine-tunes of a network. Needs the GPU.
     """
-    from ldm_export.export.tensorrt.refit import refit_engines
     from ldm_export.runtime.backends.cuda import gpus
+    from ldm_export.verify.engines.refit import refit_engines
 
     opened, of = Bundle.open(bundle), Bundle.open(base) if base else None
     with stages("refit") as progress:

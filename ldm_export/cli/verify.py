@@ -6,6 +6,7 @@ import click
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import stale_loops
+from ldm_export.bundle.plans import check_plans
 from ldm_export.bundle.targets.base import kinds_of, sound_target
 from ldm_export.bundle.targets.engines import engine_targets, sound_engine_target
 from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
@@ -13,7 +14,6 @@ from ldm_export.errors import BundleError
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.conditioning import Conditioning
 from ldm_export.runtime.facts import check_drawable
-from ldm_export.runtime.request import check_plans
 
 
 @click.command()

@@ -18,6 +18,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.plans import check_plans
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
@@ -25,15 +26,7 @@ from ldm_export.runtime.conditioning import Conditioning
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.loop_inputs import check_results, loop_inputs
-from ldm_export.runtime.request import (
-    Options,
-    Request,
-    check_plans,
-    check_size,
-    checked_request,
-    latents_image,
-    picture_channels,
-)
+from ldm_export.runtime.request import Options, Request, check_size, checked_request, latents_image, picture_channels
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import Sampling, SamplingTask
 from ldm_export.runtime.values import flag, shown, whole_number

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypedDict
 
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
-from ldm_export.errors import BundleError, InputError
-from ldm_export.plan import Plan, Trajectory, compile_plan
-from ldm_export.plan.schedule import short_repr
-from ldm_export.reading.documents import MalformedError, parsed
+from ldm_export.errors import InputError
+from ldm_export.plan import Trajectory
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
@@ -23,8 +21,6 @@ from ldm_export.runtime.values import flag, listed, real_number, shown, text_of,
 
 LARGEST_GUIDANCE = 1e6
 MOST_STEPS = LARGEST_SIZE
-SCHEDULER = "scheduler/scheduler_config.json"
-"""What plans are compiled from, as diffusers writes it."""
 
 
 class Options(TypedDict, total=False):
@@ -227,78 +223,6 @@ def texts_for(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     return tuple(text_of(name, text) for text in ([value] if isinstance(value, str) else listed(f"{name}s", value)))
-
-
-def read_plan(bundle: Bundle, sampler: str, steps: int) -> Plan:
-    """The plan of that sampler and number of steps: the bundle's file, or else compiled by its scheduler config.
-
-    Raises
-    ------
-    InputError
-        If there is no such file and none can be compiled; the message says why.
-    BundleError
-        If the file, or the config, cannot be read, or the file is of another plan.
-    """
-    path = f"plans/{sampler}-{steps}.json"
-    if path in bundle.manifest.files:
-        return _plan_of(bundle, path)
-    there = [name[len("plans/") : -len(".json")] for name in bundle.manifest.files if name.startswith("plans/")]
-    lacks = f"This bundle has no plan for {short_repr(sampler)} with {steps} steps"
-    if SCHEDULER not in bundle.manifest.files:
-        raise InputError(
-            f"{lacks}, and no {SCHEDULER} to compile one from; its plans: {', '.join(sorted(there)) or 'none'}. "
-            "Use one of those, or export the bundle anew."
-        )
-    try:
-        return _compiled(bundle.read(SCHEDULER), sampler, steps)
-    except MalformedError as error:
-        raise BundleError(f"Bundle {bundle.path}: {SCHEDULER} is {error}. Export the bundle anew.") from error
-    except InputError as error:
-        kin = sorted((name for name in there if name.rpartition("-")[0] == sampler), key=lambda name: (len(name), name))
-        has = f" (it has {', '.join(kin)})" if kin else ""
-        raise InputError(f"{lacks}{has}, and it cannot be compiled: {error}") from error
-
-
-def check_plans(bundle: Bundle) -> None:
-    """Raise BundleError unless each plan file of a bundle can be read and is what its name says, and the bundle's
-    default plan can be had."""
-    for path in bundle.manifest.files:
-        if path.startswith("plans/"):
-            _plan_of(bundle, path)
-    try:
-        read_plan(bundle, bundle.manifest.model["default_sampler"], bundle.manifest.model["default_steps"])
-    except InputError as error:
-        raise BundleError(f"Bundle {bundle.path} cannot be drawn with as it says of itself. {error}") from error
-
-
-@lru_cache(maxsize=8)
-def _compiled(config: bytes, sampler: str, steps: int) -> Plan:
-    """Compile by the text of a scheduler config; the last plans are remembered."""
-    return compile_plan(scheduler_from_json(config), sampler, steps)
-
-
-def scheduler_from_json(text: bytes) -> dict[str, Any]:
-    """A scheduler config, in which diffusers may have written ``Infinity``.
-
-    Raises
-    ------
-    MalformedError
-        If it is no JSON object.
-    """
-    config = parsed(text, constants=True)
-    if not isinstance(config, dict):
-        raise MalformedError("no JSON object")
-    return config
-
-
-def _plan_of(bundle: Bundle, path: str) -> Plan:
-    try:
-        plan = Plan.from_json(bundle.read(path))
-    except InputError as error:
-        raise BundleError(f"Bundle {bundle.path}: {path}: {error}") from error
-    if path != f"plans/{plan.file_name}":
-        raise BundleError(f"Bundle {bundle.path}: {path} has the plan {plan.file_name}. Export the bundle anew.")
-    return plan
 
 
 def seeds_for(seed: int | list[int], batch: int) -> tuple[int, ...]:

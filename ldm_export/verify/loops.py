@@ -13,16 +13,16 @@ import onnxruntime
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.parity import PICTURE_TOLERANCE, RUNTIME, TOLERANCE, Parity, check_parity, largest_error
+from ldm_export.bundle.plans import loop_of, read_plan, with_plan
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import BundleError, ExportError
 from ldm_export.export.loop import WEIGHTS, Loop, build_loop, check_loopable
-from ldm_export.export.plans import loop_of, with_plan
 from ldm_export.families import family_of
 from ldm_export.graph.running import session_options
 from ldm_export.plan import compile_plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
-from ldm_export.runtime.request import checked_request, read_plan
+from ldm_export.runtime.request import checked_request
 
 PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)

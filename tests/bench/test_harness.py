@@ -256,7 +256,7 @@ def test_sides_that_do_not_fit(
     checkpoint, bundle = kinds("class-conditional")
     with pytest.raises(InputError, match="has other inputs or outputs than the bundle"):
         Bench([tiny_bundle], LatentDiffusion.open(checkpoint), OPTIONS)
-    with pytest.raises(InputError, match=r"\(told label, 3 channels, 16x16\) and .* draw different pictures"):
+    with pytest.raises(InputError, match=r"\(label condition, 3 channels, 16x16\) and .* draw different pictures"):
         Bench([tiny_bundle, bundle], None, BenchOptions())
     with pytest.raises(InputError, match="was given twice"):
         Bench([tiny_bundle, tiny_bundle], None, OPTIONS)

@@ -21,13 +21,13 @@ from PIL import Image
 
 from ldm_export import __version__
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import read_plan
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import doctor, main
 from ldm_export.cli.main import COMMANDS
 from ldm_export.export import chain
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.request import read_plan
 from tests.tiny_recipe import CONFIG
 
 Run = Callable[..., Result]

@@ -403,12 +403,12 @@ def test_built_with_nvidias_headers_and_without_a_driver(
 @pytest.mark.gpu
 @pytest.mark.skipif(not cuda.driver_is_there(), reason="NVIDIA's driver is not installed")
 def test_on_a_gpu(nvidias: tuple[str, Any], binding: ModuleType, tiny_bundle: Path, tmp_path: Path) -> None:
-    from ldm_export.export.tensorrt.build import EngineSettings, Range, build_engines
+    from ldm_export.verify.engines.build import EngineSettings, Range, build_engines
 
     flavour, ldm = nvidias
-    models = (cuda.gpus()[0].compute_capability.replace(".", ""),) if flavour == "rtx" else ()
+    sm_versions = (cuda.gpus()[0].compute_capability.replace(".", ""),) if flavour == "rtx" else ()
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    settings = EngineSettings(LIBRARIES[flavour], models, "fp32", batch=Range(1, 1, 2), pixels=Range(16, 16, 32))
+    settings = EngineSettings(LIBRARIES[flavour], sm_versions, "fp32", batch=Range(1, 1, 2), pixels=Range(16, 16, 32))
     build_engines(Bundle.open(folder), settings)
     pipeline = binding.Pipeline(ldm, str(folder), backend=BACKENDS[flavour])
     for wish in DRAWN.values():

@@ -14,9 +14,9 @@ import onnx
 import pytest
 
 from ldm_export.bundle.manifest import MANIFEST
+from ldm_export.bundle.plans import SCHEDULER
 from ldm_export.errors import BundleError, InputError
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.request import SCHEDULER
 from tests.bundle.test_bundle import DEEP_LIES, LIES, make
 from tests.bundle.test_target import DOES_NOT_FIT
 from tests.hostile.base import sound

@@ -20,10 +20,10 @@ import torch
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import MANIFEST
+from ldm_export.bundle.plans import read_plan
 from ldm_export.errors import InputError
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline, Tokenizer
-from ldm_export.runtime.request import read_plan
 from tests.hostile.base import entry_of, sound
 
 LATENT_TOLERANCE = 1e-5

@@ -66,7 +66,7 @@ def flavour(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def engines(flavour: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     """A function from a model and a precision to a bundle with engines for this GPU."""
-    from ldm_export.export.tensorrt.build import EngineSettings, Range, build_engines
+    from ldm_export.verify.engines.build import EngineSettings, Range, build_engines
 
     folder = tmp_path_factory.mktemp(flavour)
 
@@ -80,10 +80,10 @@ def engines(flavour: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFa
     def build(model: str, precision: str) -> Bundle:
         bundle = Bundle.open(shutil.copytree(plain(model).path, folder / f"{model}-{precision}"))
         bundle = add_loop(bundle, f"{LOOP['sampler']}-{LOOP['steps']}")
-        models = (cuda.gpus()[0].compute_capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
+        sm_versions = (cuda.gpus()[0].compute_capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
         side = bundle.manifest.model["height"]
         settings = EngineSettings(
-            flavour, models, precision, batch=Range(1, 1, LARGEST_BATCH), pixels=Range(side, side, 2 * side)
+            flavour, sm_versions, precision, batch=Range(1, 1, LARGEST_BATCH), pixels=Range(side, side, 2 * side)
         )
         build_engines(bundle, settings, loops=[f"{LOOP['sampler']}-{LOOP['steps']}"])
         return bundle
@@ -247,14 +247,14 @@ def test_pictures_by_onnxruntime(tiny_bundle: Path, provider: str) -> None:
 def test_refitted_engines_draw_as_built_ones(
     engines: Engines, flavour: str, precision: str, switches: dict[str, bool], tmp_path: Path
 ) -> None:
-    from ldm_export.export.tensorrt.build import EngineSettings, build_engines
-    from ldm_export.export.tensorrt.refit import refit_engines
+    from ldm_export.verify.engines.build import EngineSettings, build_engines
+    from ldm_export.verify.engines.refit import refit_engines
 
     capability = cuda.gpus()[0].compute_capability
-    models = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
+    sm_versions = (capability.replace(".", ""),) if flavour == "tensorrt_rtx" else ()
     built = engines("tiny", precision)
     bundle = Bundle.open(shutil.copytree(built.path, tmp_path / "bundle", ignore=shutil.ignore_patterns("targets")))
-    stripped = build_engines(bundle, EngineSettings(flavour, models, precision, **switches)).target
+    stripped = build_engines(bundle, EngineSettings(flavour, sm_versions, precision, **switches)).target
     with pytest.raises(BackendError, match="its engines have no weights"):
         drawn(bundle, NAMES[flavour], "tiny")
     full = refit_engines(bundle, stripped.kind, lambda: capability)

@@ -14,12 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import SCHEDULER, add_plan, check_plans, read_plan, with_plan
 from ldm_export.cli.main import main
 from ldm_export.errors import BundleError, InputError
-from ldm_export.export.plans import add_plan, with_plan
 from ldm_export.plan import SAMPLERS, compile_plan
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.request import SCHEDULER, check_plans, read_plan
 from tests.hostile.base import Draft, sound
 
 PROMPT = "a red circle"

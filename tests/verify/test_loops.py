@@ -16,18 +16,18 @@ from onnx import TensorProto, helper
 
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.manifest import stale_loops
+from ldm_export.bundle.plans import loop_of, read_plan
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import Guidance
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export import loop as export_loop
 from ldm_export.export.graphs import change_graphs, copy_bundle, copy_files
 from ldm_export.export.loop import WEIGHTS, build_loop
-from ldm_export.export.plans import loop_of
 from ldm_export.export.splicing import EXTERNAL_FROM_BYTES, GraphWriter, Weights
 from ldm_export.plan import SAMPLERS, Plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
-from ldm_export.runtime.request import checked_request, read_plan
+from ldm_export.runtime.request import checked_request
 from ldm_export.verify import loops as verify_loops
 from ldm_export.verify.loops import add_loop
 from tests.recipe.tiny import FAKE_PASSES

@@ -32,12 +32,12 @@ def library_of(flavour: str) -> ModuleType:
         ) from error
 
 
-def capabilities_of(flavour: str, library: Any, models: tuple[str, ...]) -> tuple[str, ...]:
+def capabilities_of(flavour: str, library: Any, sm_versions: tuple[str, ...]) -> tuple[str, ...]:
     """Compute capabilities, such as ``8.9``, of the devices to build for.
 
     Parameters
     ----------
-    models : such as ``89``; none for ``tensorrt``, which builds for the GPU at hand
+    sm_versions : such as ``89``; none for ``tensorrt``, which builds for the GPU at hand
 
     Raises
     ------
@@ -47,21 +47,21 @@ def capabilities_of(flavour: str, library: Any, models: tuple[str, ...]) -> tupl
         If ``tensorrt`` is to build where there is no GPU.
     """
     if flavour == "tensorrt":
-        if models:
+        if sm_versions:
             raise InputError("--target tensorrt builds for the GPU of this machine; leave --sm out.")
         return (_capability_here(),)
     known = sorted((name[2:] for name in dir(library.ComputeCapability) if re.fullmatch(r"SM\d+", name)), key=int)
-    if not models:
+    if not sm_versions:
         raise InputError(f"--target rtx needs --sm, the GPUs to build for: {', '.join(known)}, or several of them.")
-    for model in models:
-        if model not in known:
-            gpu = DATA_CENTRE.get(model)
+    for version in sm_versions:
+        if version not in known:
+            gpu = DATA_CENTRE.get(version)
             do = f"{gpu} needs the data-centre flavour: --target tensorrt on that machine." if gpu else "Use these."
             raise InputError(
-                f"--sm {model} is no GPU that {CALLED[flavour]} {library.__version__} builds for; it has "
+                f"--sm {version} is no GPU that {CALLED[flavour]} {library.__version__} builds for; it has "
                 f"{', '.join(known)}. {do}"
             )
-    return tuple(f"{model[:-1]}.{model[-1]}" for model in sorted(set(models), key=int))
+    return tuple(f"{version[:-1]}.{version[-1]}" for version in sorted(set(sm_versions), key=int))
 
 
 def _capability_here() -> str:

@@ -22,14 +22,14 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import add_plan
 from ldm_export.cli.main import main
 from ldm_export.errors import BackendError, ExportError, InputError
-from ldm_export.export.plans import add_plan
-from ldm_export.export.tensorrt import refit
-from ldm_export.export.tensorrt.build import EngineSettings, build_engines
-from ldm_export.export.tensorrt.refit import check_same_networks, refit_engines
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.runtime.backends import cuda
+from ldm_export.verify.engines import refit
+from ldm_export.verify.engines.build import EngineSettings, build_engines
+from ldm_export.verify.engines.refit import check_same_networks, refit_engines
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

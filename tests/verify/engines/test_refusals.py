@@ -16,23 +16,23 @@ import onnx
 import pytest
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import read_plan
 from ldm_export.bundle.targets.engines import ShapeRange
 from ldm_export.contract import GraphSpec, Guidance, TensorSpec, step_spec
 from ldm_export.errors import BackendError, BundleError, ExportError, InputError
-from ldm_export.export.tensorrt import build
-from ldm_export.export.tensorrt.build import EngineSettings, build_engines
 from ldm_export.export.tensorrt.library import library_of
 from ldm_export.export.tensorrt.process import in_a_process, last_words
 from ldm_export.export.tensorrt.profiles import Range, profile_of
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
-from ldm_export.runtime.request import read_plan
-from tests.export.tensorrt.engines import KIND, RTX, SMALL, child, contents, settings
+from ldm_export.verify.engines import build
+from ldm_export.verify.engines.build import EngineSettings, build_engines
+from tests.verify.engines.engines import KIND, RTX, SMALL, child, contents, settings
 
 library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 
 @pytest.mark.parametrize(
-    ("models", "message"),
+    ("sm_versions", "message"),
     [
         (("90",), r"^--sm 90 is no GPU that TensorRT-RTX \S+ builds for; it has .*, 89, .* H100 needs the data-centre"),
         (("100",), r"B200 needs the data-centre flavour: --target tensorrt on that machine\.$"),
@@ -40,9 +40,9 @@ library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not instal
         ((), r"^--target rtx needs --sm, the GPUs to build for: 75, "),
     ],
 )
-def test_gpus_that_the_flavour_lacks(bundle: Path, models: tuple[str, ...], message: str) -> None:
+def test_gpus_that_the_flavour_lacks(bundle: Path, sm_versions: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_engines(Bundle.open(bundle), EngineSettings(RTX, models))
+        build_engines(Bundle.open(bundle), EngineSettings(RTX, sm_versions))
     assert not (bundle / "targets").exists()
 
 

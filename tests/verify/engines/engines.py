@@ -11,7 +11,7 @@ import pytest
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.targets.engines import EngineTarget, read_engine_target
 from ldm_export.export.tensorrt import process
-from ldm_export.export.tensorrt.build import EngineSettings
+from ldm_export.verify.engines.build import EngineSettings
 
 RTX = "tensorrt_rtx"
 SMALL = ("text_encoder",)
@@ -19,8 +19,8 @@ SMALL = ("text_encoder",)
 KIND = "rtx-sm89"
 
 
-def settings(*models: str, **options: Any) -> EngineSettings:
-    return EngineSettings(RTX, models or ("89",), **options)
+def settings(*sm_versions: str, **options: Any) -> EngineSettings:
+    return EngineSettings(RTX, sm_versions or ("89",), **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """The ONNX graphs that engines are built from: the bundle's own, converted where another precision is asked for.
 
 TensorRT takes every type as the graph has it (it is strongly typed), so precision is a matter of the graph. Nothing is
-built of a graph that was not compared with what it shall compute (`ldm_export.export.tensorrt.proof`).
+built of a graph that was not compared with what it shall compute (`ldm_export.verify.engines.proof`).
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ import onnx_ir
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop, source_hashes_of
+from ldm_export.bundle.plans import loop_of, read_plan
 from ldm_export.contract import STEP, GraphSpec, step_spec
 from ldm_export.errors import InputError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.loop import build_loop
-from ldm_export.export.plans import loop_of
 from ldm_export.export.step import step_model
-from ldm_export.export.tensorrt.calls import CALIBRATED, example_calls
-from ldm_export.export.tensorrt.proof import compare_converted, compare_loop, compare_step, recorded
 from ldm_export.graph.base import GraphPass
 from ldm_export.graph.files import load, save
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.graph.weights import check_weights
 from ldm_export.plan import Plan
-from ldm_export.runtime.request import read_plan
+from ldm_export.verify.engines.calls import CALIBRATED, example_calls
+from ldm_export.verify.engines.proof import compare_converted, compare_loop, compare_step, recorded
 
 PRECISIONS: dict[str, GraphPass | None] = {"fp32": None, "fp16": Half(), "int8": QuantizeWeights()}
 """How a plain graph comes to each precision; of int8 only the weights are integers, which is all that RTX has."""

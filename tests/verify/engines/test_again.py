@@ -14,10 +14,10 @@ import pytest
 
 from ldm_export.bundle import Bundle
 from ldm_export.errors import ExportError
-from ldm_export.export.tensorrt import build
-from ldm_export.export.tensorrt.build import build_engines
 from ldm_export.export.tensorrt.profiles import Range
-from tests.export.tensorrt.engines import KIND, RTX, SMALL, child, contents, engines_of, settings
+from ldm_export.verify.engines import build
+from ldm_export.verify.engines.build import build_engines
+from tests.verify.engines.engines import KIND, RTX, SMALL, child, contents, engines_of, settings
 
 library = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

@@ -30,11 +30,11 @@ from ldm_export.bundle.targets.engines import (
     write_engine_target,
 )
 from ldm_export.errors import BackendError, InputError
-from ldm_export.export.tensorrt.build import Progress, bytes_of
 from ldm_export.export.tensorrt.library import library_of
 from ldm_export.export.tensorrt.process import in_a_process
-from ldm_export.export.tensorrt.sources import Source, converted, onnx_of, parts_of, source_of
 from ldm_export.graph.files import load
+from ldm_export.verify.engines.build import Progress, bytes_of
+from ldm_export.verify.engines.sources import Source, converted, onnx_of, parts_of, source_of
 
 WEIGHTS = (onnx_ir.DataType.FLOAT, onnx_ir.DataType.FLOAT16, onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8)
 """Types of what may differ; of others, such as int64, are shapes and axes, which the engine was built for."""

@@ -18,6 +18,7 @@ from typing import Any
 from ldm_export.bundle import Bundle, export_error
 from ldm_export.bundle.atomic import move_into_place, partial_folder
 from ldm_export.bundle.manifest import is_loop
+from ldm_export.bundle.plans import loop_of, with_plan
 from ldm_export.bundle.targets.base import damage, folder_of, strays
 from ldm_export.bundle.targets.engines import (
     FLAVOURS,
@@ -32,12 +33,11 @@ from ldm_export.bundle.targets.engines import (
 )
 from ldm_export.contract import STEP, GraphSpec, TensorSpec
 from ldm_export.errors import ExportError, InputError
-from ldm_export.export.plans import loop_of, with_plan
 from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_of
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
-from ldm_export.export.tensorrt.sources import PRECISIONS, Source, converted, onnx_of, parts_of, source_of
 from ldm_export.reading.options import check_one_of
+from ldm_export.verify.engines.sources import PRECISIONS, Source, converted, onnx_of, parts_of, source_of
 
 DEFAULT_BATCH = Range(1, 1, 4)
 
@@ -51,7 +51,7 @@ class EngineSettings:
     Attributes
     ----------
     flavour : ``tensorrt_rtx`` or ``tensorrt``
-    models : the GPUs of ``tensorrt_rtx``, such as ``89`` for compute capability 8.9; ``tensorrt`` takes the one at hand
+    sm_versions : GPUs for ``tensorrt_rtx``, such as ``89`` for compute capability 8.9; ``tensorrt`` takes the one here
     precision : one of `PRECISIONS`
     batch : pictures at a time
     pixels : their height and width; None for the model's own size
@@ -61,7 +61,7 @@ class EngineSettings:
     """
 
     flavour: str
-    models: tuple[str, ...] = ()
+    sm_versions: tuple[str, ...] = ()
     precision: str = "fp32"
     batch: Range = DEFAULT_BATCH
     pixels: Range | None = None
@@ -72,9 +72,10 @@ class EngineSettings:
     def __post_init__(self) -> None:
         check_one_of("flavour", self.flavour, tuple(FLAVOURS))
         check_one_of("precision", self.precision, tuple(PRECISIONS))
-        if (self.refittable or self.stripped) and len(self.models) > 1:
+        if (self.refittable or self.stripped) and len(self.sm_versions) > 1:
             raise InputError(
-                f"Engines that can be refitted are for one GPU; {', '.join(self.models)} were given. Build for each."
+                f"Engines that can be refitted are for one GPU; {', '.join(self.sm_versions)} were given. "
+                "Build for each."
             )
 
 
@@ -156,7 +157,7 @@ def build_engines(
 def _target(bundle: Bundle, settings: EngineSettings) -> EngineTarget:
     """The target that there shall be, without engines yet."""
     library = library_of(settings.flavour)
-    capabilities = capabilities_of(settings.flavour, library, settings.models)
+    capabilities = capabilities_of(settings.flavour, library, settings.sm_versions)
     kind = engine_kind(settings.flavour, capabilities, settings.precision)
     return EngineTarget(
         folder=folder_of(bundle, kind),

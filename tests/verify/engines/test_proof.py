@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import loop_of, with_plan
 from ldm_export.errors import ParityError
 from ldm_export.export import step
-from ldm_export.export.plans import loop_of, with_plan
-from ldm_export.export.tensorrt import sources
-from ldm_export.export.tensorrt.proof import recorded
+from ldm_export.verify.engines import sources
+from ldm_export.verify.engines.proof import recorded
 
 
 def compared(bundle: Bundle, name: str, precision: str, folder: Path) -> list[dict[str, Any]]:

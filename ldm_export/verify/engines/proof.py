@@ -22,12 +22,12 @@ from ldm_export.bundle.parity import PICTURE_TOLERANCE, STEP_TOLERANCE, TOLERANC
 from ldm_export.contract import REMEMBERED, STEP_CELLS, GraphSpec, conditions_of, loop_suffixes
 from ldm_export.errors import ParityError
 from ldm_export.export.parity import graph_session
-from ldm_export.export.tensorrt.calls import example_calls, random_call, run_graph
 from ldm_export.graph.base import Array, Inputs
 from ldm_export.graph.weights import least_snr_db
 from ldm_export.plan import Plan, Stepper
 from ldm_export.runtime.conditioning import request_sources
 from ldm_export.runtime.results import pixels_of
+from ldm_export.verify.engines.calls import example_calls, random_call, run_graph
 
 COMPARED = {"batch": 3, "height": 21, "width": 15}
 """Sizes of a graph's inputs, in latents: odd, so that halvings round."""

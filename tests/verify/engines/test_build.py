@@ -18,13 +18,13 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import step_spec
 from ldm_export.errors import BundleError, ParityError
 from ldm_export.export.chain import export_bundle
-from ldm_export.export.tensorrt import sources
-from ldm_export.export.tensorrt.build import build_engines
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.graph.base import GraphChange
 from ldm_export.graph.half import Half
+from ldm_export.verify.engines import sources
+from ldm_export.verify.engines.build import build_engines
 from tests.bundle_fixture import KINDS
-from tests.export.tensorrt.engines import KIND, RTX, SMALL, child, contents, engines_of, settings
+from tests.verify.engines.engines import KIND, RTX, SMALL, child, contents, engines_of, settings
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 

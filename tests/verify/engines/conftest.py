@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.export.tensorrt.build import build_engines
-from tests.export.tensorrt.engines import SMALL, settings
+from ldm_export.verify.engines.build import build_engines
+from tests.verify.engines.engines import SMALL, settings
 
 
 @pytest.fixture

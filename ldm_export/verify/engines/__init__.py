@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle's graphs, built once what they are built from computes what it shall."""
