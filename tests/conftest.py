@@ -134,10 +134,13 @@ def traced_once(shared_folder: Path) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The bundle of `tiny_checkpoint`. Read-only: a test that changes a file works on a copy."""
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    return chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), folder).path
+    bundle = chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), folder)
+    yield folder
+    assert Bundle.open(folder).manifest == bundle.manifest, "a test added a file to the bundle that all share"
+    assert not (folder / "targets").exists(), "a test added a target to the bundle that all share"
 
 
 VARIANTS = ("plain", "loop", "target", "loop and target")

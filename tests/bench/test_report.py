@@ -182,10 +182,10 @@ def test_what_a_gpu_adds() -> None:
     assert "on the GPU" not in text_of(page(made(2)))
 
 
-def test_pytorch_with_fewer_threads_is_told() -> None:
+def test_pytorch_with_fewer_threads() -> None:
     document = made()
     document["variants"]["PyTorch toy"]["threads"] = 1
-    assert "PyTorch was told to use 1 of 2 CPUs; unset OMP_NUM_THREADS" in page(document)
+    assert "PyTorch was set to use 1 of 2 CPUs; unset OMP_NUM_THREADS" in page(document)
 
 
 def test_ratios_below_one_are_turned_around() -> None:

@@ -89,11 +89,12 @@ def test_classes_and_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "lcm"])
-def test_a_model_that_is_told_more_is_refused(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+def test_a_model_with_more_conditions_is_refused(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     model = without_text(kind, tiny_checkpoint, tmp_path / kind)
-    with pytest.raises(InputError, match=f"{kind} is told more than one text encoder says.* Leave the trained") as told:
+    message = f"{kind} has more conditions than one text encoder's output.* Leave the trained"
+    with pytest.raises(InputError, match=message) as refusal:
         encode_conditions(model, CAPTIONS, None)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refusal.value)
 
 
 def test_rows_are_latents_with_the_conditions_that_they_were_drawn_under(data: TeacherData) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from ldm_export.verify.engines.proof import recorded
 def compared(bundle: Bundle, name: str, precision: str, folder: Path) -> list[dict[str, Any]]:
     """What the graph of an engine was compared with."""
     if name.startswith("loops/"):
-        bundle, _ = with_plan(bundle, *loop_of(name.removeprefix("loops/")))
+        copy = Bundle.open(shutil.copytree(bundle.path, folder / "with plan"))
+        bundle, _ = with_plan(copy, *loop_of(name.removeprefix("loops/")))
     source = sources.source_of(bundle, name)
     made, reports = sources.converted(bundle, sources.parts_of(bundle, [source]), precision, folder, lambda stage: None)
     file, report = sources.onnx_of(bundle, made, source, reports, folder)
