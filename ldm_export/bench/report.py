@@ -106,7 +106,7 @@ class Report:
     def _drawing(self, variant: str) -> str:
         drawn, calls = self.variants[variant], self.results["latency"][variant]["calls"]
         calls_of = "two pictures (with and without the prompt)" if drawn["guided"] else "one picture"
-        return f"{drawn['sampler']}, {drawn['steps']} steps: {calls} UNet calls of {calls_of}"
+        return f"{drawn['sampler']}, {drawn['steps']} steps: {calls} denoiser calls of {calls_of}"
 
     def _figures(self, variant: str) -> Iterable[str]:
         base, results = self.baseline, self.results
@@ -202,7 +202,7 @@ class Report:
             for number, words in enumerate(STAGES.values(), start=1)
         )
         heads = [
-            ("", ""), ("calls", ""), ("text", "ms"), ("one UNet call", "ms"), ("loop outside", "ms"), ("decode", "ms"),
+            ("", ""), ("calls", ""), ("text", "ms"), ("one denoiser call", "ms"), ("loop outside", "ms"), ("decode", "ms"),
             ("total", "ms"), ("p90", "ms"), ("against baseline", "times as fast"),
         ]  # fmt: skip
         rows = [

@@ -68,7 +68,7 @@ class Variant:
 
     @property
     def guided(self) -> bool:
-        """Whether the UNet is called with and without the prompt, so on two pictures for one."""
+        """Whether the denoiser is called with and without the prompt, so on two pictures for one."""
         return self.image_generator.guided(self.settings.guidance)
 
     @property

@@ -47,7 +47,7 @@ TARGETS = ("cpu", "none")
     "--prediction-type",
     type=click.Choice(["epsilon", "v_prediction", "sample"]),
     default=None,
-    help="What the UNet predicts, where the checkpoint's files do not say, or say it wrongly.",
+    help="What the denoiser predicts, where the checkpoint's files do not say, or say it wrongly.",
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @json_option
