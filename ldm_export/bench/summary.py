@@ -7,7 +7,19 @@ from typing import Any
 from ldm_export.bench.formatting import decibels, milliseconds, times, verdict
 from ldm_export.bench.harness import results_by_variant
 
-HEADS = ("", "steps", "ms", "denoiser\nms", "faster", "MB", "RSS\nMB", "GPU\nMB", "cold\ns", "worst\ndB", "worst\ndrift")
+HEADS = (
+    "",
+    "steps",
+    "ms",
+    "denoiser\nms",
+    "faster",
+    "MB",
+    "RSS\nMB",
+    "GPU\nMB",
+    "cold\ns",
+    "worst\ndB",
+    "worst\ndrift",
+)
 
 MEMORIES = ("peak_rss_bytes", "device_bytes")
 

@@ -178,9 +178,14 @@ class LatentDiffusion:
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of its pictures, in pixels."""
-        size = self.configs["unet"]["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self.latent_size
         return height * self.pixels_per_latent, width * self.pixels_per_latent
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of its latents."""
+        size = self.configs["unet"]["sample_size"]
+        return (size, size) if isinstance(size, int) else size
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:

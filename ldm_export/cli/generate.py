@@ -68,7 +68,9 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
     default=None,
     help="Pictures, of the one PROMPT if any.  [default: 1]",
 )
-@click.option("--deepcache", default=1, metavar="N", help="The whole denoiser in every N-th step only: faster, rougher.")
+@click.option(
+    "--deepcache", default=1, metavar="N", help="The whole denoiser in every N-th step only: faster, rougher."
+)
 @click.option("--whole", is_flag=True, help="All in one call, by the plan's loop graph or engine.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(

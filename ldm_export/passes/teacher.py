@@ -131,8 +131,7 @@ def draw_latents(
     InputError
         If the file is damaged or was drawn otherwise.
     """
-    height, width = (side // model.pixels_per_latent for side in model.picture_size)
-    shape = (model.configs["vae"]["latent_channels"], height, width)
+    shape = (model.configs["vae"]["latent_channels"], *model.latent_size)
     choices = max((len(rows) for rows in conditions.values()), default=1)
     owner = torch.arange(count) % choices
     made = json.dumps([model.sha256("unet"), choices, drawing.steps, drawing.guidance, count, seed, mixed_precision])

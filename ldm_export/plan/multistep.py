@@ -56,7 +56,8 @@ def heun(config: SchedulerConfig, grid: Grid, step: int, age: int) -> list[Row]:
     """Euler's step, then the trapezoid over both ends (EDM, 2206.00364, algorithm 1 without churn); x0 is remembered.
 
     With s and n the ratios here and there, Euler ends at x' = (n/s) x + (1 - n/s) h, so the trapezoid's beginning is
-    x = (s/n) x' + (1 - s/n) h_1 and its slope the mean of (x - h_1) / s and (x' - h_0) / n.
+    x = (s/n) x' + (1 - s/n) h_1. Its slope is the mean of (x - h_1) / s = (x' - h_1) / n and (x' - h_0) / n, so that
+    it ends at x' + (n - s) / 2n (h_1 - h_0).
     """
     here, there = grid.here[step], grid.there[step]
     s, n = here.ratio, there.ratio
@@ -64,12 +65,10 @@ def heun(config: SchedulerConfig, grid: Grid, step: int, age: int) -> list[Row]:
     timestep, scale = grid.timesteps[step], here.alpha
     rows = [Row(timestep, scale, sample * scale, output, config.clip, keep=n / s, weights=(1 - n / s,))]
     if there.sigma > 0:
-        half = (n - s) / 2
-        of_start = 1 + half / s
         sample, output = x0_form(config.prediction_type, there)
         timestep, scale = grid.timesteps[step + 1], there.alpha
-        keep, weights = of_start * s / n + half / n, (-half / n, of_start * (1 - s / n) - half / s)
-        rows.append(Row(timestep, scale, sample * scale, output, config.clip, keep, weights=weights))
+        half = (n - s) / (2 * n)
+        rows.append(Row(timestep, scale, sample * scale, output, config.clip, keep=1.0, weights=(-half, half)))
     return rows
 
 

@@ -292,7 +292,7 @@ def interpolated_grid(config: SchedulerConfig, steps: int) -> Grid:
     ratios = np.interp(timesteps, np.arange(len(table)), table)
     if config.use_karras_sigmas:
         ratios = _karras_ratios(ratios[0], ratios[-1], steps)
-        timesteps = np.interp(np.log(ratios), np.log(table), np.arange(len(table)))
+        timesteps = _timesteps_of(ratios, table)
     final = 0.0 if config.final_sigmas_type == "zero" else table[0]
     return _linked([Level.from_ratio(ratio) for ratio in ratios], timesteps, Level.from_ratio(final))
 
@@ -302,7 +302,7 @@ def solver_grid(config: SchedulerConfig, steps: int) -> Grid:
     table = config.ratios()
     if config.use_karras_sigmas:
         ratios = _karras_ratios(table[-1], table[0], steps)
-        timesteps = np.interp(np.log(ratios), np.log(table), np.arange(len(table))).round()
+        timesteps = _timesteps_of(ratios, table).round()
     else:
         timesteps = config.spaced_timesteps(steps, points=steps + 1).round()
         ratios = table[timesteps.astype(int)]
@@ -321,6 +321,20 @@ def _flushed(values: Vector) -> Vector:
     Arithmetic on those depends on the thread: a library may have set its processor to take them for 0.
     """
     return np.where(np.abs(values) < np.finfo(np.float64).tiny, 0.0, values)
+
+
+def _timesteps_of(ratios: Vector, table: Vector) -> Vector:
+    """Fractional timesteps (steps,) of noise ratios (steps,), interpolated in their logarithm between those of ``table``.
+
+    Between the last training timestep with no more noise and the one after, as diffusers' ``_sigma_to_t``: a table
+    with zero terminal SNR, whose last ratio is capped, need not increase to its end.
+    """
+    if len(table) == 1:
+        return np.zeros(len(ratios))
+    logs, wanted = np.log(table), np.log(ratios)
+    least_after = np.minimum.accumulate(logs[::-1])[::-1]
+    low = np.clip(np.searchsorted(least_after, wanted, side="right") - 1, 0, len(table) - 2)
+    return low + np.clip((wanted - logs[low]) / (logs[low + 1] - logs[low]), 0, 1)
 
 
 def _linked(levels: list[Level], timesteps: npt.NDArray[Any], final: Level) -> Grid:

@@ -55,6 +55,21 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("ddpm", "ddim", "lcm", "heun"),
     ),
     "karras": ({"use_karras_sigmas": True}, ("euler", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc", "deis")),
+    "karras-zero-snr": (
+        {"use_karras_sigmas": True, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        ("euler", "dpmpp-2m", "unipc"),
+    ),
+    "karras-zero-snr-beyond-its-end": (  # the last timestep, whose noise is capped, has less than the one before
+        {
+            "use_karras_sigmas": True,
+            "rescale_betas_zero_snr": True,
+            "prediction_type": "v_prediction",
+            "beta_end": 0.2,
+            "timestep_spacing": "linspace",
+            "num_train_timesteps": 200,
+        },
+        ("euler", "dpmpp-2m"),
+    ),
     "karras-to-sigma-min": (
         {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"},
         ("euler", "dpmpp-2m", "dpmpp-2m-sde"),  # diffusers' UniPC divides zero by zero there

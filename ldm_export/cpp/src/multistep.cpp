@@ -183,9 +183,9 @@ std::vector<Row> heun(const SchedulerConfig &config, const Grid &grid, std::size
     };
     std::vector<Row> rows{row_at(grid.timesteps[step], here, n / s, {1 - n / s})};
     if (there.sigma > 0) {
-        const double half = (n - s) / 2, of_start = 1 + half / s;
+        const double half = (n - s) / (2 * n);
         const double timestep = step + 1 < grid.timesteps.size() ? grid.timesteps[step + 1] : NAN;  // it ends at no noise
-        rows.push_back(row_at(timestep, there, of_start * s / n + half / n, {-half / n, of_start * (1 - s / n) - half / s}));
+        rows.push_back(row_at(timestep, there, 1, {-half, half}));
     }
     return rows;
 }

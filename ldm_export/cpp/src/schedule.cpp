@@ -50,6 +50,24 @@ Vector karras_ratios(double first, double last, std::size_t steps) {
     return ratios;
 }
 
+// Fractional timesteps of noise ratios, interpolated in their logarithm: between the last training timestep with no more
+// noise and the one after, as diffusers' _sigma_to_t. A table with zero terminal SNR, whose last ratio is capped, need not
+// increase to its end.
+Vector timesteps_of(const Vector &ratios, const Vector &table) {
+    if (table.size() == 1) return Vector(ratios.size(), 0.0);
+    const Vector logs = logarithms(table);
+    Vector timesteps, least_after = logs;
+    for (std::size_t k = least_after.size() - 1; k-- > 0;) least_after[k] = std::min(least_after[k], least_after[k + 1]);
+    for (const double ratio : ratios) {
+        const double wanted = std::log(ratio);
+        const auto above = std::upper_bound(least_after.begin(), least_after.end(), wanted) - least_after.begin();
+        const auto low = std::min(static_cast<std::size_t>(std::max<std::ptrdiff_t>(above - 1, 0)), table.size() - 2);
+        const double share = (wanted - logs[low]) / (logs[low + 1] - logs[low]);
+        timesteps.push_back(static_cast<double>(low) + std::min(std::max(share, 0.0), 1.0));
+    }
+    return timesteps;
+}
+
 std::vector<Level> levels_of(const Vector &ratios) {
     std::vector<Level> levels;
     for (const double ratio : ratios) levels.push_back(Level::from_ratio(ratio));
@@ -211,8 +229,7 @@ Grid interpolated_grid(const SchedulerConfig &config, std::size_t steps) {
     for (const double t : timesteps) ratios.push_back(interp(t, points, table));
     if (config.use_karras_sigmas) {
         ratios = karras_ratios(ratios.front(), ratios.back(), steps);
-        const Vector logs = logarithms(table);
-        for (std::size_t i = 0; i < steps; ++i) timesteps[i] = interp(std::log(ratios[i]), logs, points);
+        timesteps = timesteps_of(ratios, table);
     }
     return linked(levels_of(ratios), timesteps, last_level(config, table));
 }
@@ -223,8 +240,7 @@ Grid solver_grid(const SchedulerConfig &config, std::size_t steps) {
     Vector timesteps, ratios;
     if (config.use_karras_sigmas) {
         ratios = karras_ratios(table.back(), table.front(), steps);
-        const Vector logs = logarithms(table), points = counted(table.size());
-        for (const double ratio : ratios) timesteps.push_back(std::nearbyint(interp(std::log(ratio), logs, points)));
+        timesteps = rounded(timesteps_of(ratios, table));
     } else {
         timesteps = rounded(config.spaced_timesteps(steps, steps + 1));
         for (const double t : timesteps) ratios.push_back(table[index(t)]);
