@@ -324,7 +324,7 @@ def _flushed(values: Vector) -> Vector:
 
 
 def _timesteps_of(ratios: Vector, table: Vector) -> Vector:
-    """Fractional timesteps (steps,) of noise ratios (steps,), interpolated in their logarithm between those of ``table``.
+    """Fractional timesteps (steps,) of noise ratios (steps,), interpolated in the logarithm of those in ``table``.
 
     Between the last training timestep with no more noise and the one after, as diffusers' ``_sigma_to_t``: a table
     with zero terminal SNR, whose last ratio is capped, need not increase to its end.
