@@ -31,7 +31,11 @@ GRAPHS = {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
 PROMPTS = ["a red circle", "a blue square"]
 Variants = Callable[[str], Path]
 
-pytestmark = pytest.mark.parametrize("variant", VARIANTS)
+pytestmark = pytest.mark.parametrize(
+    "variant",
+    ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("loop", "target")), "loop and target"],
+)
+assert {"plain", "loop", "target", "loop and target"} == {*VARIANTS}
 
 
 def run(*arguments: object) -> Result:

@@ -160,6 +160,7 @@ def test_a_workload_that_cannot_be_made_leaves_the_others(tmp_path: Path) -> Non
     assert kept.document["rows"] == {}
 
 
+@pytest.mark.slow
 def test_engines_and_halves_are_built(folder: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     place = folder / "tiny"

@@ -28,6 +28,7 @@ def visit(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.Tem
     return [*arguments, "--results", str(results)], results
 
 
+@pytest.mark.slow
 def test_the_dry_run(
     visit: tuple[list[str], Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -381,6 +381,7 @@ def test_layers_that_differ_within_a_block(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks["unet"].state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_single_file_goes_through_the_chain(tmp_path: Path) -> None:
     file, _ = write(tmp_path, "sd2")
     bundle = export_bundle(LatentDiffusion.open(file), tmp_path / "bundle")

@@ -81,7 +81,7 @@ def programs(build: Callable[..., Path], shared_folder: Path) -> Path:
     folder = shared_folder / "ldm_tests"
     folder.mkdir(exist_ok=True)
     with locked(folder):
-        return build(Path(__file__).parent, folder, "-DCMAKE_BUILD_TYPE=Debug")
+        return build(Path(__file__).parent, folder, "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0")
 
 
 def binding_of() -> ModuleType:

@@ -44,6 +44,7 @@ from tests.bundle_fixture import CLASSES, KINDS
 
 ROOT = Path(__file__).parents[2]
 ALL_KINDS = ["stable diffusion", *KINDS]
+OFTEN = ("sdxl", "unconditional")
 UNSEEN_SIZES = {"batch": 3, "height": 12, "width": 20, "tokens": 9}
 PIXELS_PER_LATENT = 2
 
@@ -85,7 +86,10 @@ def test_another_process_in_another_place_writes_the_same_bytes(model: Model, tm
     assert [name for name in first if again[name] != first[name]] == []
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [*OFTEN, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ALL_KINDS if kind not in OFTEN)],
+)
 def test_no_file_tells_where_it_was_made(model: Model, kind: str) -> None:
     checkpoint, bundle = model(kind)
     for name, content in files_of(bundle).items():

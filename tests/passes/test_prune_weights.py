@@ -182,6 +182,7 @@ def test_zeros_survive_training_which_brings_the_rest_nearer(
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_zeros_survive_fp16_and_export(
     model: LatentDiffusion, taught: dict[str, Change], tmp_path: Path, pattern: str

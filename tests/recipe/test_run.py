@@ -127,6 +127,7 @@ def test_every_stage_is_a_bundle_and_trained_ones_are_checkpoints(whole: tuple[P
     assert not (latest(folder / "work", "quantize-weights") / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_students_may_learn_from_pictures(
     make: Make, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def test_students_may_learn_from_pictures(
         make(GUIDANCE, teacher=teacher)
 
 
+@pytest.mark.slow
 def test_weights_that_are_zero_stay_though_nothing_is_faster(make: Make) -> None:
     """What is for zeros is undone neither for its speed nor for its size."""
     passes = '[[pass]]\nname = "prune-weights"\nratio = 0.5\nupdates = 2\nbatch_size = 4\n'

@@ -383,7 +383,9 @@ def test_samples_of_a_model_without_text(tmp_path: Path, pictures: Path, classes
     assert len(set(parts)) == 8
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "prediction_type", ["epsilon", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("v_prediction", "sample"))]
+)
 def test_both_losses_go_down(tmp_path: Path, pictures: Path, prediction_type: str) -> None:
     """The denoiser's to well below 1, the variance of what is predicted, which is what predicting nothing costs."""
     text = (
