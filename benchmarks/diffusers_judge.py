@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ldm_export.bench.variants import PROMPTS
-from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.verify.metrics import psnr_db
 
@@ -29,7 +29,7 @@ SCHEDULERS = {
 
 def main(bundle: Path, checkpoint: str) -> None:
     pipeline = Pipeline.open(bundle, backend="cpu")
-    judge = diffusers.StableDiffusionPipeline.from_pretrained(LatentDiffusion.open(checkpoint).path)
+    judge = diffusers.StableDiffusionPipeline.from_pretrained(open_checkpoint(checkpoint).path)
     judge.set_progress_bar_config(disable=True)
     config = judge.scheduler.config
     prompts = list(PROMPTS[:PICTURES])

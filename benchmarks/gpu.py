@@ -41,9 +41,9 @@ from ldm_export.bench.image_similarity import LARGEST
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.graphs import change_graphs, copy_bundle, graphs_of
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.half import Half
 from ldm_export.runtime.backends import ENGINES
 from ldm_export.runtime.backends.base import one_line
@@ -216,7 +216,7 @@ def half_of(place: Path) -> Figures:
     graphs = bundle.manifest.graphs
     calls = {name: example_calls(bundle, graphs[name], CALIBRATED) for name in graphs_of(bundle, step)}
     with tempfile.TemporaryDirectory(dir=place) as work:
-        checkpoint = LatentDiffusion.open(place / "checkpoint")
+        checkpoint = open_checkpoint(place / "checkpoint")
         changed, reports = change_graphs(bundle, Path(work) / HALF, step, calls, [], checkpoint)
         passes = [{"name": step.name, "kept": True, "report": reports}]  # by which a provider knows that fp16 will do
         made = copy_bundle(changed, place / HALF, passes=passes, force=False)

@@ -34,9 +34,9 @@ from ldm_export.bench.child import peak_rss_bytes
 from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.targets.base import ORT_CPU
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.graphs import change_graphs
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import CALLS_JUDGED, Array, GraphPass, Inputs, spread
 from ldm_export.graph.files import load
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
@@ -73,7 +73,7 @@ def quantized(
     folder: Path, work: Path, passes: Sequence[GraphPass], calls: Sequence[Inputs]
 ) -> tuple[Bundle, dict[str, Any]]:
     """A workload's bundle after some passes, with its target, in ``work``; and what that took and gave."""
-    bundle, checkpoint = Bundle.open(folder / "bundle"), LatentDiffusion.open(folder / "checkpoint")
+    bundle, checkpoint = Bundle.open(folder / "bundle"), open_checkpoint(folder / "checkpoint")
     shutil.rmtree(work, ignore_errors=True)
     facts: dict[str, Any] = {}
     for step in passes:

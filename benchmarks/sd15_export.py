@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from benchmarks.peers.workloads import make_checkpoint
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 
 
 def main(folder: Path) -> None:
@@ -35,9 +35,7 @@ def main(folder: Path) -> None:
         running, started = stage, now
 
     begun = time.perf_counter()
-    bundle = export_bundle(
-        LatentDiffusion.open(folder / "checkpoint"), folder / "bundle", force=True, progress=progress
-    )
+    bundle = export_bundle(open_checkpoint(folder / "checkpoint"), folder / "bundle", force=True, progress=progress)
     progress("end")
     total = time.perf_counter() - begun
     for graph, value in seconds.items():

@@ -23,8 +23,8 @@ import torch
 from ldm_export.bench.machine import cpu
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.targets.base import ORT_CPU
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 from ldm_export.recipe.stages import STAGE
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
@@ -77,7 +77,7 @@ def stages(work: Path) -> list[Path]:
 
 def draw_with_torch(checkpoint: str, plain: Bundle) -> Draw:
     """As the plain bundle is drawn by default."""
-    image_generator, model = TorchImageGenerator(LatentDiffusion.open(checkpoint)), plain.manifest.model
+    image_generator, model = TorchImageGenerator(open_checkpoint(checkpoint)), plain.manifest.model
     settings = SamplingSettings(steps=model["default_steps"], guidance=plain.roles.guidance.scale)
     return lambda seed: image_generator.sample([f"{PROMPTS[seed % len(PROMPTS)]} {seed}"], [seed], settings).timings
 

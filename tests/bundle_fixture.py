@@ -16,9 +16,9 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
 from ldm_export.bundle.atomic import locked
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.export import onnx
+from ldm_export.families import open_checkpoint
 from ldm_export.families.base import GraphModule
 
 CLASSES = 5
@@ -75,7 +75,7 @@ def perturb(module: torch.nn.Module) -> torch.nn.Module:
 
 def _without_text(folder: Path, tiny: Path, prediction_type: str = "epsilon", **unet: Any) -> None:
     torch.manual_seed(0)
-    checkpoint = LatentDiffusion.open(tiny)
+    checkpoint = open_checkpoint(tiny)
     save_checkpoint(
         folder,
         vae=checkpoint.load("vae"),

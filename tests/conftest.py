@@ -17,9 +17,9 @@ from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export import chain
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime.backends import auto
 from ldm_export.verify.loops import add_loop
 from tests.bundle_fixture import KINDS, GraphCache
@@ -137,7 +137,7 @@ def traced_once(shared_folder: Path) -> Iterator[None]:
 def tiny_bundle(tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The bundle of `tiny_checkpoint`. Read-only: a test that changes a file works on a copy."""
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    bundle = chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), folder)
+    bundle = chain.export_bundle(open_checkpoint(tiny_checkpoint), folder)
     yield folder
     assert Bundle.open(folder).manifest == bundle.manifest, "a test added a file to the bundle that all share"
     assert not (folder / "targets").exists(), "a test added a target to the bundle that all share"
@@ -178,6 +178,6 @@ def kinds(
     def make(kind: str) -> tuple[Path, Path]:
         checkpoint, bundle = folder / kind, folder / f"{kind}.bundle"
         KINDS[kind](checkpoint, tiny_checkpoint)
-        return checkpoint, chain.export_bundle(LatentDiffusion.open(checkpoint), bundle).path
+        return checkpoint, chain.export_bundle(open_checkpoint(checkpoint), bundle).path
 
     return make

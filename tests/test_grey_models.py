@@ -18,11 +18,11 @@ from ldm_reference.schedules import alphas_cumprod_from_config, leading_timestep
 from ldm_reference.unet import UNet2DConditionModel
 from PIL import Image
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import main
 from ldm_export.errors import InputError
 from ldm_export.export.chain import compare_bundle
 from ldm_export.export.parity import SIZES
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.verify.metrics import psnr_db
 from tests.scheduler_configs import relative_error
@@ -139,7 +139,7 @@ def labels_of(kind: str) -> list[int] | None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_bundle_draws_what_pytorch_draws(models: dict[str, Model], kind: str) -> None:
-    checkpoint = LatentDiffusion.open(models[kind][0])
+    checkpoint = open_checkpoint(models[kind][0])
     unet, vae = checkpoint.load("unet"), checkpoint.load("vae")
     assert isinstance(unet, UNet2DConditionModel)
     assert isinstance(vae, AutoencoderKL)
@@ -180,7 +180,7 @@ def test_a_class_changes_the_picture(models: dict[str, Model]) -> None:
 def test_the_graphs_are_held_against_pytorch_on_odd_sizes(models: dict[str, Model]) -> None:
     assert any(sizes["height"] % 2 and sizes["width"] % 2 for sizes in SIZES)
     checkpoint, bundle = models["class-conditional"]
-    records = compare_bundle(Pipeline.open(bundle).bundle, LatentDiffusion.open(checkpoint), lambda stage: None)
+    records = compare_bundle(Pipeline.open(bundle).bundle, open_checkpoint(checkpoint), lambda stage: None)
     assert all(record.passed for record in records)
 
 

@@ -33,9 +33,9 @@ MAY_IMPORT = {
     "export": BUNDLE | {"processes", "checkpoint", "families", "passes", "graph"},
     "verify": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export"},
     "recipe": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},
-    "bench": BUNDLE | {"processes", "checkpoint", "runtime", "passes", "graph", "export", "verify"},
+    "bench": BUNDLE | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},
     "cpp": set(),
-    "cli": BUNDLE | {"checkpoint", "runtime", "passes", "graph", "export", "verify", "recipe", "bench"},
+    "cli": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench"},
 }
 """What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
 

@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.main import main
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.recipe.pictures import draw_gallery
 from ldm_export.recipe.score import Judge
@@ -92,9 +92,7 @@ def test_graphs_that_a_pass_changes_leave_loops_and_targets_behind(
     bundle = Bundle.open(variants(variant))
     calls: dict[str, Any] = {"unet": [draw(bundle.manifest.graphs["unet"], seed) for seed in range(2)]}
     step = QuantizeWeights(smallest=500, graphs=("unet",))
-    changed, _ = change_graphs(
-        bundle, tmp_path / "changed", step, calls, PROMPTS, LatentDiffusion.open(tiny_checkpoint)
-    )
+    changed, _ = change_graphs(bundle, tmp_path / "changed", step, calls, PROMPTS, open_checkpoint(tiny_checkpoint))
     assert changed.manifest.graphs.keys() == GRAPHS
     assert not any(is_loop(name) for name in changed.manifest.files)
     assert not (changed.path / "targets").exists()

@@ -249,9 +249,9 @@ def flops_of_call(folder: Path) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ldm_export.checkpoint import LatentDiffusion
+    from ldm_export.families import open_checkpoint
 
-    unet = LatentDiffusion.open(folder / "checkpoint").load("unet")
+    unet = open_checkpoint(folder / "checkpoint").load("unet")
     inputs = {name: torch.from_numpy(array) for name, array in unet_inputs(folder, 0).items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(**inputs)

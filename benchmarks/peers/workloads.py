@@ -90,17 +90,17 @@ def make_checkpoint(
 
 def make_workload(name: str, folder: Path, *, cpu_target: bool = True) -> None:
     """Checkpoint, bundle with its target for this CPU and the inputs of a call; what is there already stays."""
-    from ldm_export.checkpoint import LatentDiffusion
     from ldm_export.export.chain import export_bundle
     from ldm_export.export.ort_cpu import build_ort_cpu
+    from ldm_export.families import open_checkpoint
 
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "model_index.json").is_file():
         if name == "emoji64":
-            shutil.copytree(LatentDiffusion.open(name).path, checkpoint)
+            shutil.copytree(open_checkpoint(name).path, checkpoint)
         else:
             make_checkpoint(checkpoint, *SHAPES[name])
-    model = LatentDiffusion.open(checkpoint)
+    model = open_checkpoint(checkpoint)
     if not (folder / "bundle").is_dir():
         bundle = export_bundle(model, folder / "bundle", progress=print)
         if cpu_target:

@@ -36,10 +36,10 @@ def opened(request: dict[str, Any]) -> Callable[[], object]:
 
         pipeline = Pipeline.open(request["bundle"], backend=request["backend"])
         return lambda: pipeline.generate(**given)
-    from ldm_export.checkpoint import LatentDiffusion
+    from ldm_export.families import open_checkpoint
     from ldm_export.verify.torch_reference import TorchReference
 
-    reference = TorchReference(LatentDiffusion.open(request["checkpoint"]))
+    reference = TorchReference(open_checkpoint(request["checkpoint"]))
     return lambda: reference.draw_as(given)
 
 

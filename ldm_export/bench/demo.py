@@ -16,6 +16,7 @@ from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 
 STUDENT = "{}-fast"
 """Name of each shipped model's student."""
@@ -37,7 +38,7 @@ def run_demo(
         )
     models = {BUNDLE: checkpoint}
     if (name := STUDENT.format(checkpoint.name)) in shipped_checkpoints():
-        models[FAST] = LatentDiffusion.open(name)
+        models[FAST] = open_checkpoint(name)
     for target, model in models.items():
         progress(f"export of {model.name}")
         build_ort_cpu(export_bundle(model, folder / target, force=True, progress=progress), progress)

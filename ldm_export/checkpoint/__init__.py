@@ -1,6 +1,7 @@
 """Checkpoints as they are trained: folders in diffusers layout, and single files."""
 
-from ldm_export.checkpoint.folder import PASSES, Autoencoder, LatentDiffusion, Network
+from ldm_export.checkpoint.folder import PASSES, LatentDiffusion
+from ldm_export.checkpoint.networks import Autoencoder, Network
 from ldm_export.checkpoint.sampling_defaults import SamplingDefaults
 from ldm_export.checkpoint.shipped import shipped_checkpoints
 

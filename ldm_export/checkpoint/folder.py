@@ -1,10 +1,8 @@
-"""Opens a checkpoint, in diffusers layout or as CompVis' single file, as the reference networks.
-
-The seam to ``ldm_reference``.
+"""Opens a checkpoint, in diffusers layout or as CompVis' single file.
 
 Components are loaded one at a time, when they are asked for, and their weights are memory-mapped: a model larger than
 half of the memory can be exported. What a file leaves out has the value that diffusers gives it
-(:mod:`ldm_export.checkpoint.pipelines`, :mod:`ldm_export.plan.samplers`); keys that diffusers and transformers read
+(:mod:`ldm_export.checkpoint.kind`, :mod:`ldm_export.plan.samplers`); keys that diffusers and transformers read
 past are read past here.
 """
 
@@ -18,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError, UnsupportedError
-from ldm_reference.layout import config_to_dict, save_component, write_json
-from ldm_reference.text_encoder import CLIPTextModel
-from ldm_reference.tiny_autoencoder import AutoencoderTiny
-from ldm_reference.unet import UNet2DConditionModel
+from ldm_reference.layout import save_component, write_json
 
-from ldm_export.checkpoint.pipelines import check_parts, latent_size, scheduler_as_used
+from ldm_export.checkpoint.kind import CheckpointKind, kind_of, names_part
+from ldm_export.checkpoint.networks import Network
 from ldm_export.checkpoint.sampling_defaults import FEW, SamplingDefaults
 from ldm_export.checkpoint.shipped import shipped_checkpoints
 from ldm_export.checkpoint.single_file import SingleFile
 from ldm_export.checkpoint.weights import (
     HOW_TO_CONVERT,
-    OF_DIFFUSERS,
-    OF_TRANSFORMERS,
     PICKLES,
     WeightFiles,
     check_tensors,
@@ -46,16 +39,6 @@ from ldm_export.plan import compile_plan, sampler_of
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
 from ldm_export.reading.hashes import sha256_of
 
-Autoencoder = AutoencoderKL | AutoencoderTiny
-Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
-
-CLASSES: dict[str, dict[str, type[Any]]] = {
-    "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
-    "unet": {"UNet2DConditionModel": UNet2DConditionModel},
-    "text_encoder": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
-    "text_encoder_2": {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModel},
-}
-"""What ``model_index.json`` may say that a component is, and what it is opened as."""
 PASSES = "passes.json"
 """Beside ``model_index.json``: how a model that passes have changed is drawn with, and what each of them did."""
 
@@ -68,6 +51,7 @@ class LatentDiffusion:
     ----------
     name : the folder's name
     path : the folder, or the single file
+    kind : what checkpoints of its family consist of
     index : the content of ``model_index.json``
     file : the single file in CompVis' layout, where it is one
     drawn_with : how to draw it, where that is not what its files say
@@ -77,6 +61,7 @@ class LatentDiffusion:
 
     name: str
     path: Path
+    kind: CheckpointKind
     index: dict[str, Any]
     file: SingleFile | None = None
     drawn_with: SamplingDefaults | None = None
@@ -85,12 +70,18 @@ class LatentDiffusion:
 
     @classmethod
     def open(
-        cls, checkpoint: str | Path, *, sampler: str | None = None, prediction_type: str | None = None
+        cls,
+        checkpoint: str | Path,
+        kinds: Sequence[CheckpointKind],
+        *,
+        sampler: str | None = None,
+        prediction_type: str | None = None,
     ) -> LatentDiffusion:
         """Open a folder, a single safetensors file in CompVis' layout, or a shipped checkpoint by its name.
 
         Parameters
         ----------
+        kinds : those that it may be of; see `ldm_export.families.open_checkpoint`
         sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
 
         Raises
@@ -110,43 +101,26 @@ class LatentDiffusion:
             raise CheckpointError(f"{path} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
         if path.is_file():
             file = SingleFile(path, prediction_type)
-            return cls(path.stem, path, file.index, file, sampler=sampler, prediction_type=prediction_type)
+            kind = kind_of(file.index, kinds)
+            return cls(path.stem, path, kind, file.index, file, sampler=sampler, prediction_type=prediction_type)
         if not (path / "model_index.json").is_file():
             raise CheckpointError(
                 f"{path} has no model_index.json; a checkpoint is a folder in diffusers layout. "
                 "Save it with diffusers' save_pretrained, or train one with `ldm-export train`."
             )
         index = _read_json(path / "model_index.json")
-        model = cls(path.resolve().name, path, index, sampler=sampler, prediction_type=prediction_type)
-        check_parts(path / "model_index.json", model.index)
-        for component in ("unet", "vae"):
-            if component not in model.components:
-                raise CheckpointError(
-                    f"{path / 'model_index.json'} names no {component}; a latent diffusion model has one."
-                )
-        for component in model.components:
-            given, allowed = model.index[component], CLASSES[component]
-            if (
-                not isinstance(given, list)
-                or len(given) != 2
-                or not isinstance(given[1], str)
-                or given[1] not in allowed
-            ):
-                raise CheckpointError(
-                    f"{path / 'model_index.json'} says that the {component} is {given!r}; "
-                    f"{' and '.join(allowed)} can be opened. Choose another checkpoint."
-                )
-        return model
+        kind = kind_of(index, kinds)
+        kind.check_parts(path / "model_index.json", index)
+        return cls(path.resolve().name, path, kind, index, sampler=sampler, prediction_type=prediction_type)
 
     @cached_property
     def components(self) -> tuple[str, ...]:
         """The networks that it has, in the order in which they run."""
-        order = ("text_encoder", "text_encoder_2", "unet", "vae")
-        return tuple(name for name in order if self.index.get(name) not in (None, [None, None]))
+        return tuple(name for name in self.kind.components if names_part(self.index, name))
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """Names of its text encoders, in the order in which the UNet reads them."""
+        """Names of its text encoders, in the order in which the denoiser reads them."""
         return tuple(name for name in self.components if name.startswith("text_encoder"))
 
     @property
@@ -155,20 +129,8 @@ class LatentDiffusion:
 
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Each network's config, defaults filled in, the UNet's ``sample_size`` being never null; ``with_projection``
-        is added for text encoders."""
-        configs = {}
-        for name in self.components:
-            network = self._skeleton(name)
-            configs[name] = config_to_dict(network)
-            if isinstance(network, CLIPTextModel):
-                configs[name]["with_projection"] = network.config.with_projection
-        version = (
-            None if self.file is not None else _read_json(self.path / "unet" / "config.json").get("_diffusers_version")
-        )
-        height, width = latent_size(self.index, configs["unet"], version)
-        configs["unet"]["sample_size"] = height if height == width else (height, width)
-        return configs
+        """Each network's config, defaults filled in."""
+        return {name: self.kind.components[name].config(self._skeleton(name)) for name in self.components}
 
     @property
     def pixels_per_latent(self) -> int:
@@ -181,11 +143,13 @@ class LatentDiffusion:
         height, width = self.latent_size
         return height * self.pixels_per_latent, width * self.pixels_per_latent
 
-    @property
+    @cached_property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of its latents."""
-        size = self.configs["unet"]["sample_size"]
-        return (size, size) if isinstance(size, int) else size
+        release = None
+        if self.file is None:
+            release = _read_json(self.path / self.kind.denoiser / "config.json").get("_diffusers_version")
+        return self.kind.latent_size(self.index, self.configs, release)
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -194,7 +158,7 @@ class LatentDiffusion:
             config = self.file.scheduler
         else:
             config = _read_json(self.path / "scheduler" / "scheduler_config.json")
-            config = scheduler_as_used(self.index, config)
+            config = self.kind.scheduler_as_used(self.index, config)
         if self.prediction_type is not None:
             config = {**config, "prediction_type": self.prediction_type}
         return config
@@ -257,8 +221,7 @@ class LatentDiffusion:
         return self._weights(component).files
 
     def _weights(self, component: str) -> WeightFiles:
-        base = OF_TRANSFORMERS if component.startswith("text_encoder") else OF_DIFFUSERS
-        return find_weights(self.path / component, base)
+        return find_weights(self.path / component, self.kind.components[component].weights)
 
     def sha256(self, component: str) -> str:
         """SHA-256 of the component's weight files, in name order, hex."""
@@ -312,7 +275,7 @@ class LatentDiffusion:
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         write_json(folder / "model_index.json", index)
         write_json(folder / PASSES, {"drawing": asdict(drawing), "passes": list(passes)})
-        return LatentDiffusion.open(folder)
+        return LatentDiffusion.open(folder, [self.kind])
 
     def _files_read(self, left_out: Collection[str]) -> list[Path]:
         """The files that opening and exporting read, without those of some networks, ``model_index.json`` and
@@ -354,12 +317,10 @@ class LatentDiffusion:
                 f"{file} has a quantization_config, so the weights are quantized; float32, float16 and bfloat16 can be "
                 "read. Use the model before it was quantized; export quantizes by recipe."
             )
-        if component.startswith("text_encoder"):
-            values["architectures"] = self.index[component][1:]  # what tells a model with a projection from one without
         try:
             with torch.device("meta"):
-                network: Network = CLASSES[component][self.index[component][1]].from_config(values, strict=False)
-                return network
+                network: Any = self.kind.components[component].build(self.index[component][1], values)
+                return network  # type: ignore[no-any-return]
         except UnsupportedError as error:
             raise CheckpointError(
                 f"{file}: {error}. Such a network cannot be exported; choose another checkpoint."

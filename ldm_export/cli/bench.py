@@ -11,10 +11,10 @@ from click.core import ParameterSource
 from ldm_export.bench.gates import Gate, gate_from_text, judge
 from ldm_export.bench.harness import Bench, BenchOptions, results_by_variant
 from ldm_export.bench.report import page
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
 from ldm_export.cli.options import check_output, console, folder, stages, status, was_given, write_output
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.reading.documents import MalformedError, read_text
 from ldm_export.runtime.backends import BACKENDS
 
@@ -86,7 +86,7 @@ def command(
         raise InputError(f"{output} is where the figures go; the report is a page. Name a .html.")
     for file in (output, json_file):
         check_output(file)
-    checkpoint = None if against is None else LatentDiffusion.open(against)
+    checkpoint = None if against is None else open_checkpoint(against)
     settings = BenchOptions(prompts=_prompts(prompts, texts), **options)
     with stages("bench") as progress:
         progress("opening")

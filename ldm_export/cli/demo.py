@@ -9,11 +9,11 @@ import numpy as np
 from ldm_export.bench.demo import run_demo
 from ldm_export.bench.image_similarity import pictures_of
 from ldm_export.bench.report import page
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.figures import print_bench, without_pictures
 from ldm_export.cli.options import console, folder, json_option, print_json, stages, status, write_output
 from ldm_export.cli.pictures import save_grid
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 
 
 @click.command()
@@ -32,7 +32,7 @@ def command(ctx: click.Context, output: Path, checkpoint: str, as_json: bool) ->
     except OSError as error:
         raise InputError(f"{output} cannot be made ({error.strerror}). Name another folder.") from error
     with stages("demo") as progress:
-        document = run_demo(LatentDiffusion.open(checkpoint), output, progress)
+        document = run_demo(open_checkpoint(checkpoint), output, progress)
     found = document["results"]["pictures"]
     drawn = {variant: pictures_of(found[variant]["png"]) for variant in found}
     reference, bundle, *taught = drawn.values()

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
+from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.cli.build import print_target
 from ldm_export.cli.options import console, folder, json_option, parity_line, print_json, stages, steps_bar, was_given
 from ldm_export.cli.passes import print_passes
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 from ldm_export.plan import SAMPLERS
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def command(
             raise InputError(
                 f"--{name.replace('_', '-')} is about the passes of a recipe. Give --recipe too, or leave it."
             )
-    model = LatentDiffusion.open(checkpoint, sampler=sampler, prediction_type=prediction_type)
+    model = open_checkpoint(checkpoint, sampler=sampler, prediction_type=prediction_type)
     if loops:
         from ldm_export.verify.loops import add_loop, check_loops
 

@@ -53,10 +53,10 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
             Conditioning(opened, backend)
         records = []
         if against is not None:
-            from ldm_export.checkpoint import LatentDiffusion
+            from ldm_export.families import open_checkpoint
             from ldm_export.verify.parity import compare_with_checkpoint
 
-            compared = compare_with_checkpoint(opened, LatentDiffusion.open(against), progress)
+            compared = compare_with_checkpoint(opened, open_checkpoint(against), progress)
             records = [record.to_dict() for record in compared]
     passed = not faults and all(record["passed"] for record in records)
     if as_json:

@@ -14,7 +14,6 @@ import torch
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.parity import Parity, check_parity
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.pipelines import left_out
 from ldm_export.errors import InputError
 from ldm_export.export.onnx import export_graph, random_inputs, release_weights
 from ldm_export.export.parity import (
@@ -190,7 +189,7 @@ def _source_facts(checkpoint: LatentDiffusion) -> dict[str, Any]:
     return {
         "sampler": checkpoint.sampler,
         "prediction_type": checkpoint.prediction_type,
-        "left_out": left_out(checkpoint.index),
+        "left_out": checkpoint.kind.left_out(checkpoint.index),
     }
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.kind import CheckpointKind
 from ldm_export.contract import GraphSpec, Roles
 
 
@@ -50,7 +52,16 @@ class ModelGraph:
 
 
 class Family(Protocol):
-    """One checkpoint as its family sees it."""
+    """One checkpoint as its family sees it.
+
+    Attributes
+    ----------
+    kind : what checkpoints of the family consist of
+    """
+
+    kind: CheckpointKind
+
+    def __init__(self, checkpoint: LatentDiffusion): ...
 
     def check(self) -> None:
         """Raise CheckpointError if a bundle of the checkpoint would not generate as its own pipeline does."""

@@ -8,18 +8,18 @@ such a bundle as it stands.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.pipelines import PIPELINES, class_name, left_out, option
+from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass, class_name, names_part
+from ldm_export.checkpoint.networks import AUTOENCODER, CLIP_TEXT_ENCODER, UNET
 from ldm_export.contract import (
     INPUT,
     NONE,
@@ -33,7 +33,9 @@ from ldm_export.contract import (
     graph_spec,
 )
 from ldm_export.errors import CheckpointError
+from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import GraphModule, ModelGraph
+from ldm_export.families.text_encoders import clip_graph
 from ldm_export.families.tokenizers import token_count
 from ldm_export.plan.guidance import guidance_frequencies
 
@@ -44,8 +46,56 @@ SCORE, NEGATIVE_SCORE = 6.0, 2.5
 """The aesthetic scores that diffusers gives SDXL's refiner, for the prompt and for the negative prompt."""
 
 
+def _default_pipeline(index: Index) -> PipelineClass:
+    """The pipeline class whose text encoders a checkpoint of an unknown class has."""
+    return XL if names_part(index, "text_encoder_2") else BASE
+
+
+def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
+    """Height and width of the latents; before diffusers 0.9, sizes below 64 were leftovers, which it overrules."""
+    pipeline, size = KIND.pipeline(index), configs["unet"]["sample_size"]
+    if size is None:
+        size = pipeline.sample_size
+    old = re.match(r"0\.[0-8]\.", release) if isinstance(release, str) else None
+    if isinstance(size, int) and size < 64 and old and pipeline is BASE:
+        size = 64
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+CHECKER: Mapping[str, Any] = {"requires_safety_checker": True}
+BASE = PipelineClass({"steps_offset": 1, "clip_sample": False}, CHECKER)
+XL_OPTIONS: Mapping[str, Any] = {"force_zeros_for_empty_prompt": True, "add_watermarker": None}
+XL = PipelineClass(options=XL_OPTIONS, sample_size=128)
+XL_FROM_IMAGE = PipelineClass(options={**XL_OPTIONS, "requires_aesthetics_score": False}, sample_size=128)
+KIND = CheckpointKind(
+    components={
+        "text_encoder": CLIP_TEXT_ENCODER,
+        "text_encoder_2": CLIP_TEXT_ENCODER,
+        "unet": UNET,
+        "vae": AUTOENCODER,
+    },
+    denoiser="unet",
+    optional_parts=("safety_checker", "feature_extractor", "image_encoder", "watermark"),
+    pipelines={
+        "StableDiffusionPipeline": BASE,
+        "StableDiffusionImg2ImgPipeline": BASE,
+        "StableDiffusionInpaintPipeline": PipelineClass({"steps_offset": 1, "skip_prk_steps": True}, CHECKER),
+        "LatentConsistencyModelPipeline": PipelineClass(options=CHECKER),
+        "LatentConsistencyModelImg2ImgPipeline": PipelineClass(options=CHECKER),
+        "StableDiffusionXLPipeline": XL,
+        "StableDiffusionXLImg2ImgPipeline": XL_FROM_IMAGE,
+        "StableDiffusionXLInpaintPipeline": XL_FROM_IMAGE,
+    },
+    saved_as=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    default_pipeline=_default_pipeline,
+    latent_size=_latent_size,
+)
+
+
 class StableDiffusion:
     """A checkpoint with a UNet; see :class:`ldm_export.families.base.Family`."""
+
+    kind = KIND
 
     def __init__(self, checkpoint: LatentDiffusion):
         self._checkpoint = checkpoint
@@ -60,10 +110,10 @@ class StableDiffusion:
 
     @property
     def notes(self) -> list[str]:
-        index, said = self._checkpoint.index, []
-        if parts := left_out(index):
+        index, kind, said = self._checkpoint.index, self._checkpoint.kind, []
+        if parts := kind.left_out(index):
             said.append(f"Left out: {', '.join(parts)}; a bundle has no such parts.")
-        if class_name(index) not in PIPELINES:
+        if class_name(index) not in kind.pipelines:
             like = "StableDiffusionXLPipeline" if "text_encoder_2" in self._encoders else "StableDiffusionPipeline"
             said.append(f"The checkpoint is of a {class_name(index)}; the bundle generates as a {like} does.")
         if self._image_channels:
@@ -117,36 +167,25 @@ class StableDiffusion:
 
     @cached_property
     def graphs(self) -> Sequence[ModelGraph]:
-        load, graphs = self._checkpoint.load, []
-        for name, config in self._encoders.items():
-            spec = self.text_encoder_spec(name)
-            module = partial(_text_encoder, load, name, tuple(tensor.name for tensor in spec.outputs))
-            saved = {key: value for key, value in config.items() if key != "with_projection"}
-            graphs.append(ModelGraph(spec, module, name, saved, config["vocab_size"]))
+        graphs = [*self._text_graphs.values()]
         classes = self._unet["num_class_embeds"] or 1
         if self._conditioner is not None:
             graphs.append(ModelGraph(self.conditioner_spec, partial(_conditioner, self._conditioner), ids=classes))
         named = tuple(tensor.name for tensor in self.denoiser_spec.inputs)
-        graphs.append(ModelGraph(self.denoiser_spec, partial(_denoiser, load, named), "unet", self._unet, classes))
-        inside = {**self._vae, "scaling_factor": 1.0}  # the graphs' latents are scaled already
-        graphs.append(ModelGraph(self.decoder_spec, partial(_decoder, load), "vae", inside))
-        graphs.append(ModelGraph(self.encoder_spec, partial(_encoder, load), "vae", inside))
-        return graphs
+        height, width = self._checkpoint.latent_size
+        config = {**self._unet, "sample_size": height if height == width else (height, width)}
+        load = self._checkpoint.load
+        graphs.append(ModelGraph(self.denoiser_spec, partial(_denoiser, load, named), "unet", config, classes))
+        return [*graphs, *autoencoder_graphs(load, self._checkpoint.index["vae"][1], self._vae)]
 
-    def text_encoder_spec(self, name: str) -> GraphSpec:
-        """A text encoder of CLIP's kind; for SDXL with every layer's hidden states, the last but one of which it
-        reads."""
-        config, length = self._encoders[name], self._lengths[name]
-        width = config["hidden_size"]
-        states = TensorSpec("last_hidden_state", "float32", ("batch", length, width))
-        if config["with_projection"]:
-            outputs = [TensorSpec("text_embeds", "float32", ("batch", config["projection_dim"])), states]
-        else:
-            outputs = [states, TensorSpec("pooler_output", "float32", ("batch", width))]
-        if self._reads_sizes:
-            layers = range(config["num_hidden_layers"] + 1)
-            outputs += [TensorSpec(f"hidden_states.{layer}", "float32", states.shape) for layer in layers]
-        return graph_spec(name, [TensorSpec("input_ids", "int64", ("batch", length))], outputs)
+    @cached_property
+    def _text_graphs(self) -> Mapping[str, ModelGraph]:
+        """Graphs of the text encoders; for SDXL with every layer's states, the last but one of which it reads."""
+        load, lengths, layers = self._checkpoint.load, self._lengths, self._reads_sizes
+        return {
+            name: clip_graph(load, name, config, lengths[name], layers=layers)
+            for name, config in self._encoders.items()
+        }
 
     @cached_property
     def denoiser_spec(self) -> GraphSpec:
@@ -182,7 +221,7 @@ class StableDiffusion:
         assert self._conditioner is not None
         given = {name: kinds[0] for name, kinds in REQUEST_SOURCES.items()}
         for name in self._encoders:
-            given |= {f"{name}.{tensor.name}": tensor for tensor in self.text_encoder_spec(name).outputs}
+            given |= {f"{name}.{tensor.name}": tensor for tensor in self._text_graphs[name].spec.outputs}
         inputs = [TensorSpec(name, given[name].dtype, given[name].shape) for name in self._conditioner.sources]
         wanted = {tensor.name: tensor for tensor in self.denoiser_spec.inputs}
         outputs = []
@@ -192,23 +231,6 @@ class StableDiffusion:
                 shape = (shape[0], inputs[0].shape[1], shape[2])
             outputs.append(TensorSpec(name, wanted[name].dtype, shape))
         return graph_spec(CONDITIONER, inputs, outputs)
-
-    @property
-    def decoder_spec(self) -> GraphSpec:
-        """Latents as the sampler has them to a picture in about [-1, 1]."""
-        latents = TensorSpec("latent_sample", "float32", ("batch", self._vae["latent_channels"], "height", "width"))
-        sample = TensorSpec("sample", "float32", ("batch", self._vae["out_channels"], "image_height", "image_width"))
-        return graph_spec("vae_decoder", [latents], [sample])
-
-    @property
-    def encoder_spec(self) -> GraphSpec:
-        """A picture in [-1, 1] to its latents as the sampler has them: their mean and log-variance, on the channel
-        axis, or themselves where they are certain, as AutoencoderTiny's."""
-        certain = self._checkpoint.index["vae"][1] == AutoencoderTiny.__name__
-        name, channels = ("latent_sample", 1) if certain else ("latent_parameters", 2)
-        sample = TensorSpec("sample", "float32", ("batch", self._vae["in_channels"], "image_height", "image_width"))
-        shape = ("batch", channels * self._vae["latent_channels"], "height", "width")
-        return graph_spec("vae_encoder", [sample], [TensorSpec(name, "float32", shape)])
 
     @cached_property
     def _lengths(self) -> Mapping[str, int]:
@@ -249,7 +271,7 @@ class StableDiffusion:
             layers = {name: config["num_hidden_layers"] - 1 for name, config in self._encoders.items()}
             states = tuple(f"{name}.hidden_states.{layer}" for name, layer in layers.items())
             pooled = f"{list(self._encoders)[-1]}.text_embeds"
-        zeros = self._reads_sizes and bool(option(self._checkpoint.index, "force_zeros_for_empty_prompt"))
+        zeros = self._reads_sizes and bool(self.kind.option(self._checkpoint.index, "force_zeros_for_empty_prompt"))
         if not states and not guidance:
             return None
         return Conditioner(states, pooled if zeros else "", self._size_count if states else 0, guidance)
@@ -370,20 +392,6 @@ class Conditioner(nn.Module):
         return torch.cat([sizes, score[:, None]], dim=1)
 
 
-Load = Any
-
-
-def _text_encoder(load: Any, name: str, outputs: Sequence[str]) -> GraphModule:
-    def call(network: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
-        encoding = network(input_ids)
-        named = {f"hidden_states.{i}": state for i, state in enumerate(encoding.hidden_states)}
-        named |= {"last_hidden_state": encoding.last_hidden_state}
-        named |= {"pooler_output": encoding.pooled, "text_embeds": encoding.pooled}
-        return tuple(named[name] for name in outputs)
-
-    return GraphModule(load(name), call).eval()
-
-
 def _conditioner(network: Conditioner) -> GraphModule:
     own = deepcopy(network)  # whoever takes it may release its memory
     return GraphModule(own, lambda network, *inputs: network(*inputs)).eval()
@@ -397,22 +405,3 @@ def _denoiser(load: Any, names: Sequence[str]) -> GraphModule:
         return (network(**given),)
 
     return GraphModule(load("unet"), call).eval()
-
-
-def _decoder(load: Any) -> GraphModule:
-    def call(network: Any, latents: Tensor) -> tuple[Tensor, ...]:
-        return (network.decode(latents / network.config.scaling_factor),)
-
-    return GraphModule(load("vae"), call).eval()
-
-
-def _encoder(load: Any) -> GraphModule:
-    def call(network: Any, sample: Tensor) -> tuple[Tensor, ...]:
-        factor = network.config.scaling_factor
-        mean, logvar = network.encode(sample).chunk(2, dim=1)
-        if isinstance(network, AutoencoderTiny):
-            return (mean * factor,)
-        logvar = logvar.clamp(-30.0, 20.0) + 2 * math.log(factor)
-        return (torch.cat([mean * factor, logvar], dim=1),)
-
-    return GraphModule(load("vae"), call).eval()

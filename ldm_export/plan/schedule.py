@@ -334,7 +334,8 @@ def _timesteps_of(ratios: Vector, table: Vector) -> Vector:
     logs, wanted = np.log(table), np.log(ratios)
     least_after = np.minimum.accumulate(logs[::-1])[::-1]
     low = np.clip(np.searchsorted(least_after, wanted, side="right") - 1, 0, len(table) - 2)
-    return low + np.clip((wanted - logs[low]) / (logs[low + 1] - logs[low]), 0, 1)
+    shares: Vector = np.clip((wanted - logs[low]) / (logs[low + 1] - logs[low]), 0, 1)
+    return low + shares
 
 
 def _linked(levels: list[Level], timesteps: npt.NDArray[Any], final: Level) -> Grid:

@@ -12,6 +12,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import PASSES, LatentDiffusion, shipped_checkpoints
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import GraphPass
 from ldm_export.passes.base import PassContext, TorchPass
 from ldm_export.recipe.material import Material
@@ -50,7 +51,7 @@ def changed(
     elif not (path / PASSES).is_file():  # which is written last: with it, an interrupted run had come that far
         shutil.rmtree(path, ignore_errors=True)
         _save_changed(stage, step, path, record, material)
-    checkpoint = LatentDiffusion.open(path)
+    checkpoint = open_checkpoint(path)
     bundle = export_bundle(checkpoint, folder / BUNDLE, force=True, progress=progress)
     return bundle, checkpoint.passes[-1]["report"]
 
@@ -72,7 +73,7 @@ def adoptable(key: str, steps: list[TorchPass]) -> LatentDiffusion | None:
     """
     found: list[LatentDiffusion] = []
     for name in shipped_checkpoints():
-        candidate = LatentDiffusion.open(name)
+        candidate = open_checkpoint(name)
         records, at = candidate.passes, key
         fits = len(records) > 1 and records[0]["key"] == key and len(records) <= len(steps) + 1
         for step, record in zip(steps, records[1:], strict=False):

@@ -21,6 +21,7 @@ from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import copy_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.recipe.change import Pass, adoptable, changed
@@ -150,7 +151,7 @@ class _Run:
         record |= {"kept": why is None, "faster": faster, "seconds": seconds, "report": report}
         record |= {"score": score.to_dict(), **({} if why is None else {"why": why})}
         if (folder / CHECKPOINT).is_dir():
-            LatentDiffusion.open(folder / CHECKPOINT).record_passes([*stage.records, record])
+            open_checkpoint(folder / CHECKPOINT).record_passes([*stage.records, record])
         return self.cache.keep(folder, record, drawn)
 
 

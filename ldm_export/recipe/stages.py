@@ -20,6 +20,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.atomic import write_whole
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.recipe.score import Score
 
 STAGE, PICTURES = "stage.json", "pictures.npy"
@@ -64,7 +65,7 @@ class Stage:
         if not (folder / BUNDLE).is_dir():
             return replace(self, key=key, score=score, ahead=self.ahead * record["faster"], records=records)
         changed = folder / CHECKPOINT
-        checkpoint = LatentDiffusion.open(changed) if changed.is_dir() else self.checkpoint
+        checkpoint = open_checkpoint(changed) if changed.is_dir() else self.checkpoint
         return Stage(key, checkpoint, Bundle.open(folder / BUNDLE), score, records=records)
 
 

@@ -14,7 +14,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import NONE
 from ldm_export.errors import InputError
-from ldm_export.families import family_of
+from ldm_export.families import family_of, open_checkpoint
 from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.results import Step, Timings
@@ -218,7 +218,7 @@ def open_image_generator(target: str) -> ImageGenerator:
     """A bundle's folder, a checkpoint's folder, or a shipped checkpoint's name."""
     if (Path(target) / "manifest.json").is_file():
         return BundleImageGenerator(Bundle.open(target))
-    return TorchImageGenerator(LatentDiffusion.open(target))
+    return TorchImageGenerator(open_checkpoint(target))
 
 
 def _side(size: tuple[int, int]) -> int:

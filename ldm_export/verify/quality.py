@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
+from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.errors import CheckpointError, InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.verify.image_generators import ImageGenerator, SamplingSettings
 from ldm_export.verify.image_text_alignment import AlignmentJudge, Pictures, features_of, open_pictures
@@ -93,7 +94,7 @@ def open_judge(target: str, judge: str | None) -> AlignmentJudge | None:
         name = str(Bundle.open(target).manifest.source.get("checkpoint", ""))
         if name not in shipped_checkpoints():
             return None
-    checkpoint = LatentDiffusion.open(name)
+    checkpoint = open_checkpoint(name)
     tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]
     found = AlignmentJudge.open(checkpoint, tokenizers[0]) if tokenizers else None
     if found is None and judge is not None:

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from ldm_export.bench import demo, harness
 from ldm_export.bench.demo import run_demo
 from ldm_export.bench.harness import Document
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import main
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.verify.metrics import psnr_db
 
 PROMPTS = ("red apple", "a <b>red</b> & blue")
@@ -36,7 +36,7 @@ def small(traced_once: None) -> Any:
 @pytest.fixture(scope="module")
 def document(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Document:
     told: list[str] = []
-    made = run_demo(LatentDiffusion.open(tiny_checkpoint), tmp_path_factory.mktemp("demo"), told.append)
+    made = run_demo(open_checkpoint(tiny_checkpoint), tmp_path_factory.mktemp("demo"), told.append)
     assert {"export of tiny", "picture 2 of 2, bundle"} <= set(told)
     return made
 

@@ -19,9 +19,9 @@ from ldm_export.bench.harness import Bench, BenchOptions, Document, read_documen
 from ldm_export.bench.image_similarity import LARGEST, compare_pictures, drift, pictures_of
 from ldm_export.bench.report import page
 from ldm_export.bundle import Bundle, create_bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, BundleError, InputError
 from ldm_export.export.graphs import copy_files
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
 from ldm_export.verify import latency
@@ -52,7 +52,7 @@ def disturbed_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def bench(tiny_checkpoint: Path, tiny_bundle: Path, disturbed_bundle: Path) -> Bench:
-    return Bench([tiny_bundle, disturbed_bundle], LatentDiffusion.open(tiny_checkpoint), OPTIONS)
+    return Bench([tiny_bundle, disturbed_bundle], open_checkpoint(tiny_checkpoint), OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_the_pictures_are_those_of_the_pipeline(document: Document, tiny_bundle:
 def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path, quick: None) -> None:
     """Each by the sampler that is its own."""
     checkpoint, bundle = kinds(kind)
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(repeats=1, warm_up=0))
+    bench = Bench([bundle], open_checkpoint(checkpoint), BenchOptions(repeats=1, warm_up=0))
     theirs, ours = bench.variants
     assert ours.drawing == theirs.drawing
     assert ours.settings.sampler == {"sdxl": "euler", "lcm": "lcm"}.get(kind, "ddim")
@@ -136,7 +136,7 @@ def test_other_kinds(kinds: Callable[[str], tuple[Path, Path]], kind: str, tmp_p
 
 def test_what_a_process_of_its_own_is_told_draws_there(kinds: Callable[[str], tuple[Path, Path]]) -> None:
     checkpoint, bundle = kinds("sdxl")
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(prompts=("red",)))
+    bench = Bench([bundle], open_checkpoint(checkpoint), BenchOptions(prompts=("red",)))
     children = {variant.name: variant.child("red", 0) for variant in bench.variants}
     found = process.processes_in_turn(children, 1, lambda what: None)
     assert all(needs["cold_start_ms"] > 0 for needs in found.values())
@@ -145,10 +145,10 @@ def test_what_a_process_of_its_own_is_told_draws_there(kinds: Callable[[str], tu
 @pytest.mark.parametrize("kind", ["class-conditional", "unconditional"])
 def test_models_without_text(kinds: Callable[[str], tuple[Path, Path]], kind: str) -> None:
     checkpoint, bundle = kinds(kind)
-    bench = Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions())
+    bench = Bench([bundle], open_checkpoint(checkpoint), BenchOptions())
     assert bench.conditions == ([0, 1, 2, 3, 4] if kind == "class-conditional" else [""] * 8)
     with pytest.raises(InputError, match=r"1 prompts were given; PyTorch .* reads no text"):
-        Bench([bundle], LatentDiffusion.open(checkpoint), BenchOptions(prompts=("red",)))
+        Bench([bundle], open_checkpoint(checkpoint), BenchOptions(prompts=("red",)))
 
 
 def test_one_bundle_alone_has_nothing_to_compare_with(tiny_bundle: Path, tmp_path: Path, quick: None) -> None:
@@ -255,7 +255,7 @@ def test_sides_that_do_not_fit(
 ) -> None:
     checkpoint, bundle = kinds("class-conditional")
     with pytest.raises(InputError, match="has other inputs or outputs than the bundle"):
-        Bench([tiny_bundle], LatentDiffusion.open(checkpoint), OPTIONS)
+        Bench([tiny_bundle], open_checkpoint(checkpoint), OPTIONS)
     with pytest.raises(InputError, match=r"\(label condition, 3 channels, 16x16\) and .* draw different pictures"):
         Bench([tiny_bundle, bundle], None, BenchOptions())
     with pytest.raises(InputError, match="was given twice"):
@@ -271,7 +271,7 @@ def test_gates_that_cannot_be_judged(tiny_bundle: Path, disturbed_bundle: Path, 
     alone.check_gates([Gate("drift", 1.0), Gate("faster", 1.0)])
     with pytest.raises(InputError, match="Name a checkpoint with --against"):
         alone.check_gates([Gate("parity", 1.0)])
-    other = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), BenchOptions(sampler="euler", steps=10))
+    other = Bench([tiny_bundle], open_checkpoint(tiny_checkpoint), BenchOptions(sampler="euler", steps=10))
     other.check_gates([Gate("drift", 1.0)])  # PyTorch takes the same steps
     other.variants[1].settings = replace(other.variants[1].settings, sampler="ddim")
     with pytest.raises(InputError, match=r"drift=1 compares step by step; tiny with .*ddim.* take other steps"):
@@ -295,7 +295,7 @@ def test_several_backends_and_one_that_is_missing(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, quick: None
 ) -> None:
     options = replace(OPTIONS, repeats=1, warm_up=0, backends=("cuda", "cpu", "tensorrt-rtx", "openvino"))
-    bench = Bench([tiny_bundle], LatentDiffusion.open(tiny_checkpoint), options)
+    bench = Bench([tiny_bundle], open_checkpoint(tiny_checkpoint), options)
     assert [variant.name for variant in bench.variants] == ["PyTorch tiny", "tiny cpu", "tiny openvino"]
     document = bench.run(tmp_path / "r.json", "", resume=False, progress=lambda what: None)
     assert document["left_out"].keys() == {"tiny cuda", "tiny tensorrt-rtx"}

@@ -20,12 +20,12 @@ import pytest
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.targets.cpu_level import cpu_level
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
 from ldm_export.export import ort_cpu
 from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import GraphPass
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_weights import QuantizeWeights
@@ -245,7 +245,7 @@ def test_another_number_in_any_output_is_seen(built: Path, monkeypatch: pytest.M
 def quantized(bundle: Path, checkpoint: Path, folder: Path, step: GraphPass) -> Bundle:
     opened = Bundle.open(bundle)
     calls = {"unet": [draw(opened.manifest.graphs["unet"], seed) for seed in range(2)]}
-    return change_graphs(opened, folder, step, calls, PROMPTS, LatentDiffusion.open(checkpoint))[0]
+    return change_graphs(opened, folder, step, calls, PROMPTS, open_checkpoint(checkpoint))[0]
 
 
 def test_of_rounded_weights_the_target_is_as_near_as_of_plain_ones(

@@ -21,6 +21,7 @@ from ldm_export.checkpoint import PASSES, LatentDiffusion, SamplingDefaults
 from ldm_export.contract import Guidance
 from ldm_export.errors import BundleError, CheckpointError, InputError
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.distill_guidance import conditioned_copy
 from ldm_export.runtime import Pipeline
 from tests.bundle_fixture import KINDS, TEXT_UNET, perturb
@@ -60,7 +61,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> LatentDiffusion:
     for name in ("training", "logs", "samples"):
         (folder / name).mkdir()
         (folder / name / "large").write_text("much")
-    return LatentDiffusion.open(folder)
+    return open_checkpoint(folder)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_what_was_changed_once_is_changed_again(checkpoint: LatentDiffusion, tmp
 def test_record_passes_keeps_the_drawing(checkpoint: LatentDiffusion, tmp_path: Path) -> None:
     changed = checkpoint.save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS[:1])
     changed.record_passes(RECORDS)
-    again = LatentDiffusion.open(changed.path)
+    again = open_checkpoint(changed.path)
     assert (again.drawing, again.passes) == (FOLDED, RECORDS)
     assert json.loads((changed.path / PASSES).read_text())["drawing"] == {
         **{"sampler": "ddim", "steps": 4, "guidance": 3.0, "guidance_distilled": True}
@@ -135,7 +136,7 @@ def test_record_passes_keeps_the_drawing(checkpoint: LatentDiffusion, tmp_path: 
 
 def test_a_single_file_is_not_changed(tmp_path: Path) -> None:
     file, _ = write_single_file(tmp_path, "sd1")
-    model = LatentDiffusion.open(file)
+    model = open_checkpoint(file)
     assert (model.drawing, model.passes) == (SamplingDefaults(), [])
     with pytest.raises(CheckpointError) as refused:
         model.save_changed(tmp_path / "changed", {}, None, SamplingDefaults(), [])
@@ -148,7 +149,7 @@ def test_a_single_file_is_not_changed(tmp_path: Path) -> None:
 
 def test_what_no_pass_has_changed_is_drawn_as_its_scheduler_says(tiny_checkpoint: Path, tmp_path: Path) -> None:
     KINDS["lcm"](tmp_path / "lcm", tiny_checkpoint)
-    consistency, plain = LatentDiffusion.open(tmp_path / "lcm"), LatentDiffusion.open(tiny_checkpoint)
+    consistency, plain = open_checkpoint(tmp_path / "lcm"), open_checkpoint(tiny_checkpoint)
     assert (consistency.drawing, consistency.passes) == (SamplingDefaults("lcm", 4, 4.0), [])
     assert (plain.drawing, plain.passes) == (SamplingDefaults("ddim", 20, 4.0), [])
 
@@ -159,7 +160,7 @@ def folded(
 ) -> tuple[LatentDiffusion, Bundle]:
     """The tiny model, as if guidance 3 were in its UNet and four steps were enough, and its bundle."""
     folder = tmp_path_factory.mktemp("folded")
-    model = LatentDiffusion.open(tiny_checkpoint).save_changed(folder / "checkpoint", {}, None, FOLDED, RECORDS)
+    model = open_checkpoint(tiny_checkpoint).save_changed(folder / "checkpoint", {}, None, FOLDED, RECORDS)
     return model, export_bundle(model, folder / "bundle")
 
 
@@ -224,7 +225,7 @@ def test_a_conditioned_model_is_told_the_guidance(tiny_checkpoint: Path, traced_
     student = conditioned_copy(teacher)  # type: ignore[arg-type]
     torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.2)  # type: ignore[union-attr]
     drawing = SamplingDefaults("ddim", 10, 5.0)
-    tiny = LatentDiffusion.open(tiny_checkpoint)
+    tiny = open_checkpoint(tiny_checkpoint)
     model = tiny.save_changed(tmp_path / "conditioned", {"unet": student}, None, drawing, RECORDS)
     pipeline = Pipeline(export_bundle(model, tmp_path / "bundle"), "cpu")
     assert pipeline.bundle.roles.guidance.scale == 5.0
@@ -298,7 +299,7 @@ def test_only_what_is_read_is_copied(checkpoint: LatentDiffusion, tmp_path: Path
     weights.rename(tmp_path / "blob")
     weights.symlink_to(tmp_path / "blob")
     os.mkfifo(source / "tokenizer" / "pipe.json.lock")
-    changed = LatentDiffusion.open(source).save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS)
+    changed = open_checkpoint(source).save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS)
     files = {str(file.relative_to(changed.path)) for file in changed.path.rglob("*") if file.is_file()}
     kept = {str(file.relative_to(checkpoint.path)) for file in checkpoint.path.rglob("*") if file.is_file()}
     assert files <= kept | {PASSES}
@@ -313,7 +314,7 @@ def test_a_pipe_for_a_config_is_refused(checkpoint: LatentDiffusion, tmp_path: P
     source = shutil.copytree(checkpoint.path, tmp_path / "source")
     os.mkfifo(source / "tokenizer" / "added_tokens.json")
     with pytest.raises(CheckpointError, match=r"added_tokens\.json is no regular file"):
-        LatentDiffusion.open(source).save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS)
+        open_checkpoint(source).save_changed(tmp_path / "changed", {}, None, FOLDED, RECORDS)
 
 
 @pytest.mark.parametrize(("sample_size", "expected"), [(None, (128, 128)), (8, (16, 16)), ([8, 12], (16, 24))], ids=str)
@@ -323,5 +324,5 @@ def test_the_size_of_pictures(
     source = shutil.copytree(checkpoint.path, tmp_path / "source")
     config = json.loads((source / "unet" / "config.json").read_text())
     (source / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": sample_size}))
-    model = LatentDiffusion.open(source)
+    model = open_checkpoint(source)
     assert (model.pixels_per_latent, model.picture_size) == (2, expected)

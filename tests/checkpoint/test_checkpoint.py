@@ -13,8 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
+from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.errors import CheckpointError
+from ldm_export.families import open_checkpoint
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 COMPONENTS = ("text_encoder", "unet", "vae")
@@ -37,9 +38,7 @@ def edit_weights(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 
 
 def weights(checkpoint: Path, component: str = "unet") -> dict[str, torch.Tensor]:
-    return {
-        key: tensor.clone() for key, tensor in LatentDiffusion.open(checkpoint).load(component).state_dict().items()
-    }
+    return {key: tensor.clone() for key, tensor in open_checkpoint(checkpoint).load(component).state_dict().items()}
 
 
 def assert_same(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -52,7 +51,7 @@ def assert_same(given: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_open_says_what_is_there(tiny_checkpoint: Path) -> None:
-    model = LatentDiffusion.open(str(tiny_checkpoint))
+    model = open_checkpoint(str(tiny_checkpoint))
     assert model.name == "tiny"
     assert model.components == COMPONENTS
     assert model.configs["unet"]["cross_attention_dim"] == 32
@@ -65,7 +64,7 @@ def test_open_says_what_is_there(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_load_gives_float32_in_evaluation_mode_without_gradients(tiny_checkpoint: Path, component: str) -> None:
-    network = LatentDiffusion.open(tiny_checkpoint).load(component)
+    network = open_checkpoint(tiny_checkpoint).load(component)
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
@@ -78,13 +77,13 @@ def test_loading_is_lazy(checkpoint: Path) -> None:
     """Configs need no weights, and a component needs no other."""
     for component in ("unet", "vae"):
         (checkpoint / component / "diffusion_pytorch_model.safetensors").unlink()
-    model = LatentDiffusion.open(checkpoint)
+    model = open_checkpoint(checkpoint)
     assert set(model.configs) == set(COMPONENTS)
     assert model.load("text_encoder").state_dict()
 
 
 def test_two_loads_share_nothing(tiny_checkpoint: Path) -> None:
-    model = LatentDiffusion.open(tiny_checkpoint)
+    model = open_checkpoint(tiny_checkpoint)
     first, second = model.load("vae"), model.load("vae")
     with torch.no_grad():
         first.decoder.conv_in.weight.zero_()  # type: ignore[union-attr]
@@ -129,7 +128,7 @@ def test_shards_open(checkpoint: Path, pattern: str) -> None:
     full = weights(checkpoint)
     files = shard(checkpoint, pattern, full)
     assert_same(weights(checkpoint), full)
-    assert LatentDiffusion.open(checkpoint).weight_files("unet") == tuple(files)
+    assert open_checkpoint(checkpoint).weight_files("unet") == tuple(files)
 
 
 def test_full_precision_shards_go_before_those_of_a_variant(checkpoint: Path) -> None:
@@ -140,23 +139,23 @@ def test_full_precision_shards_go_before_those_of_a_variant(checkpoint: Path) ->
 
 
 def test_sha256_follows_the_weights(checkpoint: Path) -> None:
-    before = LatentDiffusion.open(checkpoint).sha256("unet")
+    before = open_checkpoint(checkpoint).sha256("unet")
     assert len(before) == 64
-    assert LatentDiffusion.open(checkpoint).sha256("unet") == before
+    assert open_checkpoint(checkpoint).sha256("unet") == before
     edit_weights(checkpoint / UNET_WEIGHTS, lambda tensors: tensors["conv_in.bias"].add_(1))
-    assert LatentDiffusion.open(checkpoint).sha256("unet") != before
+    assert open_checkpoint(checkpoint).sha256("unet") != before
 
 
 def test_without_a_text_encoder(checkpoint: Path) -> None:
     edit_json(checkpoint / "model_index.json", text_encoder=[None, None])
-    assert LatentDiffusion.open(checkpoint).components == ("unet", "vae")
+    assert open_checkpoint(checkpoint).components == ("unet", "vae")
     edit_json(checkpoint / "model_index.json", text_encoder=None)
-    assert LatentDiffusion.open(checkpoint).components == ("unet", "vae")
+    assert open_checkpoint(checkpoint).components == ("unet", "vae")
 
 
 def test_shipped_checkpoints_open_by_name() -> None:
     for name, folder in shipped_checkpoints().items():
-        assert LatentDiffusion.open(name).path == folder
+        assert open_checkpoint(name).path == folder
 
 
 # --- what lies: (what is done to the folder, what the sentence says) --------------------------------------------------
@@ -166,7 +165,7 @@ def refusal(checkpoint: Path | str) -> str:
     """The message with which opening the checkpoint, or loading a component of it, is refused."""
 
     def open_and_load() -> None:
-        model = LatentDiffusion.open(checkpoint)
+        model = open_checkpoint(checkpoint)
         for component in model.components:
             model.load(component)
 
@@ -370,9 +369,9 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
 def test_no_scheduler(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "scheduler")
     with pytest.raises(CheckpointError, match=r"scheduler_config\.json is missing"):
-        _ = LatentDiffusion.open(checkpoint).scheduler
+        _ = open_checkpoint(checkpoint).scheduler
 
 
 def test_a_component_that_the_checkpoint_lacks(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"names no text_encoder_2; it has text_encoder, unet, vae\."):
-        LatentDiffusion.open(tiny_checkpoint).load("text_encoder_2")
+        open_checkpoint(tiny_checkpoint).load("text_encoder_2")

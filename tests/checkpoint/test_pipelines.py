@@ -12,11 +12,14 @@ import diffusers
 import pytest
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
-from ldm_export.checkpoint.pipelines import OPTIONAL_PARTS, OWN_PARTS, PIPELINES, option
 from ldm_export.errors import CheckpointError
 from ldm_export.export import chain
-from ldm_export.families import family_of
+from ldm_export.families import family_of, open_checkpoint
+from ldm_export.families.stable_diffusion import StableDiffusion
 from ldm_export.plan import compile_plan
+
+KIND = StableDiffusion.kind
+PARTS = {*KIND.own_parts, *KIND.optional_parts}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -37,17 +40,17 @@ def edit_json(file: Path, **changes: Any) -> None:
 def with_scheduler(checkpoint: Path, name: str, **config: Any) -> LatentDiffusion:
     edit_json(checkpoint / "model_index.json", scheduler=["diffusers", name])
     (checkpoint / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": name, **config}))
-    return LatentDiffusion.open(checkpoint)
+    return open_checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", KIND.pipelines)
 def test_every_argument_of_the_class_is_known(name: str) -> None:
     given = inspect.signature(getattr(diffusers, name).__init__).parameters
-    defaults = {key: value.default for key, value in given.items() if key not in OWN_PARTS | OPTIONAL_PARTS | {"self"}}
-    assert PIPELINES[name].options == defaults
+    defaults = {key: value.default for key, value in given.items() if key not in PARTS | {"self"}}
+    assert KIND.pipelines[name].options == defaults
     for key, default in defaults.items():
-        assert option({"_class_name": name}, key) == default
-        assert option({"_class_name": name, key: not default}, key) is not default
+        assert KIND.option({"_class_name": name}, key) == default
+        assert KIND.option({"_class_name": name, key: not default}, key) is not default
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
@@ -57,7 +60,7 @@ def test_what_the_constructor_makes_of_a_scheduler(checkpoint: Path, name: str, 
     edit_json(checkpoint / "model_index.json", _class_name=name)
     model = with_scheduler(checkpoint, scheduler)
     cls = getattr(diffusers, name)
-    none = dict.fromkeys(inspect.signature(cls.__init__).parameters.keys() & (OWN_PARTS | OPTIONAL_PARTS))
+    none = dict.fromkeys(inspect.signature(cls.__init__).parameters.keys() & PARTS)
     pipeline = cls(**{**none, "scheduler": getattr(diffusers, scheduler)()})
     judge = pipeline.scheduler
     judge.set_timesteps(20)
@@ -68,7 +71,7 @@ def test_what_the_constructor_makes_of_a_scheduler(checkpoint: Path, name: str, 
 
 def test_the_class_of_the_scheduler_is_that_of_the_index(checkpoint: Path) -> None:
     edit_json(checkpoint / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
-    model = LatentDiffusion.open(checkpoint)
+    model = open_checkpoint(checkpoint)
     assert model.scheduler["_class_name"] == "EulerDiscreteScheduler"
     assert model.drawing == SamplingDefaults("euler")
 
@@ -97,7 +100,7 @@ def test_a_scheduler_that_no_sampler_is(checkpoint: Path, name: str) -> None:
     model = with_scheduler(checkpoint, name)
     with pytest.raises(CheckpointError, match=name):
         _ = model.drawing
-    chosen = LatentDiffusion.open(checkpoint, sampler="euler")
+    chosen = open_checkpoint(checkpoint, sampler="euler")
     if name == "FlowMatchEulerDiscreteScheduler":
         with pytest.raises(CheckpointError, match="Use another checkpoint"):
             _ = chosen.drawing
@@ -106,7 +109,7 @@ def test_a_scheduler_that_no_sampler_is(checkpoint: Path, name: str) -> None:
 
 
 def test_what_the_unet_predicts_can_be_said(checkpoint: Path) -> None:
-    model = LatentDiffusion.open(checkpoint, prediction_type="v_prediction")
+    model = open_checkpoint(checkpoint, prediction_type="v_prediction")
     assert model.scheduler["prediction_type"] == "v_prediction"
     assert family_of(model).facts["prediction_type"] == "v_prediction"
 
@@ -125,7 +128,7 @@ def test_what_the_unet_predicts_can_be_said(checkpoint: Path) -> None:
 def test_the_size_of_the_latents(checkpoint: Path, name: str, changes: dict[str, Any], size: Any) -> None:
     edit_json(checkpoint / "model_index.json", _class_name=name)
     edit_json(checkpoint / "unet/config.json", **changes)
-    model = LatentDiffusion.open(checkpoint)
+    model = open_checkpoint(checkpoint)
     assert model.configs["unet"]["sample_size"] == size
     facts = family_of(model).facts
     assert (facts["height"], facts["width"]) == tuple(
@@ -152,12 +155,12 @@ LEFTOVERS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_keys_that_change_nothing(checkpoint: Path, case: str) -> None:
     component, changes = LEFTOVERS[case]
     edit_json(checkpoint / component / "config.json", **changes)
-    assert LatentDiffusion.open(checkpoint).load(component)
+    assert open_checkpoint(checkpoint).load(component)
 
 
 def refusal(checkpoint: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        family_of(LatentDiffusion.open(checkpoint)).check()
+        family_of(open_checkpoint(checkpoint)).check()
     assert str(caught.value).endswith(".")
     return str(caught.value)
 
@@ -206,7 +209,7 @@ def test_parts_that_do_not_fit_the_unet(checkpoint: Path) -> None:
 
 def test_more_positions_than_the_tokenizer_gives(checkpoint: Path) -> None:
     edit_json(checkpoint / "text_encoder/config.json", max_position_embeddings=40)
-    text_encoder = family_of(LatentDiffusion.open(checkpoint)).graphs[0].spec
+    text_encoder = family_of(open_checkpoint(checkpoint)).graphs[0].spec
     assert text_encoder.inputs[0].shape == ("batch", 16)
     assert text_encoder.outputs[0].shape == ("batch", 16, 32)
 
@@ -230,13 +233,11 @@ def test_a_tokenizer_that_cannot_be_read(checkpoint: Path, name: str, content: s
 def test_what_is_left_out_is_named(checkpoint: Path) -> None:
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     edit_json(checkpoint / "model_index.json", safety_checker=checker, _class_name="StableDiffusionSAGPipeline")
-    model = LatentDiffusion.open(checkpoint)
+    model = open_checkpoint(checkpoint)
     assert family_of(model).notes == [
         "Left out: safety_checker; a bundle has no such parts.",
         "The checkpoint is of a StableDiffusionSAGPipeline; the bundle generates as a StableDiffusionPipeline does.",
     ]
     assert chain._source_facts(model)["left_out"] == ["safety_checker"]
     edit_json(checkpoint / "unet/config.json", in_channels=9)
-    assert (
-        "takes 9 channels (inpainting, or editing a picture)" in family_of(LatentDiffusion.open(checkpoint)).notes[-1]
-    )
+    assert "takes 9 channels (inpainting, or editing a picture)" in family_of(open_checkpoint(checkpoint)).notes[-1]

@@ -7,7 +7,8 @@ import json
 import safetensors
 from ldm_reference.train import TrainConfig
 
-from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
+from ldm_export.checkpoint import shipped_checkpoints
+from ldm_export.families import open_checkpoint
 
 
 def test_emoji64_is_small_fp16_and_says_its_licence() -> None:
@@ -20,7 +21,7 @@ def test_emoji64_is_small_fp16_and_says_its_licence() -> None:
 
 
 def test_emoji64_is_what_its_recipe_describes() -> None:
-    model = LatentDiffusion.open("emoji64")
+    model = open_checkpoint("emoji64")
     assert model.components == ("text_encoder", "unet", "vae")
     recipe = TrainConfig.read(shipped_checkpoints()["emoji64"].parents[1] / "recipes" / "emoji64.toml")
     for component, asked in (("unet", recipe.unet), ("vae", recipe.vae), ("text_encoder", recipe.text_encoder)):

@@ -21,12 +21,12 @@ from ldm_reference.unet import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.key_maps import text_key, unet_key, vae_key
 from ldm_export.checkpoint.single_file import FAMILIES, SingleFile
 from ldm_export.cli.main import main
 from ldm_export.errors import CheckpointError
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.plan import compile_plan
 from ldm_export.runtime import Pipeline
 
@@ -130,7 +130,7 @@ def write(folder: Path, family: str, configs: dict[str, dict[str, Any]] | None =
 @pytest.mark.parametrize("family", TINY)
 def test_weights_are_those_that_diffusers_converts(tmp_path: Path, family: str) -> None:
     file, networks = write(tmp_path, family)
-    model = LatentDiffusion.open(file)
+    model = open_checkpoint(file)
     assert model.components == tuple(sorted(TINY[family], key=["text_encoder", "text_encoder_2", "unet", "vae"].index))
     for component in model.components:
         given, whole = model.load(component).state_dict(), load_file(file)
@@ -159,7 +159,7 @@ def test_weights_are_those_that_diffusers_converts(tmp_path: Path, family: str) 
 @pytest.mark.parametrize("family", TINY)
 def test_networks_compute_what_they_did(tmp_path: Path, family: str) -> None:
     file, networks = write(tmp_path, family)
-    model = LatentDiffusion.open(file)
+    model = open_checkpoint(file)
     ids = torch.randint(0, 559, (2, 12))
     with torch.no_grad():
         for component in model.components:
@@ -279,7 +279,7 @@ def test_what_the_unet_predicts(
     file, _ = write(tmp_path, family)
     tensors = load_file(file) | ({} if step is None else {"global_step": torch.tensor(step)})
     save_file(tensors, file, metadata)
-    model = LatentDiffusion.open(file)
+    model = open_checkpoint(file)
     assert model.scheduler["prediction_type"] == expected
     assert model.configs["unet"]["sample_size"] == size
 
@@ -292,13 +292,13 @@ def marked(folder: Path, family: str = "sd1", metadata: dict[str, str] | None = 
 
 def test_marker_keys_say_what_the_unet_predicts(tmp_path: Path) -> None:
     none = torch.tensor([])
-    scheduler = LatentDiffusion.open(marked(tmp_path, v_pred=none)).scheduler
+    scheduler = open_checkpoint(marked(tmp_path, v_pred=none)).scheduler
     assert (scheduler["prediction_type"], scheduler.get("rescale_betas_zero_snr")) == ("v_prediction", None)
-    model = LatentDiffusion.open(marked(tmp_path, v_pred=none, ztsnr=none))
+    model = open_checkpoint(marked(tmp_path, v_pred=none, ztsnr=none))
     assert model.scheduler["prediction_type"] == "v_prediction"
     assert model.scheduler["rescale_betas_zero_snr"] is True
     assert compile_plan(model.scheduler, model.drawing.sampler, 10).rows[0].timestep == 999
-    scheduler = LatentDiffusion.open(marked(tmp_path), prediction_type="v_prediction").scheduler
+    scheduler = open_checkpoint(marked(tmp_path), prediction_type="v_prediction").scheduler
     assert scheduler["prediction_type"] == "v_prediction"
 
 
@@ -309,15 +309,15 @@ def test_marker_keys_say_what_the_unet_predicts(tmp_path: Path) -> None:
 def test_a_file_that_contradicts_itself(tmp_path: Path, metadata: dict[str, str]) -> None:
     file = marked(tmp_path, metadata=metadata, v_pred=torch.tensor([]))
     with pytest.raises(CheckpointError, match="Say which it is with --prediction-type"):
-        _ = LatentDiffusion.open(file).scheduler
-    assert LatentDiffusion.open(file, prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
+        _ = open_checkpoint(file).scheduler
+    assert open_checkpoint(file, prediction_type="epsilon").scheduler["prediction_type"] == "epsilon"
 
 
 @pytest.mark.parametrize(
     "step", [torch.zeros(2), torch.zeros(1, 2), torch.tensor([875000]), torch.tensor(float("nan"))]
 )
 def test_a_global_step_of_any_shape(tmp_path: Path, step: Tensor) -> None:
-    model = LatentDiffusion.open(marked(tmp_path, "sd2", global_step=step))
+    model = open_checkpoint(marked(tmp_path, "sd2", global_step=step))
     assert model.scheduler["prediction_type"] == ("epsilon" if step.tolist() == [875000] else "v_prediction")
 
 
@@ -338,7 +338,7 @@ def test_a_global_step_of_any_shape(tmp_path: Path, step: Tensor) -> None:
 def test_files_of_other_kinds(tmp_path: Path, key: str, what: str) -> None:
     save_file({key: torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=re.escape(f"other.safetensors {what}")):
-        LatentDiffusion.open(tmp_path / "other.safetensors")
+        open_checkpoint(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -354,14 +354,14 @@ def test_names_that_are_not_quite_the_usual(tmp_path: Path, rename: Callable[[st
     file, networks = write(tmp_path, "sd1")
     save_file({rename(key): tensor for key, tensor in load_file(file).items()}, file)
     for component in ("unet", "text_encoder"):
-        loaded = LatentDiffusion.open(file).load(component).state_dict()
+        loaded = open_checkpoint(file).load(component).state_dict()
         assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks[component].state_dict().items())
 
 
 def test_weights_that_are_there_twice(tmp_path: Path) -> None:
     file = marked(tmp_path, **{"module.first_stage_model.quant_conv.bias": torch.zeros(8)})
     with pytest.raises(CheckpointError, match="has the same weights twice"):
-        LatentDiffusion.open(file)
+        open_checkpoint(file)
 
 
 def test_an_unfinished_training(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_an_unfinished_training(tmp_path: Path) -> None:
     key = "model.diffusion_model.out.2.bias"
     save_file(load_file(file) | {key: torch.full((4,), torch.nan)}, file)
     with pytest.raises(CheckpointError, match=r"'conv_out\.bias' holds NaN or infinity"):
-        LatentDiffusion.open(file).load("unet")
+        open_checkpoint(file).load("unet")
 
 
 def test_layers_that_differ_within_a_block(tmp_path: Path) -> None:
@@ -377,14 +377,14 @@ def test_layers_that_differ_within_a_block(tmp_path: Path) -> None:
     depths = {"transformer_layers_per_block": [1, [2, 1]], "reverse_transformer_layers_per_block": [[2, 1, 3], 1]}
     configs = {**TINY["sdxl"], "unet": {**XL, **depths, "mid_block_type": None}}
     file, networks = write(tmp_path, "sdxl", configs)
-    loaded = LatentDiffusion.open(file).load("unet").state_dict()
+    loaded = open_checkpoint(file).load("unet").state_dict()
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in networks["unet"].state_dict().items())
 
 
 @pytest.mark.slow
 def test_a_single_file_goes_through_the_chain(tmp_path: Path) -> None:
     file, _ = write(tmp_path, "sd2")
-    bundle = export_bundle(LatentDiffusion.open(file), tmp_path / "bundle")
+    bundle = export_bundle(open_checkpoint(file), tmp_path / "bundle")
     assert all(record["passed"] for record in bundle.manifest.parity)
     images = Pipeline(bundle, "cpu").generate("a red square", steps=10, height=16, width=16).images
     assert images.shape == (1, 16, 16, 3)
@@ -422,7 +422,7 @@ def test_a_file_that_is_not_whole(tmp_path: Path, fault: str, sentence: str) -> 
     file, _ = write(tmp_path, "sd1")
     save_file(damage(load_file(file), fault if fault != "no width" else "width"), file)
     with pytest.raises(CheckpointError) as caught:
-        LatentDiffusion.open(file).load("unet")
+        open_checkpoint(file).load("unet")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -431,10 +431,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     file, _ = write(tmp_path, "sd1")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or not a safetensors file"):
-        LatentDiffusion.open(file)
+        open_checkpoint(file)
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match="is a pickle, which can run code when it is opened"):
-        LatentDiffusion.open(tmp_path / "model.ckpt")
+        open_checkpoint(tmp_path / "model.ckpt")
 
 
 def test_the_tokenizer_is_looked_for_beside_the_file(tmp_path: Path) -> None:
@@ -443,6 +443,6 @@ def test_the_tokenizer_is_looked_for_beside_the_file(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"tokenizer has neither tokenizer\.json nor vocab\.json and merges\.txt\. Put"
     ):
-        export_bundle(LatentDiffusion.open(file), tmp_path / "bundle")
+        export_bundle(open_checkpoint(file), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
     assert json.loads((tmp_path / "elsewhere" / "tokenizer_config.json").read_text())["model_max_length"] == 12

@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import CheckpointError
+from ldm_export.families import open_checkpoint
 
 WHOLE = "diffusion_pytorch_model.safetensors"
 Tensors = dict[str, Tensor]
@@ -29,7 +29,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def weights(checkpoint: Path, component: str = "unet") -> Tensors:
-    return LatentDiffusion.open(checkpoint).load(component).state_dict()
+    return open_checkpoint(checkpoint).load(component).state_dict()
 
 
 def refusal(checkpoint: Path, component: str = "unet") -> str:

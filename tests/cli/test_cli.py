@@ -22,10 +22,10 @@ from PIL import Image
 from ldm_export import __version__
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import read_plan
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli import doctor, main
 from ldm_export.cli.main import COMMANDS
 from ldm_export.export import chain
+from ldm_export.families import open_checkpoint
 from ldm_export.plan import SAMPLERS
 from ldm_export.runtime import Pipeline
 from tests.tiny_recipe import CONFIG
@@ -487,7 +487,7 @@ def retrained(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     import safetensors.torch
 
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "retrained"))
-    weights = LatentDiffusion.open(tiny_checkpoint).load("unet").state_dict()
+    weights = open_checkpoint(tiny_checkpoint).load("unet").state_dict()
     changed = {name: tensor * 1.01 for name, tensor in weights.items()}
     safetensors.torch.save_file(changed, folder / "unet" / "diffusion_pytorch_model.safetensors")
     return folder
@@ -597,7 +597,7 @@ def test_what_train_makes_can_be_opened_by_export(run: Run, data: Path, config: 
     done = run("train", "--data", data, "-o", tmp_path / "model", "--config", config)
     assert done.exit_code == 0, done.output
     assert "ldm-export export" in done.stdout
-    checkpoint = LatentDiffusion.open(tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
     assert all(checkpoint.load(component) for component in checkpoint.components)
     assert_refused(run("train", "--data", data, "-o", tmp_path / "model", "--config", config), "is not empty")
 

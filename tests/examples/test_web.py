@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Generator, Pipeline, Tokenizer
 from ldm_export.verify.loops import add_loop
 from ldm_export.verify.metrics import psnr_db
@@ -61,7 +61,7 @@ def bundle(browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     """emoji64 with its loops; ``LDM_EXPORT_WEB_BUNDLE`` names one that is there."""
     if there := os.environ.get("LDM_EXPORT_WEB_BUNDLE"):
         return Bundle.open(there)
-    made = export_bundle(LatentDiffusion.open("emoji64"), tmp_path_factory.mktemp("web") / "bundle")
+    made = export_bundle(open_checkpoint("emoji64"), tmp_path_factory.mktemp("web") / "bundle")
     return functools.reduce(add_loop, LOOPS, made)
 
 

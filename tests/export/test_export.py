@@ -28,14 +28,13 @@ from torch import Tensor
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_target
 from ldm_export.bundle.parity import TOLERANCE, check_parity, largest_error
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec, Guidance, Roles, TensorSpec, TextEncoder
 from ldm_export.errors import BundleError, CheckpointError, ExportError, LdmExportError, ParityError
 from ldm_export.export import chain, parity
 from ldm_export.export import onnx as onnx_export
 from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import compare_outputs
-from ldm_export.families import family_of
+from ldm_export.families import family_of, open_checkpoint
 from ldm_export.families.base import GraphModule
 from ldm_export.graph import files as graph_files
 from ldm_export.graph.running import worst_error
@@ -124,7 +123,7 @@ def test_inputs_and_outputs_are_those_of_contract_and_manifest(model: Model, kin
         graph = onnx.load(path).graph
         sides = (tuple(map(tensor_spec, values)) for values in (graph.input, graph.output))
         specs[name] = GraphSpec(f"{name}/model.onnx", *sides)
-    assert specs == {graph.spec.name: graph.spec for graph in family_of(LatentDiffusion.open(checkpoint)).graphs}
+    assert specs == {graph.spec.name: graph.spec for graph in family_of(open_checkpoint(checkpoint)).graphs}
     assert specs == Bundle.open(bundle, verify=True).manifest.graphs
 
 
@@ -132,7 +131,7 @@ def test_the_manifest_says_where_the_weights_came_from(model: Model) -> None:
     checkpoint, bundle = model("class-conditional")
     manifest = Bundle.open(bundle).manifest
     assert manifest.source["checkpoint"] == checkpoint.name
-    assert manifest.source["sha256"]["unet"] == LatentDiffusion.open(checkpoint).sha256("unet")
+    assert manifest.source["sha256"]["unet"] == open_checkpoint(checkpoint).sha256("unet")
     assert manifest.model["class_count"] == CLASSES
     assert [record["passed"] for record in manifest.parity] == [True] * 3
 
@@ -280,7 +279,7 @@ def test_a_wrong_graph_is_not_sealed(
     monkeypatch.setattr(chain, "export_graph", export_wrong)
     message = rf"{graph} output '{output}' differs from PyTorch by \S+ of its largest value; 0\.0001 is allowed"
     with pytest.raises(ParityError, match=message):
-        chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), tmp_path / "wrong" / "bundle")
+        chain.export_bundle(open_checkpoint(tiny_checkpoint), tmp_path / "wrong" / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -348,7 +347,7 @@ def test_the_same_bytes_in_any_number_of_threads(tiny_checkpoint: Path, traced_o
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            bundle = chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), tmp_path / str(count))
+            bundle = chain.export_bundle(open_checkpoint(tiny_checkpoint), tmp_path / str(count))
             assert torch.get_num_threads() == count
             manifests.append((bundle.path / "manifest.json").read_bytes())
     finally:
@@ -380,7 +379,7 @@ def test_large_weights_lie_in_one_external_file(model: Model, tmp_path: Path, mo
     monkeypatch.setattr(
         chain, "export_graph", lambda module, graph, *rest: anew.get(graph.name, cached)(module, graph, *rest)
     )
-    bundle = chain.export_bundle(LatentDiffusion.open(checkpoint), tmp_path / "bundle").path
+    bundle = chain.export_bundle(open_checkpoint(checkpoint), tmp_path / "bundle").path
     files = {path.name for path in (bundle / "unet").iterdir()}
     assert files == {"config.json", "model.onnx", "model.onnx_data"}
     path = bundle / "unet" / "model.onnx"
@@ -422,12 +421,12 @@ def test_an_export_that_ends_early_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(chain, place, happens)
     with pytest.raises(error, match=message):
-        chain.export_bundle(LatentDiffusion.open(tiny_checkpoint), tmp_path / "new" / "bundle")
+        chain.export_bundle(open_checkpoint(tiny_checkpoint), tmp_path / "new" / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_bundle_is_replaced_only_by_force(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    checkpoint = LatentDiffusion.open(tiny_checkpoint)
+    checkpoint = open_checkpoint(tiny_checkpoint)
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     (bundle / "vae_encoder" / "config.json").unlink()
     with pytest.raises(BundleError, match="exists; use --force"):
@@ -472,7 +471,7 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_traced(
     damage(checkpoint)
     monkeypatch.setattr(chain, "export_graph", interrupt)
     with pytest.raises(error, match=message):
-        chain.export_bundle(LatentDiffusion.open(checkpoint), tmp_path / "bundle")
+        chain.export_bundle(open_checkpoint(checkpoint), tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 
@@ -481,7 +480,7 @@ def test_a_tokenizer_in_one_file_is_written_out(tiny_checkpoint: Path, tiny_bund
     transformers.CLIPTokenizerFast.from_pretrained(checkpoint / "tokenizer").save_pretrained(checkpoint / "tokenizer")
     for name in ("vocab.json", "merges.txt"):
         (checkpoint / "tokenizer" / name).unlink(missing_ok=True)
-    bundle = chain.export_bundle(LatentDiffusion.open(checkpoint), tmp_path / "bundle").path
+    bundle = chain.export_bundle(open_checkpoint(checkpoint), tmp_path / "bundle").path
     ours, theirs = (json.loads((folder / "tokenizer" / "vocab.json").read_text()) for folder in (bundle, tiny_bundle))
     assert ours == theirs
     pipelines = [Pipeline.open(folder) for folder in (bundle, tiny_bundle)]
@@ -493,7 +492,7 @@ def test_a_large_graph_is_compared_in_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tiny_checkpoint: Path
 ) -> None:
     monkeypatch.setattr(parity, "LARGE_BYTES", 0)
-    bundle, checkpoint = Bundle.open(tiny_bundle), LatentDiffusion.open(tiny_checkpoint)
+    bundle, checkpoint = Bundle.open(tiny_bundle), open_checkpoint(tiny_checkpoint)
     graph = bundle.manifest.graphs["text_encoder"]
     own = family_of(checkpoint).graphs[0]
     runs = parity.reference_runs(own.load(), graph, 2, own.ids)

@@ -16,8 +16,8 @@ import torch
 import transformers
 from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from tests.bundle_fixture import SMALL_UNET, perturb
 
@@ -90,7 +90,7 @@ def checkpoint(folder: Path) -> None:
 def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         checkpoint(Path(work))
-        bundle = export_bundle(LatentDiffusion.open(Path(work) / "golden"), folder / "bundle")
+        bundle = export_bundle(open_checkpoint(Path(work) / "golden"), folder / "bundle")
     pipeline = Pipeline(bundle, "cpu")
     made = {name: pipeline.generate(**request) for name, request in REQUESTS.items()}
     images = {f"{name}.images": result.images for name, result in made.items()}

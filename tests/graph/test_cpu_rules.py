@@ -356,7 +356,7 @@ def run_all(model: ir.Model, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def test_the_rest_of_what_is_cut_out_is_the_whole() -> None:
     model = inferred(network())
     parts = {name: hoist_invariants(model, [name], f"hoisted.{name}") for name in "tc"}
-    assert [value.name for value in model.graph.inputs] == ["x", "c", "once.t.0", "once.c.0"]
+    assert [value.name for value in model.graph.inputs] == ["x", "c", "hoisted.t.0", "hoisted.c.0"]
     assert [each.op_type for each in model.graph] == ["Add", "Mul", "Add"]
     call = {"x": random(1, 2, 3), "t": np.array(0.4, np.float32), "c": random(2, 2, 3)}
     given = dict(call)
@@ -403,8 +403,8 @@ def test_a_cut_of_two_inputs_together() -> None:
     model = inferred(network())
     part = hoist_invariants(model, ["t", "c"], "hoisted")
     assert part is not None
-    assert [value.name for value in part.graph.outputs] == ["once.0", "once.1"]
-    assert [value.name for value in model.graph.inputs] == ["x", "c", "once.0", "once.1"]
+    assert [value.name for value in part.graph.outputs] == ["hoisted.0", "hoisted.1"]
+    assert [value.name for value in model.graph.inputs] == ["x", "c", "hoisted.0", "hoisted.1"]
 
 
 @pytest.mark.parametrize("also", ["c1", "c2"])

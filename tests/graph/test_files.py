@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BundleError
 from ldm_export.export.graphs import change_graphs
+from ldm_export.families import open_checkpoint
 from ldm_export.graph import files
 from ldm_export.graph.base import GraphPass
 from ldm_export.graph.files import load, load_outside, save
@@ -110,7 +110,7 @@ def test_a_bundle_with_a_large_graph(
     stays_large: bool,
 ) -> None:
     """Its graph becomes one of integers, outside again or small enough for one file."""
-    plain, checkpoint = Bundle.open(tiny_bundle), LatentDiffusion.open(tiny_checkpoint)
+    plain, checkpoint = Bundle.open(tiny_bundle), open_checkpoint(tiny_checkpoint)
     unet = plain.manifest.graphs["unet"]
     rng = np.random.default_rng(0)
     calls = {

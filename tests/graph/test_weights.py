@@ -14,10 +14,10 @@ import onnx_ir as ir
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import ParityError
 from ldm_export.export.chain import compare_bundle, export_bundle
 from ldm_export.export.graphs import change_graphs
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import GraphChange, GraphPass, Inputs
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
@@ -159,13 +159,13 @@ def test_a_bundle_with_a_lost_weight_is_not_sealed(tiny_bundle: Path, tiny_check
     bundle = Bundle.open(tiny_bundle)
     calls = {"unet": [draw(bundle.manifest.graphs["unet"], seed) for seed in range(2)]}
     with pytest.raises(ParityError, match=r"^unet: '.+' is not '.+' of the graph that it was made of"):
-        change_graphs(bundle, tmp_path / "broken", Broken(), calls, ["red"], LatentDiffusion.open(tiny_checkpoint))
+        change_graphs(bundle, tmp_path / "broken", Broken(), calls, ["red"], open_checkpoint(tiny_checkpoint))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_against_finds_every_lost_weight(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Whatever tolerance the manifest has; and of plain graphs, too."""
-    bundle, checkpoint = Bundle.open(tiny_bundle), LatentDiffusion.open(tiny_checkpoint)
+    bundle, checkpoint = Bundle.open(tiny_bundle), open_checkpoint(tiny_checkpoint)
     calls = {"vae_decoder": [draw(bundle.manifest.graphs["vae_decoder"], seed) for seed in range(2)]}
     step = QuantizeWeights(smallest=500, graphs=("vae_decoder",))
     sound, _ = change_graphs(bundle, tmp_path / "sound", step, calls, ["red"], checkpoint)
@@ -187,7 +187,7 @@ def test_verify_against_finds_every_lost_weight(tiny_bundle: Path, tiny_checkpoi
 @pytest.mark.slow
 def test_any_one_weight_of_emoji64_that_is_zeroed_is_refused(tmp_path: Path) -> None:
     """All graphs, by all passes of the shipped recipes, calibrated on seeded calls."""
-    bundle = export_bundle(LatentDiffusion.open("emoji64"), tmp_path / "emoji64")
+    bundle = export_bundle(open_checkpoint("emoji64"), tmp_path / "emoji64")
     shipped: list[list[GraphPass]] = [
         [QuantizeWeights()],
         [QuantizeWeights(bits=4)],

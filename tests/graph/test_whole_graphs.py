@@ -18,7 +18,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError, InputError, ParityError
 from ldm_export.export.graphs import change_graphs
-from ldm_export.families import family_of
+from ldm_export.families import family_of, open_checkpoint
 from ldm_export.graph.base import GraphChange, GraphPass, Inputs
 from ldm_export.graph.half import Half
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
@@ -58,7 +58,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path) -> LatentDiffusion:
-    return LatentDiffusion.open(tiny_checkpoint)
+    return open_checkpoint(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")

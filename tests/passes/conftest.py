@@ -14,6 +14,7 @@ from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
+from ldm_export.families import open_checkpoint
 from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.passes.base import PassContext
 from ldm_export.passes.teacher import Conditions, TeacherData, encode_conditions
@@ -29,7 +30,7 @@ def write_small(tiny_checkpoint: Path) -> Callable[..., LatentDiffusion]:
     """A function that writes `tiny_checkpoint` with a smaller UNet, and changed keys of the scheduler, to a folder."""
 
     def write(folder: Path, **scheduler: Any) -> LatentDiffusion:
-        tiny = LatentDiffusion.open(tiny_checkpoint)
+        tiny = open_checkpoint(tiny_checkpoint)
         torch.manual_seed(0)
         save_checkpoint(
             folder,
@@ -40,7 +41,7 @@ def write_small(tiny_checkpoint: Path) -> Callable[..., LatentDiffusion]:
             scheduler={**tiny.scheduler, **scheduler},
             dtype=torch.float32,
         )
-        return LatentDiffusion.open(folder)
+        return open_checkpoint(folder)
 
     return write
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.base import PassContext
 from ldm_export.passes.distill_decoder import DecoderObjective, DistillDecoder
 from ldm_export.passes.teacher import TeacherData
@@ -151,7 +152,7 @@ def test_grey_pictures_are_learned_too(setting: MakeSetting, model: LatentDiffus
     config = {**diffusers.AutoencoderKL.load_config(folder / "vae"), "in_channels": 1, "out_channels": 1}
     diffusers.AutoencoderKL.from_config(config).save_pretrained(folder / "vae")
     step = DistillDecoder(**{**SHORT, "perceptual_weight": 0.1}, updates=1)
-    tiny = step.apply(setting(LatentDiffusion.open(folder))).networks["vae"]
+    tiny = step.apply(setting(open_checkpoint(folder))).networks["vae"]
     assert tiny.config.in_channels == tiny.config.out_channels == 1  # type: ignore[union-attr]
 
 

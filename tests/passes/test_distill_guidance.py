@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.passes import base
 from ldm_export.passes.base import Change, PassContext
 from ldm_export.passes.distill_guidance import (
@@ -312,7 +313,7 @@ def test_a_model_without_guidance(
 ) -> None:
     KINDS["class-conditional"](tmp_path / "classes", tiny_checkpoint)
     classes = dataclasses.replace(data, conditions={"class_labels": torch.arange(4)}, empty={})
-    given = setting(LatentDiffusion.open(tmp_path / "classes"), data=classes)
+    given = setting(open_checkpoint(tmp_path / "classes"), data=classes)
     assert refusal(given) == "distill-guidance: classes is drawn without guidance; leave this pass out."
 
 
@@ -320,6 +321,6 @@ def test_a_model_that_has_guidance_in_itself(
     setting: MakeSetting, folded: LatentDiffusion, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     KINDS["lcm"](tmp_path / "lcm", tiny_checkpoint)
-    for model in (folded, LatentDiffusion.open(tmp_path / "lcm")):
+    for model in (folded, open_checkpoint(tmp_path / "lcm")):
         sentence = f"distill-guidance: {model.name} has guidance in its network already; leave this pass out."
         assert refusal(setting(model)) == sentence

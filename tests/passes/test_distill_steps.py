@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.passes import distill_steps
 from ldm_export.passes.base import PassContext
 from ldm_export.passes.distill_steps import ConsistencyObjective, DistillSteps, ProgressiveObjective, _levels
@@ -340,7 +341,7 @@ def test_a_model_that_is_drawn_with_guidance(setting: MakeSetting, model: Latent
 def test_a_consistency_model_is_not_halved(setting: MakeSetting, tiny_checkpoint: Path, tmp_path: Path) -> None:
     KINDS["lcm"](tmp_path / "lcm", tiny_checkpoint)
     model = dataclasses.replace(
-        LatentDiffusion.open(tmp_path / "lcm"), drawn_with=SamplingDefaults("lcm", 4, 4.0, guidance_distilled=True)
+        open_checkpoint(tmp_path / "lcm"), drawn_with=SamplingDefaults("lcm", 4, 4.0, guidance_distilled=True)
     )
     with pytest.raises(InputError, match=r"lcm is a consistency model already; leave this pass out\.$"):
         DistillSteps(start=8, updates=1).apply(setting(model))

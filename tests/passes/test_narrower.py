@@ -15,7 +15,7 @@ from ldm_reference.config import ConfigError, config_from_dict
 from ldm_reference.layout import config_to_dict
 from ldm_reference.unet import DOWN_BLOCKS, MID_BLOCKS, UP_BLOCKS, UNet2DConditionModel, UNetConfig
 
-from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.channels import Channels, cut, narrower, nearest_share
 from tests.passes.unets import (
     CONVOLUTIONS,
@@ -173,7 +173,7 @@ def test_a_time_embedding_of_frequencies_that_stay_is_the_same() -> None:
 
 
 def test_trained_weights_are_fitted_with_weights_that_fp16_has() -> None:
-    unet: Any = LatentDiffusion.open("emoji64").load("unet")
+    unet: Any = open_checkpoint("emoji64").load("unet")
     share = nearest_share(unet.config, 0.75)
     assert share == Fraction(3, 4)
     kept = {name: torch.arange(int(space.size * share)) for name, space in Channels(unet).spaces.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.passes import teacher
 from ldm_export.passes.teacher import (
@@ -54,7 +55,7 @@ def draw(model: LatentDiffusion, told: Told, file: Path, count: int = 6, **chang
 
 def without_text(kind: str, tiny: Path, folder: Path) -> LatentDiffusion:
     KINDS[kind](folder, tiny)
-    return LatentDiffusion.open(folder)
+    return open_checkpoint(folder)
 
 
 # --- conditions -----------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_the_size_is_the_unet_s(model: LatentDiffusion, told: Told, tmp_path: Pa
     folder = shutil.copytree(model.path, tmp_path / "wide")
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": [8, 12]}))
-    drawn = draw(LatentDiffusion.open(folder), told, tmp_path / "latents.safetensors", 2)
+    drawn = draw(open_checkpoint(folder), told, tmp_path / "latents.safetensors", 2)
     assert drawn.latents.shape == (2, 4, 8, 12)
 
 
@@ -208,7 +209,7 @@ def test_pictures_are_encoded_as_by_diffusers(model: LatentDiffusion, tmp_path: 
         tiny.save_pretrained(folder / "vae")
         index = json.loads((folder / "model_index.json").read_text())
         (folder / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", autoencoder]}))
-        model = LatentDiffusion.open(folder)
+        model = open_checkpoint(folder)
     assert relative_error(encode_pictures(model, pictures), expected) < TOLERANCE
 
 
@@ -264,7 +265,7 @@ def test_another_teacher_s_file_is_refused(model: LatentDiffusion, told: Told, t
         weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
         tail = weights.read_bytes()
         weights.write_bytes(tail[:-1] + bytes([tail[-1] ^ 1]))
-        model = LatentDiffusion.open(folder)
+        model = open_checkpoint(folder)
     elif change == "fewer prompts":
         told = {name: rows[:3] for name, rows in told[0].items()}, told[1]
     with pytest.raises(InputError, match=r"latents\.safetensors was drawn by another teacher or another recipe") as no:

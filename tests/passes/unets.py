@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.channels import Channels
 from ldm_export.passes.teacher import TeacherData
 from tests.bundle_fixture import perturb
@@ -157,7 +158,7 @@ LAYERED = {
 
 def write_model(folder: Path, tiny: Path, **unet: Any) -> LatentDiffusion:
     """``tiny_checkpoint`` with a random UNet in place of its own."""
-    checkpoint = LatentDiffusion.open(tiny)
+    checkpoint = open_checkpoint(tiny)
     save_checkpoint(
         folder,
         vae=checkpoint.load("vae"),  # type: ignore[arg-type]
@@ -167,7 +168,7 @@ def write_model(folder: Path, tiny: Path, **unet: Any) -> LatentDiffusion:
         scheduler=checkpoint.scheduler,
         dtype=torch.float32,
     )
-    return LatentDiffusion.open(folder)
+    return open_checkpoint(folder)
 
 
 def hooks_of(network: torch.nn.Module) -> int:

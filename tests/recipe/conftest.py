@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.base import Training
 from ldm_export.recipe import run_recipe, settings
 from tests.recipe.tiny import FAKE_PASSES, Interrupt, judge_cheaply, recipe_of
@@ -31,7 +31,7 @@ def begun(tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.Tem
     """A work folder where the teacher of `tiny_checkpoint` has been drawn and judged, with 2 steps."""
     folder = tmp_path_factory.mktemp("begun")
     recipe = recipe_of(folder, '[[pass]]\nname = "quantize-weights"')
-    checkpoint, stop = LatentDiffusion.open(tiny_checkpoint), Interrupt("calibration pictures")
+    checkpoint, stop = open_checkpoint(tiny_checkpoint), Interrupt("calibration pictures")
     with pytest.MonkeyPatch.context() as patch:
         judge_cheaply(patch)
         with pytest.raises(KeyboardInterrupt):
@@ -52,7 +52,7 @@ def make(tiny_checkpoint: Path, cheap_judge: None, work: Path, tmp_path: Path) -
     def made(passes: str, *, budget: str | None = None, teacher: str | None = None, **options: Any) -> Made:
         tables = {name: text for name, text in (("budget", budget), ("teacher", teacher)) if text is not None}
         given: dict[str, Any] = {"output": tmp_path / "bundle", "work": work, "force": True, **options}
-        return run_recipe(LatentDiffusion.open(tiny_checkpoint), recipe_of(tmp_path, passes, **tables), **given)
+        return run_recipe(open_checkpoint(tiny_checkpoint), recipe_of(tmp_path, passes, **tables), **given)
 
     return made
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ldm_export.checkpoint import PASSES, LatentDiffusion
+from ldm_export.checkpoint import PASSES
 from ldm_export.checkpoint import folder as checkpoints
+from ldm_export.families import open_checkpoint
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.recipe import change as recipe_change
@@ -29,7 +30,7 @@ def results(tiny_checkpoint: Path, begun: Path, tmp_path_factory: pytest.TempPat
     work = Path(shutil.copytree(begun, folder / "work"))
     with pytest.MonkeyPatch.context() as patch:
         judge_cheaply(patch)
-        checkpoint = LatentDiffusion.open(tiny_checkpoint)
+        checkpoint = open_checkpoint(tiny_checkpoint)
         run_recipe(checkpoint, recipe_of(folder, TRAINED), folder / "bundle", work)
     return {
         "one": next(work.glob("01-*")) / "checkpoint",
@@ -112,8 +113,8 @@ def test_the_recipe_goes_on_from_a_result(make: Make, ship: Any, trained: list[s
     assert all(record["kept"] for record in records)
     assert bundle.roles.guidance.kind == "none"
     source = bundle.manifest.source["sha256"]
-    assert source["vae"] == LatentDiffusion.open(results["one"]).sha256("vae")
-    assert source["unet"] == LatentDiffusion.open(results["two"]).sha256("unet")
+    assert source["vae"] == open_checkpoint(results["one"]).sha256("vae")
+    assert source["unet"] == open_checkpoint(results["two"]).sha256("unet")
 
 
 def test_of_several_results_the_farthest_is_taken(

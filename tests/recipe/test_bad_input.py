@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BundleError, ExportError, InputError, LdmExportError
+from ldm_export.families import open_checkpoint
 from ldm_export.recipe import read_recipe, run_recipe
 from tests.recipe.conftest import Make
 from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, recipe_of, write_recipe
@@ -35,7 +35,7 @@ def drawn(tiny_checkpoint: Path, begun: Path, tmp_path_factory: pytest.TempPathF
     """The file of the latents of a recipe that was interrupted behind them. Read-only."""
     folder = tmp_path_factory.mktemp("drawn")
     work = Path(shutil.copytree(begun, folder / "work"))
-    checkpoint, stop = LatentDiffusion.open(tiny_checkpoint), Interrupt("distill-decoder: loss")
+    checkpoint, stop = open_checkpoint(tiny_checkpoint), Interrupt("distill-decoder: loss")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(checkpoint, recipe_of(folder, DECODER), folder / "bundle", work, progress=stop)
     (file,) = (work / "teacher").glob("latents*.safetensors")
@@ -176,7 +176,7 @@ def test_models_without_text(
 ) -> None:
     if "fp16" in passes and torch.accelerator.is_available():
         pytest.skip("this machine has a GPU, which has the precision")
-    checkpoint = LatentDiffusion.open(kinds(kind)[0])
+    checkpoint = open_checkpoint(kinds(kind)[0])
     with pytest.raises(InputError, match=message):
         run_recipe(checkpoint, recipe_of(tmp_path, passes), tmp_path / "bundle", tmp_path / "work")
     assert not (tmp_path / "bundle").exists()
@@ -184,7 +184,7 @@ def test_models_without_text(
 
 
 def test_a_model_without_text_has_a_recipe_too(kinds: Kinds, cheap_judge: None, tmp_path: Path) -> None:
-    checkpoint = LatentDiffusion.open(kinds("unconditional")[0])
+    checkpoint = open_checkpoint(kinds("unconditional")[0])
     recipe = recipe_of(tmp_path, DECODER)
     bundle, records = run_recipe(checkpoint, recipe, tmp_path / "bundle", tmp_path / "work")
     assert [record["kept"] for record in records] == [True, True]
@@ -197,7 +197,7 @@ def test_a_text_model_needs_prompts(tiny_checkpoint: Path, tmp_path: Path) -> No
     recipe = read_recipe(tmp_path / "recipe.toml")
     message = "tiny reads text and the recipe recipe has no prompts; add prompts = FILE"
     with pytest.raises(InputError, match=message):
-        run_recipe(LatentDiffusion.open(tiny_checkpoint), recipe, tmp_path / "bundle", tmp_path / "work")
+        run_recipe(open_checkpoint(tiny_checkpoint), recipe, tmp_path / "bundle", tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 

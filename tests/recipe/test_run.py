@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint import folder as checkpoints
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
@@ -45,7 +45,7 @@ def whole(
     with pytest.MonkeyPatch.context() as patch:
         judge_cheaply(patch)
         _, records = run_recipe(
-            LatentDiffusion.open(tiny_checkpoint), recipe_of(folder, ALL), folder / "bundle", folder / "work"
+            open_checkpoint(tiny_checkpoint), recipe_of(folder, ALL), folder / "bundle", folder / "work"
         )
     return folder, records
 
@@ -117,7 +117,7 @@ def test_every_stage_is_a_bundle_and_trained_ones_are_checkpoints(whole: tuple[P
     folder, records = whole
     for number, name in enumerate(("distill-guidance", "distill-decoder"), 1):
         stage = latest(folder / "work", name)
-        checkpoint = LatentDiffusion.open(stage / "checkpoint")
+        checkpoint = open_checkpoint(stage / "checkpoint")
         assert checkpoint.passes == plain(records[: number + 1])
         assert checkpoint.drawing.guidance_distilled
         source = Bundle.open(stage / "bundle").manifest.source["sha256"]
@@ -144,7 +144,7 @@ def test_students_may_learn_from_pictures(
     (data,) = seen
     assert data.latents.shape == (13, 4, 8, 8)  # a row a caption: the first picture has two
     torch.testing.assert_close(data.latents[0], data.latents[1])
-    vae = LatentDiffusion.open(tiny_checkpoint).load("vae")
+    vae = open_checkpoint(tiny_checkpoint).load("vae")
     image = torch.from_numpy(np.asarray(Image.open(pictures / "blue-bar.png"), np.float32)) / 127.5 - 1
     with torch.no_grad():
         mean = vae.encode(image.permute(2, 0, 1)[None]).chunk(2, dim=1)[0] * vae.config.scaling_factor
@@ -171,7 +171,7 @@ def test_a_whole_recipe_with_the_real_judge(tiny_checkpoint: Path, begun: Path, 
     recipe = recipe_of(tmp_path, WEIGHTS)
     told = Interrupt()
     bundle, records = run_recipe(
-        LatentDiffusion.open(tiny_checkpoint), recipe, tmp_path / "bundle", tmp_path / "work", progress=told
+        open_checkpoint(tiny_checkpoint), recipe, tmp_path / "bundle", tmp_path / "work", progress=told
     )
     teacher, quantized = records
     assert told.heard("features of drawn pictures")
@@ -208,7 +208,7 @@ def test_a_second_run_repeats_nothing(
     monkeypatch.setattr(score, "evaluate", fail)
     told = Interrupt()
     bundle, again = run_recipe(
-        LatentDiffusion.open(tiny_checkpoint),
+        open_checkpoint(tiny_checkpoint),
         recipe_of(tmp_path, ALL),
         tmp_path / "bundle",
         folder / "work",
@@ -316,7 +316,7 @@ def test_an_interrupted_judging_of_the_teacher(tiny_checkpoint: Path, cheap_judg
     for place in places:
         with pytest.raises(KeyboardInterrupt):
             run_recipe(
-                LatentDiffusion.open(tiny_checkpoint),
+                open_checkpoint(tiny_checkpoint),
                 recipe_of(tmp_path, WEIGHTS),
                 tmp_path / "bundle",
                 tmp_path / "work",
@@ -324,7 +324,7 @@ def test_an_interrupted_judging_of_the_teacher(tiny_checkpoint: Path, cheap_judg
             )
         assert not (tmp_path / "work" / "00-teacher" / "stage.json").exists()
     told = Interrupt()
-    checkpoint = LatentDiffusion.open(tiny_checkpoint)
+    checkpoint = open_checkpoint(tiny_checkpoint)
     run_recipe(checkpoint, recipe_of(tmp_path, WEIGHTS), tmp_path / "bundle", tmp_path / "work", progress=told)
     assert not told.heard("teacher: unet")
     assert not told.heard("teacher draws")

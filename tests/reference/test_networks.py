@@ -25,7 +25,7 @@ from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.families import open_checkpoint
 
 TOLERANCE = 1e-5
 """Allowed max |ours - theirs| / max |theirs|, float32."""
@@ -57,7 +57,7 @@ def random_module(make: Callable[[], Any]) -> Any:
 def opened(folder: Path, component: str) -> Any:
     """The component of a checkpoint that has, on disk, no other."""
     (folder / "model_index.json").write_text(json.dumps(INDEX))
-    return LatentDiffusion.open(folder).load(component)
+    return open_checkpoint(folder).load(component)
 
 
 def relative_error(given: Tensor, expected: Tensor) -> float:
@@ -682,7 +682,7 @@ def test_stable_diffusion_pipeline_opens_and_runs(tiny_checkpoint: Path) -> None
     generator = torch.Generator().manual_seed(0)
     pictures = pipeline(["a red circle", "a cat"], num_inference_steps=2, generator=generator, output_type="np").images
     assert pictures.shape == (2, 16, 16, 3)
-    model = LatentDiffusion.open(tiny_checkpoint)
+    model = open_checkpoint(tiny_checkpoint)
     assert max(unet_errors(model.load("unet"), pipeline.unet, {"cross_attention_dim": 32})) < TOLERANCE
     assert max(vae_errors(model.load("vae"), pipeline.vae)) < TOLERANCE
     ids = pipeline.tokenizer(["a red circle"], padding="max_length", return_tensors="pt").input_ids
@@ -708,7 +708,7 @@ def test_pipeline_of_two_text_encoders_saved_by_diffusers(tmp_path: Path, tiny_c
         scheduler=diffusers.EulerDiscreteScheduler(),
     )
     pipeline.save_pretrained(tmp_path)
-    model = LatentDiffusion.open(tmp_path)
+    model = open_checkpoint(tmp_path)
     assert model.components == ("text_encoder", "text_encoder_2", "unet", "vae")
     assert [model.configs[name]["with_projection"] for name in ("text_encoder", "text_encoder_2")] == [False, True]
     assert model.scheduler["_class_name"] == "EulerDiscreteScheduler"

@@ -19,9 +19,9 @@ from ldm_reference.tokenizer import save_tokenizer, train_tokenizer
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import CheckpointError
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.verify.metrics import psnr_db
 from tests.conftest import CAPTIONS, TOKENS, perturb
@@ -88,7 +88,7 @@ def opened(folder: Path) -> Any:
     """The autoencoder of a checkpoint that has, on disk, no other network."""
     index = {"vae": ["diffusers", "AutoencoderTiny"], "unet": ["diffusers", "UNet2DConditionModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    return LatentDiffusion.open(folder).load("vae")
+    return open_checkpoint(folder).load("vae")
 
 
 # --- the network ----------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ SEEDS = [7, 11]
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_checkpoint` with a random AutoencoderTiny, whose latents are the UNet's own."""
-    tiny = LatentDiffusion.open(tiny_checkpoint)
+    tiny = open_checkpoint(tiny_checkpoint)
     folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
     text_encoder = tiny.load("text_encoder")
     assert isinstance(text_encoder, CLIPTextModel)
@@ -198,7 +198,7 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    return Pipeline(export_bundle(LatentDiffusion.open(checkpoint), tmp_path_factory.mktemp("b") / "bundle"), "cpu")
+    return Pipeline(export_bundle(open_checkpoint(checkpoint), tmp_path_factory.mktemp("b") / "bundle"), "cpu")
 
 
 def assert_same_pictures(pipe: Any, bundle: Pipeline, given: dict[str, Any], **options: Any) -> None:

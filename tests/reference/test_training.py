@@ -25,9 +25,9 @@ from ldm_reference.train import train
 from ldm_reference.train_config import TrainConfig
 from torch import Tensor
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.training import train_checkpoint
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from tests.tiny_recipe import CONFIG
 from tests.training import TEXT_STAGE, Losses, config_from, edited, weights
 
@@ -49,7 +49,7 @@ def test_a_run_leaves_a_checkpoint_and_its_logs(whole_run: tuple[Path, Losses]) 
     folder, losses = whole_run
     assert list(losses.of) == [("autoencoder", i + 1) for i in range(7)] + [("denoiser", i + 1) for i in range(9)]
     assert {path.name for path in folder.iterdir()} == NAMES
-    model = LatentDiffusion.open(folder)
+    model = open_checkpoint(folder)
     assert model.components == ("text_encoder", "unet", "vae")
     assert model.scheduler["prediction_type"] == "v_prediction"
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -65,7 +65,7 @@ def test_a_run_leaves_a_checkpoint_and_its_logs(whole_run: tuple[Path, Losses]) 
 
 
 def test_the_scaling_factor_gives_latents_unit_variance(whole_run: tuple[Path, Losses], pictures: Path) -> None:
-    vae = LatentDiffusion.open(whole_run[0]).load("vae")
+    vae = open_checkpoint(whole_run[0]).load("vae")
     assert isinstance(vae, AutoencoderKL)
     with torch.no_grad():
         mean = vae.encode(CaptionedImages.open(pictures, 16).load(range(12))).chunk(2, dim=1)[0]
@@ -265,7 +265,7 @@ def test_flips_spare_captions_that_name_a_side(
     for batch in batches["denoiser"]:
         for ids, values in zip(batch["input_ids"], batch["latents"], strict=True):
             latents.setdefault(tuple(ids.tolist()), []).append(values)
-    checkpoint = LatentDiffusion.open(tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
     vae = checkpoint.load("vae")
     assert isinstance(vae, AutoencoderKL)
     picture = CaptionedImages.open(sides, 16).load([0])
@@ -376,7 +376,7 @@ def test_samples_of_a_model_without_text(tmp_path: Path, pictures: Path, classes
     condition = ("dropout = 0.1", f"num_class_embeds = {classes}" if classes else "")
     config = config_from(every_stage(edited(*WITHOUT_TEXT, condition), "sample_every = 9"), tmp_path)
     train(config, pictures, tmp_path / "out", resume=False, progress=Losses())
-    assert LatentDiffusion.open(tmp_path / "out").components == ("unet", "vae")
+    assert open_checkpoint(tmp_path / "out").components == ("unet", "vae")
     with Image.open(tmp_path / "out" / "samples" / "denoiser-000009.png") as image:
         assert image.size == (8 * 16, 16)
         parts = [image.crop((k * 16, 0, k * 16 + 16, 16)).tobytes() for k in range(8)]

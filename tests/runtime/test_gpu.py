@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import cuda, engine, open_backend
 from ldm_export.runtime.backends.base import Backend
@@ -74,7 +74,7 @@ def engines(flavour: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFa
     def plain(model: str) -> Bundle:
         if model == "tiny":
             return Bundle.open(shutil.copytree(tiny_bundle, folder / model))
-        return export_bundle(LatentDiffusion.open(model), folder / model)
+        return export_bundle(open_checkpoint(model), folder / model)
 
     @cache
     def build(model: str, precision: str) -> Bundle:

@@ -17,13 +17,13 @@ from onnx import TensorProto, helper
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.plans import loop_of, read_plan
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import Guidance
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export import loop as export_loop
 from ldm_export.export.graphs import change_graphs, copy_bundle, copy_files
 from ldm_export.export.loop import WEIGHTS, build_loop
 from ldm_export.export.splicing import EXTERNAL_FROM_BYTES, GraphWriter, Weights
+from ldm_export.families import open_checkpoint
 from ldm_export.plan import SAMPLERS, Plan
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.loop_inputs import loop_inputs
@@ -346,7 +346,7 @@ def test_changed_graphs_leave_loops_behind(bundle: Bundle, tiny_checkpoint: Path
     assert copied.manifest.parity == added.manifest.parity
     step = next(kind() for kind in FAKE_PASSES if kind.name == "change")
     calls: dict[str, list[Any]] = {name: [] for name in step.graphs}
-    checkpoint = LatentDiffusion.open(tiny_checkpoint)
+    checkpoint = open_checkpoint(tiny_checkpoint)
     changed, _ = change_graphs(added, tmp_path / "changed", step, calls, [], checkpoint)
     for names in (changed.manifest.files, changed.manifest.graphs, [r["graph"] for r in changed.manifest.parity]):
         assert not any(name.startswith("loops/") for name in names)

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from ldm_reference.train import train
 from PIL import Image
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.cli.main import main
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
+from ldm_export.families import open_checkpoint
 from ldm_export.verify import quality
 from ldm_export.verify.image_generators import SamplingSettings, open_image_generator
 from ldm_export.verify.image_text_alignment import features_of, open_pictures
@@ -55,7 +55,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path) -> Path:
-    return export_bundle(LatentDiffusion.open(checkpoint), checkpoint.parent / "bundle").path
+    return export_bundle(open_checkpoint(checkpoint), checkpoint.parent / "bundle").path
 
 
 def measured(target: Path, data: Path, held_out: Path | None = None, judge: Path | None = None) -> dict[str, float]:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
+from ldm_export.families import open_checkpoint
 from ldm_export.plan import SAMPLERS
 from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings, TorchImageGenerator
 from tests.diffusers_pipelines import LATENT_TOLERANCE, assert_same, judged, opened
@@ -30,7 +30,7 @@ Kinds = Callable[[str], tuple[Path, Path]]
 
 def generated(checkpoint: Path, settings: SamplingSettings, conditions: Sequence[str | int] = PROMPTS) -> Any:
     """Latents and images of the PyTorch side."""
-    sample = TorchImageGenerator(LatentDiffusion.open(checkpoint)).sample(conditions, SEEDS, settings)
+    sample = TorchImageGenerator(open_checkpoint(checkpoint)).sample(conditions, SEEDS, settings)
     assert len(sample.timings.denoiser_ms) == len(sample.trajectory)
     assert min(sample.timings.denoiser_ms) > 0
     assert sample.timings.decode_ms > 0
@@ -91,7 +91,7 @@ def test_latent_consistency(kinds: Kinds, guidance: float) -> None:
 @pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "sd2", "sdxl", "lcm"])
 def test_a_checkpoint_and_its_bundle_generate_the_same_by_default(kinds: Kinds, kind: str) -> None:
     checkpoint, bundle = kinds(kind)
-    image_generators = TorchImageGenerator(LatentDiffusion.open(checkpoint)), BundleImageGenerator(Bundle.open(bundle))
+    image_generators = TorchImageGenerator(open_checkpoint(checkpoint)), BundleImageGenerator(Bundle.open(bundle))
     assert image_generators[0].defaults == image_generators[1].defaults
     conditions = {"text": PROMPTS, "label": [2, 0], None: ["", ""]}[image_generators[0].condition]
     theirs, ours = (
@@ -119,7 +119,7 @@ def test_what_it_does_not_give_is_named_alone(
     with pytest.raises(
         InputError, match=rf"changed: the denoiser reads {what}, which the PyTorch side .* does not give"
     ):
-        TorchImageGenerator(LatentDiffusion.open(checkpoint))
+        TorchImageGenerator(open_checkpoint(checkpoint))
 
 
 def with_scheduler(checkpoint: Path, folder: Path, changes: dict[str, Any]) -> Path:

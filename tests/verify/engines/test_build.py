@@ -14,11 +14,11 @@ import pytest
 from onnx import helper, numpy_helper
 
 from ldm_export.bundle import Bundle
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import step_spec
 from ldm_export.errors import BundleError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.tensorrt.process import in_a_process
+from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import GraphChange
 from ldm_export.graph.half import Half
 from ldm_export.verify.engines import sources
@@ -167,7 +167,7 @@ def test_weights_of_8_bits_stay_8_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_emoji64(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped model, as continuous integration builds it: for three GPUs, in two precisions, each once."""
-    bundle = export_bundle(LatentDiffusion.open("emoji64"), tmp_path / "emoji64")
+    bundle = export_bundle(open_checkpoint("emoji64"), tmp_path / "emoji64")
     wanted = [settings("86", "89", "120", precision=precision) for precision in ("fp32", "fp16")]
     lines = [f"{'emoji64 for SM 86, 89, 120':30} {'seconds':>8} {'bytes':>10} {'of ONNX':>10} {'error':>8}"]
     for each in wanted:

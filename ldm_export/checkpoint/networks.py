@@ -1,0 +1,45 @@
+"""Networks of ``ldm_reference``, those that are trained here, as components of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldm_reference.autoencoder import AutoencoderKL
+from ldm_reference.layout import config_to_dict
+from ldm_reference.text_encoder import CLIPTextModel
+from ldm_reference.tiny_autoencoder import AutoencoderTiny
+from ldm_reference.unet import UNet2DConditionModel
+from torch import nn
+
+from ldm_export.checkpoint.kind import Component
+from ldm_export.checkpoint.weights import OF_TRANSFORMERS
+
+Autoencoder = AutoencoderKL | AutoencoderTiny
+Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
+
+
+def own(*classes: type[Any]) -> Component:
+    """A component that is one of these classes; keys of its config that diffusers reads past are read past."""
+    by_name = {cls.__name__: cls for cls in classes}
+
+    def build(name: str, config: dict[str, Any]) -> nn.Module:
+        network: nn.Module = by_name[name].from_config(config, strict=False)
+        return network
+
+    return Component(tuple(by_name), build, config_to_dict)
+
+
+def _clip_text_model(name: str, config: dict[str, Any]) -> nn.Module:
+    """Build a text encoder of CLIP's kind; its class alone tells one with a projection from one without."""
+    return CLIPTextModel.from_config({**config, "architectures": [name]}, strict=False)
+
+
+def _clip_config(network: CLIPTextModel) -> dict[str, Any]:
+    return {**config_to_dict(network), "with_projection": network.config.with_projection}
+
+
+AUTOENCODER = own(AutoencoderKL, AutoencoderTiny)
+CLIP_TEXT_ENCODER = Component(
+    ("CLIPTextModel", "CLIPTextModelWithProjection"), _clip_text_model, _clip_config, OF_TRANSFORMERS
+)
+UNET = own(UNet2DConditionModel)

@@ -1,0 +1,66 @@
+"""Graphs of autoencoders with the KL divergence's latents, and of tiny ones, as every family with such a VAE has them.
+
+Scaling is inside: a graph's latents are those that the sampler has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from ldm_reference.tiny_autoencoder import AutoencoderTiny
+from torch import Tensor
+
+from ldm_export.contract import GraphSpec, TensorSpec, graph_spec
+from ldm_export.families.base import GraphModule, ModelGraph
+
+Load = Callable[[str], Any]
+"""Opens a component of the checkpoint with its weights."""
+
+
+def autoencoder_graphs(load: Load, class_name: str, config: Mapping[str, Any]) -> list[ModelGraph]:
+    """The decoder's and the encoder's graph of the component ``vae``, of that class and config."""
+    inside = {**config, "scaling_factor": 1.0}  # the graphs' latents are scaled already
+    return [
+        ModelGraph(_decoder_spec(config), partial(_decoder, load), "vae", inside),
+        ModelGraph(_encoder_spec(config, class_name), partial(_encoder, load), "vae", inside),
+    ]
+
+
+def _decoder_spec(config: Mapping[str, Any]) -> GraphSpec:
+    """Latents as the sampler has them to a picture in about [-1, 1]."""
+    latents = TensorSpec("latent_sample", "float32", ("batch", config["latent_channels"], "height", "width"))
+    sample = TensorSpec("sample", "float32", ("batch", config["out_channels"], "image_height", "image_width"))
+    return graph_spec("vae_decoder", [latents], [sample])
+
+
+def _encoder_spec(config: Mapping[str, Any], class_name: str) -> GraphSpec:
+    """A picture in [-1, 1] to its latents as the sampler has them: their mean and log-variance, on the channel axis, or
+    themselves where they are certain, as AutoencoderTiny's."""
+    certain = class_name == AutoencoderTiny.__name__
+    name, channels = ("latent_sample", 1) if certain else ("latent_parameters", 2)
+    sample = TensorSpec("sample", "float32", ("batch", config["in_channels"], "image_height", "image_width"))
+    shape = ("batch", channels * config["latent_channels"], "height", "width")
+    return graph_spec("vae_encoder", [sample], [TensorSpec(name, "float32", shape)])
+
+
+def _decoder(load: Load) -> GraphModule:
+    def call(network: Any, latents: Tensor) -> tuple[Tensor, ...]:
+        return (network.decode(latents / network.config.scaling_factor),)
+
+    return GraphModule(load("vae"), call).eval()
+
+
+def _encoder(load: Load) -> GraphModule:
+    def call(network: Any, sample: Tensor) -> tuple[Tensor, ...]:
+        factor = network.config.scaling_factor
+        mean, logvar = network.encode(sample).chunk(2, dim=1)
+        if isinstance(network, AutoencoderTiny):
+            return (mean * factor,)
+        logvar = logvar.clamp(-30.0, 20.0) + 2 * math.log(factor)
+        return (torch.cat([mean * factor, logvar], dim=1),)
+
+    return GraphModule(load("vae"), call).eval()
