@@ -11,7 +11,7 @@ HEADS = (
     "",
     "steps",
     "ms",
-    "denoiser\nms",
+    "call\nms",
     "faster",
     "MB",
     "RSS\nMB",

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ldm_export.cli.options import console
 
-COLUMNS = ("pass", "", "steps", "denoiser\nms", "picture\nms", "faster", "MB", "Fréchet", "R@5", "PSNR")
+COLUMNS = ("pass", "", "steps", "call\nms", "picture\nms", "faster", "MB", "Fréchet", "R@5", "PSNR")
 
 
 def print_passes(records: Sequence[Mapping[str, Any]]) -> None:
