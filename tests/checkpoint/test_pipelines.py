@@ -129,11 +129,13 @@ def test_the_size_of_the_latents(checkpoint: Path, name: str, changes: dict[str,
     edit_json(checkpoint / "model_index.json", _class_name=name)
     edit_json(checkpoint / "unet/config.json", **changes)
     model = open_checkpoint(checkpoint)
-    assert model.configs["unet"]["sample_size"] == size
-    facts = family_of(model).facts
-    assert (facts["height"], facts["width"]) == tuple(
-        2 * side for side in (size if isinstance(size, tuple) else [size] * 2)
-    )
+    height, width = size if isinstance(size, tuple) else (size, size)
+    assert model.latent_size == (height, width)
+    family = family_of(model)
+    assert (family.facts["height"], family.facts["width"]) == (2 * height, 2 * width)
+    (unet,) = (graph for graph in family.graphs if graph.component == "unet")
+    assert unet.config is not None
+    assert unet.config["sample_size"] == size  # which optimum-onnx reads
 
 
 LEFTOVERS: dict[str, tuple[str, dict[str, Any]]] = {
