@@ -88,7 +88,7 @@ def check_loopable(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
     """Raise InputError unless a loop can be made of a model with these graphs."""
     if "image_latents" in roles.sources(graphs):
         raise InputError(
-            "A loop was asked for of a model that reads a picture's latents beside its own (inpainting, or editing); "
+            "A loop was asked for of a model that reads another picture's latents beside its own; "
             "loop graphs generate from noise alone. Leave the loop out."
         )
 

@@ -117,8 +117,9 @@ class StableDiffusion:
             like = "StableDiffusionXLPipeline" if "text_encoder_2" in self._encoders else "StableDiffusionPipeline"
             said.append(f"The checkpoint is of a {class_name(index)}; the bundle generates as a {like} does.")
         if self._image_channels:
+            use = "inpainting" if self._image_channels > self._vae["latent_channels"] else "editing a picture"
             said.append(
-                f"The UNet takes {self._unet['in_channels']} channels (inpainting, or editing a picture); the runtime "
+                f"The UNet takes {self._unet['in_channels']} channels, as for {use}; the runtime "
                 "generates from text and images only, so this bundle's graphs are for a loop of your own."
             )
         return said

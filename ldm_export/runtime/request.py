@@ -142,7 +142,7 @@ def checked_request(
     sources = roles.sources(graphs)
     if "image_latents" in sources:
         raise InputError(
-            "This bundle's denoiser also reads the latents of a picture (inpainting, or editing); this runtime "
+            "This bundle's denoiser also reads the latents of another picture; this runtime "
             "generates from text and from an image to start from. Run its graphs yourself."
         )
     reads_text, has_classes = bool(roles.text_encoders), "class_labels" in sources

@@ -93,7 +93,7 @@ def test_a_target_that_does_not_fit_is_passed_over(
 def test_another_model_is_refused(
     open_cpp: Callable[..., Any], binding: ModuleType, kinds: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    with pytest.raises(binding.LdmError, match="inpainting, or editing") as caught:
+    with pytest.raises(binding.LdmError, match="reads the latents of another picture") as caught:
         open_cpp(kinds("inpainting")[1]).draw([PROMPT])
     assert caught.value.status == STATUS_INPUT
 

@@ -154,8 +154,8 @@ def test_other_kinds_of_models(
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("inpainting", "reads a picture's latents beside its own"),
-        ("8 channels", "reads a picture's latents beside its"),
+        ("inpainting", "reads another picture's latents beside its own"),
+        ("8 channels", "reads another picture's latents beside its"),
     ],
 )
 def test_models_without_loops(

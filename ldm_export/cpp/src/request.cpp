@@ -31,7 +31,7 @@ std::vector<std::string> texts(const char *const *given, std::size_t count, cons
 
 void check_kind_of_input(const Facts &facts, bool prompts, bool labels) {
     if (facts.reads_image_latents)
-        throw InputError("This bundle's denoiser also reads the latents of a picture (inpainting, or editing); this runtime "
+        throw InputError("This bundle's denoiser also reads the latents of another picture; this runtime "
                          "generates from text and from an image to start from. Run its graphs yourself.");
     if (facts.reads_text == prompts && facts.takes_classes == labels) return;
     const std::string classes = facts.class_count == 0
