@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,16 @@ def stable_diffusion_xl(folder: Path, tiny: Path) -> None:
     ).save_pretrained(folder)
 
 
+def flow_matching(folder: Path, tiny: Path) -> None:
+    """As a UNet that was fine-tuned by flow matching: the scheduler alone says so."""
+    shutil.copytree(tiny, folder)
+    shutil.rmtree(folder / "scheduler")
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "unconditional": unconditional,
     "class-conditional": class_conditional,
@@ -222,5 +233,6 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "refiner": refiner,
     "ssd-1b": segmind,
     "8 channels": instruct_pix2pix,
+    "flow": flow_matching,
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from ldm_export.plan import SAMPLERS
-from ldm_export.plan.samplers import OF_THE_SAME_KIND, PARALLEL
+from ldm_export.plan.samplers import FLOW_SAMPLERS, OF_THE_SAME_KIND, PARALLEL
 
 Case = tuple[dict[str, Any], str, Any]
 """A scheduler config, a sampler, a number of steps."""
+TOKENS = "tokens of the picture"
+"""Key of a config, which no sampler reads, that says what ``tokens`` is compiled with."""
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -138,3 +140,53 @@ def wrong(count: int, seed: int = 1) -> Iterator[Case]:
             yield {"num_train_timesteps": 100_000}, sampler, steps
     for sampler in ("", "ddimm", "DDIM", "it's", "../ddim", "x" * 100):
         yield {}, sampler, 10
+
+
+FLOW_KEYS: dict[str, tuple[Any, ...]] = {
+    "num_train_timesteps": (1000, 100, 40),
+    "shift": (1.0, 3.0, 0.5, 7.3),
+    "flow_shift": (1.0, 2.5, 12.0),
+    "use_dynamic_shifting": (True, False),
+    "time_shift_type": ("exponential", "linear"),
+    "base_shift": (0.5, 0.3),
+    "max_shift": (1.15, 0.9),
+    "base_image_seq_len": (256, 64),
+    "max_image_seq_len": (4096, 8192),
+    "shift_terminal": (None, 0.02, 0.1, 0),
+    "use_karras_sigmas": (False, True),
+    "use_exponential_sigmas": (False, True),
+    "use_beta_sigmas": (False, True),
+    "stochastic_sampling": (False, True),
+    "solver_order": (1, 2, 3),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
+    "lower_order_final": (True,),
+    "euler_at_final": (True, False),
+    "algorithm_type": ("dpmsolver++",),
+}
+"""Values that a key of a network trained by flow matching may have."""
+FLOW_CLASSES = sorted({sampler.diffusers_class for sampler in FLOW_SAMPLERS.values()})
+
+
+def flows(count: int, seed: int = 2) -> Iterator[Case]:
+    """Random configs of networks trained by flow matching."""
+    choose = random.Random(seed)
+    for _ in range(count):
+        keys = choose.sample(sorted(FLOW_KEYS), choose.randint(1, 8))
+        config = {key: choose.choice(FLOW_KEYS[key]) for key in keys}
+        config["_class_name"] = name = choose.choice(FLOW_CLASSES)
+        if not name.startswith("FlowMatch"):
+            config |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        config[TOKENS] = choose.choice((64, 256, 1000, 4096, 16384))
+        yield config, choose.choice(sorted(FLOW_SAMPLERS)), choose.choice((1, 2, 3, 4, 7, 13, 20, 28, 40))
+
+
+def wrong_flows(count: int, seed: int = 3) -> Iterator[Case]:
+    """Random configs of such networks of which some values are not meant, or samplers of other networks."""
+    choose = random.Random(seed)
+    keys = [*FLOW_KEYS, "prediction_type", "use_flow_sigmas", "_class_name", "invert_sigmas", *READ_WITH_ONE_VALUE]
+    for config, sampler, steps in flows(count, seed):
+        if choose.random() < 0.8:
+            config[choose.choice(keys)] = choose.choice(WRONG)
+            yield config, sampler, steps
+        else:
+            yield config, choose.choice(sorted(SAMPLERS)), steps

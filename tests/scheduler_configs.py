@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_export.plan import SAMPLERS, Stepper, Trajectory
+from ldm_export.plan import Stepper, Trajectory
+from ldm_export.plan.samplers import is_flow, samplers_for
 from ldm_export.plan.table import Latents
 
 SHAPE = (2, 4, 4, 4)
@@ -49,12 +50,21 @@ class Doubled:
 
 def diffusers_scheduler(config: dict[str, Any], sampler: str, patch: pytest.MonkeyPatch | None = None) -> Any:
     """diffusers' scheduler for the same config; with ``patch``, all of its arithmetic in float64 while that lasts."""
-    scheduler_class = getattr(diffusers, SAMPLERS[sampler].diffusers_class)
+    scheduler_class = getattr(diffusers, samplers_for(config)[sampler].diffusers_class)
     if patch is not None:
         module = sys.modules[scheduler_class.__module__]
         patch.setattr(module, "torch", Doubled(torch))
         patch.setattr(module, "np", Doubled(np))
-    return scheduler_class.from_config(config | ALGORITHMS.get(sampler, {}))
+    config = config | ALGORITHMS.get(sampler, {})
+    if is_flow(config) and not scheduler_class.__name__.startswith("FlowMatch"):  # as its users are told to
+        config |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        config |= {"flow_shift": config.get("flow_shift", config.get("shift", 1.0))}
+    scheduler = scheduler_class.from_config(config)
+    if not hasattr(scheduler, "init_noise_sigma"):  # which pipelines with a UNet ask for, and these classes have not
+        scheduler.init_noise_sigma = 1.0
+        scheduler.scale_model_input = lambda sample, timestep=None: sample
+        scheduler.add_noise = lambda sample, noise, timestep: scheduler.scale_noise(sample, timestep, noise)
+    return scheduler
 
 
 def network(sample: Latents, timestep: float) -> Latents:
@@ -94,10 +104,12 @@ def run_diffusers(
     start: int = 0,
     eta: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    **options: Any,
 ) -> Latents:
-    """The final latents of diffusers' pipelines around the scheduler, from noise or from ``image`` at a start step."""
+    """The final latents of diffusers' pipelines around the scheduler, from noise or from ``image`` at a start step;
+    ``options`` are ``set_timesteps``'s."""
     generator = torch.Generator().manual_seed(seed)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, **options)
     timesteps = scheduler.timesteps[start * scheduler.order :]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start * scheduler.order)

@@ -38,6 +38,7 @@ from ldm_export.families.base import GraphModule, ModelGraph
 from ldm_export.families.text_encoders import clip_graph
 from ldm_export.families.tokenizers import token_count
 from ldm_export.plan.guidance import guidance_frequencies
+from ldm_export.plan.samplers import prediction_of
 
 DENOISER, CONDITIONER = "unet", "conditioner"
 SIZES, SIZES_AND_SCORE = 6, 5
@@ -163,7 +164,7 @@ class StableDiffusion:
             "latent_channels": self._vae["latent_channels"],
             "pixels_per_latent": self._checkpoint.pixels_per_latent,
             "class_count": self._unet["num_class_embeds"],
-            "prediction_type": self._checkpoint.scheduler.get("prediction_type", "epsilon"),
+            "prediction_type": prediction_of(self._checkpoint.scheduler),
         }
 
     @cached_property

@@ -29,12 +29,14 @@ from typing import Any
 import numpy as np
 
 from ldm_export.errors import InputError
-from ldm_export.plan.samplers import SAMPLERS, Sampler, as_trained
+from ldm_export.plan.samplers import SAMPLERS, Sampler, as_trained, samplers_for
 from ldm_export.plan.schedule import Grid, SchedulerConfig, short_repr
 from ldm_export.plan.table import MAX_HISTORY, MOST_STEPS, Entries, Entry, Plan, PlanError, Row
 
 
-def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, eta: float = 0.0) -> Plan:
+def compile_plan(
+    config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, eta: float = 0.0, tokens: int = 0
+) -> Plan:
     """Compile a sampler into a table.
 
     Parameters
@@ -45,6 +47,7 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
     sampler : a key of `SAMPLERS`
     num_inference_steps : 1 to ``num_train_timesteps``, and to `MOST_STEPS`
     eta : DDIM's share of DDPM's noise, in [0, 1]; other samplers have none
+    tokens : of a picture, by which some networks trained by flow matching are sampled; 0 for a model that has none
 
     Raises
     ------
@@ -54,8 +57,15 @@ def compile_plan(config: Mapping[str, Any], sampler: str, num_inference_steps: i
     if sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise InputError(f"sampler {short_repr(sampler)} is not known; known are {known}. Use one of them.")
-    spec = SAMPLERS[sampler]
-    options = _options(SchedulerConfig.from_dict(as_trained(config, spec), spec.defaults, spec.only), sampler, eta)
+    samplers = samplers_for(config)
+    if sampler not in samplers:
+        raise InputError(
+            f"{sampler} is for networks trained on the noise of DDPM; this one was trained by flow matching, which "
+            f"{', '.join(samplers)} can sample. Use one of them."
+        )
+    spec = samplers[sampler]
+    options = SchedulerConfig.from_dict(as_trained(config, spec), spec.defaults, spec.only)
+    options = _options(dataclasses.replace(options, tokens=tokens), spec, sampler, eta)
     most = min(options.num_train_timesteps, MOST_STEPS)
     if type(num_inference_steps) is not int or not 1 <= num_inference_steps <= most:
         trained = most == options.num_train_timesteps
@@ -103,9 +113,8 @@ def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_s
     )
 
 
-def _options(options: SchedulerConfig, sampler: str, eta: float) -> SchedulerConfig:
+def _options(options: SchedulerConfig, spec: Sampler, sampler: str, eta: float) -> SchedulerConfig:
     """What the config and the sampler make of each other."""
-    spec = SAMPLERS[sampler]
     if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
         raise InputError(f"eta is {eta} with sampler {sampler}; ddim takes 0 to 1, the others 0. Use ddim or leave it.")
     if options.solver_order > spec.orders:

@@ -14,7 +14,10 @@ from ldm_export.plan.table import Row
 
 
 def x0_form(prediction_type: str, level: Level) -> tuple[float, float]:
-    """Coefficients (of x, of the network's output) that give the predicted x0; v is 2202.00512, appendix D."""
+    """Coefficients (of x, of the network's output) that give the predicted x0; v is 2202.00512, appendix D.
+
+    That of a flow is of latents with alpha + sigma = 1.
+    """
     alpha, sigma = level
     if prediction_type == "epsilon" and alpha == 0:
         raise InputError(
@@ -25,6 +28,7 @@ def x0_form(prediction_type: str, level: Level) -> tuple[float, float]:
         "epsilon": lambda: (1 / alpha, -sigma / alpha),
         "v_prediction": lambda: (alpha, -sigma),
         "sample": lambda: (0.0, 1.0),
+        "flow_prediction": lambda: (1.0, -sigma),
     }[prediction_type]()
 
 

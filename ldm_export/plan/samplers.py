@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm_export.errors import InputError
-from ldm_export.plan import multistep, onestep
+from ldm_export.plan import flow, multistep, onestep
 from ldm_export.plan.schedule import (
     Grid,
     SchedulerConfig,
@@ -171,7 +171,81 @@ SAMPLERS: Mapping[str, Sampler] = {
         inert=(*FLOW, "solver_type"),
     ),
 }
-"""Every sampler by name, the diffusers class that it equals, and how it is compiled."""
+"""Samplers of networks trained on the noise of DDPM, by name: the diffusers class that each equals, and how it is
+compiled."""
+
+SHIFTING: Mapping[str, Any] = {
+    **{"use_dynamic_shifting": False, "time_shift_type": "exponential", "base_shift": 0.5, "max_shift": 1.15},
+    **{"base_image_seq_len": 256, "max_image_seq_len": 4096},
+}
+FLOW_SOLVER: Mapping[str, Any] = {
+    **{"prediction_type": flow.PREDICTION, "solver_order": 2, "lower_order_final": True, "flow_shift": 1.0},
+    **SHIFTING,
+}
+FLOW_SOLVER_ONLY: Mapping[str, tuple[Any, ...]] = {
+    **UNTHRESHOLDED,
+    **NO_OTHER_SIGMAS,
+    "use_karras_sigmas": (False,),
+    "final_sigmas_type": ("zero",),
+}
+NO_NOISE_SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+FLOW_DPM_SOLVER: Mapping[str, Any] = {**FLOW_SOLVER, "solver_type": "midpoint", "euler_at_final": False}
+FLOW_DPM_SOLVER_ONLY: Mapping[str, tuple[Any, ...]] = {
+    **FLOW_SOLVER_ONLY,
+    "use_lu_lambdas": (False,),
+    "time_shift_type": ("exponential",),
+}
+FLOW_SAMPLERS: Mapping[str, Sampler] = {
+    "euler": Sampler(
+        "FlowMatchEulerDiscreteScheduler",
+        flow.euler_grid,
+        flow.euler,
+        {
+            **{"prediction_type": flow.PREDICTION, "shift": 1.0, "shift_terminal": 0.0, "stochastic_sampling": False},
+            **{"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False},
+            **SHIFTING,
+        },
+        only={"invert_sigmas": (False,)},
+    ),
+    "heun": Sampler(
+        "FlowMatchHeunDiscreteScheduler",
+        flow.euler_grid,
+        flow.heun,
+        {"prediction_type": flow.PREDICTION, "shift": 1.0},
+    ),
+    "dpmpp-2m": Sampler(
+        "DPMSolverMultistepScheduler",
+        flow.solver_grid,
+        multistep.dpm_solver_2m,
+        FLOW_DPM_SOLVER,
+        solver_types=("midpoint", "heun"),
+        only=FLOW_DPM_SOLVER_ONLY,
+    ),
+    "dpmpp-2m-sde": Sampler(
+        "DPMSolverMultistepScheduler",
+        flow.solver_grid,
+        multistep.dpm_solver_2m_sde,
+        FLOW_DPM_SOLVER,
+        solver_types=("midpoint", "heun"),
+        orders=2,
+        only=FLOW_DPM_SOLVER_ONLY,
+    ),
+    "unipc": Sampler(
+        "UniPCMultistepScheduler",
+        flow.unipc_grid,
+        multistep.unipc,
+        {**FLOW_SOLVER, "solver_type": "bh2", "shift_terminal": 0.0},
+        solver_types=("bh2", "bh1"),
+        only={
+            **FLOW_SOLVER_ONLY,
+            **SIGMA_BOUNDS,
+            "predict_x0": (True,),
+            "disable_corrector": ([],),
+            "solver_p": (None,),
+        },
+    ),
+}
+"""Samplers of networks trained by flow matching, of the same names where they are the same method."""
 
 CHOSEN_BY: Mapping[str, tuple[str, Any, Mapping[Any, str]]] = {
     "PNDMScheduler": ("skip_prk_steps", False, {True: "plms"}),
@@ -203,10 +277,47 @@ OF_THE_SAME_KIND: Mapping[str, Mapping[str, Any]] = {
 
 NETWORK = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 """Keys that say how a network was trained, and whose defaults differ between classes."""
+FLOW_MATCHING = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
+"""Classes for flow matching alone."""
+READ_FLOW_SIGMAS = {"DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"}
+"""Classes that have the key ``use_flow_sigmas``."""
 CLIPPING = {"DDPMScheduler", "DDIMScheduler", "LCMScheduler", "HeunDiscreteScheduler", "TCDScheduler"}
 """Classes that have the key ``clip_sample``."""
 NEVER_ZERO_SNR = {"PNDMScheduler", "HeunDiscreteScheduler", "DEISMultistepScheduler"}
 """Classes of `SAMPLERS` that have no key ``rescale_betas_zero_snr``."""
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a network trained by flow matching.
+
+    Raises
+    ------
+    InputError
+        If it says so of the noise levels and not of what the network predicts, or the other way round.
+    """
+    name = config.get("_class_name")
+    own = [name] if isinstance(name, str) else []
+    if own and own[0] in FLOW_MATCHING:
+        return True
+    reads = not own or own[0] in READ_FLOW_SIGMAS
+    levels, predicts = bool(reads and config.get("use_flow_sigmas")), config.get("prediction_type") == flow.PREDICTION
+    if levels != predicts:
+        raise InputError(
+            f"the scheduler config has use_flow_sigmas = {short_repr(config.get('use_flow_sigmas'))} and "
+            f"prediction_type = {short_repr(config.get('prediction_type'))}; a network trained by flow matching has "
+            f"true and '{flow.PREDICTION}', any other neither. Use the config that the network was trained with."
+        )
+    return levels
+
+
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """What the network of a scheduler config predicts, as ``prediction_type`` has it."""
+    return flow.PREDICTION if is_flow(config) else str(config.get("prediction_type") or "epsilon")
+
+
+def samplers_for(config: Mapping[str, Any]) -> Mapping[str, Sampler]:
+    """The samplers that can sample a network of this scheduler config, by name."""
+    return FLOW_SAMPLERS if is_flow(config) else SAMPLERS
 
 
 def class_of(config: Mapping[str, Any]) -> str | None:
@@ -215,16 +326,18 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     Raises
     ------
     InputError
-        For a class whose networks no sampler here can solve, such as ``FlowMatchEulerDiscreteScheduler``.
+        For a class whose networks no sampler here can solve, such as ``EDMEulerScheduler``.
     """
     name = config.get("_class_name")
     if name is None:
         return None
     own = PARALLEL.get(name, name) if isinstance(name, str) else name
-    if own not in [*(sampler.diffusers_class for sampler in SAMPLERS.values()), *OF_THE_SAME_KIND]:
+    known = [sampler.diffusers_class for sampler in (*SAMPLERS.values(), *FLOW_SAMPLERS.values())]
+    if own not in [*known, *OF_THE_SAME_KIND]:
         raise InputError(
             f"the scheduler is {short_repr(name)}; a network with that scheduler cannot be sampled by "
-            f"{', '.join(SAMPLERS)}, which are for networks trained on the noise of DDPM. Use another checkpoint."
+            f"{', '.join(SAMPLERS)}, which are for networks trained on the noise of DDPM or by flow matching. "
+            "Use another checkpoint."
         )
     return str(own)
 
@@ -237,21 +350,21 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     InputError
         If there is none, with what can be done about it.
     """
-    own = class_of(config)
-    covered = {sampler.diffusers_class: name for name, sampler in SAMPLERS.items()}
+    own, samplers = class_of(config), samplers_for(config)
+    covered = {sampler.diffusers_class: name for name, sampler in samplers.items()}
     if own is not None and own in CHOSEN_BY:
-        key, default, samplers = CHOSEN_BY[own]
+        key, default, chosen = CHOSEN_BY[own]
         given = config.get(key)
         given = default if given is None else given
-        if isinstance(given, (str, bool)) and given in samplers:
-            return samplers[given]
+        if isinstance(given, (str, bool)) and chosen.get(given) in samplers:
+            return chosen[given]
         what = f"{own} with {key} = {short_repr(given)}"
     elif own in covered:
         return covered[own]
     else:
         what = own or "not named"
     raise InputError(
-        f"the scheduler is {what}; none of {', '.join(SAMPLERS)} equals it. Say which one to use in its place, such as "
+        f"the scheduler is {what}; none of {', '.join(samplers)} equals it. Say which one to use in its place, such as "
         "--sampler euler; the pictures will then differ from those of diffusers."
     )
 
@@ -264,6 +377,8 @@ def as_trained(config: Mapping[str, Any], sampler: Sampler) -> dict[str, Any]:
     not followed.
     """
     values, own = dict(config), class_of(config)
+    if is_flow(config):
+        return _as_flow(values)
     if own is None:
         return values
     defaults = OF_THE_SAME_KIND.get(own) or next(
@@ -276,4 +391,16 @@ def as_trained(config: Mapping[str, Any], sampler: Sampler) -> dict[str, Any]:
         values["clip_sample"] = False
     if own == sampler.diffusers_class and own in NEVER_ZERO_SNR:
         values.pop("rescale_betas_zero_snr", None)
+    return values
+
+
+def _as_flow(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of a network trained by flow matching with its shift under the names of every class."""
+    for key in ("prediction_type", *NO_NOISE_SCHEDULE):
+        values.pop(key, None)
+    for key, other in (("shift", "flow_shift"), ("flow_shift", "shift")):
+        if values.get(key) is None:
+            values[key] = values.get(other)
+    if not values.get("shift_terminal"):
+        values.pop("shift_terminal", None)
     return values

@@ -30,6 +30,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
+    "time_shift_type": ("exponential", "linear"),
 }
 """What a word of the config may be."""
 
@@ -43,7 +44,10 @@ SHARED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "tra
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """A checked ``scheduler_config.json``, as one sampler reads it."""
+    """A checked ``scheduler_config.json``, as one sampler reads it.
+
+    ``eta`` and ``tokens``, how many a picture has, are no keys of it: whoever compiles says them.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -66,7 +70,20 @@ class SchedulerConfig:
     euler_at_final: bool = False
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    shift: float = 1.0
+    flow_shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float = 0.0
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    stochastic_sampling: bool = False
     eta: float = 0.0
+    tokens: int = 0
 
     @classmethod
     def from_dict(
@@ -291,7 +308,7 @@ def interpolated_grid(config: SchedulerConfig, steps: int) -> Grid:
     timesteps = config.spaced_timesteps(steps, points=steps)
     ratios = np.interp(timesteps, np.arange(len(table)), table)
     if config.use_karras_sigmas:
-        ratios = _karras_ratios(ratios[0], ratios[-1], steps)
+        ratios = karras_levels(ratios[0], ratios[-1], steps)
         timesteps = _timesteps_of(ratios, table)
     final = 0.0 if config.final_sigmas_type == "zero" else table[0]
     return _linked([Level.from_ratio(ratio) for ratio in ratios], timesteps, Level.from_ratio(final))
@@ -301,7 +318,7 @@ def solver_grid(config: SchedulerConfig, steps: int) -> Grid:
     """Integer timesteps that leave one more for the end: DPM-Solver++ and UniPC."""
     table = config.ratios()
     if config.use_karras_sigmas:
-        ratios = _karras_ratios(table[-1], table[0], steps)
+        ratios = karras_levels(table[-1], table[0], steps)
         timesteps = _timesteps_of(ratios, table).round()
     else:
         timesteps = config.spaced_timesteps(steps, points=steps + 1).round()
@@ -342,7 +359,7 @@ def _linked(levels: list[Level], timesteps: npt.NDArray[Any], final: Level) -> G
     return Grid(tuple(map(float, timesteps)), tuple(levels), (*levels[1:], final))
 
 
-def _karras_ratios(first: float, last: float, steps: int) -> Vector:
+def karras_levels(first: float, last: float, steps: int) -> Vector:
     """Noise levels evenly spaced in ratio**(1/7) (EDM, 2206.00364, eq. 5)."""
     ratios: Vector = np.linspace(first ** (1 / 7), last ** (1 / 7), steps) ** 7
     ratios[-1], ratios[0] = last, first  # not off by the rounding of the powers

@@ -24,6 +24,7 @@ from ldm_export.export.graphs import copy_bundle
 from ldm_export.families import open_checkpoint
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
+from ldm_export.plan.samplers import is_flow
 from ldm_export.recipe.change import Pass, adoptable, changed
 from ldm_export.recipe.material import Material
 from ldm_export.recipe.pictures import draw_gallery
@@ -69,10 +70,12 @@ def run_recipe(
     check_output_folder(output, force)
     if held_out is not None and data is None:
         raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")
+    _check_schedule(checkpoint, recipe)
     _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
     conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
-    drawing = SamplingDefaults("ddim", recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
+    sampler = checkpoint.drawing.sampler if is_flow(checkpoint.scheduler) else "ddim"
+    drawing = SamplingDefaults(sampler, recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
     teacher = replace(checkpoint, drawn_with=drawing)
     weights = [teacher.sha256(name) for name in teacher.components]
     learned = [] if pictures is None else [hashlib.sha256(pictures.images.tobytes()).hexdigest()]
@@ -187,6 +190,16 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
         )
     condition = "text" if checkpoint.reads_text else "label" if unet["num_class_embeds"] else None
     return open_pictures(data, height, vae["in_channels"], condition)
+
+
+def _check_schedule(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
+    """Passes over PyTorch networks learn and measure on the noise of DDPM."""
+    if recipe.torch_passes and is_flow(checkpoint.scheduler):
+        names = ", ".join(step.name for step in recipe.torch_passes)
+        raise InputError(
+            f"The recipe {recipe.name} has {names}, for networks trained on the noise of DDPM; {checkpoint.name} was "
+            "trained by flow matching. Leave them out; passes over graphs (half, quantize-...) apply."
+        )
 
 
 def _check_guidance(checkpoint: LatentDiffusion, recipe: Recipe) -> None:

@@ -95,13 +95,13 @@ def test_a_model_is_drawn_with_its_own_scheduler(
     assert compile_plan(model.scheduler, sampler, steps).rows
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "TCDScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", ["FlowMatchLCMScheduler", "TCDScheduler", "PNDMScheduler"])
 def test_a_scheduler_that_no_sampler_is(checkpoint: Path, name: str) -> None:
     model = with_scheduler(checkpoint, name)
     with pytest.raises(CheckpointError, match=name):
         _ = model.drawing
     chosen = open_checkpoint(checkpoint, sampler="euler")
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if name == "FlowMatchLCMScheduler":
         with pytest.raises(CheckpointError, match="Use another checkpoint"):
             _ = chosen.drawing
     else:

@@ -1,4 +1,4 @@
-// Compiles plans for the tests: of each line {"config": …, "sampler": …, "steps": …} prints the plan, or the refusal, as one
+// Compiles plans for the tests: of each line {"config": …, "sampler": …, "steps": …, "tokens": …} prints the plan, or the refusal, as one
 // line of JSON. The config is text, so that it is read as a bundle's file is.
 #include "compiler.hpp"
 #include "error.hpp"
@@ -59,7 +59,7 @@ int main() {
         const Json asked = parsed(line, Repeats::refused);
         try {
             const Json config = parsed(asked["config"].text(), Repeats::refused, Constants::allowed);
-            print(compile_plan(config, asked["sampler"].text(), asked["steps"].integer()));
+            print(compile_plan(config, asked["sampler"].text(), asked["steps"].integer(), asked["tokens"].integer()));
         } catch (const InputError &error) {
             std::printf("{\"refused\":%s}\n", Json(std::string(error.what())).dump().c_str());
         }

@@ -43,6 +43,9 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl, negative": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a blue square"}),
     "ssd-1b": ("StableDiffusionXL", {"sampler": "dpmpp-2m", "guidance": 5.0}),
     "lcm": ("LatentConsistencyModel", {"sampler": "lcm", "guidance": 6.5}),
+    "flow": ("StableDiffusion", {"sampler": "euler", "guidance": 5.0}),
+    "flow, heun": ("StableDiffusion", {"sampler": "heun", "guidance": 5.0}),
+    "flow, unipc": ("StableDiffusion", {"sampler": "unipc", "guidance": 5.0}),
     "refiner": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0}),
 }
 """The kind of each case, before a comma, with its pipelines in diffusers and how it is drawn."""

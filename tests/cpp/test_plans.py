@@ -16,7 +16,7 @@ import pytest
 from ldm_export.errors import InputError
 from ldm_export.plan import Plan, compile_plan
 from ldm_export.plan.table import Row
-from tests.plan_cases import Case, drawn, grid, long, wrong
+from tests.plan_cases import TOKENS, Case, drawn, flows, grid, long, wrong, wrong_flows
 
 TOLERANCE = 1e-12
 """Largest difference of a number from Python's, as a share of the largest of its column in the plan, or of 1."""
@@ -27,7 +27,7 @@ COLUMNS = 8
 def compiled_in_cpp(program: Path, cases: Iterable[Case]) -> Iterator[dict[str, Any]]:
     """What the C++ compiler makes of each case, all in one process."""
     asked = [
-        json.dumps({"config": json.dumps(config), "sampler": sampler, "steps": steps})
+        json.dumps({"config": json.dumps(config), "sampler": sampler, "steps": steps, "tokens": config.get(TOKENS, 0)})
         for config, sampler, steps in cases
     ]
     done = subprocess.run([program], input="\n".join(asked) + "\n", capture_output=True, text=True, timeout=600)
@@ -70,7 +70,7 @@ def difference(plan: Plan, found: dict[str, Any]) -> float:
 
 def in_python(case: Case) -> Plan | str:
     try:
-        plan = compile_plan(*case)
+        plan = compile_plan(*case, tokens=case[0].get(TOKENS, 0))
         return replace(plan, entries=tuple(plan.entries))  # which are made, and checked, now
     except InputError as error:
         return str(error)
@@ -80,6 +80,8 @@ KINDS = {
     "the grid": lambda: itertools.islice(grid(), 0, None, 3),
     "random configs": lambda: drawn(1500),
     "many steps": long,
+    "flow matching": lambda: flows(1500),
+    "what is not meant of flow matching": lambda: wrong_flows(1500),
     "what is not meant": lambda: wrong(1500),
 }
 

@@ -101,7 +101,8 @@ def test_another_model_is_refused(
 ASKED = [("magic", 10), ("it's", 10), ("x" * 70, 10), ("ddim", 1001), ("ddim", 1 << 20), ("unipc", 1000), ("lcm", 51)]
 CONFIGS: dict[str, Any] = {
     "its own": {},
-    "no class": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "no class": {"_class_name": "FlowMatchLCMScheduler"},
+    "of flow matching": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
     "of NaN": {"beta_start": float("nan")},
     "of infinity": {"beta_end": float("inf"), "lambda_min_clipped": float("-inf")},
     "numbers that no float32 holds": {"clip_sample_range": 1e300, "clip_sample": True},

@@ -116,7 +116,7 @@ def test_the_sampler_of_a_config_gives_what_its_own_class_gives(case: str, betas
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler'; a network with that"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "'FlowMatchLCMScheduler'; a network with that scheduler cannot be"),
         ({"_class_name": "EDMEulerScheduler"}, "Use another checkpoint"),
         ({"_class_name": "SCMScheduler"}, "Use another checkpoint"),
         ({"_class_name": "DDIMInverseScheduler"}, "Use another checkpoint"),

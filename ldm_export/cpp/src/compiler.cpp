@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <optional>
 
 namespace ldm::runtime {
 
@@ -111,13 +110,17 @@ class Compiler {
 
 }  // namespace
 
-Plan compile_plan(const Json &config, const std::string &sampler, std::int64_t num_inference_steps) {
-    const auto spec = std::find_if(samplers().begin(), samplers().end(),
-                                   [&](const Sampler &known) { return known.name == sampler; });
-    if (spec == samplers().end())
-        throw InputError(join("sampler ", short_repr(sampler), " is not known; known are ", sampler_names(),
+Plan compile_plan(const Json &config, const std::string &sampler, std::int64_t num_inference_steps, std::int64_t tokens) {
+    if (named_of(samplers(), sampler) == nullptr)
+        throw InputError(join("sampler ", short_repr(sampler), " is not known; known are ", names_of(samplers()),
                               ". Use one of them."));
-    const SchedulerConfig options = options_of(config, *spec);
+    const std::vector<Sampler> &able = samplers_for(config);
+    const Sampler *spec = named_of(able, sampler);
+    if (spec == nullptr)
+        throw InputError(join(sampler, " is for networks trained on the noise of DDPM; this one was trained by flow matching, "
+                              "which ", names_of(able), " can sample. Use one of them."));
+    SchedulerConfig options = options_of(config, *spec);
+    options.tokens = tokens;
     const std::int64_t trained = options.num_train_timesteps, most = std::min(trained, MOST_STEPS);
     if (num_inference_steps < 1 || num_inference_steps > most)
         throw InputError(join("num_inference_steps is ", num_inference_steps, "; it must be 1 to ", most, ", ",

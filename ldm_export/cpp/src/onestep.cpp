@@ -46,6 +46,7 @@ Form x0_form(const SchedulerConfig &config, Level level) {
     const auto [alpha, sigma] = level;
     if (config.prediction_type == "v_prediction") return {alpha, -sigma};
     if (config.prediction_type == "sample") return {0.0, 1.0};
+    if (config.prediction_type == "flow_prediction") return {1.0, -sigma};  // of latents with alpha + sigma = 1
     if (alpha == 0)
         throw InputError("prediction_type 'epsilon' cannot start at zero terminal SNR, where the noise says nothing about the "
                          "image; v_prediction and sample can. Switch rescale_betas_zero_snr off or use leading spacing.");

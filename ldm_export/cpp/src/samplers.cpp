@@ -1,9 +1,11 @@
 #include "samplers.hpp"
 
 #include "error.hpp"
+#include "flow.hpp"
 #include "multistep.hpp"
 #include "repr.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <set>
@@ -66,6 +68,41 @@ const std::vector<Sampler> SAMPLERS{
     {"deis", "DEISMultistepScheduler", open_ended_grid, deis, SOLVER, NO_FLOW},
 };
 
+const Defaults FLOW{{"prediction_type", FLOW_PREDICTION}};
+const Defaults SHIFTING{{"use_dynamic_shifting", false},          {"time_shift_type", "exponential"}, {"base_shift", 0.5},
+                        {"max_shift", 1.15},                      {"base_image_seq_len", std::int64_t{256}},
+                        {"max_image_seq_len", std::int64_t{4096}}};
+const Defaults FLOW_SOLVER = both(both(FLOW, SHIFTING), {{"solver_order", std::int64_t{2}},
+                                                         {"lower_order_final", true},
+                                                         {"flow_shift", 1.0}});
+const Defaults FLOW_DPM_SOLVER = both(FLOW_SOLVER, {{"solver_type", "midpoint"}, {"euler_at_final", false}});
+const Only FLOW_SOLVER_ONLY = both(both(UNTHRESHOLDED, NO_OTHER_SIGMAS),
+                                   {{"use_karras_sigmas", {false}}, {"final_sigmas_type", {"zero"}}});
+const Only FLOW_DPM_SOLVER_ONLY = both(FLOW_SOLVER_ONLY, {{"use_lu_lambdas", {false}}, {"time_shift_type", {"exponential"}}});
+const Only FLOW_UNIPC_ONLY = both(both(FLOW_SOLVER_ONLY, SIGMA_BOUNDS), {{"predict_x0", {true}},
+                                                                        {"disable_corrector", {Json(Json::Array())}},
+                                                                        {"solver_p", {Json()}}});
+
+// Samplers of networks trained by flow matching, of the same names where they are the same method.
+const std::vector<Sampler> FLOW_SAMPLERS{
+    {"euler", "FlowMatchEulerDiscreteScheduler", flow_euler_grid, flow_euler,
+     both(both(FLOW, SHIFTING), {{"shift", 1.0}, {"shift_terminal", 0.0}, {"stochastic_sampling", false},
+                                 {"use_karras_sigmas", false}, {"use_exponential_sigmas", false}, {"use_beta_sigmas", false}}),
+     {{"invert_sigmas", {false}}}},
+    {"heun", "FlowMatchHeunDiscreteScheduler", flow_euler_grid, flow_heun, both(FLOW, {{"shift", 1.0}}), {}},
+    {"dpmpp-2m", "DPMSolverMultistepScheduler", flow_solver_grid, dpm_solver_2m, FLOW_DPM_SOLVER, FLOW_DPM_SOLVER_ONLY, false,
+     {"midpoint", "heun"}},
+    {"dpmpp-2m-sde", "DPMSolverMultistepScheduler", flow_solver_grid, dpm_solver_2m_sde, FLOW_DPM_SOLVER,
+     FLOW_DPM_SOLVER_ONLY, false, {"midpoint", "heun"}, 2},
+    {"unipc", "UniPCMultistepScheduler", flow_unipc_grid, unipc,
+     both(FLOW_SOLVER, {{"solver_type", "bh2"}, {"shift_terminal", 0.0}}), FLOW_UNIPC_ONLY, false, {"bh2", "bh1"}},
+};
+
+// Classes for flow matching alone, and classes that have the key use_flow_sigmas.
+const std::set<std::string> FLOW_MATCHING{"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"};
+const std::set<std::string> READ_FLOW_SIGMAS{"DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+                                             "DEISMultistepScheduler"};
+
 // Classes that step as another one does.
 const std::map<std::string, std::string> PARALLEL{{"DDIMParallelScheduler", "DDIMScheduler"},
                                                   {"DDPMParallelScheduler", "DDPMScheduler"}};
@@ -96,28 +133,73 @@ const Defaults *defaults_of(const std::string &name) {
     if (const auto kin = OF_THE_SAME_KIND.find(name); kin != OF_THE_SAME_KIND.end()) return &kin->second;
     for (const Sampler &sampler : SAMPLERS)
         if (sampler.diffusers_class == name) return &sampler.defaults;
+    for (const Sampler &sampler : FLOW_SAMPLERS)
+        if (sampler.diffusers_class == name) return &sampler.defaults;
     return nullptr;
+}
+
+// Whether Python takes a value for true.
+bool truth(const Json &value) {
+    if (value.is_null()) return false;
+    if (value.is(Kind::boolean)) return value.boolean();
+    if (value.is(Kind::number)) return value.number() != 0;
+    if (value.is(Kind::text)) return !value.text().empty();
+    return value.is(Kind::array) ? !value.array().empty() : !value.object().empty();
+}
+
+// Whether a config is of a network trained by flow matching; throws InputError if it says so of the noise levels and not of
+// what the network predicts, or the other way round.
+bool is_flow(const Json &config) {
+    const Json &name = config["_class_name"], &predicts = config["prediction_type"], &sigmas = config["use_flow_sigmas"];
+    const bool named = name.is(Kind::text);
+    if (named && FLOW_MATCHING.count(name.text()) != 0) return true;
+    const bool levels = (!named || READ_FLOW_SIGMAS.count(name.text()) != 0) && truth(sigmas);
+    if (levels != (predicts.is(Kind::text) && predicts.text() == FLOW_PREDICTION))
+        throw InputError(join("the scheduler config has use_flow_sigmas = ", short_repr(sigmas), " and prediction_type = ",
+                              short_repr(predicts), "; a network trained by flow matching has true and '", FLOW_PREDICTION,
+                              "', any other neither. Use the config that the network was trained with."));
+    return levels;
+}
+
+// The config of a network trained by flow matching with its shift under the names of every class.
+Json as_flow(Json config) {
+    Json::Object &values = config.object();
+    for (const char *key : {"prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"})
+        values.erase(key);
+    for (const auto &[key, other] : {std::pair("shift", "flow_shift"), std::pair("flow_shift", "shift")})
+        if (config[key].is_null() && !config[other].is_null()) values[key] = Json(config[other]);
+    if (!truth(config["shift_terminal"])) values.erase("shift_terminal");
+    return config;
 }
 
 }  // namespace
 
 const std::vector<Sampler> &samplers() { return SAMPLERS; }
+const std::vector<Sampler> &samplers_for(const Json &config) { return is_flow(config) ? FLOW_SAMPLERS : SAMPLERS; }
 
-std::string sampler_names() {
+const Sampler *named_of(const std::vector<Sampler> &samplers, const std::string &name) {
+    const auto same = [&](const Sampler &sampler) { return sampler.name == name; };
+    const auto found = std::find_if(samplers.begin(), samplers.end(), same);
+    return found == samplers.end() ? nullptr : &*found;
+}
+
+std::string names_of(const std::vector<Sampler> &samplers) {
     std::vector<std::string> names;
-    for (const Sampler &sampler : SAMPLERS) names.push_back(sampler.name);
+    for (const Sampler &sampler : samplers) names.push_back(sampler.name);
     return listed(names);
 }
 
 Json as_trained(const Json &config, const Sampler &sampler) {
     const Json &name = config["_class_name"];
-    if (name.is_null()) return config;
+    if (name.is_null()) return is_flow(config) ? as_flow(config) : config;
     std::string own = name.is(Kind::text) ? name.text() : "";
     if (const auto other = PARALLEL.find(own); other != PARALLEL.end()) own = other->second;
     const Defaults *defaults = defaults_of(own);
     if (defaults == nullptr)
         throw InputError(join("the scheduler is ", short_repr(name), "; a network with that scheduler cannot be sampled by ",
-                              sampler_names(), ", which are for networks trained on the noise of DDPM. Use another checkpoint."));
+                              names_of(SAMPLERS), ", which are for networks trained on the noise of DDPM or by flow "
+                              "matching. Use another checkpoint."));
+    if (is_flow(config)) return as_flow(config);
     Json trained = config;
     Json::Object &values = trained.object();
     for (const auto &[key, usual] : NETWORK) {

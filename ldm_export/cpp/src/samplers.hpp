@@ -23,8 +23,12 @@ struct Sampler {
     std::int64_t orders = 3;
 };
 
+// Samplers of networks trained on the noise of DDPM, and those that can sample a network of this config; that throws
+// InputError for a config that contradicts itself about flow matching.
 const std::vector<Sampler> &samplers();
-std::string sampler_names();  // with a comma between them
+const std::vector<Sampler> &samplers_for(const Json &config);
+const Sampler *named_of(const std::vector<Sampler> &samplers, const std::string &name);  // null where there is none
+std::string names_of(const std::vector<Sampler> &samplers);                              // with a comma between them
 
 // The config with what its own class fills in of how the network was trained, for any sampler to read; throws InputError for
 // a class whose networks no sampler here can solve.

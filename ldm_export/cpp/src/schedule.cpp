@@ -41,15 +41,6 @@ Grid linked(std::vector<Level> levels, Vector timesteps, Level last) {
     return {std::move(timesteps), std::move(levels), std::move(there), {}};
 }
 
-// Noise levels evenly spaced in ratio**(1/7) (EDM, 2206.00364, eq. 5).
-Vector karras_ratios(double first, double last, std::size_t steps) {
-    Vector ratios = linspace(std::pow(first, 1.0 / 7), std::pow(last, 1.0 / 7), steps);
-    for (double &ratio : ratios) ratio = std::pow(ratio, 7);
-    ratios.back() = last;  // not off by the rounding of the powers
-    ratios.front() = first;
-    return ratios;
-}
-
 // Fractional timesteps of noise ratios, interpolated in their logarithm: between the last training timestep with no more
 // noise and the one after, as diffusers' _sigma_to_t. A table with zero terminal SNR, whose last ratio is capped, need not
 // increase to its end.
@@ -79,6 +70,14 @@ Level last_level(const SchedulerConfig &config, const Vector &table) {
 }
 
 }  // namespace
+
+Vector karras_levels(double first, double last, std::size_t steps) {
+    Vector ratios = linspace(std::pow(first, 1.0 / 7), std::pow(last, 1.0 / 7), steps);
+    for (double &ratio : ratios) ratio = std::pow(ratio, 7);
+    ratios.back() = last;  // not off by the rounding of the powers
+    ratios.front() = first;
+    return ratios;
+}
 
 // The variances beta_t of the forward process (DDPM, 2006.11239, section 2), each in (0, 1).
 Vector SchedulerConfig::betas() const {
@@ -228,7 +227,7 @@ Grid interpolated_grid(const SchedulerConfig &config, std::size_t steps) {
     Vector timesteps = config.spaced_timesteps(steps, steps), ratios;
     for (const double t : timesteps) ratios.push_back(interp(t, points, table));
     if (config.use_karras_sigmas) {
-        ratios = karras_ratios(ratios.front(), ratios.back(), steps);
+        ratios = karras_levels(ratios.front(), ratios.back(), steps);
         timesteps = timesteps_of(ratios, table);
     }
     return linked(levels_of(ratios), timesteps, last_level(config, table));
@@ -239,7 +238,7 @@ Grid solver_grid(const SchedulerConfig &config, std::size_t steps) {
     const Vector table = config.ratios();
     Vector timesteps, ratios;
     if (config.use_karras_sigmas) {
-        ratios = karras_ratios(table.back(), table.front(), steps);
+        ratios = karras_levels(table.back(), table.front(), steps);
         timesteps = rounded(timesteps_of(ratios, table));
     } else {
         timesteps = rounded(config.spaced_timesteps(steps, steps + 1));

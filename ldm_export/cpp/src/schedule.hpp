@@ -41,6 +41,19 @@ struct SchedulerConfig {
     bool euler_at_final = false;
     std::int64_t original_inference_steps = 50;
     double timestep_scaling = 10.0;
+    double shift = 1.0;
+    double flow_shift = 1.0;
+    bool use_dynamic_shifting = false;
+    std::string time_shift_type = "exponential";
+    double base_shift = 0.5;
+    double max_shift = 1.15;
+    std::int64_t base_image_seq_len = 256;
+    std::int64_t max_image_seq_len = 4096;
+    double shift_terminal = 0.0;
+    bool use_exponential_sigmas = false;
+    bool use_beta_sigmas = false;
+    bool stochastic_sampling = false;
+    std::int64_t tokens = 0;  // of a picture; no key of the config: whoever compiles says it
 
     // Check an object and keep what a sampler reads of it: the keys that say how the network was trained, and those that
     // have `defaults`; throws InputError for a value of the wrong type, outside its range or not supported.
@@ -74,6 +87,9 @@ struct Grid {
     Vector timesteps;
     std::vector<Level> here, there, restart;
 };
+
+// Noise levels evenly spaced in the seventh root (EDM, 2206.00364, eq. 5).
+Vector karras_levels(double first, double last, std::size_t steps);
 
 Grid strided_grid(const SchedulerConfig &config, std::size_t steps);
 Grid chained_grid(const SchedulerConfig &config, std::size_t steps);

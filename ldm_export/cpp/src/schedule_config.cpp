@@ -44,6 +44,18 @@ const Field FIELDS[] = {
     {"euler_at_final", &SchedulerConfig::euler_at_final},
     {"original_inference_steps", &SchedulerConfig::original_inference_steps},
     {"timestep_scaling", &SchedulerConfig::timestep_scaling},
+    {"shift", &SchedulerConfig::shift},
+    {"flow_shift", &SchedulerConfig::flow_shift},
+    {"use_dynamic_shifting", &SchedulerConfig::use_dynamic_shifting},
+    {"time_shift_type", &SchedulerConfig::time_shift_type},
+    {"base_shift", &SchedulerConfig::base_shift},
+    {"max_shift", &SchedulerConfig::max_shift},
+    {"base_image_seq_len", &SchedulerConfig::base_image_seq_len},
+    {"max_image_seq_len", &SchedulerConfig::max_image_seq_len},
+    {"shift_terminal", &SchedulerConfig::shift_terminal},
+    {"use_exponential_sigmas", &SchedulerConfig::use_exponential_sigmas},
+    {"use_beta_sigmas", &SchedulerConfig::use_beta_sigmas},
+    {"stochastic_sampling", &SchedulerConfig::stochastic_sampling},
 };
 
 // What a word of the config may be.
@@ -54,6 +66,7 @@ const std::map<std::string, std::vector<std::string>> CHOICES{
     {"variance_type", {"fixed_small", "fixed_small_log", "fixed_large"}},
     {"final_sigmas_type", {"zero", "sigma_min"}},
     {"solver_type", {"midpoint", "heun", "bh1", "bh2", "logrho"}},
+    {"time_shift_type", {"exponential", "linear"}},
 };
 
 [[noreturn]] void refuse(const std::string &key, const Json &value, const std::string &allowed) {
