@@ -192,6 +192,19 @@ def test_a_model_without_text_has_a_recipe_too(kinds: Kinds, cheap_judge: None, 
     assert bundle.roles.guidance.scale == 1.0
 
 
+def test_a_model_trained_by_flow_matching_takes_graph_passes_alone(
+    kinds: Kinds, cheap_judge: None, tmp_path: Path
+) -> None:
+    flow = open_checkpoint(kinds("flow")[0])
+    message = "has distill-guidance, for networks trained on the noise of DDPM; flow was trained by flow matching"
+    with pytest.raises(InputError, match=message):
+        run_recipe(flow, recipe_of(tmp_path, GUIDANCE), tmp_path / "bundle", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    made, _ = run_recipe(flow, recipe_of(tmp_path, WEIGHTS), tmp_path / "bundle", tmp_path / "work")
+    assert made.manifest.model["default_sampler"] == "euler"
+    assert made.manifest.model["prediction_type"] == "flow_prediction"
+
+
 def test_a_text_model_needs_prompts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(WEIGHTS)
     recipe = read_recipe(tmp_path / "recipe.toml")
