@@ -131,8 +131,9 @@ Call HoistedGraph::bind(const TensorRefs &inputs, const TensorRefs &outputs, std
 Tensors HoistedGraph::results(const std::string &part, Tensor &value) const {
     if (value.shape.size() != 1) return parts_.at(part)->run({{part, &value}});
     Tensors whole;
-    for (std::size_t number = 0; number < value.count(); ++number)
-        for (const auto &[name, one] : *row(part, value, number)) {
+    for (std::size_t number = 0; number < value.count(); ++number) {
+        const SharedTensors held = row(part, value, number);  // which another thread may drop from the cache
+        for (const auto &[name, one] : *held) {
             if (one.shape.empty() || one.shape[0] != 1)
                 throw BundleError("A part of the target gives other than a row for a row. Build the target anew.");
             const auto [found, is_first] = whole.emplace(name, one);
@@ -140,6 +141,7 @@ Tensors HoistedGraph::results(const std::string &part, Tensor &value) const {
             found->second.data.insert(found->second.data.end(), one.data.begin(), one.data.end());
             ++found->second.shape[0];
         }
+    }
     return whole;
 }
 
