@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ldm_export.plan import SAMPLERS
-from ldm_export.plan.samplers import FLOW_SAMPLERS, OF_THE_SAME_KIND, PARALLEL
+from ldm_export.plan.samplers import FLOW_SAMPLERS
+from ldm_export.plan.scheduler_classes import OF_THE_SAME_KIND, PARALLEL
 
 Case = tuple[dict[str, Any], str, Any]
 """A scheduler config, a sampler, a number of steps."""

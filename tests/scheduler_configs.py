@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ldm_export.plan import Stepper, Trajectory
-from ldm_export.plan.samplers import is_flow, samplers_for
+from ldm_export.plan.scheduler_classes import is_flow, samplers_for
 from ldm_export.plan.table import Latents
 
 SHAPE = (2, 4, 4, 4)

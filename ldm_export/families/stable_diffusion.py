@@ -38,7 +38,7 @@ from ldm_export.families.base import GraphModule, ModelGraph
 from ldm_export.families.text_encoders import clip_graph
 from ldm_export.families.tokenizers import token_count
 from ldm_export.plan.guidance import guidance_frequencies
-from ldm_export.plan.samplers import prediction_of
+from ldm_export.plan.scheduler_classes import prediction_of
 
 DENOISER, CONDITIONER = "unet", "conditioner"
 SIZES, SIZES_AND_SCORE = 6, 5

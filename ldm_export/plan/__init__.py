@@ -13,7 +13,8 @@
 """
 
 from ldm_export.plan.compiler import compile_plan
-from ldm_export.plan.samplers import SAMPLERS, sampler_of
+from ldm_export.plan.samplers import SAMPLERS
+from ldm_export.plan.scheduler_classes import sampler_of
 from ldm_export.plan.table import FORMAT_VERSION, MAX_HISTORY, Entry, Plan, Row, Stepper, Trajectory
 
 __all__ = [

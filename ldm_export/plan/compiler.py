@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 
 from ldm_export.errors import InputError
-from ldm_export.plan.samplers import SAMPLERS, Sampler, as_trained, samplers_for
+from ldm_export.plan.samplers import SAMPLERS, Sampler
 from ldm_export.plan.schedule import Grid, SchedulerConfig, short_repr
+from ldm_export.plan.scheduler_classes import as_trained, samplers_for
 from ldm_export.plan.table import MAX_HISTORY, MOST_STEPS, Entries, Entry, Plan, PlanError, Row
 
 

@@ -24,7 +24,7 @@ from ldm_export.export.graphs import copy_bundle
 from ldm_export.families import open_checkpoint
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
-from ldm_export.plan.samplers import is_flow
+from ldm_export.plan.scheduler_classes import is_flow
 from ldm_export.recipe.change import Pass, adoptable, changed
 from ldm_export.recipe.material import Material
 from ldm_export.recipe.pictures import draw_gallery

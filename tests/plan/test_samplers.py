@@ -13,7 +13,8 @@ import torch
 
 from ldm_export.errors import InputError
 from ldm_export.plan import SAMPLERS, compile_plan, sampler_of
-from ldm_export.plan.samplers import (
+from ldm_export.plan.schedule import SHARED, SchedulerConfig
+from ldm_export.plan.scheduler_classes import (
     CHOSEN_BY,
     CLIPPING,
     NETWORK,
@@ -22,7 +23,6 @@ from ldm_export.plan.samplers import (
     PARALLEL,
     as_trained,
 )
-from ldm_export.plan.schedule import SHARED, SchedulerConfig
 from tests.scheduler_configs import noises, relative_error, run_diffusers, run_plan
 
 pytestmark = [
