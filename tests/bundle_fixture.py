@@ -223,6 +223,50 @@ def flow_matching(folder: Path, tiny: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def stable_diffusion_3(folder: Path, tiny: Path) -> None:
+    """Two text encoders with projections, no third, a transformer, 16 shifted channels of latents, flow matching."""
+    torch.manual_seed(0)
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    text = transformers.CLIPTextConfig.from_dict({**base.text_encoder.config.to_dict(), "projection_dim": 24})
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=32,
+        pooled_projection_dim=48,
+        pos_embed_max_size=24,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    diffusers.StableDiffusion3Pipeline(
+        transformer=perturb(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=perturb(vae),
+        text_encoder=perturb(transformers.CLIPTextModelWithProjection(text)),
+        tokenizer=base.tokenizer,
+        text_encoder_2=perturb(transformers.CLIPTextModelWithProjection(text)),
+        tokenizer_2=base.tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    ).save_pretrained(folder)
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "unconditional": unconditional,
     "class-conditional": class_conditional,
@@ -234,5 +278,6 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "ssd-1b": segmind,
     "8 channels": instruct_pix2pix,
     "flow": flow_matching,
+    "sd3": stable_diffusion_3,
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""

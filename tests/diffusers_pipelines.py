@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,9 @@ class Made(Protocol):
 
 def opened(pipeline_class: type, checkpoint: Path) -> Any:
     """A diffusers pipeline that shows no progress."""
-    pipe = pipeline_class.from_pretrained(checkpoint)
+    parts = inspect.signature(pipeline_class.__init__).parameters
+    absent = {name: None for name in ("text_encoder_3", "tokenizer_3") if name in parts}  # as whoever has none says
+    pipe = pipeline_class.from_pretrained(checkpoint, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

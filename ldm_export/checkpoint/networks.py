@@ -38,7 +38,26 @@ def _clip_config(network: CLIPTextModel) -> dict[str, Any]:
     return {**config_to_dict(network), "with_projection": network.config.with_projection}
 
 
+class ShiftedAutoencoder(AutoencoderKL):
+    """An autoencoder whose latents are shifted by ``shift_factor`` before they are scaled; it does neither itself."""
+
+    shift_factor: float = 0.0
+
+
+def _shifted_autoencoder(name: str, config: dict[str, Any]) -> nn.Module:
+    network = ShiftedAutoencoder.from_config({**config, "shift_factor": None}, strict=False)
+    assert isinstance(network, ShiftedAutoencoder)
+    network.shift_factor = float(config.get("shift_factor") or 0.0)
+    return network
+
+
+def _shifted_config(network: ShiftedAutoencoder) -> dict[str, Any]:
+    return {**config_to_dict(network), "_class_name": AutoencoderKL.__name__, "shift_factor": network.shift_factor}
+
+
 AUTOENCODER = own(AutoencoderKL, AutoencoderTiny)
+SHIFTED_AUTOENCODER = Component(("AutoencoderKL",), _shifted_autoencoder, _shifted_config)
+"""An autoencoder that may have a ``shift_factor``."""
 CLIP_TEXT_ENCODER = Component(
     ("CLIPTextModel", "CLIPTextModelWithProjection"), _clip_text_model, _clip_config, OF_TRANSFORMERS
 )

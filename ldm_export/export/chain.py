@@ -96,9 +96,9 @@ def _export_graph(graph: ModelGraph, checkpoint: LatentDiffusion, folder: Path, 
     name, pixels_per_latent = graph.spec.name, checkpoint.pixels_per_latent
     progress(f"{name}: running in PyTorch")
     module = graph.load()
-    runs = reference_runs(module, graph.spec, pixels_per_latent, graph.ids)
+    runs = reference_runs(module, graph.spec, pixels_per_latent, graph.ids, graph.patch_size)
     progress(f"{name}: exporting")
-    example = random_inputs(graph.spec, EXAMPLE_SIZES, pixels_per_latent, graph.ids)
+    example = random_inputs(graph.spec, EXAMPLE_SIZES, pixels_per_latent, graph.ids, graph.patch_size)
     path = export_graph(module, graph.spec, example, folder)
     release_weights(module)
     progress(f"{name}: comparing with PyTorch")
@@ -148,7 +148,7 @@ def compare_bundle(
 def _compare_weights(checkpoint: LatentDiffusion, graph: ModelGraph, file: Path) -> list[Parity]:
     """A record that fails if the graph lacks a weight of its network; else none."""
     module = graph.load()
-    example = random_inputs(graph.spec, EXAMPLE_SIZES, checkpoint.pixels_per_latent, graph.ids)
+    example = random_inputs(graph.spec, EXAMPLE_SIZES, checkpoint.pixels_per_latent, graph.ids, graph.patch_size)
     records = compare_weights(file, graph.spec, weights_read(module, example))
     release_weights(module)
     return records
@@ -179,7 +179,7 @@ def parity_runs(checkpoint: LatentDiffusion, graph: ModelGraph, calls: Sequence[
         with torch.no_grad():
             runs = [(tensors, module(*tensors)) for tensors in inputs]
     else:
-        runs = reference_runs(module, graph.spec, checkpoint.pixels_per_latent, graph.ids)
+        runs = reference_runs(module, graph.spec, checkpoint.pixels_per_latent, graph.ids, graph.patch_size)
     release_weights(module)
     return runs
 

@@ -26,7 +26,9 @@ from ldm_export.graph.files import save
 OPSET = 20
 
 
-def random_inputs(graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, id_count: int) -> tuple[Tensor, ...]:
+def random_inputs(
+    graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, id_count: int, patch_size: int = 1
+) -> tuple[Tensor, ...]:
     """Seeded inputs of the contract's shapes: normal values, timesteps from 500 on, token ids and class labels below
     ``id_count``, pictures' sizes as they belong to those of the latents.
 
@@ -34,6 +36,7 @@ def random_inputs(graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: in
     0 for each row is both.
     """
     generator = torch.Generator().manual_seed(0)
+    sizes = {**sizes, **{side: -(-sizes[side] // patch_size) * patch_size for side in ("height", "width")}}
     pictures = {side: sizes[side] * pixels_per_latent for side in ("height", "width")}
     sizes = {**sizes, **{f"image_{side}": size for side, size in pictures.items()}}
 

@@ -177,7 +177,9 @@ def _compared(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bu
     names = [tensor.name for tensor in spec.outputs]
     calls = []
     for sizes in SIZES:
-        tensors = random_inputs(spec, sizes, model["pixels_per_latent"], int(model.get("class_count") or 2))
+        tensors = random_inputs(
+            spec, sizes, model["pixels_per_latent"], int(model.get("class_count") or 2), model.get("patch_size", 1)
+        )
         calls.append({tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)})
     before = _opened(plain)
     expected = [array for call in calls for array in before.run(names, call)]

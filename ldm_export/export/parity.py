@@ -43,9 +43,11 @@ NetworkCall = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @torch.no_grad()
-def reference_runs(module: GraphModule, graph: GraphSpec, pixels_per_latent: int, vocab_size: int) -> list[NetworkCall]:
+def reference_runs(
+    module: GraphModule, graph: GraphSpec, pixels_per_latent: int, vocab_size: int, patch_size: int = 1
+) -> list[NetworkCall]:
     """The network on seeded inputs, once for each of :data:`SIZES`, in one thread."""
-    inputs = [random_inputs(graph, sizes, pixels_per_latent, vocab_size) for sizes in SIZES]
+    inputs = [random_inputs(graph, sizes, pixels_per_latent, vocab_size, patch_size) for sizes in SIZES]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.families.base import Family
+from ldm_export.families.sd3 import StableDiffusion3
 from ldm_export.families.stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3)
 
 
 def open_checkpoint(

@@ -1,6 +1,6 @@
 """Graphs of autoencoders with the KL divergence's latents, and of tiny ones, as every family with such a VAE has them.
 
-Scaling is inside: a graph's latents are those that the sampler has.
+Shift and scale are inside: a graph's latents are those that the sampler has.
 """
 
 from __future__ import annotations
@@ -23,11 +23,19 @@ Load = Callable[[str], Any]
 
 def autoencoder_graphs(load: Load, class_name: str, config: Mapping[str, Any]) -> list[ModelGraph]:
     """The decoder's and the encoder's graph of the component ``vae``, of that class and config."""
-    inside = {**config, "scaling_factor": 1.0}  # the graphs' latents are scaled already
+    inside = {**config, "scaling_factor": 1.0}  # the graphs' latents are shifted and scaled already
+    if "shift_factor" in inside:
+        inside["shift_factor"] = None
     return [
         ModelGraph(_decoder_spec(config), partial(_decoder, load), "vae", inside),
         ModelGraph(_encoder_spec(config, class_name), partial(_encoder, load), "vae", inside),
     ]
+
+
+def _shift_of(network: Any) -> float:
+    """What is taken from an autoencoder's latents before they are scaled."""
+    shift: float = getattr(network, "shift_factor", 0.0)
+    return shift
 
 
 def _decoder_spec(config: Mapping[str, Any]) -> GraphSpec:
@@ -49,7 +57,7 @@ def _encoder_spec(config: Mapping[str, Any], class_name: str) -> GraphSpec:
 
 def _decoder(load: Load) -> GraphModule:
     def call(network: Any, latents: Tensor) -> tuple[Tensor, ...]:
-        return (network.decode(latents / network.config.scaling_factor),)
+        return (network.decode(latents / network.config.scaling_factor + _shift_of(network)),)
 
     return GraphModule(load("vae"), call).eval()
 
@@ -61,6 +69,6 @@ def _encoder(load: Load) -> GraphModule:
         if isinstance(network, AutoencoderTiny):
             return (mean * factor,)
         logvar = logvar.clamp(-30.0, 20.0) + 2 * math.log(factor)
-        return (torch.cat([mean * factor, logvar], dim=1),)
+        return (torch.cat([(mean - _shift_of(network)) * factor, logvar], dim=1),)
 
     return GraphModule(load("vae"), call).eval()

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.kind import CheckpointKind
+from ldm_export.checkpoint.kind import CheckpointKind, class_name
 from ldm_export.contract import GraphSpec, Roles
+from ldm_export.plan.scheduler_classes import prediction_of
 
 
 class GraphModule(nn.Module):
@@ -42,6 +43,7 @@ class ModelGraph:
     component : the checkpoint's component that the weights are of; None where there are none
     config : what its ``config.json`` says, for other libraries that open the folder; None for no such file
     ids : how many token ids or class labels its inputs of whole numbers may have
+    patch_size : what latents' heights and widths must be multiples of
     """
 
     spec: GraphSpec
@@ -49,6 +51,31 @@ class ModelGraph:
     component: str | None = None
     config: Mapping[str, Any] | None = None
     ids: int = 1
+    patch_size: int = 1
+
+
+def common_facts(checkpoint: LatentDiffusion, class_count: int | None = None) -> dict[str, Any]:
+    """What the manifest's ``model`` says of every family's checkpoint; ``class_count`` is null where there are none."""
+    height, width = checkpoint.picture_size
+    return {
+        "class_name": class_name(checkpoint.index),
+        "height": height,
+        "width": width,
+        "latent_channels": checkpoint.configs["vae"]["latent_channels"],
+        "pixels_per_latent": checkpoint.pixels_per_latent,
+        "class_count": class_count,
+        "prediction_type": prediction_of(checkpoint.scheduler),
+    }
+
+
+def common_notes(checkpoint: LatentDiffusion, like: str) -> list[str]:
+    """What a bundle leaves out of the checkpoint, and that it generates as the class ``like`` where that is another."""
+    kind, index, said = checkpoint.kind, checkpoint.index, []
+    if parts := kind.left_out(index):
+        said.append(f"Left out: {', '.join(parts)}; a bundle has no such parts.")
+    if class_name(index) not in kind.pipelines:
+        said.append(f"The checkpoint is of a {class_name(index)}; the bundle generates as a {like} does.")
+    return said
 
 
 class Family(Protocol):

@@ -34,11 +34,10 @@ from ldm_export.contract import (
 )
 from ldm_export.errors import CheckpointError
 from ldm_export.families.autoencoder import autoencoder_graphs
-from ldm_export.families.base import GraphModule, ModelGraph
+from ldm_export.families.base import GraphModule, ModelGraph, common_facts, common_notes
 from ldm_export.families.text_encoders import clip_graph
 from ldm_export.families.tokenizers import token_count
 from ldm_export.plan.guidance import guidance_frequencies
-from ldm_export.plan.scheduler_classes import prediction_of
 
 DENOISER, CONDITIONER = "unet", "conditioner"
 SIZES, SIZES_AND_SCORE = 6, 5
@@ -111,12 +110,8 @@ class StableDiffusion:
 
     @property
     def notes(self) -> list[str]:
-        index, kind, said = self._checkpoint.index, self._checkpoint.kind, []
-        if parts := kind.left_out(index):
-            said.append(f"Left out: {', '.join(parts)}; a bundle has no such parts.")
-        if class_name(index) not in kind.pipelines:
-            like = "StableDiffusionXLPipeline" if "text_encoder_2" in self._encoders else "StableDiffusionPipeline"
-            said.append(f"The checkpoint is of a {class_name(index)}; the bundle generates as a {like} does.")
+        like = "StableDiffusionXLPipeline" if "text_encoder_2" in self._encoders else "StableDiffusionPipeline"
+        said = common_notes(self._checkpoint, like)
         if self._image_channels:
             use = "inpainting" if self._image_channels > self._vae["latent_channels"] else "editing a picture"
             said.append(
@@ -156,16 +151,7 @@ class StableDiffusion:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        height, width = self._checkpoint.picture_size
-        return {
-            "class_name": class_name(self._checkpoint.index),
-            "height": height,
-            "width": width,
-            "latent_channels": self._vae["latent_channels"],
-            "pixels_per_latent": self._checkpoint.pixels_per_latent,
-            "class_count": self._unet["num_class_embeds"],
-            "prediction_type": prediction_of(self._checkpoint.scheduler),
-        }
+        return common_facts(self._checkpoint, self._unet["num_class_embeds"])
 
     @cached_property
     def graphs(self) -> Sequence[ModelGraph]:

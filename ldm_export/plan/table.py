@@ -193,14 +193,17 @@ class Plan:
         entry = self.entries[step]
         return Trajectory(entry.image_scale, entry.noise_scale, entry.warmup + self.rows[entry.resume :])
 
-    def for_strength(self, strength: float) -> Trajectory:
+    def for_strength(self, strength: float, *, rounds_up: bool = False) -> Trajectory:
         """The image-to-image run that redoes the last ``strength`` of the steps, as diffusers counts them.
 
         Parameters
         ----------
         strength : in (0, 1]; 1 keeps of the image only what its noised latents carry at the first step
+        rounds_up : whether a part of a step counts as one, as in pipelines of Stable Diffusion 3, or as none
         """
-        redone = int(self.num_inference_steps * strength) if 0 < strength <= 1 else 0
+        steps, redone = self.num_inference_steps, 0
+        if 0 < strength <= 1:
+            redone = steps - int(steps - steps * strength) if rounds_up else int(steps * strength)
         if redone < 1:
             raise InputError(
                 f"strength {strength} of {self.num_inference_steps} steps leaves nothing to run; it must lie in "

@@ -21,7 +21,7 @@ from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import copy_bundle
-from ldm_export.families import open_checkpoint
+from ldm_export.families import family_of, open_checkpoint
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.plan.scheduler_classes import is_flow
@@ -181,14 +181,14 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
         raise InputError(
             f'The recipe {recipe.name} says latents_from = "data", and no pictures were given; add --data FOLDER.'
         )
-    unet, vae = checkpoint.configs["unet"], checkpoint.configs["vae"]
+    vae, classes = checkpoint.configs["vae"], family_of(checkpoint).facts["class_count"]
     height, width = checkpoint.picture_size
     if height != width:
         raise InputError(
             f'The recipe {recipe.name} says latents_from = "data"; those pictures are square, and {checkpoint.name} '
             f"makes {height} x {width}. Leave latents_from out: the teacher then makes them."
         )
-    condition = "text" if checkpoint.reads_text else "label" if unet["num_class_embeds"] else None
+    condition = "text" if checkpoint.reads_text else "label" if classes else None
     return open_pictures(data, height, vae["in_channels"], condition)
 
 
@@ -216,7 +216,7 @@ def _check_guidance(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
 
 def _conditions(checkpoint: LatentDiffusion, recipe: Recipe) -> list[str | int]:
     """What the model is asked for: the recipe's prompts, all classes, or nothing."""
-    classes = checkpoint.configs["unet"]["num_class_embeds"]
+    classes = family_of(checkpoint).facts["class_count"]
     if checkpoint.reads_text and not recipe.prompts:
         raise InputError(
             f"{checkpoint.name} reads text and the recipe {recipe.name} has no prompts; add prompts = FILE."

@@ -56,7 +56,7 @@ TORCH_PASSES: Mapping[str, type[Any]] = {
 GRAPH_PASSES: Mapping[str, type[Any]] = {
     kind.name: kind for kind in (QuantizeStatic, QuantizeDynamic, QuantizeWeights, Half)
 }
-GRAPHS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder", "text_encoder_2", "unet")
+GRAPHS = ("text_encoder", "denoiser", "vae_decoder", "vae_encoder", "text_encoder_2", "unet", "transformer")
 """What ``graphs`` of a pass may name: roles, and graphs by the names that they have in bundles."""
 MUST_PRECEDE = (
     ("distill-guidance", "distill-steps"),

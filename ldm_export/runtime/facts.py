@@ -5,6 +5,9 @@ Numbers and texts of ``model`` in the manifest. A size is a whole number from 1 
     height, width, latent_channels, pixels_per_latent, default_steps     sizes
     default_sampler                         small letters and digits in words with - between, at most 100 characters
     class_count                             absent, null, or a size
+    strength_rounds_up                      absent, true or false: whether from an image a part of a step counts as one
+    patch_size                              absent, or a size: latents a side of one of the denoiser's tokens, of which
+                                            the latents' sizes are multiples
 
 What each graph takes and gives, by its role (:class:`ldm_export.contract.Roles`). ``B``, ``h``, ``w``, ``H`` and ``W``
 are free sizes, all of another name in one graph; all else is fixed and at least 1. ``C`` is ``latent_channels``; no
@@ -80,9 +83,16 @@ def check_model(model: Mapping[str, Any]) -> None:
         and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", sampler) is not None
     )
     sound["class_count"] = model.get("class_count") is None or is_size("class_count")
+    sound["patch_size"] = "patch_size" not in model or (is_size("patch_size") and size_step(model) <= LARGEST_SIZE)
+    sound["strength_rounds_up"] = type(model.get("strength_rounds_up", False)) is bool
     for key, fits in sound.items():
         if not fits:
             raise MalformedError(f"model.{key} = {repr(model.get(key))[:60]}, which is none that can be generated with")
+
+
+def size_step(model: Mapping[str, Any]) -> int:
+    """Pixels that a picture's height and width must be multiples of, from the manifest's ``model``."""
+    return int(model["pixels_per_latent"] * model.get("patch_size", 1))
 
 
 def check_length(tokenizer: Tokenizer, encoder: GraphSpec) -> None:

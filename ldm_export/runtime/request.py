@@ -14,6 +14,7 @@ from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
 from ldm_export.plan import Trajectory
+from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
@@ -200,7 +201,7 @@ def checked_request(
         height, width = sides
     height = model["height"] if height is None else height
     width = model["width"] if width is None else width
-    check_size(height, width, model["pixels_per_latent"])
+    check_size(height, width, size_step(model))
     request = Request(
         prompts=texts,
         negative_prompts=negatives_for(negatives, batch) if reads_text else (),
@@ -210,7 +211,9 @@ def checked_request(
         width=int(width),
         guidance=scale,
         image=sample,
-        trajectory=plan.from_noise() if sample is None else plan.for_strength(0.6 if strength is None else strength),
+        trajectory=plan.from_noise()
+        if sample is None
+        else plan.for_strength(0.6 if strength is None else strength, rounds_up=model.get("strength_rounds_up", False)),
         deepcache=deepcache,
         loop=f"{sampler}-{steps}" if whole else None,
     )
@@ -302,7 +305,7 @@ def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tu
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Both sides must be positive multiples of the pixels that one latent stands for."""
+    """Raise InputError unless both are positive multiples."""
     if height < multiple or width < multiple or height % multiple or width % multiple:
         nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
         raise InputError(

@@ -62,6 +62,7 @@ class TorchReference:
     def __init__(self, checkpoint: LatentDiffusion):
         family = family_of(checkpoint)
         self._checkpoint, self._roles = checkpoint, family.roles
+        self._class_count = family.facts["class_count"]
         self._specs = {graph.spec.name: graph.spec for graph in family.graphs}
         self._read = self._roles.sources(self._specs)
         if more := self._more_than_it_gives():
@@ -196,7 +197,7 @@ class TorchReference:
             return None
         if labels_of(self._specs, self._roles).dtype != "int64":
             return "class labels as features"
-        if not self._checkpoint.configs["unet"]["num_class_embeds"]:
+        if not self._class_count:
             return "class numbers of which there may be any"
         return "class numbers beside text" if self._roles.text_encoders else None
 

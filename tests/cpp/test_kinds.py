@@ -46,6 +46,8 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "flow": ("StableDiffusion", {"sampler": "euler", "guidance": 5.0}),
     "flow, heun": ("StableDiffusion", {"sampler": "heun", "guidance": 5.0}),
     "flow, unipc": ("StableDiffusion", {"sampler": "unipc", "guidance": 5.0}),
+    "sd3": ("StableDiffusion3", {"sampler": "euler", "guidance": 5.0}),
+    "sd3, negative": ("StableDiffusion3", {"sampler": "dpmpp-2m", "guidance": 5.0, "negative_prompt": "a blue square"}),
     "refiner": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0}),
 }
 """The kind of each case, before a comma, with its pipelines in diffusers and how it is drawn."""
@@ -103,7 +105,7 @@ def drawn_by_both(open_cpp: Callable[..., Any], folder: Path, form: str, **optio
 
 @torch.no_grad()
 def check(results: dict[str, Any], latents: torch.Tensor, vae: Any) -> None:
-    decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    decoded = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
     pixels = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
     pictures = (pixels * 255).round().astype(np.uint8)
     for runtime, result in results.items():
@@ -163,6 +165,8 @@ def test_image_to_image(
     )
     if "negative_prompt" in options:
         options["negative_prompt"] = [options["negative_prompt"]] * len(PROMPTS)
+    if pipeline == "StableDiffusion3":  # which else makes the image as large as the model's own pictures
+        options |= {"height": HEIGHT, "width": WIDTH}
     pictures = [Image.fromarray(picture) for picture in image]
     check(results, judged(pipe, sampler, PROMPTS, SEEDS, image=pictures, steps=STEPS, **options), pipe.vae)
 

@@ -56,6 +56,14 @@ Facts facts_of(const Bundle &bundle) {
     facts.width = reader.count("width");
     facts.latent_channels = reader.count("latent_channels");
     facts.pixels_per_latent = reader.count("pixels_per_latent");
+    const Json &rounds_up = bundle.manifest.model["strength_rounds_up"];
+    if (bundle.manifest.model.object().count("strength_rounds_up") != 0 && !rounds_up.is(Kind::boolean))
+        reader.refuse("strength_rounds_up", rounds_up);
+    facts.strength_rounds_up = rounds_up.is(Kind::boolean) && rounds_up.boolean();
+    const bool in_patches = bundle.manifest.model.object().count("patch_size") != 0;
+    const std::uint64_t step = std::uint64_t{facts.pixels_per_latent} * (in_patches ? reader.count("patch_size") : 1);
+    if (step > LARGEST_SIZE) reader.refuse("patch_size", bundle.manifest.model["patch_size"]);
+    facts.size_step = static_cast<std::uint32_t>(step);
     for (const char *side : {"height", "width"})
         if (reader.count(side) % facts.pixels_per_latent != 0) reader.refuse(side, bundle.manifest.model[side]);
     facts.default_sampler = reader.sampler("default_sampler");

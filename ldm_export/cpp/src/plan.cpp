@@ -140,9 +140,12 @@ Trajectory Plan::starting_at(std::size_t step) const {
     return run;
 }
 
-Trajectory Plan::for_strength(double strength) const {
+Trajectory Plan::for_strength(double strength, bool rounds_up) const {
     const auto steps = static_cast<double>(num_inference_steps);
-    const auto redone = strength > 0 && strength <= 1 ? static_cast<std::size_t>(steps * strength) : 0;
+    std::size_t redone = 0;
+    if (strength > 0 && strength <= 1)
+        redone = rounds_up ? num_inference_steps - static_cast<std::size_t>(steps - steps * strength)
+                           : static_cast<std::size_t>(steps * strength);
     if (redone < 1)
         throw InputError(join("strength ", strength, " of ", num_inference_steps, " steps leaves nothing to run; it must ",
                               "lie in [", 1 / steps, ", 1]. Raise the strength or the number of steps."));

@@ -224,10 +224,10 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     if (options.whole != 0) request.loop = loop(bundle, sampler, steps, options.image != nullptr || options.deepcache > 1);
     request.height = options.height == 0 ? facts.height : options.height;
     request.width = options.width == 0 ? facts.width : options.width;
-    check_size(request.height, request.width, facts.pixels_per_latent);
+    check_size(request.height, request.width, facts.size_step);
     request.seeds = seeds(options, count);
     check_memory(facts, request);
-    request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength);
+    request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength, facts.strength_rounds_up);
     if (options.image != nullptr)
         request.image = image(options, count, request.height, request.width, facts.picture_channels);
     request.deepcache = options.deepcache;

@@ -37,6 +37,7 @@ from ldm_export.export.tensorrt.library import CALLED, capabilities_of, library_
 from ldm_export.export.tensorrt.process import in_a_process
 from ldm_export.export.tensorrt.profiles import Range, check_pixels, profile_of
 from ldm_export.reading.options import check_one_of
+from ldm_export.runtime.facts import size_step
 from ldm_export.verify.engines.sources import PRECISIONS, Source, converted, onnx_of, parts_of, source_of
 
 DEFAULT_BATCH = Range(1, 1, 4)
@@ -178,7 +179,7 @@ def _tasks(bundle: Bundle, settings: EngineSettings, graphs: Sequence[str], loop
     manifest = bundle.manifest
     own = {name: spec for name, spec in manifest.graphs.items() if not is_loop(spec.path)}
     pixels = settings.pixels or Range(*(int(manifest.model["height"]),) * 3)
-    check_pixels(pixels, manifest.model["pixels_per_latent"])
+    check_pixels(pixels, size_step(manifest.model))
     names = list(graphs or own)
     if bundle.roles.denoiser in names:  # what follows each of its calls
         names.append(STEP)

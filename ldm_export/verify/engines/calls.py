@@ -36,7 +36,9 @@ def random_call(bundle: Bundle, spec: GraphSpec, sizes: Mapping[str, int]) -> di
         vocabularies = {entry.graph: len(bundle.json(f"{entry.tokenizer}/vocab.json")) for entry in encoders}
         ids = vocabularies.get(spec.name, min(vocabularies.values()))
     tokens = encoders[0].length if encoders else 1
-    tensors = random_inputs(spec, {**sizes, "tokens": tokens}, facts["pixels_per_latent"], ids)
+    tensors = random_inputs(
+        spec, {**sizes, "tokens": tokens}, facts["pixels_per_latent"], ids, facts.get("patch_size", 1)
+    )
     return {tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)}
 
 

@@ -1,0 +1,220 @@
+"""Stable Diffusion 3 and 3.5 (2403.03206): a transformer that attends to latents and text together, and flow matching.
+
+With the two text encoders of CLIP's kind; the states of the third, T5, are zeros, as in diffusers where a checkpoint
+has none. The transformer is diffusers' own class, at any configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass
+from ldm_export.checkpoint.networks import CLIP_TEXT_ENCODER, SHIFTED_AUTOENCODER
+from ldm_export.contract import TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, TextEncoder, graph_spec
+from ldm_export.errors import CheckpointError
+from ldm_export.families.autoencoder import Load, autoencoder_graphs
+from ldm_export.families.base import GraphModule, ModelGraph, common_facts, common_notes
+from ldm_export.families.libraries import from_diffusers
+from ldm_export.families.text_encoders import clip_graph
+from ldm_export.families.tokenizers import token_count
+
+DENOISER, CONDITIONER = "transformer", "conditioner"
+ENCODERS = ("text_encoder", "text_encoder_2")
+T5_TOKENS = 256
+"""Tokens of the third text encoder in diffusers' pipeline, whose states are zeros without it."""
+
+
+def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
+    side = int(configs[DENOISER]["sample_size"])
+    return side, side
+
+
+PIPELINE = PipelineClass(sample_size=128)
+KIND = CheckpointKind(
+    components={
+        "text_encoder": CLIP_TEXT_ENCODER,
+        "text_encoder_2": CLIP_TEXT_ENCODER,
+        "transformer": from_diffusers("SD3Transformer2DModel"),
+        "vae": SHIFTED_AUTOENCODER,
+    },
+    denoiser=DENOISER,
+    optional_parts=("image_encoder", "feature_extractor"),
+    pipelines={"StableDiffusion3Pipeline": PIPELINE, "StableDiffusion3Img2ImgPipeline": PIPELINE},
+    saved_as=("StableDiffusion3Pipeline without text_encoder_3",),
+    default_pipeline=lambda index: PIPELINE,
+    latent_size=_latent_size,
+)
+
+
+class StableDiffusion3:
+    """A checkpoint with a transformer of Stable Diffusion 3; see :class:`ldm_export.families.base.Family`."""
+
+    kind = KIND
+
+    def __init__(self, checkpoint: LatentDiffusion):
+        self._checkpoint = checkpoint
+        self._transformer, self._vae = checkpoint.configs[DENOISER], checkpoint.configs["vae"]
+        self._encoders = {name: checkpoint.configs[name] for name in checkpoint.text_encoders}
+
+    def check(self) -> None:
+        for fault in self._faults():
+            raise CheckpointError(f"{self._checkpoint.path}: {fault}")
+        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
+
+    @property
+    def notes(self) -> list[str]:
+        return [
+            *common_notes(self._checkpoint, "StableDiffusion3Pipeline"),
+            "There is no third text encoder (T5): its states are zeros, as in diffusers' pipeline without it.",
+        ]
+
+    @cached_property
+    def roles(self) -> Roles:
+        made = {name: f"{CONDITIONER}.{name}" for name in ("encoder_hidden_states", "pooled_projections")}
+        return Roles(
+            DENOISER,
+            "vae_decoder",
+            "vae_encoder",
+            Guidance(TWO_ROWS, self._checkpoint.drawing.guidance),
+            tuple(
+                TextEncoder(name, self._checkpoint.tokenizer_folder(name).name, "clip", self._lengths[name])
+                for name in ENCODERS
+            ),
+            CONDITIONER,
+            made,
+        )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        own = {"patch_size": self._transformer["patch_size"], "strength_rounds_up": True}
+        return {**common_facts(self._checkpoint), **own}
+
+    @cached_property
+    def graphs(self) -> Sequence[ModelGraph]:
+        load = self._checkpoint.load
+        texts = {
+            name: clip_graph(load, name, config, self._lengths[name], layers=True)
+            for name, config in self._encoders.items()
+        }
+        conditioner = Conditioner(
+            [f"{name}.hidden_states.{config['num_hidden_layers'] - 1}" for name, config in self._encoders.items()],
+            [f"{name}.text_embeds" for name in ENCODERS],
+            self._transformer["joint_attention_dim"],
+        )
+        outputs = {f"{name}.{tensor.name}": tensor for name in ENCODERS for tensor in texts[name].spec.outputs}
+        inputs = [TensorSpec(name, outputs[name].dtype, outputs[name].shape) for name in conditioner.sources]
+        tokens = self._lengths[ENCODERS[0]] + T5_TOKENS
+        states, pooled = self.denoiser_spec.inputs[2:]
+        made = [TensorSpec(states.name, states.dtype, ("batch", tokens, states.shape[2])), pooled]
+        return [
+            *texts.values(),
+            ModelGraph(graph_spec(CONDITIONER, inputs, made), partial(_conditioner, conditioner)),
+            ModelGraph(
+                self.denoiser_spec,
+                partial(_denoiser, load),
+                DENOISER,
+                self._transformer,
+                patch_size=self._transformer["patch_size"],
+            ),
+            *autoencoder_graphs(load, self._checkpoint.index["vae"][1], self._vae),
+        ]
+
+    @cached_property
+    def denoiser_spec(self) -> GraphSpec:
+        """The transformer."""
+        config = self._transformer
+        latents = ("batch", config["in_channels"], "height", "width")
+        inputs = [
+            TensorSpec("sample", "float32", latents),
+            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["joint_attention_dim"])),
+            TensorSpec("pooled_projections", "float32", ("batch", config["pooled_projection_dim"])),
+        ]
+        out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
+        return graph_spec(DENOISER, inputs, [out])
+
+    @cached_property
+    def _lengths(self) -> Mapping[str, int]:
+        """Token ids of a prompt, by text encoder."""
+        return {name: token_count(self._checkpoint, name) for name in self._encoders}
+
+    def _faults(self) -> list[str]:
+        config, latents = self._transformer, self._vae["latent_channels"]
+        if tuple(self._encoders) != ENCODERS:
+            return [f"it has {' and '.join(self._encoders) or 'no text encoder'}; {' and '.join(ENCODERS)} are needed."]
+        if not all(encoder["with_projection"] for encoder in self._encoders.values()):
+            return ["the pooled text is of projections: both text encoders must be a CLIPTextModelWithProjection."]
+        if len({*self._lengths.values()}) > 1:
+            return ["its tokenizers are of different lengths, whose states cannot be joined."]
+        if (config["in_channels"], config["out_channels"]) != (latents, latents):
+            return [
+                f"the transformer takes {config['in_channels']} channels and gives {config['out_channels']}, and the "
+                f"autoencoder has {latents} of latents; the same number is needed."
+            ]
+        widths = sum(encoder["hidden_size"] for encoder in self._encoders.values())
+        pooled = sum(encoder["projection_dim"] for encoder in self._encoders.values())
+        if widths > config["joint_attention_dim"] or pooled != config["pooled_projection_dim"]:
+            return [
+                f"the text encoders give states {widths} and pooled text {pooled} wide; the transformer reads "
+                f"{config['joint_attention_dim']} (joint_attention_dim) and {config['pooled_projection_dim']} "
+                "(pooled_projection_dim). Use the text encoders that it was trained with."
+            ]
+        return []
+
+
+class Conditioner(nn.Module):
+    """What the transformer reads beside latents and timestep, of both text encoders' outputs.
+
+    Parameters
+    ----------
+    states : sources of the states (B, L, w), joined by width, padded with zeros to ``width`` and by `T5_TOKENS` tokens
+    pooled : sources of the pooled texts (B, w), which are joined
+    """
+
+    def __init__(self, states: Sequence[str], pooled: Sequence[str], width: int):
+        super().__init__()
+        self.config = {"states": states, "pooled": pooled, "width": width}
+        self.sources = (*states, *pooled)
+        self._count, self._width = len(states), width
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        joined = torch.cat(tensors[: self._count], dim=-1)
+        padded = nn.functional.pad(joined, (0, self._width - joined.shape[-1], 0, T5_TOKENS))
+        return padded, torch.cat(tensors[self._count :], dim=-1)
+
+
+def _conditioner(network: Conditioner) -> GraphModule:
+    own = deepcopy(network)  # whoever takes it may release its memory
+    return GraphModule(own, lambda network, *inputs: network(*inputs)).eval()
+
+
+def cropped_positions(patches: Any, height: int, width: int) -> Tensor:
+    """The middle of the table of positions, (1, rows * columns, C), as diffusers' ``PatchEmbed.cropped_pos_embed``.
+
+    With ``(most - size) // 2`` written so that what is divided is positive: traced, a division of what may be negative
+    rounds another way in ONNX than in Python.
+    """
+    most = patches.pos_embed_max_size
+    rows, columns = height // patches.patch_size, width // patches.patch_size
+    top, left = (most // 2 - (size + 1 - most % 2) // 2 for size in (rows, columns))
+    table = patches.pos_embed.reshape(1, most, most, -1)
+    positions: Tensor = table[:, top : top + rows, left : left + columns].flatten(1, 2)
+    return positions
+
+
+def _denoiser(load: Load) -> GraphModule:
+    network = load(DENOISER)
+    network.pos_embed.cropped_pos_embed = partial(cropped_positions, network.pos_embed)
+
+    def call(network: Any, sample: Tensor, timestep: Tensor, states: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+        out = network(hidden_states=sample, timestep=timestep, encoder_hidden_states=states, pooled_projections=pooled)
+        return (out.sample,)
+
+    return GraphModule(network, call).eval()
