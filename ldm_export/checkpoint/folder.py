@@ -36,6 +36,7 @@ from ldm_export.checkpoint.weights import (
 )
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.plan import compile_plan, sampler_of
+from ldm_export.plan.scheduler_classes import FLOW_MATCHING
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
 from ldm_export.reading.hashes import sha256_of
 
@@ -160,6 +161,11 @@ class LatentDiffusion:
             config = _read_json(self.path / "scheduler" / "scheduler_config.json")
             config = self.kind.scheduler_as_used(self.index, config)
         if self.prediction_type is not None:
+            if config.get("_class_name") in FLOW_MATCHING:
+                raise CheckpointError(
+                    f"{self.path}: prediction_type {self.prediction_type} was asked for, and its scheduler, "
+                    f"{config['_class_name']}, is for flow matching alone. Leave it out."
+                )
             config = {**config, "prediction_type": self.prediction_type}
         return config
 

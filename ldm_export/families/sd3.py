@@ -93,7 +93,9 @@ class StableDiffusion3:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        own = {"patch_size": self._transformer["patch_size"], "strength_rounds_up": True}
+        patch, most = self._transformer["patch_size"], self._transformer["pos_embed_max_size"]
+        largest = most * patch * self._checkpoint.pixels_per_latent
+        own = {"patch_size": patch, "largest_size": largest, "strength_rounds_up": True}
         return {**common_facts(self._checkpoint), **own}
 
     @cached_property
@@ -203,9 +205,11 @@ def cropped_positions(patches: Any, height: int, width: int) -> Tensor:
     """
     most = patches.pos_embed_max_size
     rows, columns = height // patches.patch_size, width // patches.patch_size
-    top, left = (most // 2 - (size + 1 - most % 2) // 2 for size in (rows, columns))
     table = patches.pos_embed.reshape(1, most, most, -1)
-    positions: Tensor = table[:, top : top + rows, left : left + columns].flatten(1, 2)
+    for axis, size in enumerate((rows, columns), 1):
+        there = torch.arange(size) + most // 2 - (size + 1 - most % 2) // 2
+        table = table.index_select(axis, torch.where(there < 0, most, there))  # beyond the table is an error
+    positions: Tensor = table.flatten(1, 2)
     return positions
 
 

@@ -180,7 +180,9 @@ FLOW_SOLVER: Mapping[str, Any] = {
     **{"prediction_type": flow.PREDICTION, "solver_order": 2, "lower_order_final": True, "flow_shift": 1.0},
     **SHIFTING,
 }
+NOT_INVERTED: Mapping[str, tuple[Any, ...]] = {"invert_sigmas": (False,)}
 FLOW_SOLVER_ONLY: Mapping[str, tuple[Any, ...]] = {
+    **NOT_INVERTED,
     **UNTHRESHOLDED,
     **NO_OTHER_SIGMAS,
     "use_karras_sigmas": (False,),
@@ -192,6 +194,7 @@ FLOW_DPM_SOLVER_ONLY: Mapping[str, tuple[Any, ...]] = {
     **FLOW_SOLVER_ONLY,
     "use_lu_lambdas": (False,),
     "time_shift_type": ("exponential",),
+    "shift_terminal": (None,),
 }
 FLOW_SAMPLERS: Mapping[str, Sampler] = {
     "euler": Sampler(
@@ -203,13 +206,20 @@ FLOW_SAMPLERS: Mapping[str, Sampler] = {
             **{"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False},
             **SHIFTING,
         },
-        only={"invert_sigmas": (False,)},
+        only=NOT_INVERTED,
     ),
     "heun": Sampler(
         "FlowMatchHeunDiscreteScheduler",
         flow.euler_grid,
         flow.heun,
         {"prediction_type": flow.PREDICTION, "shift": 1.0},
+        only={
+            **NOT_INVERTED,
+            **NO_OTHER_SIGMAS,
+            "use_dynamic_shifting": (False,),
+            "use_karras_sigmas": (False,),
+            "shift_terminal": (None,),
+        },
     ),
     "dpmpp-2m": Sampler(
         "DPMSolverMultistepScheduler",

@@ -5,6 +5,7 @@ Numbers and texts of ``model`` in the manifest. A size is a whole number from 1 
     height, width, latent_channels, pixels_per_latent, default_steps     sizes
     default_sampler                         small letters and digits in words with - between, at most 100 characters
     class_count                             absent, null, or a size
+    largest_size                            absent, or a size: pixels that a picture is high and wide at most
     strength_rounds_up                      absent, true or false: whether from an image a part of a step counts as one
     patch_size                              absent, or a size: latents a side of one of the denoiser's tokens, of which
                                             the latents' sizes are multiples
@@ -84,6 +85,7 @@ def check_model(model: Mapping[str, Any]) -> None:
     )
     sound["class_count"] = model.get("class_count") is None or is_size("class_count")
     sound["patch_size"] = "patch_size" not in model or (is_size("patch_size") and size_step(model) <= LARGEST_SIZE)
+    sound["largest_size"] = "largest_size" not in model or is_size("largest_size")
     sound["strength_rounds_up"] = type(model.get("strength_rounds_up", False)) is bool
     for key, fits in sound.items():
         if not fits:

@@ -202,6 +202,12 @@ def checked_request(
     height = model["height"] if height is None else height
     width = model["width"] if width is None else width
     check_size(height, width, size_step(model))
+    largest = model.get("largest_size", LARGEST_SIZE)
+    if max(height, width) > largest:
+        raise InputError(
+            f"The size {height}x{width} does not fit; this model makes pictures of at most {largest} pixels a side. "
+            f"Use {min(height, largest)}x{min(width, largest)}."
+        )
     request = Request(
         prompts=texts,
         negative_prompts=negatives_for(negatives, batch) if reads_text else (),

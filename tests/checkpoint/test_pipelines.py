@@ -108,6 +108,12 @@ def test_a_scheduler_that_no_sampler_is(checkpoint: Path, name: str) -> None:
         assert chosen.drawing == SamplingDefaults("euler")
 
 
+def test_what_the_unet_predicts_cannot_be_said_of_flow_matching(checkpoint: Path) -> None:
+    with_scheduler(checkpoint, "FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(CheckpointError, match=r"epsilon was asked for, and its scheduler, .* Leave it out\."):
+        _ = open_checkpoint(checkpoint, prediction_type="epsilon").scheduler
+
+
 def test_what_the_unet_predicts_can_be_said(checkpoint: Path) -> None:
     model = open_checkpoint(checkpoint, prediction_type="v_prediction")
     assert model.scheduler["prediction_type"] == "v_prediction"

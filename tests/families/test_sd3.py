@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -72,6 +74,27 @@ def test_sizes_are_whole_patches(kinds: Kinds) -> None:
     pipeline = Pipeline.open(kinds("sd3")[1], backend="cpu")
     with pytest.raises(InputError, match=r"must be multiples of 4\. Use 16x16\."):
         pipeline.generate("a cat", steps=2, height=14, width=16)
+
+
+def test_sizes_beyond_its_table_of_positions(kinds: Kinds) -> None:
+    pipeline = Pipeline.open(kinds("sd3")[1], backend="cpu")
+    assert pipeline.generate("a cat", steps=1, height=96, width=16).images.shape == (1, 96, 16, 3)
+    with pytest.raises(InputError, match=r"100x100 does not fit; .* at most 96 pixels a side\. Use 96x96\."):
+        pipeline.generate("a cat", steps=1, height=100, width=100)
+
+
+def test_a_graph_fails_beyond_its_table_of_positions(kinds: Kinds) -> None:
+    """Whoever runs it: cut off positions would be stretched over all tokens in silence."""
+    bundle = Bundle.open(kinds("sd3")[1])
+    session = onnxruntime.InferenceSession(bundle.file("transformer/model.onnx"), providers=["CPUExecutionProvider"])
+    call = {
+        "sample": np.zeros((1, 16, 50, 50), np.float32),
+        "timestep": np.zeros(1, np.float32),
+        "encoder_hidden_states": np.zeros((1, 5, 96), np.float32),
+        "pooled_projections": np.zeros((1, 48), np.float32),
+    }
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, call)
 
 
 def test_from_an_image_a_part_of_a_step_counts(kinds: Kinds) -> None:

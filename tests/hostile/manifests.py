@@ -22,6 +22,8 @@ def _model() -> Iterator[Case]:
     yield from rows(manifest_value("model", "pixels_per_latent"), refused=("1", "4", "8", "3"))
     patches = ("0", "-1", "2.0", "true", "null", '"2"', "1048576", "1048577")
     yield from rows(manifest_value("model", "patch_size"), opened=("1", "2"), refused=patches)
+    sizes = ("0", "-1", "2.0", "true", "null", '"2"', "1048577")
+    yield from rows(manifest_value("model", "largest_size"), opened=("16", "1048576"), refused=sizes)
     counts = ("null", "0", "1", '"true"', "[]")
     yield from rows(manifest_value("model", "strength_rounds_up"), opened=("true", "false"), refused=counts)
     yield from rows(manifest_value("model", "latent_channels"), refused=("3", "5"))

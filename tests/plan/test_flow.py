@@ -143,6 +143,7 @@ def test_samplers_for_other_networks(sampler: str) -> None:
         (config_of("unipc", use_karras_sigmas=True), "use_karras_sigmas = True; only False is supported"),
         (config_of("unipc", final_sigmas_type="sigma_min"), "only 'zero' is supported"),
         (config_of("euler", invert_sigmas=True), "invert_sigmas = True; only False is supported"),
+        (config_of("unipc", invert_sigmas=True), "invert_sigmas = True; only False is supported"),
         (config_of("euler", shift=0.0), "shift = 0.0; it must be a positive number"),
         (config_of("euler", use_dynamic_shifting=True), "by the number of a picture's tokens, and this model has none"),
         (config_of("euler", use_dynamic_shifting=True, time_shift_type="square"), "exponential, linear"),
@@ -153,6 +154,21 @@ def test_configs_that_no_plan_is_made_of(config: dict[str, Any], message: str) -
     sampler = "unipc" if config["_class_name"].startswith("UniPC") else "euler"
     with pytest.raises(InputError, match=message):
         compile_plan(config, sampler, 1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "key", "value"),
+    [
+        ("heun", "use_dynamic_shifting", True),
+        ("heun", "use_karras_sigmas", True),
+        ("heun", "shift_terminal", 0.1),
+        ("dpmpp-2m", "shift_terminal", 0.1),
+        ("dpmpp-2m", "use_beta_sigmas", True),
+    ],
+)
+def test_what_a_sampler_does_not_read_of_the_networks_levels_is_refused(sampler: str, key: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{key} = {value}; only"):
+        compile_plan(config_of("euler", **{key: value}), sampler, 5)
 
 
 def test_a_class_whose_sampler_there_is_none_of() -> None:

@@ -60,6 +60,8 @@ Facts facts_of(const Bundle &bundle) {
     if (bundle.manifest.model.object().count("strength_rounds_up") != 0 && !rounds_up.is(Kind::boolean))
         reader.refuse("strength_rounds_up", rounds_up);
     facts.strength_rounds_up = rounds_up.is(Kind::boolean) && rounds_up.boolean();
+    const bool bounded = bundle.manifest.model.object().count("largest_size") != 0;
+    facts.largest_size = bounded ? reader.count("largest_size") : static_cast<std::uint32_t>(LARGEST_SIZE);
     const bool in_patches = bundle.manifest.model.object().count("patch_size") != 0;
     const std::uint64_t step = std::uint64_t{facts.pixels_per_latent} * (in_patches ? reader.count("patch_size") : 1);
     if (step > LARGEST_SIZE) reader.refuse("patch_size", bundle.manifest.model["patch_size"]);

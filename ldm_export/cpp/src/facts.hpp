@@ -11,6 +11,7 @@ namespace ldm::runtime {
 struct Facts {
     std::uint32_t height, width;  // pixels, by default
     std::uint32_t latent_channels, pixels_per_latent;
+    std::uint32_t largest_size;  // pixels that a picture is high and wide at most
     bool strength_rounds_up;  // from an image a part of a step counts as one
     std::uint32_t size_step;  // pixels that heights and widths are multiples of
     std::uint32_t picture_channels;  // 3, or 1 for grey models

@@ -225,6 +225,10 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     request.height = options.height == 0 ? facts.height : options.height;
     request.width = options.width == 0 ? facts.width : options.width;
     check_size(request.height, request.width, facts.size_step);
+    if (const std::uint32_t largest = facts.largest_size; request.height > largest || request.width > largest)
+        throw InputError(join("The size ", request.height, "x", request.width, " does not fit; this model makes pictures of at "
+                              "most ", largest, " pixels a side. Use ", std::min(request.height, largest), "x",
+                              std::min(request.width, largest), "."));
     request.seeds = seeds(options, count);
     check_memory(facts, request);
     request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength, facts.strength_rounds_up);

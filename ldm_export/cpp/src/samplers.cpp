@@ -76,9 +76,14 @@ const Defaults FLOW_SOLVER = both(both(FLOW, SHIFTING), {{"solver_order", std::i
                                                          {"lower_order_final", true},
                                                          {"flow_shift", 1.0}});
 const Defaults FLOW_DPM_SOLVER = both(FLOW_SOLVER, {{"solver_type", "midpoint"}, {"euler_at_final", false}});
-const Only FLOW_SOLVER_ONLY = both(both(UNTHRESHOLDED, NO_OTHER_SIGMAS),
+const Only NOT_INVERTED{{"invert_sigmas", {false}}};
+const Only FLOW_HEUN_ONLY = both(both(NOT_INVERTED, NO_OTHER_SIGMAS), {{"use_dynamic_shifting", {false}},
+                                                                       {"use_karras_sigmas", {false}},
+                                                                       {"shift_terminal", {Json()}}});
+const Only FLOW_SOLVER_ONLY = both(both(both(NOT_INVERTED, UNTHRESHOLDED), NO_OTHER_SIGMAS),
                                    {{"use_karras_sigmas", {false}}, {"final_sigmas_type", {"zero"}}});
-const Only FLOW_DPM_SOLVER_ONLY = both(FLOW_SOLVER_ONLY, {{"use_lu_lambdas", {false}}, {"time_shift_type", {"exponential"}}});
+const Only FLOW_DPM_SOLVER_ONLY = both(FLOW_SOLVER_ONLY, {{"use_lu_lambdas", {false}}, {"time_shift_type", {"exponential"}},
+                                                           {"shift_terminal", {Json()}}});
 const Only FLOW_UNIPC_ONLY = both(both(FLOW_SOLVER_ONLY, SIGMA_BOUNDS), {{"predict_x0", {true}},
                                                                         {"disable_corrector", {Json(Json::Array())}},
                                                                         {"solver_p", {Json()}}});
@@ -88,8 +93,8 @@ const std::vector<Sampler> FLOW_SAMPLERS{
     {"euler", "FlowMatchEulerDiscreteScheduler", flow_euler_grid, flow_euler,
      both(both(FLOW, SHIFTING), {{"shift", 1.0}, {"shift_terminal", 0.0}, {"stochastic_sampling", false},
                                  {"use_karras_sigmas", false}, {"use_exponential_sigmas", false}, {"use_beta_sigmas", false}}),
-     {{"invert_sigmas", {false}}}},
-    {"heun", "FlowMatchHeunDiscreteScheduler", flow_euler_grid, flow_heun, both(FLOW, {{"shift", 1.0}}), {}},
+     NOT_INVERTED},
+    {"heun", "FlowMatchHeunDiscreteScheduler", flow_euler_grid, flow_heun, both(FLOW, {{"shift", 1.0}}), FLOW_HEUN_ONLY},
     {"dpmpp-2m", "DPMSolverMultistepScheduler", flow_solver_grid, dpm_solver_2m, FLOW_DPM_SOLVER, FLOW_DPM_SOLVER_ONLY, false,
      {"midpoint", "heun"}},
     {"dpmpp-2m-sde", "DPMSolverMultistepScheduler", flow_solver_grid, dpm_solver_2m_sde, FLOW_DPM_SOLVER,
