@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BundleError, CheckpointError
 from ldm_export.reading.documents import json_text, parsed, read_bytes
-from ldm_export.runtime.tokenizer import Tokenizer
+from ldm_export.runtime.tokenizer_clip import ClipTokenizer
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WHOLE = "tokenizer.json"
@@ -38,14 +38,14 @@ def token_count(checkpoint: LatentDiffusion, name: str) -> int:
     return tokenizer.model_max_length
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
+def open_tokenizer(folder: Path) -> ClipTokenizer:
     """Open a checkpoint's tokenizer, its faults reported as the checkpoint's."""
     if not (folder / WHOLE).is_file() and not all((folder / name).is_file() for name in FILES[:2]):
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor vocab.json and merges.txt. Put the model's tokenizer there."
         )
     try:
-        return Tokenizer(folder)
+        return ClipTokenizer(folder)
     except BundleError as error:
         said = str(error).removesuffix(" Export the bundle anew.")
         raise CheckpointError(f"{said} Use the tokenizer that was saved with the model.") from error

@@ -10,6 +10,5 @@ result.images                                      # uint8 (B, H, W, 3)
 from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.pipeline import Pipeline
 from ldm_export.runtime.results import Generation, Step
-from ldm_export.runtime.tokenizer import Tokenizer
 
-__all__ = ["Generation", "Generator", "Pipeline", "Step", "Tokenizer"]
+__all__ = ["Generation", "Generator", "Pipeline", "Step"]

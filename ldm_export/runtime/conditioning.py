@@ -19,7 +19,7 @@ from ldm_export.errors import BundleError
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.graph import Array, Graph
-from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
+from ldm_export.runtime.tokenizer import Tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
     from ldm_export.runtime.request import Request
@@ -36,7 +36,7 @@ class Conditioning:
         self._roles, self._graphs, self._read = roles, graphs, sources
         self._encoders = [
             PromptEncoder(
-                Tokenizer(TokenizerFiles.of_bundle(bundle, encoder.tokenizer)),
+                tokenizer_of(bundle, encoder),
                 backend.load(encoder.graph),
                 [
                     tensor.name

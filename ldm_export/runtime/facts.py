@@ -49,8 +49,8 @@ from ldm_export.reading.documents import MalformedError
 if TYPE_CHECKING:
     from ldm_export.runtime.tokenizer import Tokenizer
 
-TOKENIZER_KIND = "clip"
-"""The only kind of tokenizer that is read."""
+TOKENIZER_KINDS = ("clip", "tokenizers")
+"""Kinds of tokenizers that are read (`ldm_export.runtime.tokenizer.READERS`)."""
 SIZES = ("height", "width", "latent_channels", "pixels_per_latent", "default_steps")
 PICTURE_CHANNELS = (1, 3)
 LONGEST_NAME = 100
@@ -102,8 +102,7 @@ def check_length(tokenizer: Tokenizer, encoder: GraphSpec) -> None:
     length = encoder.inputs[0].shape[1]
     if tokenizer.model_max_length != length:
         raise tokenizer.files.bad(
-            "tokenizer_config.json",
-            f"has model_max_length {tokenizer.model_max_length}, and {encoder.path} reads {length} tokens",
+            tokenizer.length_file, f"gives {tokenizer.model_max_length} tokens, and {encoder.path} reads {length}"
         )
 
 
@@ -199,10 +198,9 @@ def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -
     encoder.no_more_inputs("sample")
     for entry in roles.text_encoders:
         text = _Role(graphs[entry.graph])
-        if entry.kind != TOKENIZER_KIND:
-            raise MalformedError(
-                f"a tokenizer of the kind {entry.kind[:60]!r} for {entry.graph}; {TOKENIZER_KIND} can be read"
-            )
+        if entry.kind not in TOKENIZER_KINDS:
+            kinds = " and ".join(TOKENIZER_KINDS)
+            raise MalformedError(f"a tokenizer of the kind {entry.kind[:60]!r} for {entry.graph}; {kinds} can be read")
         text.input("input_ids", "int64", "B", entry.length)
         text.no_more_inputs("input_ids")
     _check_sources(graphs, roles)

@@ -12,7 +12,7 @@ from ldm_export.errors import BundleError
 from ldm_export.runtime.facts import check_pictures
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.request import Request
-from ldm_export.runtime.tokenizer import Tokenizer, TokenizerFiles
+from ldm_export.runtime.tokenizer import tokenizer_of
 
 
 def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, Array]:
@@ -33,7 +33,7 @@ def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, 
         given["step_noise"] = np.stack([draw() for _ in range(rows)])
     negatives = [prompt or "" for prompt in request.negative_prompts]
     for encoder, suffix in zip(bundle.roles.text_encoders, loop_suffixes(bundle.roles), strict=True):
-        tokenizer = Tokenizer(TokenizerFiles.of_bundle(bundle, encoder.tokenizer))
+        tokenizer = tokenizer_of(bundle, encoder)
         given |= {f"input_ids{suffix}": tokenizer(request.prompts), f"negative_input_ids{suffix}": tokenizer(negatives)}
     given["has_negative_prompt"] = np.array([prompt is not None for prompt in request.negative_prompts], np.float32)
     if request.class_labels is not None:

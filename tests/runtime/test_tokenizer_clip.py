@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from ldm_export.errors import BundleError, InputError
-from ldm_export.runtime.tokenizer import Tokenizer
+from ldm_export.runtime.tokenizer_clip import ClipTokenizer
 from tests.hostile.base import tokenizer_files
 from tests.hostile.tokenizers import MERGE_FILES
 
@@ -158,7 +158,7 @@ def random_prompts(count: int) -> list[str]:
     return made
 
 
-def quietly(tokenizer: Tokenizer, prompts: list[str]) -> np.ndarray:
+def quietly(tokenizer: ClipTokenizer, prompts: list[str]) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return tokenizer(prompts)
@@ -174,7 +174,7 @@ def judged(folder, prompts: list[str]) -> np.ndarray:
 def test_equal_to_transformers(folders, variant):
     prompts = odd_prompts() + prompts_of_every_category(30) + random_prompts(1500)
     assert len(prompts) > 2000
-    ids = quietly(Tokenizer(folders[variant]), prompts)
+    ids = quietly(ClipTokenizer(folders[variant]), prompts)
     expected = judged(folders[variant], prompts)
     assert ids.dtype == np.int64
     assert ids.shape == expected.shape
@@ -183,7 +183,7 @@ def test_equal_to_transformers(folders, variant):
 
 
 def test_equal_to_transformers_on_any_text(folders):
-    ours = Tokenizer(folders["sd21"])
+    ours = ClipTokenizer(folders["sd21"])
     judge = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(folders["sd21"])
 
     @settings(max_examples=300, deadline=None)
@@ -203,11 +203,11 @@ def folder(tmp_path, make_tokenizer_folder):
 def test_golden_row_without_transformers(folder, clip_vocabulary):
     vocab, _ = clip_vocabulary
     tokens = [START, "a</w>", "cat</w>", "'s</w>", "z", "z</w>", "!", END, "!", "!", "!", "!"]
-    assert Tokenizer(folder)("A  Cat'S ZZ!").tolist() == [[vocab[token] for token in tokens]]
+    assert ClipTokenizer(folder)("A  Cat'S ZZ!").tolist() == [[vocab[token] for token in tokens]]
 
 
 def test_batches(folder):
-    tokenizer = Tokenizer(folder)
+    tokenizer = ClipTokenizer(folder)
     assert tokenizer([]).shape == (0, 12)
     both = tokenizer(["a cat", ""])
     np.testing.assert_array_equal(both[:1], tokenizer("a cat"))
@@ -217,7 +217,7 @@ def test_batches(folder):
 
 
 def test_truncation_names_what_was_cut(folder):
-    tokenizer = Tokenizer(folder)
+    tokenizer = ClipTokenizer(folder)
     with pytest.warns(UserWarning, match=r"13 tokens; this model reads 10. Cut off: 'cat dogs snow'") as caught:
         ids = tokenizer("a " * 10 + "Cat dogs snow")
     assert len(caught) == 1
@@ -229,16 +229,16 @@ def test_truncation_names_what_was_cut(folder):
 def test_no_warning_where_the_prompt_just_fits(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Tokenizer(folder)("a " * 10)
+        ClipTokenizer(folder)("a " * 10)
 
 
 def test_cut_inside_a_character_still_warns(folder):
     with pytest.warns(UserWarning, match="Cut off"):
-        Tokenizer(folder)("🎨" * 7)
+        ClipTokenizer(folder)("🎨" * 7)
 
 
 def test_lone_surrogates_count_as_replacement_characters(folder):
-    tokenizer = Tokenizer(folder)
+    tokenizer = ClipTokenizer(folder)
     for prompt, same in (
         ("\ud800", "\ufffd"),
         ("a\udc00b", "a\ufffdb"),
@@ -251,7 +251,7 @@ def test_lone_surrogates_count_as_replacement_characters(folder):
 @pytest.mark.parametrize("prompts", [[1], [None], ["a", b"b"]])
 def test_prompts_that_are_not_text(folder, prompts):
     with pytest.raises(InputError, match="of type str"):
-        Tokenizer(folder)(prompts)
+        ClipTokenizer(folder)(prompts)
 
 
 def edit_json(path, change):
@@ -340,7 +340,7 @@ def test_bad_folder(folder, lie):
     spoil, message = LIES[lie]
     spoil(folder)
     with pytest.raises(BundleError, match=message) as caught:
-        Tokenizer(folder)
+        ClipTokenizer(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -357,10 +357,10 @@ def test_merges_are_read_as_transformers_reads_them(name: str, tmp_path: Path) -
         with pytest.raises(Exception, match="BPE"):
             CLIPTokenizer.from_pretrained(tmp_path)
         with pytest.raises(BundleError, match=r"merges\.txt"):
-            Tokenizer(tmp_path)
+            ClipTokenizer(tmp_path)
         return
     theirs = CLIPTokenizer.from_pretrained(tmp_path)("a cat ca")["input_ids"]
-    assert Tokenizer(tmp_path)("a cat ca")[0, : len(theirs)].tolist() == theirs
+    assert ClipTokenizer(tmp_path)("a cat ca")[0, : len(theirs)].tolist() == theirs
 
 
 @pytest.mark.parametrize(
@@ -385,4 +385,4 @@ def test_a_textual_inversion_of_several_vectors_is_written_out(
     judge.save_pretrained(folder)
     written = loader._maybe_convert_prompt(None, prompt, judge)
     expected = judge([written], padding="max_length", truncation=True, return_tensors="np").input_ids
-    np.testing.assert_array_equal(Tokenizer(folder)([prompt]), expected)
+    np.testing.assert_array_equal(ClipTokenizer(folder)([prompt]), expected)

@@ -1,0 +1,341 @@
+"""Tokenizers that a ``tokenizer.json`` of the Python package ``tokenizers`` describes whole, such as T5's and Gemma's.
+
+A prompt becomes a row of ids in this order:
+
+1. Added tokens written out in the prompt, ``</s>`` say, are cut out and keep their own ids.
+2. ``normalizer`` rewrites what is between them.
+3. ``pre_tokenizer`` splits that into words.
+4. ``model`` makes tokens of each word: the split of highest probability by a unigram model (Kudo, 1804.10959), or
+   byte-pair encoding (Sennrich et al. 2016) of characters, of bytes where a character is none of the vocabulary.
+5. The ids are cut off to ``truncation``, put between the special tokens of ``post_processor``, padded to ``padding``.
+
+What the file may say, so that the C++ runtime reads it alike:
+
+    truncation      max_length, from 2; on the right, with stride 0
+    padding         Fixed, to the same length; pad_id is of a token that no text ends with
+    normalizer      null, or one or a Sequence of Lowercase, NFC, Precompiled, Replace (a String), Strip
+    pre_tokenizer   null, or one or a Sequence of Metaspace, Split (at a String, MergedWithPrevious), WhitespaceSplit
+    model           Unigram, or BPE without dropout, prefix or suffix
+    post_processor  null, or a TemplateProcessing, of which ``single`` is read
+    added_tokens    each with the id that it gets when they are added in order
+
+The result equals that of transformers' tokenizer of the same file.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from ldm_export.bundle.roles import LARGEST_SIZE, LEAST_TOKENS
+from ldm_export.errors import InputError, warn
+from ldm_export.reading.documents import MalformedError, json_text
+from ldm_export.runtime.tokenizer_files import TokenizerFiles
+
+FILE = "tokenizer.json"
+SPACE = "▁"
+"""How vocabularies of SentencePiece write a space."""
+
+
+class JsonTokenizer:
+    """A tokenizer opened from a folder's ``tokenizer.json``.
+
+    Parameters
+    ----------
+    files : the folder's; of a bundle `TokenizerFiles.of_bundle`
+
+    Attributes
+    ----------
+    model_max_length : length of every row of ids
+    pad_token_id : what rows are padded with
+    pads_left : whether padding comes first
+
+    Raises
+    ------
+    BundleError
+        If the file is missing, is not what it should be, or has a part that is not read here.
+    """
+
+    length_file = FILE
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self.files = files
+        document = files.json(FILE)
+        if document is None:
+            raise files.bad(FILE, "is missing")
+        try:
+            self.model_max_length, self.pad_token_id, self.pads_left = _length_and_padding(document)
+            vocabulary = check_tokenizer(document)
+            before, after = _template(document.get("post_processor"), vocabulary)
+        except MalformedError as fault:
+            raise files.bad(FILE, str(fault)) from fault
+        if len(before) + len(after) >= self.model_max_length:
+            raise files.bad(FILE, f"has no room for text between its special tokens, in {self.model_max_length}")
+        self._before, self._after = before, after
+        bare = {**document, "truncation": None, "padding": None, "post_processor": None, "decoder": None}
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(json_text(bare))
+        except Exception as error:  # what tokenizers raises has no narrower type
+            raise files.bad(FILE, f"is refused by tokenizers ({error})") from error
+
+    def __call__(self, prompts: str | Sequence[str]) -> NDArray[np.int64]:
+        """Encode prompts, as :meth:`ldm_export.runtime.tokenizer.Tokenizer.__call__` does.
+
+        Raises
+        ------
+        InputError
+            If a prompt is not a ``str``, or ends with the padding token written out.
+        """
+        batch = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = np.full((len(batch), self.model_max_length), self.pad_token_id, np.int64)  # (B, T)
+        room = self.model_max_length - len(self._before) - len(self._after)
+        for row, prompt in zip(ids, batch, strict=True):
+            if not isinstance(prompt, str):
+                raise InputError(f"A prompt is {prompt!r}, of type {type(prompt).__name__}; prompts are of type str.")
+            text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            encoding = self._backend.encode(text, add_special_tokens=False)
+            body = encoding.ids
+            if len(body) > room:
+                cut = "".join(encoding.tokens[room:]).replace(SPACE, " ").strip()
+                warn(
+                    f"The prompt has {len(body)} tokens; this model reads {room}. Cut off: {cut!r}. Shorten the prompt."
+                )
+                body = body[:room]
+            found = [*self._before, *body, *self._after]
+            if found and found[0 if self.pads_left else -1] == self.pad_token_id:
+                end, token = "begins" if self.pads_left else "ends", self._backend.id_to_token(self.pad_token_id)
+                raise InputError(f"The prompt {end} with {token!r}, which stands for no text. Leave it out.")
+            if self.pads_left:
+                row[len(row) - len(found) :] = found
+            else:
+                row[: len(found)] = found
+        return ids
+
+
+def check_tokenizer(document: Mapping[str, Any]) -> dict[str, int]:
+    """Raise MalformedError unless a ``tokenizer.json`` has the parts that the module's docstring lists; gives its
+    ids by token, the added ones among them."""
+    for part in _sequence(document.get("normalizer"), "normalizers"):
+        _check_normalizer(part)
+    for part in _sequence(document.get("pre_tokenizer"), "pretokenizers"):
+        _check_pre_tokenizer(part)
+    return _with_added_tokens(document, _vocabulary(document.get("model")))
+
+
+def _length_and_padding(document: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """Length of a row, id of the padding, and whether that comes first."""
+    truncation, padding = document.get("truncation"), document.get("padding")
+    if not isinstance(truncation, dict) or not isinstance(padding, dict):
+        raise MalformedError("lacks truncation or padding, which say how long a row of ids is")
+    length, strategy = truncation.get("max_length"), padding.get("strategy")
+    if type(length) is not int or not LEAST_TOKENS <= length <= LARGEST_SIZE:
+        raise MalformedError(f"truncates to {_shown(length)}; {LEAST_TOKENS} to {LARGEST_SIZE} tokens are possible")
+    if truncation.get("direction") != "Right" or truncation.get("stride") != 0:
+        raise MalformedError("truncates other than on the right, with stride 0")
+    if strategy != {"Fixed": length} or padding.get("pad_to_multiple_of") is not None:
+        raise MalformedError(f"pads to {_shown(strategy)} and truncates to {length}; rows are of one length")
+    if padding.get("direction") not in ("Left", "Right") or not _is_id(padding.get("pad_id")):
+        raise MalformedError("pads with no id, or neither on the left nor on the right")
+    return length, padding["pad_id"], padding["direction"] == "Left"
+
+
+def _sequence(part: Any, items: str) -> list[Mapping[str, Any]]:
+    """The parts of a Sequence, or the one part; each an object with a type."""
+    if part is None:
+        return []
+    parts = part.get(items) if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
+    if not isinstance(parts, list) or not all(
+        isinstance(each, dict) and isinstance(each.get("type"), str) for each in parts
+    ):
+        raise MalformedError(f"has {items} that are no list of objects with a type")
+    return parts
+
+
+def _check_normalizer(part: Mapping[str, Any]) -> None:
+    kind = part["type"]
+    if kind in ("Lowercase", "NFC"):
+        return
+    if kind == "Strip":
+        _need(part, "strip_left", bool)
+        _need(part, "strip_right", bool)
+    elif kind == "Replace":
+        _check_text(part.get("pattern"))
+        _need(part, "content", str)
+    elif kind == "Precompiled":
+        check_charsmap(_need(part, "precompiled_charsmap", str))
+    else:
+        raise MalformedError(f"has the normalizer {kind[:60]!r}, which is not read here")
+
+
+def _check_pre_tokenizer(part: Mapping[str, Any]) -> None:
+    kind = part["type"]
+    if kind == "Metaspace":
+        if part.get("replacement") != SPACE or part.get("prepend_scheme") not in ("always", "first", "never"):
+            raise MalformedError(f"has a Metaspace that is not with {SPACE}, or prepends it in an unknown way")
+        _need(part, "split", bool)
+    elif kind == "Split":
+        _check_text(part.get("pattern"))
+        if part.get("behavior") != "MergedWithPrevious" or part.get("invert") is not False:
+            raise MalformedError("has a Split that is not MergedWithPrevious")
+    elif kind != "WhitespaceSplit":
+        raise MalformedError(f"has the pre_tokenizer {kind[:60]!r}, which is not read here")
+
+
+def _check_text(pattern: Any) -> None:
+    if not isinstance(pattern, dict) or [*pattern] != ["String"] or not isinstance(pattern["String"], str):
+        raise MalformedError(f"has the pattern {_shown(pattern)}; a String is read here")
+    if not pattern["String"]:
+        raise MalformedError("has an empty pattern")
+
+
+def check_charsmap(text: str) -> None:
+    """Raise MalformedError unless the characters' map of a Precompiled normalizer can be walked: bytes of a trie
+    (a double array, darts-clone), the trie, and the texts that its leaves point to, each ended by a zero."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise MalformedError("has a precompiled_charsmap that is not base64") from None
+    size = int.from_bytes(data[:4], "little")
+    texts = data[4 + size :]
+    units: NDArray[np.uint32] = np.frombuffer(data[4 : 4 + size][: size - size % 4], "<u4")
+    if len(data) < 4 or len(data) < 4 + size or size % 1024 or not size or not texts.endswith(b"\0"):
+        raise MalformedError("has a precompiled_charsmap of a size that none has")
+    try:
+        texts.decode()
+    except UnicodeDecodeError:
+        raise MalformedError("has a precompiled_charsmap whose texts are not UTF-8") from None
+    places = np.arange(len(units), dtype=np.int64)
+    wide = units.astype(np.int64)
+    offsets = (wide >> 10) << ((wide & 512) >> 6)
+    seen, frontier = np.zeros(len(units), bool), places[:1]
+    labels = np.arange(1, 256, dtype=np.int64)
+    while len(frontier):
+        seen[frontier] = True
+        blocks = frontier ^ offsets[frontier]
+        if blocks.max() >= len(units):
+            raise MalformedError("has a precompiled_charsmap that leads out of itself")
+        leaves = blocks[(wide[frontier] >> 8) & 1 == 1]
+        starts = wide[leaves] & 0x7FFFFFFF
+        if len(starts) and (starts.max() >= len(texts) or any(texts[at] & 0xC0 == 0x80 for at in starts.tolist())):
+            raise MalformedError("has a precompiled_charsmap that points out of its texts")
+        children = blocks[:, None] ^ labels
+        there = children[(wide[children] & 0x800000FF) == labels]
+        frontier = np.unique(there[~seen[there]])
+
+
+def _vocabulary(model: Any) -> dict[str, int]:
+    """Ids by token of the model, which is checked."""
+    if not isinstance(model, dict) or model.get("type") not in ("BPE", "Unigram"):
+        raise MalformedError("has no model of the type Unigram or BPE")
+    fallback = _need(model, "byte_fallback", bool)
+    vocabulary: dict[str, int] = {}
+    if model["type"] == "Unigram":
+        for entry in _need(model, "vocab", list):
+            if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str) or not entry[0]:
+                raise MalformedError(f"has {_shown(entry)} in its vocabulary; a token and its score are needed")
+            if type(entry[1]) not in (int, float) or not math.isfinite(entry[1]):
+                raise MalformedError(f"has the score {_shown(entry[1])} of {_shown(entry[0])}; a number is needed")
+            vocabulary[entry[0]] = len(vocabulary)
+        if len(vocabulary) < len(model["vocab"]):
+            raise MalformedError("has a token twice in its vocabulary")
+        unknown = model.get("unk_id")
+        if not _is_id(unknown) or unknown >= len(vocabulary):
+            raise MalformedError(f"has the unk_id {_shown(unknown)}; one of its {len(vocabulary)} tokens is needed")
+    else:
+        for token, number in _need(model, "vocab", dict).items():
+            if not token or not _is_id(number):
+                raise MalformedError(f"gives {_shown(token)} the id {_shown(number)}; ids are whole numbers from 0")
+            vocabulary[token] = number
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise MalformedError("gives two tokens the same id")
+        if model.get("unk_token") not in vocabulary:
+            raise MalformedError(f"has the unk_token {_shown(model.get('unk_token'))}, none of its vocabulary")
+        if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+            raise MalformedError("has a BPE with dropout, a prefix or a suffix, which is not read here")
+        _need(model, "fuse_unk", bool)
+        if model.get("ignore_merges") not in (None, False):
+            raise MalformedError("has a BPE with ignore_merges, which is not read here")
+        for merge in _need(model, "merges", list):
+            pair = merge.split(" ") if isinstance(merge, str) else merge
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+                raise MalformedError(f"has the merge {_shown(merge)}; a merge is two tokens")
+            if any(token not in vocabulary for token in (*pair, "".join(pair))):
+                raise MalformedError(f"has the merge {_shown(merge)} of what is not in its vocabulary")
+    if fallback and any(f"<0x{byte:02X}>" not in vocabulary for byte in range(256)):
+        raise MalformedError("falls back to bytes, and lacks the token of one")
+    return vocabulary
+
+
+def _with_added_tokens(document: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, int]:
+    """The vocabulary with the added tokens, each of which must have the id that it gets when they are added in order:
+    of the vocabulary, or the next one."""
+    known, following = dict(vocabulary), len(vocabulary)
+    added = document.get("added_tokens", [])
+    if not isinstance(added, list):
+        raise MalformedError("has added_tokens that are no list")
+    seen = set[str]()
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+            raise MalformedError(f"has the added token {_shown(token)}; an object with content is needed")
+        for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"):
+            _need(token, flag, bool)
+        content, number = token["content"], token.get("id")
+        if content in seen:
+            raise MalformedError(f"adds {_shown(content)} twice")
+        seen.add(content)
+        expected = known.get(content, following)
+        if number != expected or type(number) is not int:
+            raise MalformedError(f"gives the added token {_shown(content)} the id {_shown(number)}, not {expected}")
+        if content not in known:
+            if number in known.values():
+                raise MalformedError("has ids in its vocabulary that are not the first numbers")
+            following += 1
+        known[content] = number
+    return known
+
+
+def _template(part: Any, vocabulary: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens before and after a text."""
+    if part is None:
+        return [], []
+    if not isinstance(part, dict) or part.get("type") != "TemplateProcessing":
+        raise MalformedError("has a post_processor that is no TemplateProcessing")
+    sides: tuple[list[int], list[int]] = [], []
+    texts = 0
+    for piece in _need(part, "single", list):
+        if isinstance(piece, dict) and isinstance(piece.get("Sequence"), dict) and piece["Sequence"].get("id") == "A":
+            texts += 1
+        elif isinstance(piece, dict) and isinstance(piece.get("SpecialToken"), dict):
+            name = piece["SpecialToken"].get("id")
+            special = part.get("special_tokens")
+            entry = special.get(name) if isinstance(special, dict) and isinstance(name, str) else None
+            ids = entry.get("ids") if isinstance(entry, dict) else None
+            if not isinstance(ids, list) or not all(_is_id(one) and one in vocabulary.values() for one in ids):
+                raise MalformedError(f"has the special token {_shown(name)}, of which it has no ids")
+            sides[texts > 0].extend(ids)
+        else:
+            raise MalformedError(f"has {_shown(piece)} in its template")
+    if texts != 1:
+        raise MalformedError(f"has a template with {texts} texts; one is needed")
+    return sides
+
+
+def _need(part: Mapping[str, Any], key: str, kind: type) -> Any:
+    if type(part.get(key)) is not kind:
+        raise MalformedError(f"has {key} = {_shown(part.get(key))}; a {kind.__name__} is needed")
+    return part[key]
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
