@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import sentencepiece
 import torch
 import transformers
 from ldm_reference.layout import save_checkpoint
@@ -267,6 +270,75 @@ def stable_diffusion_3(folder: Path, tiny: Path) -> None:
     ).save_pretrained(folder)
 
 
+TRANSFORMER = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "norm_num_groups": 4,
+}
+
+
+def diffusion_transformer(folder: Path, tiny: Path) -> None:
+    """A transformer that reads a class and predicts a variance, too."""
+    torch.manual_seed(0)
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    diffusers.DiTPipeline(
+        transformer=perturb(diffusers.DiTTransformer2DModel(**TRANSFORMER)),
+        vae=base.vae,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        id2label={0: "tench", 1: "goldfish"},
+    ).save_pretrained(folder)
+
+
+def t5(layers: int = 2) -> transformers.T5EncoderModel:
+    """A small text encoder of T5's kind, for `t5_tokenizer`."""
+    config = transformers.T5Config(
+        vocab_size=600, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return perturb(transformers.T5EncoderModel(config))
+
+
+def t5_tokenizer(folder: Path) -> transformers.T5Tokenizer:
+    """A tokenizer as T5's, of a small vocabulary, with SentencePiece's map of characters; its files in ``folder``."""
+    lines = [line.strip() for file in sorted(Path("docs").glob("*.md")) for line in file.read_text().splitlines()]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*filter(None, lines), *["ein süßer Hund und eine Katze"] * 20]),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=500,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    return transformers.T5Tokenizer.from_pretrained(folder)
+
+
+def pixart(folder: Path, tiny: Path, *, sizes: bool = False) -> None:
+    """A transformer that reads T5's states, and with ``sizes`` the picture's."""
+    torch.manual_seed(0)
+    base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    own = {"attention_head_dim": 12, **({"sample_size": 128, "num_layers": 1} if sizes else {})}
+    transformer = diffusers.PixArtTransformer2DModel(
+        **{**TRANSFORMER, **own}, cross_attention_dim=48, caption_channels=32
+    )
+    pipeline = diffusers.PixArtAlphaPipeline if sizes else diffusers.PixArtSigmaPipeline
+    pipeline(
+        tokenizer=t5_tokenizer(folder.with_name(f"{folder.name} tokenizer")),
+        text_encoder=t5(),
+        vae=base.vae,
+        transformer=perturb(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    ).save_pretrained(folder)
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "unconditional": unconditional,
     "class-conditional": class_conditional,
@@ -279,5 +351,8 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "8 channels": instruct_pix2pix,
     "flow": flow_matching,
     "sd3": stable_diffusion_3,
+    "dit": diffusion_transformer,
+    "pixart": pixart,
+    "pixart alpha": partial(pixart, sizes=True),
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""

@@ -33,6 +33,7 @@ from ldm_export.checkpoint.weights import (
     find_weights,
     read_tensors,
     remedy_of,
+    shared_tensors,
 )
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.plan import compile_plan, sampler_of
@@ -133,10 +134,10 @@ class LatentDiffusion:
         """Each network's config, defaults filled in."""
         return {name: self.kind.components[name].config(self._skeleton(name)) for name in self.components}
 
-    @property
+    @cached_property
     def pixels_per_latent(self) -> int:
         """Pixels of a picture's side for one of its latents'."""
-        return 1 << (len(self.configs["vae"]["block_out_channels"]) - 1)
+        return self.kind.pixels_per_latent(self.configs)
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -249,7 +250,9 @@ class LatentDiffusion:
         if self.file is not None:
             tensors = self.file.tensors(component, {key: tuple(tensor.shape) for key, tensor in expected.items()})
         else:
-            tensors = current_names(place, component, read_tensors(self._weights(component)), expected)
+            name_of = self.kind.components[component].name_of
+            tensors = current_names(place, name_of, read_tensors(self._weights(component)), expected)
+            tensors = {**tensors, **shared_tensors(network, tensors)}
         check_tensors(place, tensors, expected)
         tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
         network.load_state_dict(tensors, assign=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ldm_export.checkpoint.weights import OF_DIFFUSERS
+from ldm_export.checkpoint.weights import OF_DIFFUSERS, name_of_diffusers
 from ldm_export.errors import CheckpointError
 
 Index = Mapping[str, Any]
@@ -32,12 +32,14 @@ class Component:
     build : called with one of them and the content of ``config.json``, gives the network, on the device at hand
     config : gives a network's config, defaults filled in
     weights : how the names of its weight files begin
+    name_of : gives the network's name for a weight in a file, or None for what it does not read
     """
 
     classes: Collection[str]
     build: Callable[[str, dict[str, Any]], nn.Module]
     config: Callable[[Any], dict[str, Any]]
     weights: str = OF_DIFFUSERS
+    name_of: Callable[[str], str | None] = name_of_diffusers
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class PipelineClass:
     sample_size: int = 64
 
 
+def pixels_by_levels(configs: Configs) -> int:
+    """Pixels a latent of an autoencoder that halves its sizes between levels."""
+    vae = configs["vae"]
+    levels = vae["block_out_channels"] if "block_out_channels" in vae else vae["encoder_block_out_channels"]
+    return 1 << (len(levels) - 1)
+
+
 @dataclass(frozen=True)
 class CheckpointKind:
     """What the checkpoints of a family consist of.
@@ -70,6 +79,7 @@ class CheckpointKind:
     default_pipeline : what a class that is not among them is taken for
     latent_size : gives the height and width of the latents that a pipeline makes by default, of ``model_index.json``,
         the networks' configs and the release of diffusers that wrote the denoiser's
+    pixels_per_latent : gives the pixels of a picture's side for one of its latents', of the networks' configs
     """
 
     components: Mapping[str, Component]
@@ -79,6 +89,7 @@ class CheckpointKind:
     saved_as: Sequence[str]
     default_pipeline: Callable[[Index], PipelineClass]
     latent_size: Callable[[Index, Configs, Any], tuple[int, int]]
+    pixels_per_latent: Callable[[Configs], int] = pixels_by_levels
 
     @property
     def own_parts(self) -> set[str]:

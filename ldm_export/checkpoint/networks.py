@@ -12,7 +12,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import nn
 
 from ldm_export.checkpoint.kind import Component
-from ldm_export.checkpoint.weights import OF_TRANSFORMERS
+from ldm_export.checkpoint.weights import OF_TRANSFORMERS, name_of_clip
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
@@ -59,6 +59,6 @@ AUTOENCODER = own(AutoencoderKL, AutoencoderTiny)
 SHIFTED_AUTOENCODER = Component(("AutoencoderKL",), _shifted_autoencoder, _shifted_config)
 """An autoencoder that may have a ``shift_factor``."""
 CLIP_TEXT_ENCODER = Component(
-    ("CLIPTextModel", "CLIPTextModelWithProjection"), _clip_text_model, _clip_config, OF_TRANSFORMERS
+    ("CLIPTextModel", "CLIPTextModelWithProjection"), _clip_text_model, _clip_config, OF_TRANSFORMERS, name_of_clip
 )
 UNET = own(UNet2DConditionModel)

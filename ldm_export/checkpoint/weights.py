@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_export.errors import CheckpointError
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
@@ -194,14 +194,30 @@ def without_wrappers(key: str) -> str:
     return ".".join(parts)
 
 
+def name_of_diffusers(name: str) -> str:
+    """The name that a network of today has for a weight of a file that may be older."""
+    parts = name.split(".")
+    if len(parts) > 3 and parts[-4] == "attentions":
+        parts[-2] = OLD_ATTENTION.get(parts[-2], parts[-2])
+    return ".".join(parts)
+
+
+def name_of_clip(name: str) -> str | None:
+    """The name that a text encoder of CLIP's kind has for a weight of a file; None for what it does not read."""
+    if not UNREAD.fullmatch(name) and name.split(".")[0] not in ("text_model", "text_projection"):
+        name = f"text_model.{name}"  # transformers 5 leaves it out where there is no projection
+    return None if UNREAD.fullmatch(name) else name
+
+
 def current_names(
-    place: Path, component: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    place: Path, name_of: Callable[[str], str | None], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Tensors under the names that the network has for them, without wrappers' parts and what no network reads.
 
     Parameters
     ----------
     place : what they were read from, for the message
+    name_of : gives the network's name for one in a file, or None for what it does not read
     expected : the network's parameters; a projection that the text encoder does not have is left out
 
     Raises
@@ -211,15 +227,8 @@ def current_names(
     """
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        parts = without_wrappers(key).split(".")
-        if component.startswith("text_encoder"):
-            # transformers 5 leaves text_model. out where there is no projection
-            if not UNREAD.fullmatch(".".join(parts)) and parts[0] not in ("text_model", "text_projection"):
-                parts = ["text_model", *parts]
-        elif len(parts) > 3 and parts[-4] == "attentions":
-            parts[-2] = OLD_ATTENTION.get(parts[-2], parts[-2])
-        name = ".".join(parts)
-        if UNREAD.fullmatch(name) or (name == "text_projection.weight" and name not in expected):
+        name = name_of(without_wrappers(key))
+        if name is None or (name == "text_projection.weight" and name not in expected):
             continue
         if name in named:
             raise CheckpointError(
@@ -228,6 +237,18 @@ def current_names(
             )
         named[name] = tensor
     return named
+
+
+def shared_tensors(network: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that a file leaves out since the network has them under another name, too, which the file has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found: dict[str, Tensor] = {}
+    for alike in names.values():
+        there = next((name for name in alike if name in given), None)
+        found |= {name: given[there] for name in alike if there is not None and name not in given}
+    return found
 
 
 def check_tensors(place: Path, given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

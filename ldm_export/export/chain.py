@@ -25,7 +25,6 @@ from ldm_export.export.parity import (
 )
 from ldm_export.families import family_of
 from ldm_export.families.base import ModelGraph
-from ldm_export.families.tokenizers import copy_tokenizer
 from ldm_export.graph.base import Inputs, spread
 from ldm_export.graph.weights import least_snr_db
 from ldm_export.plan import compile_plan
@@ -71,7 +70,7 @@ def export_bundle(
         _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
         _write_json(writer.path / "model_index.json", _bundle_index(checkpoint))
         for encoder in family.roles.text_encoders:
-            copy_tokenizer(checkpoint.tokenizer_folder(encoder.graph), writer.path / encoder.tokenizer)
+            family.tokenizers[encoder.graph].write(writer.path / encoder.tokenizer)
         for graph in family.graphs:
             parity += _export_graph(graph, checkpoint, writer.path / graph.spec.name, progress)
         progress("hashes")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.families.base import Family
+from ldm_export.families.dit import DiT
+from ldm_export.families.pixart import PixArt
 from ldm_export.families.sd3 import StableDiffusion3
 from ldm_export.families.stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3, PixArt, DiT)
 
 
 def open_checkpoint(

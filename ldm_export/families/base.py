@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, class_name
-from ldm_export.contract import GraphSpec, Roles
+from ldm_export.contract import GraphSpec, Roles, TensorSpec, TextEncoder, graph_spec
+from ldm_export.families.tokenizers import Tokenizers
 from ldm_export.plan.scheduler_classes import prediction_of
 
 
@@ -54,6 +56,51 @@ class ModelGraph:
     patch_size: int = 1
 
 
+CONDITIONER = "conditioner"
+
+
+def conditioner_graph(
+    network: nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], ids: int = 1
+) -> ModelGraph:
+    """The graph of a conditioner, a module that takes and gives these; its inputs are named by their sources."""
+
+    def load() -> GraphModule:
+        own = deepcopy(network)  # whoever takes it may release its memory
+        return GraphModule(own, lambda network, *inputs: network(*inputs)).eval()
+
+    return ModelGraph(graph_spec(CONDITIONER, inputs, outputs), load, ids=ids)
+
+
+def picture_faults(vae: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the pictures of an autoencoder of this config."""
+    given, made = vae["in_channels"], vae.get("out_channels", vae["in_channels"])
+    if given == made and given in (1, 3):
+        return []
+    return [
+        f"the autoencoder's pictures have {given} channels in and {made} out; "
+        "1 (grey) or 3 (RGB), the same on both sides, can be written. Use another autoencoder."
+    ]
+
+
+def channel_faults(config: Mapping[str, Any], vae: Mapping[str, Any], *, variance: bool = False) -> list[str]:
+    """What is wrong with the channels of a transformer and an autoencoder of these configs.
+
+    Parameters
+    ----------
+    variance : whether the transformer may give twice as many channels as it takes, the second half of which is dropped
+    """
+    latents = vae["latent_channels"]
+    out = (latents, 2 * latents) if variance else (latents,)
+    given = config["in_channels"] if config.get("out_channels") is None else config["out_channels"]
+    if config["in_channels"] == latents and given in out:
+        return picture_faults(vae)
+    return [
+        f"the transformer takes {config['in_channels']} channels and gives {given}, and the autoencoder has {latents} "
+        f"of latents; it must take {latents} and give {' or '.join(map(str, out))}. Use the autoencoder that it was "
+        "trained with."
+    ]
+
+
 def common_facts(checkpoint: LatentDiffusion, class_count: int | None = None) -> dict[str, Any]:
     """What the manifest's ``model`` says of every family's checkpoint; ``class_count`` is null where there are none."""
     height, width = checkpoint.picture_size
@@ -78,6 +125,14 @@ def common_notes(checkpoint: LatentDiffusion, like: str) -> list[str]:
     return said
 
 
+def text_encoder_roles(tokenizers: Tokenizers) -> tuple[TextEncoder, ...]:
+    """The text encoders of a bundle, in the tokenizers' order."""
+    return tuple(
+        TextEncoder(name, tokenizer.folder.name, tokenizer.kind, tokenizer.length)
+        for name, tokenizer in tokenizers.items()
+    )
+
+
 class Family(Protocol):
     """One checkpoint as its family sees it.
 
@@ -100,6 +155,10 @@ class Family(Protocol):
     @property
     def roles(self) -> Roles:
         """Roles of the graphs."""
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """The tokenizer of each text encoder, by the encoder's name."""
 
     @property
     def graphs(self) -> Sequence[ModelGraph]:

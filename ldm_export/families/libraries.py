@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from ldm_export.checkpoint.kind import Component
+from ldm_export.checkpoint.weights import OF_TRANSFORMERS
 from ldm_export.errors import CheckpointError
 
 
@@ -15,13 +19,8 @@ def from_diffusers(*names: str) -> Component:
     """A component that is one of diffusers' classes of these names."""
 
     def build(name: str, config: dict[str, Any]) -> nn.Module:
-        try:
-            diffusers = importlib.import_module("diffusers")
-        except ImportError as error:
-            raise CheckpointError(
-                f"{name} is a class of diffusers, which is not installed. Run: pip install 'ldm_export[families]'"
-            ) from error
-        network: nn.Module = getattr(diffusers, name).from_config(config)
+        with without_weights():
+            network: nn.Module = library_class("diffusers", name).from_config(config)
         return network
 
     def config(network: Any) -> dict[str, Any]:
@@ -29,3 +28,74 @@ def from_diffusers(*names: str) -> Component:
         return {"_class_name": type(network).__name__, **kept}
 
     return Component(names, build, config)
+
+
+def from_transformers(*names: str, module: str = "transformers") -> Component:
+    """A component that is one of transformers' classes of these names, in a module of it."""
+
+    def build(name: str, config: dict[str, Any]) -> nn.Module:
+        cls = library_class(module, name)
+        with without_weights():
+            network: nn.Module = cls(cls.config_class.from_dict({**config, "dtype": None}))
+        return network
+
+    def config(network: Any) -> dict[str, Any]:
+        kept: dict[str, Any] = network.config.to_dict()
+        return kept
+
+    return Component(names, build, config, OF_TRANSFORMERS, lambda name: name)
+
+
+def either(*components: Component) -> Component:
+    """A component that is of a class of any of these."""
+    by_name = {name: component for component in components for name in component.classes}
+
+    def config(network: Any) -> dict[str, Any]:
+        return by_name[type(network).__name__].config(network)
+
+    return Component(tuple(by_name), lambda name, values: by_name[name].build(name, values), config)
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of a library, wherever in it, by its name.
+
+    Raises
+    ------
+    CheckpointError
+        If the library is not installed, or has no such class.
+    """
+    top = library.partition(".")[0]
+    try:
+        installed = importlib.import_module(top)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} is a class of {top}, which is not installed. Run: pip install 'ldm_export[families]'"
+        ) from error
+    try:
+        return getattr(importlib.import_module(library), name)
+    except (AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"{name} is a class that the installed {top} {installed.__version__} does not have. "
+            "Run: pip install --upgrade 'ldm_export[families]'"
+        ) from error
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build networks of which the parameters are on the meta device, and take no memory, and the buffers are real.
+
+    Buffers that no file holds, such as the frequencies of rotary positions, are what their class computes.
+    """
+    register = nn.Module.register_parameter
+
+    def without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    try:
+        nn.Module.register_parameter = without_values  # type: ignore[method-assign, assignment]
+        with torch.device("cpu"):
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

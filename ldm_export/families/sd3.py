@@ -7,7 +7,6 @@ has none. The transformer is diffusers' own class, at any configuration.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,15 +16,25 @@ from torch import Tensor, nn
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass
 from ldm_export.checkpoint.networks import CLIP_TEXT_ENCODER, SHIFTED_AUTOENCODER
-from ldm_export.contract import TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, TextEncoder, graph_spec
+from ldm_export.contract import TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, graph_spec
 from ldm_export.errors import CheckpointError
 from ldm_export.families.autoencoder import Load, autoencoder_graphs
-from ldm_export.families.base import GraphModule, ModelGraph, common_facts, common_notes
+from ldm_export.families.base import (
+    CONDITIONER,
+    GraphModule,
+    ModelGraph,
+    channel_faults,
+    common_facts,
+    common_notes,
+    conditioner_graph,
+    text_encoder_roles,
+)
 from ldm_export.families.libraries import from_diffusers
+from ldm_export.families.patches import make_traceable
 from ldm_export.families.text_encoders import clip_graph
-from ldm_export.families.tokenizers import token_count
+from ldm_export.families.tokenizers import ClipFiles
 
-DENOISER, CONDITIONER = "transformer", "conditioner"
+DENOISER = "transformer"
 ENCODERS = ("text_encoder", "text_encoder_2")
 T5_TOKENS = 256
 """Tokens of the third text encoder in diffusers' pipeline, whose states are zeros without it."""
@@ -83,10 +92,7 @@ class StableDiffusion3:
             "vae_decoder",
             "vae_encoder",
             Guidance(TWO_ROWS, self._checkpoint.drawing.guidance),
-            tuple(
-                TextEncoder(name, self._checkpoint.tokenizer_folder(name).name, "clip", self._lengths[name])
-                for name in ENCODERS
-            ),
+            text_encoder_roles(self.tokenizers),
             CONDITIONER,
             made,
         )
@@ -102,7 +108,7 @@ class StableDiffusion3:
     def graphs(self) -> Sequence[ModelGraph]:
         load = self._checkpoint.load
         texts = {
-            name: clip_graph(load, name, config, self._lengths[name], layers=True)
+            name: clip_graph(load, name, config, self.tokenizers[name].length, layers=True)
             for name, config in self._encoders.items()
         }
         conditioner = Conditioner(
@@ -112,12 +118,12 @@ class StableDiffusion3:
         )
         outputs = {f"{name}.{tensor.name}": tensor for name in ENCODERS for tensor in texts[name].spec.outputs}
         inputs = [TensorSpec(name, outputs[name].dtype, outputs[name].shape) for name in conditioner.sources]
-        tokens = self._lengths[ENCODERS[0]] + T5_TOKENS
+        tokens = self.tokenizers[ENCODERS[0]].length + T5_TOKENS
         states, pooled = self.denoiser_spec.inputs[2:]
         made = [TensorSpec(states.name, states.dtype, ("batch", tokens, states.shape[2])), pooled]
         return [
             *texts.values(),
-            ModelGraph(graph_spec(CONDITIONER, inputs, made), partial(_conditioner, conditioner)),
+            conditioner_graph(conditioner, inputs, made),
             ModelGraph(
                 self.denoiser_spec,
                 partial(_denoiser, load),
@@ -143,23 +149,19 @@ class StableDiffusion3:
         return graph_spec(DENOISER, inputs, [out])
 
     @cached_property
-    def _lengths(self) -> Mapping[str, int]:
-        """Token ids of a prompt, by text encoder."""
-        return {name: token_count(self._checkpoint, name) for name in self._encoders}
+    def tokenizers(self) -> Mapping[str, ClipFiles]:
+        return {name: ClipFiles.of(self._checkpoint, name) for name in self._encoders}
 
     def _faults(self) -> list[str]:
-        config, latents = self._transformer, self._vae["latent_channels"]
+        config = self._transformer
         if tuple(self._encoders) != ENCODERS:
             return [f"it has {' and '.join(self._encoders) or 'no text encoder'}; {' and '.join(ENCODERS)} are needed."]
         if not all(encoder["with_projection"] for encoder in self._encoders.values()):
             return ["the pooled text is of projections: both text encoders must be a CLIPTextModelWithProjection."]
-        if len({*self._lengths.values()}) > 1:
+        if len({tokenizer.length for tokenizer in self.tokenizers.values()}) > 1:
             return ["its tokenizers are of different lengths, whose states cannot be joined."]
-        if (config["in_channels"], config["out_channels"]) != (latents, latents):
-            return [
-                f"the transformer takes {config['in_channels']} channels and gives {config['out_channels']}, and the "
-                f"autoencoder has {latents} of latents; the same number is needed."
-            ]
+        if faults := channel_faults(config, self._vae):
+            return faults
         widths = sum(encoder["hidden_size"] for encoder in self._encoders.values())
         pooled = sum(encoder["projection_dim"] for encoder in self._encoders.values())
         if widths > config["joint_attention_dim"] or pooled != config["pooled_projection_dim"]:
@@ -192,30 +194,9 @@ class Conditioner(nn.Module):
         return padded, torch.cat(tensors[self._count :], dim=-1)
 
 
-def _conditioner(network: Conditioner) -> GraphModule:
-    own = deepcopy(network)  # whoever takes it may release its memory
-    return GraphModule(own, lambda network, *inputs: network(*inputs)).eval()
-
-
-def cropped_positions(patches: Any, height: int, width: int) -> Tensor:
-    """The middle of the table of positions, (1, rows * columns, C), as diffusers' ``PatchEmbed.cropped_pos_embed``.
-
-    With ``(most - size) // 2`` written so that what is divided is positive: traced, a division of what may be negative
-    rounds another way in ONNX than in Python.
-    """
-    most = patches.pos_embed_max_size
-    rows, columns = height // patches.patch_size, width // patches.patch_size
-    table = patches.pos_embed.reshape(1, most, most, -1)
-    for axis, size in enumerate((rows, columns), 1):
-        there = torch.arange(size) + most // 2 - (size + 1 - most % 2) // 2
-        table = table.index_select(axis, torch.where(there < 0, most, there))  # beyond the table is an error
-    positions: Tensor = table.flatten(1, 2)
-    return positions
-
-
 def _denoiser(load: Load) -> GraphModule:
     network = load(DENOISER)
-    network.pos_embed.cropped_pos_embed = partial(cropped_positions, network.pos_embed)
+    make_traceable(network.pos_embed)
 
     def call(network: Any, sample: Tensor, timestep: Tensor, states: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
         out = network(hidden_states=sample, timestep=timestep, encoder_hidden_states=states, pooled_projections=pooled)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,17 +28,25 @@ from ldm_export.contract import (
     Guidance,
     Roles,
     TensorSpec,
-    TextEncoder,
     graph_spec,
 )
 from ldm_export.errors import CheckpointError
 from ldm_export.families.autoencoder import autoencoder_graphs
-from ldm_export.families.base import GraphModule, ModelGraph, common_facts, common_notes
+from ldm_export.families.base import (
+    CONDITIONER,
+    GraphModule,
+    ModelGraph,
+    common_facts,
+    common_notes,
+    conditioner_graph,
+    picture_faults,
+    text_encoder_roles,
+)
 from ldm_export.families.text_encoders import clip_graph
-from ldm_export.families.tokenizers import token_count
+from ldm_export.families.tokenizers import ClipFiles
 from ldm_export.plan.guidance import guidance_frequencies
 
-DENOISER, CONDITIONER = "unet", "conditioner"
+DENOISER = "unet"
 SIZES, SIZES_AND_SCORE = 6, 5
 """Numbers of ``time_ids``: sizes and crop corner of SDXL; of its refiner the original size, the corner and a score."""
 SCORE, NEGATIVE_SCORE = 6.0, 2.5
@@ -141,10 +148,7 @@ class StableDiffusion:
             "vae_decoder",
             "vae_encoder",
             guidance,
-            tuple(
-                TextEncoder(name, self._checkpoint.tokenizer_folder(name).name, "clip", self._lengths[name])
-                for name in self._encoders
-            ),
+            text_encoder_roles(self.tokenizers),
             None if conditioner is None else CONDITIONER,
             {name: f"{CONDITIONER}.{name}" if name in made else direct[name] for name in names},
         )
@@ -158,7 +162,8 @@ class StableDiffusion:
         graphs = [*self._text_graphs.values()]
         classes = self._unet["num_class_embeds"] or 1
         if self._conditioner is not None:
-            graphs.append(ModelGraph(self.conditioner_spec, partial(_conditioner, self._conditioner), ids=classes))
+            spec = self.conditioner_spec
+            graphs.append(conditioner_graph(self._conditioner, spec.inputs, spec.outputs, classes))
         named = tuple(tensor.name for tensor in self.denoiser_spec.inputs)
         height, width = self._checkpoint.latent_size
         config = {**self._unet, "sample_size": height if height == width else (height, width)}
@@ -169,9 +174,9 @@ class StableDiffusion:
     @cached_property
     def _text_graphs(self) -> Mapping[str, ModelGraph]:
         """Graphs of the text encoders; for SDXL with every layer's states, the last but one of which it reads."""
-        load, lengths, layers = self._checkpoint.load, self._lengths, self._reads_sizes
+        load, layers = self._checkpoint.load, self._reads_sizes
         return {
-            name: clip_graph(load, name, config, lengths[name], layers=layers)
+            name: clip_graph(load, name, config, self.tokenizers[name].length, layers=layers)
             for name, config in self._encoders.items()
         }
 
@@ -221,9 +226,8 @@ class StableDiffusion:
         return graph_spec(CONDITIONER, inputs, outputs)
 
     @cached_property
-    def _lengths(self) -> Mapping[str, int]:
-        """Token ids of a prompt, by text encoder."""
-        return {name: token_count(self._checkpoint, name) for name in self._encoders}
+    def tokenizers(self) -> Mapping[str, ClipFiles]:
+        return {name: ClipFiles.of(self._checkpoint, name) for name in self._encoders}
 
     @property
     def _reads_text(self) -> bool:
@@ -280,12 +284,7 @@ class StableDiffusion:
                 f"the UNet gives {unet['out_channels']} channels and the autoencoder has {latents} of latents; the "
                 "same number is needed. Models that predict a variance, too, cannot be exported."
             )
-        for side in ("in_channels", "out_channels"):
-            if vae[side] not in (1, 3) or vae["in_channels"] != vae["out_channels"]:
-                faults.append(
-                    f"the autoencoder's pictures have {vae['in_channels']} channels in and {vae['out_channels']} out; "
-                    "1 (grey) or 3 (RGB), the same on both sides, can be written. Use another autoencoder."
-                )
+        faults += picture_faults(vae)
         return faults
 
     def _text_faults(self) -> list[str]:
@@ -323,7 +322,7 @@ class StableDiffusion:
                     f"{SIZES_AND_SCORE} sizes of {each} (projection_class_embeddings_input_dim). Use the text encoder "
                     "that the UNet was trained with."
                 ]
-        self._lengths  # noqa: B018 - refuses tokenizers that do not fit
+        self.tokenizers  # noqa: B018 - refuses tokenizers that do not fit
         return []
 
 
@@ -378,11 +377,6 @@ class Conditioner(nn.Module):
         sizes = torch.stack([height, width, corner, corner]).expand(rows, -1)
         score = torch.where(given["is_negative"] > 0.5, NEGATIVE_SCORE, SCORE)
         return torch.cat([sizes, score[:, None]], dim=1)
-
-
-def _conditioner(network: Conditioner) -> GraphModule:
-    own = deepcopy(network)  # whoever takes it may release its memory
-    return GraphModule(own, lambda network, *inputs: network(*inputs)).eval()
 
 
 def _denoiser(load: Any, names: Sequence[str]) -> GraphModule:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_export.contract import TensorSpec, graph_spec
 from ldm_export.families.autoencoder import Load
 from ldm_export.families.base import GraphModule, ModelGraph
+from ldm_export.families.tokenizers import WholeTokenizer
 
 
 def clip_graph(load: Load, name: str, config: Mapping[str, Any], length: int, *, layers: bool) -> ModelGraph:
@@ -45,5 +47,46 @@ def _clip(load: Load, name: str, outputs: Sequence[str]) -> GraphModule:
         named |= {"last_hidden_state": encoding.last_hidden_state}
         named |= {"pooler_output": encoding.pooled, "text_embeds": encoding.pooled}
         return tuple(named[name] for name in outputs)
+
+    return GraphModule(load(name), call).eval()
+
+
+def states_graph(
+    load: Load, name: str, vocab_size: int, width: int, tokenizer: WholeTokenizer, *, masked: bool
+) -> ModelGraph:
+    """The graph of a text encoder of transformers of which the last hidden state is read.
+
+    Parameters
+    ----------
+    name : the component, which the graph is named by
+    width : of the states
+    tokenizer : what makes its ids
+    masked : whether padding is masked, and the mask is an output, too: float32 (B, L), 1 for text and 0 for padding
+    """
+    ids = TensorSpec("input_ids", "int64", ("batch", tokenizer.length))
+    outputs = [TensorSpec("last_hidden_state", "float32", ("batch", tokenizer.length, width))]
+    if masked:
+        outputs.append(TensorSpec("attention_mask", "float32", ids.shape))
+    pads = (tokenizer.pad_token_id, tokenizer.pads_left) if masked else None
+    return ModelGraph(graph_spec(name, [ids], outputs), partial(_states, load, name, pads), name, ids=vocab_size)
+
+
+def text_mask(input_ids: Tensor, pad_token_id: int, pads_left: bool) -> Tensor:
+    """Where rows of token ids (B, L) have text, bool (B, L): all between the padding and the other end.
+
+    A tokenizer's own mask says the same, since no text begins, or ends, with the token of the padding.
+    """
+    text, places = input_ids != pad_token_id, torch.arange(input_ids.shape[1])
+    if pads_left:
+        return places >= torch.where(text, places, input_ids.shape[1]).amin(dim=1, keepdim=True)
+    return places <= torch.where(text, places, 0).amax(dim=1, keepdim=True)
+
+
+def _states(load: Load, name: str, pads: tuple[int, bool] | None) -> GraphModule:
+    def call(network: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
+        if pads is None:
+            return (network(input_ids=input_ids).last_hidden_state,)
+        mask = text_mask(input_ids, *pads)
+        return network(input_ids=input_ids, attention_mask=mask).last_hidden_state, mask.float()
 
     return GraphModule(load(name), call).eval()

@@ -15,7 +15,6 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.families import family_of, open_checkpoint
-from ldm_export.families.tokenizers import open_tokenizer
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.results import Step, Timings
 from ldm_export.verify.torch_reference import TorchReference
@@ -113,7 +112,7 @@ class TorchImageGenerator:
         self.channels = int(encoder.inputs[0].shape[1])
         self.name = f"checkpoint {checkpoint.name}"
         self.pixels = checkpoint.picture_size
-        self._tokenizers = [open_tokenizer(checkpoint.tokenizer_folder(name)) for name in checkpoint.text_encoders]
+        self._tokenizers = [tokenizer.open() for tokenizer in family.tokenizers.values()]
 
     @property
     def size(self) -> int:

@@ -418,7 +418,7 @@ def fill_the_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["export_graph", "compare_graph", "_write_json", "copy_tokenizer"])
+@pytest.mark.parametrize("place", ["export_graph", "compare_graph", "_write_json"])
 @pytest.mark.parametrize(
     ("happens", "error", "message"),
     [(interrupt, KeyboardInterrupt, None), (fill_the_disk, ExportError, "The disk is full: .*are needed. Make room")],

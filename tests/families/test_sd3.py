@@ -19,7 +19,8 @@ from ldm_export.bundle import Bundle
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.families import family_of, open_checkpoint
-from ldm_export.families.sd3 import T5_TOKENS, StableDiffusion3, cropped_positions
+from ldm_export.families.patches import cropped_positions
+from ldm_export.families.sd3 import T5_TOKENS, StableDiffusion3
 from ldm_export.runtime import Pipeline
 from tests.scheduler_configs import relative_error
 
