@@ -226,8 +226,9 @@ def flow_matching(folder: Path, tiny: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def stable_diffusion_3(folder: Path, tiny: Path) -> None:
-    """Two text encoders with projections, no third, a transformer, 16 shifted channels of latents, flow matching."""
+def stable_diffusion_3(folder: Path, tiny: Path, *, third: bool = False) -> None:
+    """Two text encoders with projections, with T5 as the ``third`` or none, a transformer, 16 shifted channels of
+    latents, flow matching."""
     torch.manual_seed(0)
     base = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
     text = transformers.CLIPTextConfig.from_dict({**base.text_encoder.config.to_dict(), "projection_dim": 24})
@@ -265,8 +266,8 @@ def stable_diffusion_3(folder: Path, tiny: Path) -> None:
         tokenizer=base.tokenizer,
         text_encoder_2=perturb(transformers.CLIPTextModelWithProjection(text)),
         tokenizer_2=base.tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=t5(width=96) if third else None,
+        tokenizer_3=t5_tokenizer(folder.with_name(f"{folder.name} tokenizer")) if third else None,
     ).save_pretrained(folder)
 
 
@@ -293,10 +294,10 @@ def diffusion_transformer(folder: Path, tiny: Path) -> None:
     ).save_pretrained(folder)
 
 
-def t5(layers: int = 2) -> transformers.T5EncoderModel:
+def t5(width: int = 32) -> transformers.T5EncoderModel:
     """A small text encoder of T5's kind, for `t5_tokenizer`."""
     config = transformers.T5Config(
-        vocab_size=600, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=600, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
     return perturb(transformers.T5EncoderModel(config))
 
@@ -351,6 +352,7 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "8 channels": instruct_pix2pix,
     "flow": flow_matching,
     "sd3": stable_diffusion_3,
+    "sd3 with t5": partial(stable_diffusion_3, third=True),
     "dit": diffusion_transformer,
     "pixart": pixart,
     "pixart alpha": partial(pixart, sizes=True),

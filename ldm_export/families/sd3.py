@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (2403.03206): a transformer that attends to latents and text together, and flow matching.
 
-With the two text encoders of CLIP's kind; the states of the third, T5, are zeros, as in diffusers where a checkpoint
-has none. The transformer is diffusers' own class, at any configuration.
+With two text encoders of CLIP's kind, and T5 as the third; where a checkpoint has none, its states are zeros, as in
+diffusers. T5 and the transformer are those libraries' own classes, at any configuration.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ldm_export.families.base import (
     conditioner_graph,
     text_encoder_roles,
 )
-from ldm_export.families.libraries import from_diffusers
+from ldm_export.families.libraries import from_diffusers, from_transformers
 from ldm_export.families.patches import make_traceable
-from ldm_export.families.text_encoders import clip_graph
-from ldm_export.families.tokenizers import ClipFiles
+from ldm_export.families.text_encoders import clip_graph, states_graph
+from ldm_export.families.tokenizers import ClipFiles, Tokenizers, WholeTokenizer
 
 DENOISER = "transformer"
-ENCODERS = ("text_encoder", "text_encoder_2")
+ENCODERS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 T5_TOKENS = 256
-"""Tokens of the third text encoder in diffusers' pipeline, whose states are zeros without it."""
+"""Tokens of a prompt for the third text encoder in diffusers' pipeline, whose states are zeros without it."""
 
 
 def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
@@ -50,13 +50,14 @@ KIND = CheckpointKind(
     components={
         "text_encoder": CLIP_TEXT_ENCODER,
         "text_encoder_2": CLIP_TEXT_ENCODER,
+        "text_encoder_3": from_transformers("T5EncoderModel"),
         "transformer": from_diffusers("SD3Transformer2DModel"),
         "vae": SHIFTED_AUTOENCODER,
     },
     denoiser=DENOISER,
     optional_parts=("image_encoder", "feature_extractor"),
     pipelines={"StableDiffusion3Pipeline": PIPELINE, "StableDiffusion3Img2ImgPipeline": PIPELINE},
-    saved_as=("StableDiffusion3Pipeline without text_encoder_3",),
+    saved_as=("StableDiffusion3Pipeline",),
     default_pipeline=lambda index: PIPELINE,
     latent_size=_latent_size,
 )
@@ -71,6 +72,7 @@ class StableDiffusion3:
         self._checkpoint = checkpoint
         self._transformer, self._vae = checkpoint.configs[DENOISER], checkpoint.configs["vae"]
         self._encoders = {name: checkpoint.configs[name] for name in checkpoint.text_encoders}
+        self._t5 = self._encoders.pop(T5, None)
 
     def check(self) -> None:
         for fault in self._faults():
@@ -79,10 +81,10 @@ class StableDiffusion3:
 
     @property
     def notes(self) -> list[str]:
-        return [
-            *common_notes(self._checkpoint, "StableDiffusion3Pipeline"),
-            "There is no third text encoder (T5): its states are zeros, as in diffusers' pipeline without it.",
-        ]
+        notes = common_notes(self._checkpoint, "StableDiffusion3Pipeline")
+        if self._t5 is None:
+            notes.append("There is no third text encoder (T5): its states are zeros, as in diffusers without it.")
+        return notes
 
     @cached_property
     def roles(self) -> Roles:
@@ -111,16 +113,21 @@ class StableDiffusion3:
             name: clip_graph(load, name, config, self.tokenizers[name].length, layers=True)
             for name, config in self._encoders.items()
         }
+        states = [f"{name}.hidden_states.{config['num_hidden_layers'] - 1}" for name, config in self._encoders.items()]
+        if self._t5 is not None:
+            width, count = self._t5["d_model"], self._t5["vocab_size"]
+            texts[T5] = states_graph(load, T5, count, width, self._t5_tokenizer, masked=False)
         conditioner = Conditioner(
-            [f"{name}.hidden_states.{config['num_hidden_layers'] - 1}" for name, config in self._encoders.items()],
+            states,
             [f"{name}.text_embeds" for name in ENCODERS],
+            None if self._t5 is None else f"{T5}.last_hidden_state",
             self._transformer["joint_attention_dim"],
         )
-        outputs = {f"{name}.{tensor.name}": tensor for name in ENCODERS for tensor in texts[name].spec.outputs}
+        outputs = {f"{name}.{tensor.name}": tensor for name, graph in texts.items() for tensor in graph.spec.outputs}
         inputs = [TensorSpec(name, outputs[name].dtype, outputs[name].shape) for name in conditioner.sources]
         tokens = self.tokenizers[ENCODERS[0]].length + T5_TOKENS
-        states, pooled = self.denoiser_spec.inputs[2:]
-        made = [TensorSpec(states.name, states.dtype, ("batch", tokens, states.shape[2])), pooled]
+        joined, pooled = self.denoiser_spec.inputs[2:]
+        made = [TensorSpec(joined.name, joined.dtype, ("batch", tokens, joined.shape[2])), pooled]
         return [
             *texts.values(),
             conditioner_graph(conditioner, inputs, made),
@@ -149,8 +156,13 @@ class StableDiffusion3:
         return graph_spec(DENOISER, inputs, [out])
 
     @cached_property
-    def tokenizers(self) -> Mapping[str, ClipFiles]:
-        return {name: ClipFiles.of(self._checkpoint, name) for name in self._encoders}
+    def tokenizers(self) -> Tokenizers:
+        clip = {name: ClipFiles.of(self._checkpoint, name) for name in self._encoders}
+        return clip if self._t5 is None else {**clip, T5: self._t5_tokenizer}
+
+    @cached_property
+    def _t5_tokenizer(self) -> WholeTokenizer:
+        return WholeTokenizer.of(self._checkpoint, T5, T5_TOKENS)
 
     def _faults(self) -> list[str]:
         config = self._transformer
@@ -158,7 +170,7 @@ class StableDiffusion3:
             return [f"it has {' and '.join(self._encoders) or 'no text encoder'}; {' and '.join(ENCODERS)} are needed."]
         if not all(encoder["with_projection"] for encoder in self._encoders.values()):
             return ["the pooled text is of projections: both text encoders must be a CLIPTextModelWithProjection."]
-        if len({tokenizer.length for tokenizer in self.tokenizers.values()}) > 1:
+        if len({self.tokenizers[name].length for name in ENCODERS}) > 1:
             return ["its tokenizers are of different lengths, whose states cannot be joined."]
         if faults := channel_faults(config, self._vae):
             return faults
@@ -170,28 +182,37 @@ class StableDiffusion3:
                 f"{config['joint_attention_dim']} (joint_attention_dim) and {config['pooled_projection_dim']} "
                 "(pooled_projection_dim). Use the text encoders that it was trained with."
             ]
+        if self._t5 is not None and self._t5["d_model"] != config["joint_attention_dim"]:
+            return [
+                f"the third text encoder gives states {self._t5['d_model']} wide; the transformer reads "
+                f"{config['joint_attention_dim']} (joint_attention_dim). Use the one that it was trained with."
+            ]
         return []
 
 
 class Conditioner(nn.Module):
-    """What the transformer reads beside latents and timestep, of both text encoders' outputs.
+    """What the transformer reads beside latents and timestep, of the text encoders' outputs.
 
     Parameters
     ----------
-    states : sources of the states (B, L, w), joined by width, padded with zeros to ``width`` and by `T5_TOKENS` tokens
+    states : sources of the states (B, L, w) that are joined by width and padded with zeros to ``width``
     pooled : sources of the pooled texts (B, w), which are joined
+    following : source of the states (B, T, width) that follow, or None for `T5_TOKENS` tokens of zeros
     """
 
-    def __init__(self, states: Sequence[str], pooled: Sequence[str], width: int):
+    def __init__(self, states: Sequence[str], pooled: Sequence[str], following: str | None, width: int):
         super().__init__()
-        self.config = {"states": states, "pooled": pooled, "width": width}
-        self.sources = (*states, *pooled)
-        self._count, self._width = len(states), width
+        self.config = {"states": states, "pooled": pooled, "following": following, "width": width}
+        self.sources = (*states, *pooled, *([following] if following else []))
+        self._states, self._pooled, self._width = tuple(states), tuple(pooled), width
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        joined = torch.cat(tensors[: self._count], dim=-1)
-        padded = nn.functional.pad(joined, (0, self._width - joined.shape[-1], 0, T5_TOKENS))
-        return padded, torch.cat(tensors[self._count :], dim=-1)
+        given = dict(zip(self.sources, tensors, strict=True))
+        following = [value for name, value in given.items() if name not in (*self._states, *self._pooled)]
+        joined = torch.cat([given[name] for name in self._states], dim=-1)
+        room = (0, self._width - joined.shape[-1], 0, 0 if following else T5_TOKENS)
+        states = torch.cat([nn.functional.pad(joined, room), *following], dim=-2)
+        return states, torch.cat([given[name] for name in self._pooled], dim=-1)
 
 
 def _denoiser(load: Load) -> GraphModule:
