@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx
 import onnx_ir
 import torch
+from onnxscript.rewriter._pattern_ir import Constant
 from torch import Tensor
 
 from ldm_export.contract import GraphSpec, TensorSpec
@@ -24,6 +25,7 @@ from ldm_export.families.base import GraphModule
 from ldm_export.graph.files import save
 
 OPSET = 20
+FLOAT32_PRECISION = 1e-7
 
 
 def random_inputs(
@@ -71,7 +73,7 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
         for tensor in graph.inputs
     )
     try:
-        with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx"):
+        with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx"), _exact_constants():
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
                 module,
@@ -122,6 +124,36 @@ def release_weights(module: GraphModule) -> None:
     """Free the network's memory, whoever still holds its tensors: onnxscript's rewrite rules keep the last graph."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0)
+
+
+@contextmanager
+def _exact_constants() -> Iterator[None]:
+    """Make onnxscript's rules match constants to float32's precision.
+
+    They take a number within 1e-8, or 1e-5 of its size, for the one that they look for, and so drop ``+ 1e-15`` as the
+    addition of zero, which keeps a division from one by zero, and ``* 1.000005`` as the product with one.
+    """
+    tolerances = {"_rel_tol": FLOAT32_PRECISION, "_abs_tol": 0.0}
+    for name, value in tolerances.items():
+        setattr(Constant, name, _Fixed(value))
+    try:
+        yield
+    finally:
+        for name in tolerances:
+            delattr(Constant, name)
+
+
+class _Fixed:
+    """An attribute of a class that goes before what its instances have."""
+
+    def __init__(self, value: float):
+        self._value = value
+
+    def __get__(self, *_: object) -> float:
+        return self._value
+
+    def __set__(self, *_: object) -> None:
+        pass
 
 
 @contextmanager
