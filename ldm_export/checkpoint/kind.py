@@ -22,6 +22,10 @@ Configs = Mapping[str, Mapping[str, Any]]
 """Config of each network, by component."""
 
 
+class UnknownFamilyError(CheckpointError):
+    """A checkpoint is of no family that is known."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A network of a checkpoint.
@@ -144,9 +148,25 @@ class CheckpointKind:
         return {**config, **({} if own is None else {"_class_name": own}), **self.pipeline(index).scheduler}
 
 
-def kind_of(index: Index, kinds: Sequence[CheckpointKind]) -> CheckpointKind:
-    """The kind that a ``model_index.json`` is of; the first where it is of none, whose check then says why."""
-    return next((kind for kind in kinds if kind.fits(index)), kinds[0])
+def kind_of(file: Path, index: Index, kinds: Sequence[CheckpointKind]) -> CheckpointKind:
+    """The kind that the ``model_index.json`` in a file is of; the first where it names no denoiser, as its check says.
+
+    Raises
+    ------
+    UnknownFamilyError
+        If its denoiser is of a class that no kind has.
+    """
+    if (found := next((kind for kind in kinds if kind.fits(index)), None)) is not None:
+        return found
+    name = next((kind.denoiser for kind in kinds if names_part(index, kind.denoiser)), None)
+    if name is None:
+        return kinds[0]
+    known = [of for kind in kinds for of in kind.components[kind.denoiser].classes]
+    raise UnknownFamilyError(
+        f"{file} says that the {name} is {index[name]!r}, of a {class_name(index)}, which is of no family that is "
+        f"known here; there are those of {', '.join(known[:-1])} and {known[-1]}. A family can be brought as a Python "
+        "file: --family FILE, which docs/families.md describes."
+    )
 
 
 def class_name(index: Index) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 from ldm_export.cli.options import (
     check_output,
     console,
+    family_option,
     folder,
     json_option,
     print_json,
@@ -52,6 +53,7 @@ ROWS = {
 )
 @click.option("-o", "--output", type=folder, default=None, help="Also write the figures to this JSON file.")
 @click.option("--pictures", type=folder, default=None, help="Also write what was drawn, a grid, to this file.")
+@family_option
 @json_option
 def command(
     target: str,

@@ -7,7 +7,17 @@ import click
 
 from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.cli.build import print_target
-from ldm_export.cli.options import console, folder, json_option, parity_line, print_json, stages, steps_bar, was_given
+from ldm_export.cli.options import (
+    console,
+    family_option,
+    folder,
+    json_option,
+    parity_line,
+    print_json,
+    stages,
+    steps_bar,
+    was_given,
+)
 from ldm_export.cli.passes import print_passes
 from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
@@ -51,6 +61,7 @@ TARGETS = ("cpu", "none")
     help="What the denoiser predicts, where the checkpoint's files do not say, or say it wrongly.",
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@family_option
 @json_option
 def command(
     checkpoint: str,

@@ -32,6 +32,25 @@ def bundle_argument(function: Function) -> Function:
     return click.argument("bundle", type=folder)(function)
 
 
+def family_option(function: Function) -> Function:
+    """Add ``--family FILE``, whose family is known to whatever opens a checkpoint from then on."""
+
+    def read(_: click.Context, __: click.Parameter, file: Path | None) -> None:
+        if file is not None:
+            from ldm_export.families import read_family  # torch, which few commands need
+
+            read_family(file)
+
+    return click.option(
+        "--family",
+        type=folder,
+        metavar="FILE",
+        expose_value=False,
+        callback=read,
+        help="A Python file with a family of your own, as docs/families.md describes; its code is run.",
+    )(function)
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, sort_keys=True))
 

@@ -9,7 +9,7 @@ from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.plans import check_plans
 from ldm_export.bundle.targets.base import kinds_of, sound_target
 from ldm_export.bundle.targets.engines import engine_targets, sound_engine_target
-from ldm_export.cli.options import bundle_argument, console, json_option, print_json, stages
+from ldm_export.cli.options import bundle_argument, console, family_option, json_option, print_json, stages
 from ldm_export.errors import BundleError
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.conditioning import Conditioning
@@ -19,6 +19,7 @@ from ldm_export.runtime.facts import check_drawable
 @click.command()
 @bundle_argument
 @click.option("--against", metavar="CHECKPOINT", default=None, help="Also compare every graph with this PyTorch model.")
+@family_option
 @json_option
 @click.pass_context
 def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
