@@ -51,7 +51,8 @@ def either(*components: Component) -> Component:
     by_name = {name: component for component in components for name in component.classes}
 
     def config(network: Any) -> dict[str, Any]:
-        return by_name[type(network).__name__].config(network)
+        name = next(cls.__name__ for cls in type(network).__mro__ if cls.__name__ in by_name)
+        return by_name[name].config(network)
 
     return Component(tuple(by_name), lambda name, values: by_name[name].build(name, values), config)
 
