@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import sentencepiece
 import torch
 import transformers
@@ -247,21 +248,10 @@ def stable_diffusion_3(folder: Path, tiny: Path, *, third: bool = False) -> None
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
     diffusers.StableDiffusion3Pipeline(
         transformer=perturb(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=perturb(vae),
+        vae=perturb(shifted_autoencoder()),
         text_encoder=perturb(transformers.CLIPTextModelWithProjection(text)),
         tokenizer=base.tokenizer,
         text_encoder_2=perturb(transformers.CLIPTextModelWithProjection(text)),
@@ -292,6 +282,21 @@ def diffusion_transformer(folder: Path, tiny: Path) -> None:
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
         id2label={0: "tench", 1: "goldfish"},
     ).save_pretrained(folder)
+
+
+def shifted_autoencoder() -> diffusers.AutoencoderKL:
+    """An autoencoder of 16 channels that are shifted and scaled."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def t5(width: int = 32) -> transformers.T5EncoderModel:
@@ -358,3 +363,11 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "pixart alpha": partial(pixart, sizes=True),
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""
+SLOW_KINDS = ("sd3 with t5", "pixart alpha")
+"""Those that others nearly show, too."""
+
+
+def in_kinds(*left_out: str) -> list[Any]:
+    """Every kind as a parameter of a test, the slow ones marked."""
+    slow = pytest.mark.slow
+    return [pytest.param(kind, marks=slow if kind in SLOW_KINDS else ()) for kind in KINDS if kind not in left_out]

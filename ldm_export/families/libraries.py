@@ -30,13 +30,19 @@ def from_diffusers(*names: str) -> Component:
     return Component(names, build, config)
 
 
-def from_transformers(*names: str, module: str = "transformers") -> Component:
-    """A component that is one of transformers' classes of these names, in a module of it."""
+def from_transformers(*names: str, module: str = "transformers", part: str | None = None) -> Component:
+    """A component that is one of transformers' classes of these names, in a module of it.
+
+    Parameters
+    ----------
+    part : what of the config describes the network, where the config is of a larger model, such as ``encoder``
+    """
 
     def build(name: str, config: dict[str, Any]) -> nn.Module:
         cls = library_class(module, name)
+        read = cls.config_class.from_dict({**config, "dtype": None})
         with without_weights():
-            network: nn.Module = cls(cls.config_class.from_dict({**config, "dtype": None}))
+            network: nn.Module = cls(getattr(read, part) if part in config else read)
         return network
 
     def config(network: Any) -> dict[str, Any]:

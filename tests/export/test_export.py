@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -12,10 +11,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import numpy as np
 import onnx
 import onnxruntime
@@ -39,7 +36,8 @@ from ldm_export.families.base import GraphModule
 from ldm_export.graph import files as graph_files
 from ldm_export.graph.running import worst_error
 from ldm_export.runtime import Pipeline
-from tests.bundle_fixture import CLASSES, KINDS
+from tests.bundle_fixture import CLASSES, KINDS, in_kinds
+from tests.diffusers_networks import judged
 
 ROOT = Path(__file__).parents[2]
 ALL_KINDS = ["stable diffusion", *KINDS]
@@ -96,7 +94,7 @@ def test_no_file_tells_where_it_was_made(model: Model, kind: str) -> None:
             assert trace.encode() not in content, name
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", ["stable diffusion", *in_kinds()])
 def test_graphs_are_standard_onnx(model: Model, kind: str) -> None:
     for path in graphs_of(model(kind)[1]).values():
         onnx.checker.check_model(str(path), full_check=True)
@@ -114,7 +112,7 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, tuple(size.dim_param or size.dim_value for size in tensor.shape.dim))
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", ["stable diffusion", *in_kinds()])
 def test_inputs_and_outputs_are_those_of_contract_and_manifest(model: Model, kind: str) -> None:
     checkpoint, bundle = model(kind)
     paths = graphs_of(bundle)
@@ -162,81 +160,7 @@ def test_the_bundle_is_read_as_the_checkpoint_was(tiny_checkpoint: Path, tiny_bu
 # --- the numbers ----------------------------------------------------------------------------------------------------
 
 
-def judge_unet(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
-    options = {name: inputs[name] for name in ("class_labels", "timestep_cond") if name in inputs}
-    text = inputs.get("encoder_hidden_states")
-    sample = torch.cat([inputs[name] for name in ("sample", "image_latents") if name in inputs], dim=1)
-    out = unet(sample, inputs["timestep"], text, added_cond_kwargs=added or None, **options)
-    return {"out_sample": out.sample}
-
-
-def judge_transformer(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    transformer = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
-    states, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
-    return {"out_sample": transformer(inputs["sample"], states, pooled, inputs["timestep"]).sample}
-
-
-def judge_text_encoder(folder: Path, inputs: dict[str, Tensor], name: str = "text_encoder") -> dict[str, Tensor]:
-    architecture = json.loads((folder / name / "config.json").read_text())["architectures"][0]
-    encoder = getattr(transformers, architecture).from_pretrained(folder / name)
-    out = encoder(inputs["input_ids"], output_hidden_states=True)
-    states = {f"hidden_states.{i}": state for i, state in enumerate(out.hidden_states)}
-    return {**states, **{key: value for key, value in out.items() if isinstance(value, Tensor)}}
-
-
-def judge_vae(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-    factor, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-    if "latent_sample" in inputs:
-        return {"sample": vae.decode(inputs["latent_sample"] / factor + shift).sample}
-    found = vae.encode(inputs["sample"]).latent_dist  # of x * factor, the log-variance is larger by 2 log(factor)
-    mean = (found.mean - shift) * factor
-    return {"latent_parameters": torch.cat([mean, found.logvar + 2 * math.log(factor)], dim=1)}
-
-
-def judge_conditioner(folder: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What diffusers' pipelines make of these, in numpy and torch of this test's own."""
-    made, rows = {}, next(value.shape[0] for value in inputs.values() if value.ndim)
-    if "text_encoder.text_embeds" in inputs:  # Stable Diffusion 3
-        first, second, *pooled = inputs.values()
-        joined = torch.nn.functional.pad(torch.cat([first, second], dim=-1), (0, 96 - 64))
-        nothing = torch.zeros(rows, 256, 96)  # the states of no third text encoder
-        states = torch.cat([joined, nothing], dim=-2)
-        return {"encoder_hidden_states": states, "pooled_projections": torch.cat(pooled, dim=-1)}
-    states = [value for name, value in inputs.items() if ".hidden_states." in name]
-    if states:
-        made["encoder_hidden_states"] = torch.cat(states, dim=-1)
-        size = [inputs["height"], inputs["width"]]
-        sizes = torch.stack([*size, torch.tensor(0.0), torch.tensor(0.0), *size]).repeat(rows, 1)
-        if "is_negative" in inputs:
-            sizes = sizes[:, :5].clone()
-            sizes[:, 4] = 6.0 - 3.5 * inputs["is_negative"]
-        made["time_ids"] = sizes
-    if "text_encoder_2.text_embeds" in inputs:
-        made["text_embeds"] = inputs["text_encoder_2.text_embeds"] * inputs["has_prompt"][:, None]
-        made["encoder_hidden_states"] = made["encoder_hidden_states"] * inputs["has_prompt"][:, None, None]
-    if "guidance_weight" in inputs:
-        weights = inputs["guidance_weight"].repeat(rows)
-        embedding = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
-        made["timestep_cond"] = embedding(SimpleNamespace(), weights, embedding_dim=10)  # type: ignore[arg-type]
-    return made
-
-
-JUDGES: dict[str, Callable[[Path, dict[str, Tensor]], dict[str, Tensor]]] = {
-    "text_encoder": judge_text_encoder,
-    "text_encoder_2": lambda folder, inputs: judge_text_encoder(folder, inputs, "text_encoder_2"),
-    "conditioner": judge_conditioner,
-    "unet": judge_unet,
-    "transformer": judge_transformer,
-    "vae_decoder": judge_vae,
-    "vae_encoder": judge_vae,
-}
-"""What diffusers and transformers make of a graph's inputs."""
-
-
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("kind", ["stable diffusion", *in_kinds()])
 @torch.no_grad()
 def test_graphs_compute_what_diffusers_computes(model: Model, kind: str) -> None:
     checkpoint, bundle = model(kind)
@@ -244,7 +168,7 @@ def test_graphs_compute_what_diffusers_computes(model: Model, kind: str) -> None
     for name, graph in Bundle.open(bundle).manifest.graphs.items():
         drawn = random_inputs(graph, UNSEEN_SIZES, PIXELS_PER_LATENT, CLASSES, patch_size)
         inputs = dict(zip([tensor.name for tensor in graph.inputs], drawn, strict=True))
-        expected = JUDGES[name](checkpoint, inputs)
+        expected = judged(checkpoint, name, inputs)
         session = onnxruntime.InferenceSession(bundle / graph.path, providers=["CPUExecutionProvider"])
         outputs = [tensor.name for tensor in graph.outputs]
         given = session.run(outputs, {key: value.numpy() for key, value in inputs.items()})
