@@ -77,6 +77,7 @@ class StableDiffusion3:
     def check(self) -> None:
         for fault in self._faults():
             raise CheckpointError(f"{self._checkpoint.path}: {fault}")
+        self.tokenizers  # noqa: B018 - refuses tokenizers that do not fit
         self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
 
     @property

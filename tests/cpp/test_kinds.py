@@ -25,7 +25,7 @@ from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime import Pipeline
 from ldm_export.verify.loops import add_loop
 from ldm_export.verify.metrics import psnr_db
-from tests.bundle_fixture import CLASSES
+from tests.bundle_fixture import CLASSES, SLOW_KINDS
 from tests.diffusers_pipelines import LATENT_TOLERANCE, judged, opened
 from tests.scheduler_configs import relative_error
 
@@ -48,6 +48,10 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "flow, unipc": ("StableDiffusion", {"sampler": "unipc", "guidance": 5.0}),
     "sd3": ("StableDiffusion3", {"sampler": "euler", "guidance": 5.0}),
     "sd3, negative": ("StableDiffusion3", {"sampler": "dpmpp-2m", "guidance": 5.0, "negative_prompt": "a blue square"}),
+    "sd3 with t5": ("StableDiffusion3", {"sampler": "euler", "guidance": 5.0}),
+    "pixart": ("PixArtSigma", {"sampler": "dpmpp-2m", "guidance": 5.0}),
+    "pixart, negative": ("PixArtSigma", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a BLUE square"}),
+    "pixart alpha": ("PixArtAlpha", {"sampler": "ddim", "guidance": 5.0}),
     "refiner": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0}),
 }
 """The kind of each case, before a comma, with its pipelines in diffusers and how it is drawn."""
@@ -105,7 +109,8 @@ def drawn_by_both(open_cpp: Callable[..., Any], folder: Path, form: str, **optio
 
 @torch.no_grad()
 def check(results: dict[str, Any], latents: torch.Tensor, vae: Any) -> None:
-    decoded = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+    shift = getattr(vae.config, "shift_factor", None) or 0
+    decoded = vae.decode(latents / vae.config.scaling_factor + shift).sample
     pixels = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
     pictures = (pixels * 255).round().astype(np.uint8)
     for runtime, result in results.items():
@@ -115,7 +120,8 @@ def check(results: dict[str, Any], latents: torch.Tensor, vae: Any) -> None:
 
 def in_forms(cases: Iterable[str], forms: Iterable[str]) -> list[Any]:
     """Every case in every form; those that need more graphs than others already show are slow."""
-    quick = {(case, "plain") for case in cases} | {("sdxl", form) for form in forms}
+    cases = [*cases]
+    quick = {(case, "plain") for case in cases if case not in SLOW_KINDS} | {("sdxl", form) for form in forms}
     slow = pytest.mark.slow
     return [
         pytest.param(case, form, marks=() if (case, form) in quick else slow) for case, form in product(cases, forms)
@@ -144,7 +150,13 @@ def test_text_to_image(
 
 
 # diffusers' pipeline of LCM spreads its steps over the strength, where all others leave out the first ones, as here
-@pytest.mark.parametrize(("case", "form"), in_forms([case for case in TEXT if case != "lcm"], FORMS[:2]))
+@pytest.mark.parametrize(
+    ("case", "form"),
+    in_forms(
+        [case for case, (name, _) in TEXT.items() if hasattr(diffusers, f"{name}Img2ImgPipeline") and case != "lcm"],
+        FORMS[:2],
+    ),
+)
 def test_image_to_image(
     open_cpp: Callable[..., Any],
     bundles: Callable[[str, str, str], Path],
@@ -196,3 +208,23 @@ def test_models_without_text(
     if labels is not None:
         given["class_labels"] = labels
     check(drawn_by_both(open_cpp, bundles(kind, form, "ddim"), form, **given), latents, vae)
+
+
+@pytest.mark.parametrize("form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])])
+@torch.no_grad()
+def test_a_transformer_that_reads_a_class(
+    open_cpp: Callable[..., Any],
+    bundles: Callable[[str, str, str], Path],
+    kinds: Callable[[str], tuple[Path, Path]],
+    form: str,
+) -> None:
+    """diffusers' pipeline draws squares of one size."""
+    pipe, labels, decoded = opened(diffusers.DiTPipeline, kinds("dit")[0]), [999, 0, 2], list[torch.Tensor]()
+    decode = pipe.vae.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", lambda latents: decoded.append(latents) or decode(latents))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+        pipe(class_labels=labels, guidance_scale=3.0, generator=generators, num_inference_steps=STEPS)
+    given: dict[str, Any] = {"sampler": "ddim", "guidance": 3.0, "class_labels": labels}
+    results = drawn_by_both(open_cpp, bundles("dit", form, "ddim"), form, **given)
+    check(results, decoded[0] * pipe.vae.config.scaling_factor, pipe.vae)
