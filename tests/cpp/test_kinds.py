@@ -149,14 +149,15 @@ def test_text_to_image(
     check(results, judged(pipe, sampler, PROMPTS, SEEDS, steps=STEPS, **options, **sizes), pipe.vae)
 
 
-# diffusers' pipeline of LCM spreads its steps over the strength, where all others leave out the first ones, as here
-@pytest.mark.parametrize(
-    ("case", "form"),
-    in_forms(
-        [case for case, (name, _) in TEXT.items() if hasattr(diffusers, f"{name}Img2ImgPipeline") and case != "lcm"],
-        FORMS[:2],
-    ),
-)
+FROM_IMAGES = [
+    case
+    for case, (pipeline, _) in TEXT.items()
+    if hasattr(diffusers, f"{pipeline}Img2ImgPipeline")
+    and case != "lcm"  # whose pipeline spreads its steps over the strength; all others leave out the first, as here
+]
+
+
+@pytest.mark.parametrize(("case", "form"), in_forms(FROM_IMAGES, FORMS[:2]))
 def test_image_to_image(
     open_cpp: Callable[..., Any],
     bundles: Callable[[str, str, str], Path],
