@@ -36,7 +36,7 @@ from ldm_export.checkpoint.weights import (
     shared_tensors,
 )
 from ldm_export.errors import CheckpointError, InputError
-from ldm_export.plan import compile_plan, sampler_of
+from ldm_export.plan import compile_plan, picture_tokens, sampler_of, shifts_dynamically
 from ldm_export.plan.scheduler_classes import FLOW_MATCHING
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
 from ldm_export.reading.hashes import sha256_of
@@ -145,6 +145,14 @@ class LatentDiffusion:
         height, width = self.latent_size
         return height * self.pixels_per_latent, width * self.pixels_per_latent
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a picture of its own size; 0 where its scheduler does not go by them."""
+        if not shifts_dynamically(self.scheduler):
+            return 0
+        facts = {"pixels_per_latent": self.pixels_per_latent, "patch_size": self.kind.patch_size(self.configs)}
+        return picture_tokens(facts, *self.picture_size)
+
     @cached_property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of its latents."""
@@ -188,7 +196,7 @@ class LatentDiffusion:
             steps = next(
                 filter(self._fits(sampler), range(FEW if sampler == "lcm" else SamplingDefaults.steps, 1, -1)), 1
             )
-            compile_plan(self.scheduler, sampler, steps)
+            compile_plan(self.scheduler, sampler, steps, tokens=self.tokens)
         except InputError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         return SamplingDefaults(sampler, steps)
@@ -198,7 +206,7 @@ class LatentDiffusion:
 
         def fits(steps: int) -> bool:
             try:
-                compile_plan(self.scheduler, sampler, steps)
+                compile_plan(self.scheduler, sampler, steps, tokens=self.tokens)
             except InputError:
                 return False
             return True

@@ -15,6 +15,8 @@ from torch import nn
 
 from ldm_export.checkpoint.weights import OF_DIFFUSERS, name_of_diffusers
 from ldm_export.errors import CheckpointError
+from ldm_export.plan import shifts_dynamically
+from ldm_export.plan.scheduler_classes import FLOW_MATCHING
 
 Index = Mapping[str, Any]
 """Content of ``model_index.json``."""
@@ -53,11 +55,13 @@ class PipelineClass:
     Attributes
     ----------
     scheduler : keys of the scheduler's config that have this value whatever the file says
+    shifting : keys by which it shifts dynamically, with their values where neither file nor scheduler class has them
     options : keys of ``model_index.json`` that are no parts, with their defaults
     sample_size : of the denoiser's latents, where its config says none
     """
 
     scheduler: Mapping[str, Any] = field(default_factory=dict)
+    shifting: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     sample_size: int = 64
 
@@ -100,6 +104,10 @@ class CheckpointKind:
         """Parts of a checkpoint that a bundle of it has."""
         tokenizers = {name.replace("text_encoder", "tokenizer") for name in self.components}
         return {*self.components, *tokenizers, "scheduler"}
+
+    def patch_size(self, configs: Configs) -> int:
+        """How many latents a side one of the denoiser's tokens has."""
+        return int(configs[self.denoiser].get("patch_size") or 1)
 
     def fits(self, index: Index) -> bool:
         """Whether ``model_index.json`` names a denoiser of this kind."""
@@ -145,7 +153,9 @@ class CheckpointKind:
         """A scheduler's config with the class that ``model_index.json`` names and what the constructor sets."""
         named = index.get("scheduler")
         own = named[1] if isinstance(named, list) and len(named) == 2 and named[1] is not None else None
-        return {**config, **({} if own is None else {"_class_name": own}), **self.pipeline(index).scheduler}
+        pipeline, used = self.pipeline(index), {**config, **({} if own is None else {"_class_name": own})}
+        has_its_own = used.get("_class_name") in FLOW_MATCHING or not shifts_dynamically(used)
+        return {**({} if has_its_own else pipeline.shifting), **used, **pipeline.scheduler}
 
 
 def kind_of(file: Path, index: Index, kinds: Sequence[CheckpointKind]) -> CheckpointKind:

@@ -59,7 +59,8 @@ def export_bundle(
     """
     family = family_of(checkpoint)
     family.check()
-    compile_plan(checkpoint.scheduler, checkpoint.drawing.sampler, checkpoint.drawing.steps)  # as the runtimes will
+    drawing = checkpoint.drawing
+    compile_plan(checkpoint.scheduler, drawing.sampler, drawing.steps, tokens=checkpoint.tokens)  # as the runtimes will
     for note in family.notes:
         _log.info(note)
     for name in checkpoint.components:
@@ -74,7 +75,6 @@ def export_bundle(
         for graph in family.graphs:
             parity += _export_graph(graph, checkpoint, writer.path / graph.spec.name, progress)
         progress("hashes")
-        drawing = checkpoint.drawing
         return writer.seal(
             model={**family.facts, "default_sampler": drawing.sampler, "default_steps": drawing.steps},
             graphs={graph.spec.name: graph.spec for graph in family.graphs},

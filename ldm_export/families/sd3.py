@@ -45,7 +45,7 @@ def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int
     return side, side
 
 
-PIPELINE = PipelineClass(sample_size=128)
+PIPELINE = PipelineClass(sample_size=128, shifting={"max_shift": 1.16})
 KIND = CheckpointKind(
     components={
         "text_encoder": CLIP_TEXT_ENCODER,

@@ -109,7 +109,7 @@ def timesteps_drawn(model: LatentDiffusion) -> Tensor:
     drawing = model.drawing
     if drawing.steps >= FEW_STEPS:
         return torch.arange(int(model.scheduler.get("num_train_timesteps", 1000)))
-    rows = compile_plan(model.scheduler, drawing.sampler, drawing.steps).rows
+    rows = compile_plan(model.scheduler, drawing.sampler, drawing.steps, tokens=model.tokens).rows
     return torch.tensor(sorted({round(row.timestep) for row in rows}))
 
 

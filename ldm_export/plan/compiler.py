@@ -48,7 +48,7 @@ def compile_plan(
     sampler : a key of `SAMPLERS`
     num_inference_steps : 1 to ``num_train_timesteps``, and to `MOST_STEPS`
     eta : DDIM's share of DDPM's noise, in [0, 1]; other samplers have none
-    tokens : of a picture, by which some networks trained by flow matching are sampled; 0 for a model that has none
+    tokens : of a picture (`ldm_export.plan.flow.picture_tokens`), which are read where the config shifts dynamically
 
     Raises
     ------
@@ -111,6 +111,7 @@ def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_s
         init_scale=init_scale,
         rows=tuple(row for step in rows for row in step),
         entries=Entries(num_inference_steps, entry),
+        tokens=options.tokens if options.use_dynamic_shifting else 0,
     )
 
 

@@ -9,12 +9,14 @@ A shift moves noise levels up, as larger pictures need it (SD3, 2403.03206, eq. 
     sigma  ->  shift * sigma / (1 + (shift - 1) * sigma)
 
 With dynamic shifting ``shift`` is ``exp(mu)``, or ``mu`` itself (``time_shift_type`` linear), where ``mu`` is linear in
-the number of tokens of the picture.
+the number of tokens of the picture, so that a plan is of pictures of one size (`picture_tokens`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,18 @@ PREDICTION = "flow_prediction"
 """What ``prediction_type`` says of such networks in the classes of diffusers that have the key."""
 NEARLY_ALL_NOISE = 1e-6
 """How much below 1 UniPC begins where it would begin at 1, whose log SNR is infinite."""
+
+
+def shifts_dynamically(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler config asks for noise levels by the number of a picture's tokens."""
+    return bool(config.get("use_dynamic_shifting"))
+
+
+def picture_tokens(model: Mapping[str, Any], height: int, width: int) -> int:
+    """Tokens of a picture of so many pixels, by the manifest's ``model``: without a ``patch_size`` one a latent."""
+    patch = model.get("patch_size", 1)
+    rows, columns = (side // model["pixels_per_latent"] // patch for side in (height, width))
+    return int(rows * columns)
 
 
 def euler_grid(config: SchedulerConfig, steps: int) -> Grid:
@@ -109,14 +123,14 @@ def beta_quantile(share: float) -> float:
 
 
 def _dynamic_shift(config: SchedulerConfig) -> float:
-    """The shift of a picture by the number of its tokens."""
+    """The shift of a picture by the number of its tokens, as diffusers' pipelines calculate it."""
     if not config.tokens:
         raise InputError(
             "the scheduler config has use_dynamic_shifting = true, which is by the number of a picture's tokens, and "
-            "this model has none. Set use_dynamic_shifting to false, and shift to what the network was trained with."
+            "none were given. Give the tokens of the picture."
         )
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + slope * (config.tokens - config.base_image_seq_len)
+    mu = config.tokens * slope + (config.base_shift - slope * config.base_image_seq_len)  # in diffusers' order
     return mu if config.time_shift_type == "linear" else math.exp(mu)
 
 

@@ -34,6 +34,8 @@ MAX_HISTORY = 5
 """Values that a row may remember: PLMS's first output comes back at lag 4."""
 
 MOST_STEPS = 10_000
+MOST_TOKENS = 1 << 40
+"""Largest ``tokens`` of a plan: of the largest picture, one a pixel."""
 
 Latents = npt.NDArray[np.floating[Any]]
 
@@ -138,16 +140,24 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled sampler of ``num_inference_steps`` steps: ``rows`` from noise, ``entries[k]`` from an image."""
+    """A compiled sampler of ``num_inference_steps`` steps: ``rows`` from noise, ``entries[k]`` from an image.
+
+    ``tokens`` are those of the pictures that it draws; 0 for any size. Its file has them where there are some.
+    """
 
     sampler: str
     num_inference_steps: int
     init_scale: float
     rows: tuple[Row, ...]
     entries: Sequence[Entry]
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
+        if not 0 <= self.tokens <= MOST_TOKENS:
+            raise InputError(
+                f"a plan is of pictures of {self.tokens} tokens; they have 1 to {MOST_TOKENS}. Compile the plan again."
+            )
         if not 1 <= steps <= MOST_STEPS or not steps <= len(self.rows) <= 2 * steps:
             raise InputError(
                 f"a plan of {steps} steps has {len(self.rows)} rows; a step is one or two network calls. "
@@ -214,6 +224,8 @@ class Plan:
     def to_json(self) -> str:
         """The plan file: the same plan gives the same text, and every number reads back to the last bit."""
         document = asdict(replace(self, entries=tuple(self.entries)))
+        if not self.tokens:
+            del document["tokens"]
         return json.dumps({"format_version": FORMAT_VERSION, **document}, sort_keys=True, indent=1) + "\n"
 
     @classmethod
@@ -236,7 +248,9 @@ class Plan:
                 f"a plan file has format_version {version!r}; this package reads {FORMAT_VERSION}. "
                 "Compile the plan again with this version."
             )
-        return _record(cls, document, "a plan")
+        if document.get("tokens") == 0:
+            raise InputError("a plan file has tokens = 0; a plan for any size has no tokens. Compile the plan again.")
+        return _record(cls, {"tokens": 0, **document}, "a plan")
 
 
 def _is_float32(number: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.plans import read_plan
+from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
@@ -177,7 +177,6 @@ def checked_request(
     sampler = model["default_sampler"] if sampler is None else text_of("sampler", sampler)
     steps = model["default_steps"] if steps is None else whole_number("steps", steps, 1, MOST_STEPS)
     deepcache, whole = whole_number("deepcache", deepcache, 1, MOST_STEPS), flag("whole", whole)
-    plan = read_plan(bundle, sampler, steps)
     if whole and (image is not None or deepcache > 1):
         raise InputError(
             "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
@@ -208,13 +207,17 @@ def checked_request(
             f"The size {height}x{width} does not fit; this model makes pictures of at most {largest} pixels a side. "
             f"Use {min(height, largest)}x{min(width, largest)}."
         )
+    size = int(height), int(width)
+    plan = read_plan(bundle, sampler, steps, size)
+    if whole:
+        check_loop_size(bundle, sampler, steps, size)
     request = Request(
         prompts=texts,
         negative_prompts=negatives_for(negatives, batch) if reads_text else (),
         class_labels=labels,
         seeds=seeds_for(seeds, batch),
-        height=int(height),
-        width=int(width),
+        height=size[0],
+        width=size[1],
         guidance=scale,
         image=sample,
         trajectory=plan.from_noise()

@@ -28,7 +28,7 @@ PROMPTS, NEGATIVE = ("red apple", "cat"), "blue"
 SEEDS = (0, 1)
 GUIDANCE = 4.0
 LARGEST_SIDE = 16
-"""Latents are compared at the model's own size, but no larger than this a side: the graphs are of any size."""
+"""Latents are compared at the model's own size, but no larger than this a side where the graphs are of any size."""
 
 if TYPE_CHECKING:
     from ldm_export.checkpoint import LatentDiffusion
@@ -43,7 +43,7 @@ def check_loops(checkpoint: LatentDiffusion, names: Sequence[str]) -> None:
         For a plan that cannot be compiled, or a model that there are no loops of.
     """
     for name in names:
-        compile_plan(checkpoint.scheduler, *loop_of(name))
+        compile_plan(checkpoint.scheduler, *loop_of(name), tokens=checkpoint.tokens)
     family = family_of(checkpoint)
     check_loopable({graph.spec.name: graph.spec for graph in family.graphs}, family.roles)
 
@@ -95,6 +95,8 @@ def compare_loop(bundle: Bundle, loop: Loop, path: Path) -> list[Parity]:
     """
     sampler, steps = loop_of(loop.spec.name.removeprefix("loops/"))
     wishes = {**example_wishes(bundle, loop.spec), "sampler": sampler, "steps": steps}
+    if read_plan(bundle, sampler, steps).tokens:  # the loop draws with this plan at no other size
+        wishes |= {side: bundle.manifest.model[side] for side in ("height", "width")}
     inputs = loop_inputs(bundle, loop.spec, checked_request(bundle, **wishes))
     drawn = Pipeline(bundle, "cpu").generate(**wishes)
     options = session_options()

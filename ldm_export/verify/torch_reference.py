@@ -20,7 +20,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import conditions_of, labels_of
 from ldm_export.errors import InputError
 from ldm_export.families import family_of
-from ldm_export.plan import Stepper, compile_plan
+from ldm_export.plan import Stepper, compile_plan, picture_tokens
 from ldm_export.runtime.conditioning import request_sources
 
 Ids = npt.NDArray[np.int64]
@@ -62,7 +62,7 @@ class TorchReference:
     def __init__(self, checkpoint: LatentDiffusion):
         family = family_of(checkpoint)
         self._checkpoint, self._roles = checkpoint, family.roles
-        self._class_count = family.facts["class_count"]
+        self._facts = family.facts
         self._specs = {graph.spec.name: graph.spec for graph in family.graphs}
         self._read = self._roles.sources(self._specs)
         if more := self._more_than_it_gives():
@@ -105,7 +105,8 @@ class TorchReference:
         labels : classes (B,), of models that have them
         """
         spent = _Clock()
-        rows = compile_plan(self._checkpoint.scheduler, sampler, steps).from_noise()
+        tokens = picture_tokens(self._facts, *size)
+        rows = compile_plan(self._checkpoint.scheduler, sampler, steps, tokens=tokens).from_noise()
         guided = self._roles.guidance.takes_two_rows(guidance)
         given = request_sources(
             self._read,
@@ -197,7 +198,7 @@ class TorchReference:
             return None
         if labels_of(self._specs, self._roles).dtype != "int64":
             return "class labels as features"
-        if not self._class_count:
+        if not self._facts["class_count"]:
             return "class numbers of which there may be any"
         return "class numbers beside text" if self._roles.text_encoders else None
 

@@ -59,6 +59,7 @@ class Compiler {
         plan.sampler = sampler_.name;
         plan.num_inference_steps = steps_.size();
         plan.init_scale = 1;
+        plan.tokens = options_.use_dynamic_shifting ? options_.tokens : 0;
         const double first = grid_.here[0].ratio();
         if (sampler_.edm_scale) plan.init_scale = options_.timestep_spacing != "leading" ? first : std::hypot(first, 1);
         check(is_float32(plan.init_scale));

@@ -13,7 +13,7 @@ struct Facts {
     std::uint32_t latent_channels, pixels_per_latent;
     std::uint32_t largest_size;  // pixels that a picture is high and wide at most
     bool strength_rounds_up;  // from an image a part of a step counts as one
-    std::uint32_t size_step;  // pixels that heights and widths are multiples of
+    std::uint32_t size_step;  // pixels that heights and widths are multiples of: a side of one of the denoiser's tokens
     std::uint32_t picture_channels;  // 3, or 1 for grey models
     std::string default_sampler;
     std::uint32_t default_steps;
@@ -21,6 +21,11 @@ struct Facts {
     bool reads_text, takes_classes;
     bool reads_image_latents;   // beside the sample, for inpainting or editing
     std::uint32_t class_count;  // 0: not given, or takes none
+
+    // Tokens of a picture of so many pixels; without a patch_size one a latent.
+    std::int64_t tokens(std::uint32_t high, std::uint32_t wide) const {
+        return std::int64_t{high / size_step} * (wide / size_step);
+    }
 };
 
 // Throws BundleError unless the bundle has the graphs and says the facts.

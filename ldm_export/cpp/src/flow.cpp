@@ -12,17 +12,17 @@ constexpr double NEARLY_ALL_NOISE = 1e-6;  // how much below 1 UniPC begins wher
 
 double shifted(double sigma, double shift) { return shift * sigma / (1 + (shift - 1) * sigma); }
 
-// The shift of a picture by the number of its tokens.
+// The shift of a picture by the number of its tokens, as diffusers' pipelines calculate it; NaN where it is no finite number.
 double dynamic_shift(const SchedulerConfig &config) {
     if (config.tokens == 0)
         throw InputError("the scheduler config has use_dynamic_shifting = true, which is by the number of a picture's tokens, "
-                         "and this model has none. Set use_dynamic_shifting to false, and shift to what the network was "
-                         "trained with.");
+                         "and none were given. Give the tokens of the picture.");
     const auto of = [](std::int64_t count) { return static_cast<double>(count); };
     const double slope =
         (config.max_shift - config.base_shift) / of(config.max_image_seq_len - config.base_image_seq_len);
-    const double mu = config.base_shift + slope * of(config.tokens - config.base_image_seq_len);
-    return config.time_shift_type == "linear" ? mu : std::exp(mu);
+    const double mu = of(config.tokens) * slope + (config.base_shift - slope * of(config.base_image_seq_len));
+    const double shift = config.time_shift_type == "linear" ? mu : std::exp(mu);
+    return std::isfinite(mu) && std::isfinite(shift) ? shift : std::nan("");
 }
 
 // Noise levels moved up by the shift `fixed`, or by that of the picture.

@@ -164,13 +164,19 @@ Plan plan_from_json(std::string_view text) {
         throw InputError(join("a plan file has format_version ", version.dump(), "; this package reads ", FORMAT_VERSION,
                               ". Compile the plan again with this version."));
     document.object().erase("format_version");
-    const Record record(document, "a plan", {"sampler", "num_inference_steps", "init_scale", "rows", "entries"});
+    const bool of_one_size = document.object().count("tokens") != 0;
+    std::set<std::string> names{"sampler", "num_inference_steps", "init_scale", "rows", "entries"};
+    if (of_one_size) names.insert("tokens");
+    const Record record(document, "a plan", names);
     Plan plan;
     plan.sampler = record.text("sampler");
     plan.num_inference_steps = record.index("num_inference_steps");
     plan.init_scale = record.number("init_scale");
     plan.rows = rows_of(record.list("rows"));
     for (const Json &value : record.list("entries")) plan.entries.push_back(entry_of(value));
+    if (of_one_size) plan.tokens = static_cast<std::int64_t>(record.index("tokens"));
+    if (of_one_size && (plan.tokens < 1 || plan.tokens > MOST_TOKENS))
+        refuse(join("a plan is of pictures of ", plan.tokens, " tokens; they have 1 to ", MOST_TOKENS));
     check(plan);
     return plan;
 }

@@ -14,6 +14,7 @@
 namespace ldm::runtime {
 
 constexpr std::int64_t MOST_STEPS = 10'000;
+constexpr std::int64_t MOST_TOKENS = std::int64_t{1} << 40;  // of the largest picture, one a pixel
 
 // One network call and the update that follows it.
 struct Row {
@@ -49,6 +50,7 @@ struct Plan {
     double init_scale = 0;
     std::vector<Row> rows;
     std::vector<Entry> entries;
+    std::int64_t tokens = 0;  // of the pictures that it draws; 0 for any size
 
     Trajectory from_noise() const;
     Trajectory starting_at(std::size_t step) const;

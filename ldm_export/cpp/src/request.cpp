@@ -154,30 +154,39 @@ Json scheduler_of(const Bundle &bundle) {
     }
 }
 
-// The plan of that sampler and number of steps: the bundle's file, or else compiled by its scheduler config.
-Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
-    const std::string path = join("plans/", sampler, "-", steps, ".json");
-    if (bundle.files.has(path)) {
-        Plan plan = plan_from_json(bundle.files.text(path));
-        if (plan.sampler != sampler || plan.num_inference_steps != steps)
-            throw InputError(join(path, " of ", bundle.path().string(), " is a plan of ", plan.num_inference_steps, " steps of '",
-                                  plan.sampler, "'. Compile the plan again."));
-        return plan;
-    }
+std::string path_of(const std::string &sampler, std::uint32_t steps) { return join("plans/", sampler, "-", steps, ".json"); }
+
+// The plan in the bundle's file of that name, where it has one.
+std::optional<Plan> plan_in(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
+    const std::string path = path_of(sampler, steps);
+    if (!bundle.files.has(path)) return std::nullopt;
+    Plan plan = plan_from_json(bundle.files.text(path));
+    if (plan.sampler != sampler || plan.num_inference_steps != steps)
+        throw InputError(join(path, " of ", bundle.path().string(), " is a plan of ", plan.num_inference_steps, " steps of '",
+                              plan.sampler, "'. Compile the plan again."));
+    return plan;
+}
+
+// The plan of that sampler and number of steps: the bundle's file, unless it is of pictures of another number of tokens, or
+// else compiled by its scheduler config.
+Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t steps, std::int64_t tokens) {
+    std::optional<Plan> plan = plan_in(bundle, sampler, steps);
+    if (plan && (plan->tokens == 0 || plan->tokens == tokens)) return *std::move(plan);
     std::vector<std::string> there, kin;
     for (const auto &[name, _] : bundle.manifest.files) {
         if (name.rfind("plans/", 0) != 0) continue;
         there.push_back(name.substr(6, name.size() - std::min<std::size_t>(name.size(), 6 + 5)));  // without .json
         if (there.back().substr(0, there.back().rfind('-')) == sampler) kin.push_back(there.back());
     }
-    const std::string lacks = join("This bundle has no plan for ", short_repr(sampler), " with ", steps, " steps");
+    const std::string lacks = join("This bundle has no plan for ", short_repr(sampler), " with ", steps, " steps",
+                                   plan ? join(" and pictures of ", tokens, " tokens") : "");
     std::sort(there.begin(), there.end());
     if (!bundle.files.has(SCHEDULER))
         throw InputError(join(lacks, ", and no ", SCHEDULER, " to compile one from; its plans: ", listed(there, "none"),
                               ". Use one of those, or export the bundle anew."));
     const Json config = scheduler_of(bundle);
     try {
-        return compile_plan(config, sampler, steps);
+        return compile_plan(config, sampler, steps, tokens);
     } catch (const InputError &error) {
         std::sort(kin.begin(), kin.end(), [](const std::string &a, const std::string &b) {
             return std::pair(a.size(), a) < std::pair(b.size(), b);
@@ -187,10 +196,20 @@ Plan read_plan(const Bundle &bundle, const std::string &sampler, std::uint32_t s
     }
 }
 
-std::string loop(const Bundle &bundle, const std::string &sampler, std::uint32_t steps, bool stepped) {
-    if (stepped)
-        throw InputError("The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from "
-                         "noise, and all of the denoiser each time. Leave one of them out.");
+// Throws InputError if pictures of this size have another plan than the one that a loop is made of.
+void check_loop_size(const Bundle &bundle, const Facts &facts, const std::string &sampler, std::uint32_t steps,
+                     const Request &request) {
+    const std::int64_t own = facts.tokens(facts.height, facts.width);
+    const std::optional<Plan> plan = plan_in(bundle, sampler, steps);
+    const std::int64_t made_for = plan ? plan->tokens : read_plan(bundle, sampler, steps, own).tokens;
+    if (made_for == 0 || made_for == facts.tokens(request.height, request.width)) return;
+    const std::string what = made_for == own ? join(facts.height, "x", facts.width) : join("pictures of ", made_for, " tokens");
+    throw InputError(join("The whole loop ", sampler, "-", steps, " was asked for at ", request.height, "x", request.width,
+                          "; it is made for ", what, ", since this model's noise levels are by the size of the picture. Use "
+                          "that size, or draw step by step."));
+}
+
+std::string loop(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
     const std::string name = join("loops/", sampler, "-", steps);
     if (bundle.manifest.graphs.count(name) != 0) return name;
     std::vector<std::string> there;
@@ -220,8 +239,9 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     const std::string sampler = options.sampler == nullptr ? facts.default_sampler : options.sampler;
     if (!is_utf8(sampler)) throw InputError("The sampler's name is not UTF-8 text. Use one of the bundle's.");
     const std::uint32_t steps = options.steps == 0 ? facts.default_steps : options.steps;
-    const Plan plan = read_plan(bundle, sampler, steps);
-    if (options.whole != 0) request.loop = loop(bundle, sampler, steps, options.image != nullptr || options.deepcache > 1);
+    if (options.whole != 0 && (options.image != nullptr || options.deepcache > 1))
+        throw InputError("The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from "
+                         "noise, and all of the denoiser each time. Leave one of them out.");
     request.height = options.height == 0 ? facts.height : options.height;
     request.width = options.width == 0 ? facts.width : options.width;
     check_size(request.height, request.width, facts.size_step);
@@ -229,6 +249,11 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
         throw InputError(join("The size ", request.height, "x", request.width, " does not fit; this model makes pictures of at "
                               "most ", largest, " pixels a side. Use ", std::min(request.height, largest), "x",
                               std::min(request.width, largest), "."));
+    const Plan plan = read_plan(bundle, sampler, steps, facts.tokens(request.height, request.width));
+    if (options.whole != 0) {
+        check_loop_size(bundle, facts, sampler, steps, request);
+        request.loop = loop(bundle, sampler, steps);
+    }
     request.seeds = seeds(options, count);
     check_memory(facts, request);
     request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength, facts.strength_rounds_up);

@@ -15,7 +15,7 @@ import onnx_ir
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop, source_hashes_of
-from ldm_export.bundle.plans import loop_of, read_plan
+from ldm_export.bundle.plans import plan_in
 from ldm_export.contract import STEP, GraphSpec, step_spec
 from ldm_export.errors import InputError
 from ldm_export.export.chain import tolerances
@@ -152,7 +152,7 @@ def plan_of(bundle: Bundle, name: str) -> Plan:
             f"{bundle.path} has no plan {name!r}; it has {', '.join(plans_of(bundle)) or 'none'}. Use one of these, or "
             "add it with ldm-export plan."
         )
-    return read_plan(bundle, *loop_of(name))
+    return plan_in(bundle, f"plans/{name}.json")
 
 
 def plans_of(bundle: Bundle) -> list[str]:
