@@ -345,6 +345,21 @@ def pixart(folder: Path, tiny: Path, *, sizes: bool = False) -> None:
     ).save_pretrained(folder)
 
 
+SHIFTING: dict[str, dict[str, Any]] = {
+    "exponential": {},
+    "linear": {"time_shift_type": "linear", "shift_terminal": 0.1},
+}
+"""How noise levels go by the size of the picture: options of diffusers' scheduler."""
+
+
+def shift_dynamically(checkpoint: Path, name: str) -> None:
+    """Give a checkpoint of flow matching a scheduler of `SHIFTING`."""
+    shutil.rmtree(checkpoint / "scheduler")
+    small = {"base_image_seq_len": 16, "max_image_seq_len": 64, "max_shift": 2.0}  # so that sizes of tests differ much
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **small, **SHIFTING[name])
+    scheduler.save_pretrained(checkpoint / "scheduler")
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "unconditional": unconditional,
     "class-conditional": class_conditional,

@@ -22,7 +22,7 @@ from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.families import open_checkpoint
 from ldm_export.runtime.backends import auto
 from ldm_export.verify.loops import add_loop
-from tests.bundle_fixture import KINDS, GraphCache
+from tests.bundle_fixture import KINDS, GraphCache, shift_dynamically
 
 TOKENS = 16
 CAPTIONS = ("a red circle", "a blue square", "two green triangles on white", "grinning face with smiling eyes")
@@ -179,5 +179,21 @@ def kinds(
         checkpoint, bundle = folder / kind, folder / f"{kind}.bundle"
         KINDS[kind](checkpoint, tiny_checkpoint)
         return checkpoint, chain.export_bundle(open_checkpoint(checkpoint), bundle).path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shifting(
+    kinds: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """A function from a name in `SHIFTING` to a Stable Diffusion 3 that shifts so and its bundle, both read-only."""
+    folder = tmp_path_factory.mktemp("shifting")
+
+    @cache
+    def make(name: str) -> tuple[Path, Path]:
+        checkpoint = Path(shutil.copytree(kinds("sd3")[0], folder / name))
+        shift_dynamically(checkpoint, name)
+        return checkpoint, chain.export_bundle(open_checkpoint(checkpoint), folder / f"{name}.bundle").path
 
     return make

@@ -20,13 +20,16 @@ from ldm_export.plan import SAMPLERS
 def command(bundle: Path, sampler: str, steps: int, eta: float, loop: bool, as_json: bool) -> None:
     """Compile a sampler into a plan and add its file to BUNDLE, where it is what is drawn with.
 
-    The runtimes compile what has no file when they draw; a file is for --eta, and to keep a plan as it is now.
+    The runtimes compile what has no file when they draw; a file is for --eta, and to keep a plan as it is now. Of a
+    model whose noise levels are by the size of the picture, it is used at the model's own size alone.
 
     With --loop, loops/SAMPLER-STEPS.onnx goes from token ids and noise to pictures by this plan, in any language that
     has ONNX Runtime. It is compared with the runtime before it is added; exit code 1 if it differs.
     """
     opened, plan = add_plan(Bundle.open(bundle), sampler, steps, eta=eta)
     document = {"plan": f"plans/{plan.file_name}", "rows": len(plan.rows)}
+    if plan.tokens:
+        document["size"] = f"{opened.manifest.model['height']}x{opened.manifest.model['width']}"
     records = []
     if loop:
         from ldm_export.verify.loops import add_loop, records_of
@@ -38,6 +41,7 @@ def command(bundle: Path, sampler: str, steps: int, eta: float, loop: bool, as_j
     if as_json:
         print_json(document)
         return
-    console.print(f"{document['plan']}: {len(plan.rows)} network calls")
+    of_one_size = f", for pictures of {document['size']}" if plan.tokens else ""
+    console.print(f"{document['plan']}: {len(plan.rows)} network calls{of_one_size}")
     for record in records:
         console.print(parity_line(record))

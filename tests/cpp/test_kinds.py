@@ -95,7 +95,12 @@ def drawn_by_both(open_cpp: Callable[..., Any], folder: Path, form: str, **optio
     if (labels := options.pop("class_labels", None)) is not None:
         given["class_labels"] = (ctypes.c_int64 * len(labels))(*labels)
     if (image := options.pop("image", None)) is not None:
-        given |= {"image": image.tobytes(), "image_count": len(image), "height": HEIGHT, "width": WIDTH}
+        given |= {
+            "image": image.tobytes(),
+            "image_count": len(image),
+            "height": image.shape[1],
+            "width": image.shape[2],
+        }
     options["sampler"] = options["sampler"].encode()
     latents: list[Any] = []
 
@@ -116,6 +121,13 @@ def check(results: dict[str, Any], latents: torch.Tensor, vae: Any) -> None:
     for runtime, result in results.items():
         assert relative_error(result.latents, latents.numpy()) < LATENT_TOLERANCE, runtime
         assert psnr_db(result.images, pictures) >= SAME_PICTURE_DB, runtime
+
+
+def waves(height: int, width: int) -> np.ndarray[Any, Any]:
+    """A smooth picture a seed, uint8 (B, height, width, 3)."""
+    y, x = np.mgrid[0:height, 0:width]
+    values = [np.stack([np.sin(x / 5 + k), np.cos(y / 4), np.sin((x + y) / 7 - k)], axis=-1) for k in range(len(SEEDS))]
+    return np.asarray(((np.stack(values) * 0.5 + 0.5) * 255).round().astype(np.uint8))
 
 
 def in_forms(cases: Iterable[str], forms: Iterable[str]) -> list[Any]:
@@ -170,9 +182,7 @@ def test_image_to_image(
     checkpoint = tiny_checkpoint if kind == "text" else kinds(kind)[0]
     pipe, options = opened(getattr(diffusers, f"{pipeline}Img2ImgPipeline"), checkpoint), {**given, "strength": 0.6}
     sampler = options.pop("sampler")
-    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    waves = [np.stack([np.sin(x / 5 + k), np.cos(y / 4), np.sin((x + y) / 7 - k)], axis=-1) for k in range(len(SEEDS))]
-    image = ((np.stack(waves) * 0.5 + 0.5) * 255).round().astype(np.uint8)
+    image = waves(HEIGHT, WIDTH)
     results = drawn_by_both(
         open_cpp, bundles(kind, form, sampler), form, prompts=PROMPTS, sampler=sampler, image=image, **options
     )

@@ -35,12 +35,23 @@ def _plan(*path: str | int) -> Callable[..., Case]:
     return file_value(PLAN, *path)
 
 
+def _tokens(raw: str, opens: bool) -> Case:
+    """A plan for pictures of so many tokens; those of the sound bundle have 16."""
+
+    def change(draft: Draft) -> None:
+        draft.put(PLAN, draft.document(PLAN) | {"tokens": draft.raw(raw)})
+
+    return Case(f"{PLAN} tokens = {raw}", opens, change)
+
+
 def _whole() -> Iterator[Case]:
     yield from rows(_plan("format_version"), refused=("0", "2", "1.0", "true", '"1"', "null", MISSING))
     yield from rows(_plan("sampler"), refused=('"euler"', '""', '"ddim\\u0000"', '"../ddim"', "null", "1", MISSING))
     yield from rows(_plan("num_inference_steps"), refused=("1", "3", "0", "-2", "2.0", '"2"', "true", "null", MISSING))
     yield from rows(_plan("init_scale"), opened=("1", "0", "0.5", "1e-50"), refused=NO_NUMBER)
     yield from rows(_plan("x"), refused=("1", "null"))
+    no_tokens = ("0", "-1", "1.0", "1e2", "true", '"1"', "null", "[]", str(2**40 + 1), str(2**63), str(10**30))
+    yield from rows(_tokens, opened=("16", "15", str(2**40)), refused=no_tokens)  # those of other sizes are passed over
     yield from rows(_plan("rows"), refused=("[]", "[1]", "[[]]", "[{}]", *NO_LIST))
     yield from rows(_plan("entries"), refused=("[]", "[1, 2]", "[{}, {}]", *NO_LIST))
 

@@ -154,11 +154,9 @@ Json scheduler_of(const Bundle &bundle) {
     }
 }
 
-std::string path_of(const std::string &sampler, std::uint32_t steps) { return join("plans/", sampler, "-", steps, ".json"); }
-
 // The plan in the bundle's file of that name, where it has one.
 std::optional<Plan> plan_in(const Bundle &bundle, const std::string &sampler, std::uint32_t steps) {
-    const std::string path = path_of(sampler, steps);
+    const std::string path = join("plans/", sampler, "-", steps, ".json");
     if (!bundle.files.has(path)) return std::nullopt;
     Plan plan = plan_from_json(bundle.files.text(path));
     if (plan.sampler != sampler || plan.num_inference_steps != steps)
