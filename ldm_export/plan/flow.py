@@ -53,6 +53,8 @@ def euler_grid(config: SchedulerConfig, steps: int) -> Grid:
     sigmas = _stretched(config, _moved(config, np.linspace(1.0, lowest, steps), config.shift))
     first, last = float(sigmas[0]), float(sigmas[-1])
     if config.use_karras_sigmas:
+        if min(first, last) < 0:
+            raise ArithmeticError("a noise level below 0 has no root")
         sigmas = karras_levels(first, last, steps)
     elif config.use_exponential_sigmas:
         sigmas = np.exp(np.linspace(math.log(first), math.log(last), steps))

@@ -64,11 +64,12 @@ def test_a_file_and_a_loop_are_of_one_size(
         results = drawn_by_both(open_cpp, bundle.path, form, prompts=PROMPTS, sampler="euler", **given)
         check(results, judged(pipe, "euler", PROMPTS, SEEDS, steps=STEPS, **given), pipe.vae)
     wish: dict[str, Any] = {"steps": STEPS, "height": 24, "width": 40}
-    with pytest.raises(InputError, match="made for 16x16") as expected:
-        Pipeline(bundle, "cpu").generate(["a cat"], whole=True, **wish)
-    with pytest.raises(binding.LdmError) as caught:
-        open_cpp(bundle.path).draw(["a cat"], whole=1, **wish)
-    assert str(caught.value) == str(expected.value)
+    for path in (bundle.path, folder):  # with the file of its plan, and with neither
+        with pytest.raises(InputError, match="made for 16x16") as expected:
+            Pipeline.open(path, backend="cpu").generate(["a cat"], whole=True, **wish)
+        with pytest.raises(binding.LdmError) as caught:
+            open_cpp(path).draw(["a cat"], whole=1, **wish)
+        assert str(caught.value) == str(expected.value)
 
 
 def test_a_loop_of_any_other_size(

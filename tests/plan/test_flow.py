@@ -145,7 +145,7 @@ def test_samplers_for_other_networks(sampler: str) -> None:
         (config_of("euler", invert_sigmas=True), "invert_sigmas = True; only False is supported"),
         (config_of("unipc", invert_sigmas=True), "invert_sigmas = True; only False is supported"),
         (config_of("euler", shift=0.0), "shift = 0.0; it must be a positive number"),
-        (config_of("euler", use_dynamic_shifting=True), "by the number of a picture's tokens, and this model has none"),
+        (config_of("euler", use_dynamic_shifting=True), "by the number of a picture's tokens, and none were given"),
         (config_of("euler", use_dynamic_shifting=True, time_shift_type="square"), "exponential, linear"),
         (config_of("euler", shift_terminal=0.1), "numbers that float32 does not hold"),
     ],

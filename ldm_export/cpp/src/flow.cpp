@@ -37,6 +37,7 @@ Vector moved(const SchedulerConfig &config, Vector sigmas, double fixed) {
 Vector stretched(const SchedulerConfig &config, Vector sigmas) {
     if (config.shift_terminal == 0) return sigmas;
     const double scale = (1 - sigmas.back()) / (1 - config.shift_terminal);
+    if (!std::isfinite(scale)) return Vector(sigmas.size(), std::nan(""));  // refused, as is all that is no number
     for (double &sigma : sigmas) sigma = 1 - (1 - sigma) / scale;
     return sigmas;
 }
@@ -96,6 +97,7 @@ Grid flow_solver_grid(const SchedulerConfig &config, std::size_t steps) {
     const double shift = config.use_dynamic_shifting ? dynamic_shift(config) : config.flow_shift;
     Vector sigmas;
     for (std::size_t k = steps; k > 0; --k) sigmas.push_back(shifted(1 - alphas[k], shift));
+    if (sigmas.front() == 1) sigmas.front() = std::nan("");  // refused: nothing of the picture is left to solve for
     return grid_of(config, sigmas, true);
 }
 
