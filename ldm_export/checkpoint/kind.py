@@ -55,15 +55,15 @@ class PipelineClass:
     Attributes
     ----------
     scheduler : keys of the scheduler's config that have this value whatever the file says
-    shifting : keys by which it shifts dynamically, with their values where neither file nor scheduler class has them
     options : keys of ``model_index.json`` that are no parts, with their defaults
     sample_size : of the denoiser's latents, where its config says none
+    shifting : keys by which it shifts dynamically, with their values where neither file nor scheduler class has them
     """
 
     scheduler: Mapping[str, Any] = field(default_factory=dict)
-    shifting: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     sample_size: int = 64
+    shifting: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pixels_by_levels(configs: Configs) -> int:
