@@ -191,3 +191,27 @@ def wrong_flows(count: int, seed: int = 3) -> Iterator[Case]:
             yield config, sampler, steps
         else:
             yield config, choose.choice(sorted(SAMPLERS)), steps
+
+
+FAR_SHIFTS: dict[str, tuple[Any, ...]] = {
+    "time_shift_type": ("linear", "exponential"),
+    "base_shift": (0.5, 1e-300, 100.0, 710.0, 1e308),
+    "max_shift": (1.15, 5e-324, 800.0, 1e308),
+    "base_image_seq_len": (1, 16, 256, 4096, 2**40, 2**62),
+    "max_image_seq_len": (1, 16, 256, 4096, 2**62),
+    "shift_terminal": (0.1, 0.9, 1.0, 2.0),
+    "num_train_timesteps": (1000, 40, 2, 1),
+    "use_karras_sigmas": (True,),
+    "use_exponential_sigmas": (True,),
+}
+
+
+def far_shifts(count: int, seed: int = 4) -> Iterator[Case]:
+    """Random configs whose noise levels are by a number of tokens, often beyond what any sampler has."""
+    choose = random.Random(seed)
+    for _ in range(count):
+        keys = choose.sample(sorted(FAR_SHIFTS), choose.randint(0, 3))
+        config = {key: choose.choice(FAR_SHIFTS[key]) for key in keys}
+        config |= {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": choose.choice((True, 1))}
+        config[TOKENS] = choose.choice((1, 16, 60, 256, 4096, 4097, 10**6, 2**40))
+        yield config, choose.choice(sorted(FLOW_SAMPLERS.keys() - {"heun"})), choose.choice((1, 2, 3, 7))

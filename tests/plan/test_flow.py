@@ -156,6 +156,15 @@ def test_configs_that_no_plan_is_made_of(config: dict[str, Any], message: str) -
         compile_plan(config, sampler, 1)
 
 
+@pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_a_shift_below_zero(spacing: str) -> None:
+    """As a linear one is of pictures far from those that the network was trained on."""
+    config = config_of("euler", use_dynamic_shifting=True, time_shift_type="linear", max_shift=0.1, **{spacing: True})
+    assert compile_plan(config, "euler", 5, tokens=4096).tokens == 4096
+    with pytest.raises(InputError, match="numbers that float32 does not hold"):
+        compile_plan(config, "euler", 5, tokens=10**6)
+
+
 @pytest.mark.parametrize(
     ("sampler", "key", "value"),
     [
