@@ -170,7 +170,7 @@ def test_a_light_import_loads_nothing_heavy(module: str) -> None:
 
 
 def test_the_public_names_of_the_runtime() -> None:
-    names = ["Generation", "Generator", "Pipeline", "Step", "Tokenizer"]
+    names = ["Generation", "Generator", "Pipeline", "Step"]
     assert ldm_export.runtime.__all__ == names
     assert all(hasattr(ldm_export.runtime, name) for name in names)
 

@@ -74,6 +74,7 @@ def change_graphs(
             progress(f"{name}: {step.name}")
             with partial_folder(output.with_name(f"{output.name}.weights")) as outside:
                 change = step.apply(load_outside(bundle.file(graph.path), outside), calls)
+                file.parent.mkdir(exist_ok=True)
                 save(onnx_ir.from_proto(change.model), file)
             reports[name] = dict(change.report)
             del change  # a large network takes its place

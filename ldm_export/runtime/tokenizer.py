@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 
 READERS: Mapping[str, Callable[[TokenizerFiles], Tokenizer]] = {"clip": ClipTokenizer, "tokenizers": JsonTokenizer}
-"""By the kind that a manifest says (:class:`ldm_export.contract.TextEncoder`)."""
+"""Readers by the kind that a manifest says (:class:`ldm_export.contract.TextEncoder`)."""
 
 
 def tokenizer_of(bundle: Bundle, encoder: TextEncoder) -> Tokenizer:

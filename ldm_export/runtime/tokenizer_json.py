@@ -1,4 +1,4 @@
-"""Tokenizers that a ``tokenizer.json`` of the Python package ``tokenizers`` describes whole, such as T5's and Gemma's.
+"""Tokenizers that a ``tokenizer.json`` of the Python package ``tokenizers`` describes whole.
 
 A prompt becomes a row of ids in this order:
 
