@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.bundle import check_output_folder
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
+from ldm_export.checkpoint.networks import UNET
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import copy_bundle
@@ -70,7 +71,7 @@ def run_recipe(
     check_output_folder(output, force)
     if held_out is not None and data is None:
         raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")
-    _check_schedule(checkpoint, recipe)
+    _check_network(checkpoint, recipe)
     _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
     conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
@@ -192,13 +193,19 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
     return open_pictures(data, height, vae["in_channels"], condition)
 
 
-def _check_schedule(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
-    """Passes over PyTorch networks learn and measure on the noise of DDPM."""
-    if recipe.torch_passes and is_flow(checkpoint.scheduler):
-        names = ", ".join(step.name for step in recipe.torch_passes)
+def _check_network(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
+    """Passes over PyTorch networks are for UNets, and learn and measure on the noise of DDPM."""
+    names = ", ".join(step.name for step in recipe.torch_passes)
+    denoiser = checkpoint.index[checkpoint.kind.denoiser][-1]
+    fault = None
+    if denoiser not in UNET.classes:
+        fault = f"for a {' or '.join(UNET.classes)}; {checkpoint.name} has a {denoiser}"
+    elif is_flow(checkpoint.scheduler):
+        fault = f"for networks trained on the noise of DDPM; {checkpoint.name} was trained by flow matching"
+    if names and fault:
         raise InputError(
-            f"The recipe {recipe.name} has {names}, for networks trained on the noise of DDPM; {checkpoint.name} was "
-            "trained by flow matching. Leave them out; passes over graphs (half, quantize-...) apply."
+            f"The recipe {recipe.name} has {names}, {fault}. Leave them out; passes over graphs (half, quantize-...) "
+            "apply."
         )
 
 

@@ -192,6 +192,14 @@ def test_a_model_without_text_has_a_recipe_too(kinds: Kinds, cheap_judge: None, 
     assert bundle.roles.guidance.scale == 1.0
 
 
+def test_a_transformer_takes_graph_passes_alone(kinds: Kinds, tmp_path: Path) -> None:
+    dit = open_checkpoint(kinds("dit")[0])
+    message = "has distill-guidance, for a UNet2DConditionModel; dit has a DiTTransformer2DModel. Leave them out"
+    with pytest.raises(InputError, match=message):
+        run_recipe(dit, recipe_of(tmp_path, GUIDANCE), tmp_path / "bundle", tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_model_trained_by_flow_matching_takes_graph_passes_alone(
     kinds: Kinds, cheap_judge: None, tmp_path: Path
 ) -> None:
