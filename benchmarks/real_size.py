@@ -72,9 +72,11 @@ def checkpoint(name: str, folder: Path) -> None:
     save_tokenizer(train_tokenizer(["a lighthouse at dusk"], 600), tokenizer, 77)
     encoders = [
         transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(**CLIP_SMALL, hidden_size=width, projection_dim=width, num_attention_heads=12)
+            transformers.CLIPTextConfig(
+                **CLIP_SMALL, hidden_size=width, projection_dim=width, num_attention_heads=width // 64
+            )
         )
-        for width in (768, 1280 - 1280 % 12 + 8)
+        for width in (768, 1280)
     ]
     diffusers.StableDiffusion3Pipeline(
         transformer=filled(diffusers.SD3Transformer2DModel(**SHAPES[name])),

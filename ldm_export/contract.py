@@ -155,6 +155,18 @@ class Roles:
         return frozenset((*direct, *(tensor.name for tensor in of_conditioner)))
 
 
+def tokens_read(roles: Roles, graphs: Mapping[str, GraphSpec]) -> int:
+    """Tokens of the states that the denoiser reads; 1 where it reads none."""
+    for tensor in graphs[roles.denoiser].inputs:
+        graph, _, output = roles.conditions.get(tensor.name, "").partition(".")
+        if len(tensor.shape) > 1 and output:
+            name = roles.conditioner if graph == "conditioner" else graph
+            given = next(each for each in graphs[name or ""].outputs if each.name == output)
+            if isinstance(tensor.shape[1], str) and isinstance(given.shape[1], int):
+                return given.shape[1]
+    return 1
+
+
 Value = TypeVar("Value")
 """An array, or the name of one in a graph."""
 

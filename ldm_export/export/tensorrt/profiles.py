@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldm_export.bundle.targets.engines import ShapeRange
-from ldm_export.contract import GraphSpec, Roles
+from ldm_export.contract import GraphSpec, Roles, tokens_read
 from ldm_export.errors import InputError
 
 Sizes = Mapping[str, tuple[int, int, int]]
@@ -50,13 +50,18 @@ def check_pixels(pixels: Range, pixels_per_latent: int) -> None:
 
 
 def profile_of(
-    graph: GraphSpec, roles: Roles, facts: Mapping[str, Any], batch: Range, pixels: Range
+    graph: GraphSpec,
+    graphs: Mapping[str, GraphSpec],
+    roles: Roles,
+    facts: Mapping[str, Any],
+    batch: Range,
+    pixels: Range,
 ) -> dict[str, ShapeRange]:
     """The shapes of every input of a graph that has a free dimension.
 
     Parameters
     ----------
-    roles, facts : of the bundle, and its manifest's ``model``
+    graphs, roles, facts : of the bundle, and its manifest's ``model``
     batch, pixels : pictures at a time, and their height and width
     """
     per_latent = facts["pixels_per_latent"]
@@ -73,9 +78,8 @@ def profile_of(
         "width": latents,
         "image_height": images,
         "image_width": images,
+        "tokens": (tokens_read(roles, graphs),) * 3,
     }
-    if roles.text_encoders:
-        sizes["tokens"] = (roles.text_encoders[0].length,) * 3
     return {
         tensor.name: ShapeRange(
             *(tuple(sizes[size][k] if isinstance(size, str) else size for size in tensor.shape) for k in range(3))

@@ -185,7 +185,7 @@ def _tasks(bundle: Bundle, settings: EngineSettings, graphs: Sequence[str], loop
         names.append(STEP)
     sources = {name: source_of(bundle, name) for name in [*names, *(f"loops/{plan}" for plan in loops)]}
     return {
-        name: _Task(source, profile_of(source.spec, bundle.roles, manifest.model, settings.batch, pixels))
+        name: _Task(source, profile_of(source.spec, own, bundle.roles, manifest.model, settings.batch, pixels))
         for name, source in sources.items()
     }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import REQUEST_SOURCES, GraphSpec, conditions_of
+from ldm_export.contract import REQUEST_SOURCES, GraphSpec, TextEncoder, conditions_of, tokens_read
 from ldm_export.export.onnx import random_inputs
 from ldm_export.export.parity import graph_session
 from ldm_export.graph.base import Array, Inputs
@@ -33,13 +33,17 @@ def random_call(bundle: Bundle, spec: GraphSpec, sizes: Mapping[str, int]) -> di
     facts, encoders = bundle.manifest.model, bundle.roles.text_encoders
     ids = int(facts.get("class_count") or 2)
     if any("input_ids" in tensor.name for tensor in spec.inputs):  # a text encoder's, or a loop's
-        vocabularies = {entry.graph: len(bundle.json(f"{entry.tokenizer}/vocab.json")) for entry in encoders}
+        vocabularies = {entry.graph: _vocabulary_size(bundle, entry) for entry in encoders}
         ids = vocabularies.get(spec.name, min(vocabularies.values()))
-    tokens = encoders[0].length if encoders else 1
-    tensors = random_inputs(
-        spec, {**sizes, "tokens": tokens}, facts["pixels_per_latent"], ids, facts.get("patch_size", 1)
-    )
+    sizes = {**sizes, "tokens": tokens_read(bundle.roles, bundle.manifest.graphs)}
+    tensors = random_inputs(spec, sizes, facts["pixels_per_latent"], ids, facts.get("patch_size", 1))
     return {tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)}
+
+
+def _vocabulary_size(bundle: Bundle, encoder: TextEncoder) -> int:
+    if encoder.kind == "clip":
+        return len(bundle.json(f"{encoder.tokenizer}/vocab.json"))
+    return len(bundle.json(f"{encoder.tokenizer}/tokenizer.json")["model"]["vocab"])
 
 
 def run_graph(bundle: Bundle, name: str, inputs: Inputs, *, as_written: bool = False) -> dict[str, Array]:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,21 +109,33 @@ def test_pictures_that_the_model_cannot_draw(bundle: Path) -> None:
 def test_profiles_follow_the_contract(bundle: Path) -> None:
     manifest, roles = Bundle.open(bundle).manifest, Bundle.open(bundle).roles
     graphs = manifest.graphs
-    of = {name: profile_of(graphs[name], roles, manifest.model, Range(1, 2, 3), Range(16, 16, 32)) for name in graphs}
+    of = {
+        name: profile_of(graphs[name], graphs, roles, manifest.model, Range(1, 2, 3), Range(16, 16, 32))
+        for name in graphs
+    }
     assert of["unet"] == {
         "sample": ShapeRange((1, 4, 8, 8), (4, 4, 8, 8), (6, 4, 16, 16)),
         "timestep": ShapeRange((1,), (4,), (6,)),
         "encoder_hidden_states": ShapeRange((1, 16, 32), (4, 16, 32), (6, 16, 32)),
     }
-    step = profile_of(step_spec(graphs["unet"]), roles, manifest.model, Range(1, 2, 3), Range(16, 16, 32))
+    step = profile_of(step_spec(graphs["unet"]), graphs, roles, manifest.model, Range(1, 2, 3), Range(16, 16, 32))
     assert (step["latents"].max, step["out_sample"].max) == ((3, 4, 16, 16), (6, 4, 16, 16))
     assert step["remembered"] == ShapeRange((4, 1, 4, 8, 8), (4, 2, 4, 8, 8), (4, 3, 4, 16, 16))
     assert of["text_encoder"] == {"input_ids": ShapeRange((1, 16), (4, 16), (6, 16))}
     assert of["vae_decoder"] == {"latent_sample": ShapeRange((1, 4, 8, 8), (2, 4, 8, 8), (3, 4, 16, 16))}
     assert of["vae_encoder"] == {"sample": ShapeRange((1, 3, 16, 16), (2, 3, 16, 16), (3, 3, 32, 32))}
     alone = replace(roles, guidance=Guidance("none", 4.0))
-    folded = profile_of(graphs["unet"], alone, manifest.model, Range(1, 2, 3), Range(16, 16, 16))
+    folded = profile_of(graphs["unet"], graphs, alone, manifest.model, Range(1, 2, 3), Range(16, 16, 16))
     assert folded["sample"].max == (3, 4, 8, 8)
+
+
+def test_profiles_have_the_tokens_of_what_the_denoiser_reads(kinds: Callable[[str], tuple[Path, Path]]) -> None:
+    """Two text encoders' 16 and the 256 of a third, which the conditioner joins."""
+    manifest, roles = Bundle.open(kinds("sd3")[1]).manifest, Bundle.open(kinds("sd3")[1]).roles
+    graphs = manifest.graphs
+    size = Range(16, 16, 32)
+    of = profile_of(graphs["transformer"], graphs, roles, manifest.model, Range(1, 1, 1), size)
+    assert of["encoder_hidden_states"] == ShapeRange((1, 272, 96), (2, 272, 96), (2, 272, 96))
 
 
 @pytest.mark.parametrize(
