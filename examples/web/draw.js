@@ -16,6 +16,8 @@ export class Model {
     model.facts = manifest.model;
     model.roles = manifest.roles;
     model.inputs = new Map(graph.inputs.map((input) => [input.name, input]));
+    const other = model.roles.text_encoders.find((encoder) => encoder.kind !== "clip");
+    if (other) throw new Error(`The ${other.graph} reads a ${other.kind} tokenizer; this page has CLIP's alone. Give the loop ids of your own.`);
     const folders = model.roles.text_encoders.map((encoder) => `${bundle}/${encoder.tokenizer}`);
     model.tokenizers = await Promise.all(folders.map((folder) => Tokenizer.load(folder)));
     const [loop, weights] = await Promise.all([

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import pytest
 from ldm_export.bundle import Bundle
 from ldm_export.export.chain import export_bundle
 from ldm_export.families import open_checkpoint
-from ldm_export.runtime import Generator, Pipeline, Tokenizer
+from ldm_export.runtime import Generator, Pipeline
+from ldm_export.runtime.tokenizer_clip import ClipTokenizer
 from ldm_export.verify.loops import add_loop
 from ldm_export.verify.metrics import psnr_db
 from tests.examples.chromium import Chromium
@@ -66,9 +67,15 @@ def bundle(browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Bundl
 
 
 @pytest.fixture(scope="module")
-def site(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the server serves."""
+    return tmp_path_factory.mktemp("site")
+
+
+@pytest.fixture(scope="module")
+def site(bundle: Bundle, served: Path) -> Iterator[str]:
     """The example's folder on a server of its own, with ONNX Runtime Web and a bundle in it."""
-    folder = tmp_path_factory.mktemp("site")
+    folder = served
     for name in ("index.html", "draw.js"):
         shutil.copyfile(PAGE / name, folder / name)
     (folder / "ort").symlink_to((PAGE / "ort").resolve())
@@ -93,7 +100,7 @@ def test_the_tokens_are_the_runtime_s(browser: Chromium, site: str, bundle: Bund
     browser.open(f"{site}/index.html")
     script = "import('/draw.js').then(({ Tokenizer }) => Tokenizer.load('/bundle/tokenizer'))"
     script += f".then((tokenizer) => {json.dumps(PROMPTS)}.map((text) => tokenizer.encode(text)))"
-    assert browser.evaluate(script) == Tokenizer(bundle.path / "tokenizer")(PROMPTS).tolist()
+    assert browser.evaluate(script) == ClipTokenizer(bundle.path / "tokenizer")(PROMPTS).tolist()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**63, -1])
@@ -123,6 +130,27 @@ def test_the_picture_is_the_runtime_s(browser: Chromium, site: str, bundle: Bund
     assert (pixels[..., 3] == 255).all()
     assert psnr_db(pixels[..., :3], ours.images[0]) >= SAME_PICTURE_DB
     assert browser.errors == []
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("sd3", {"prompts": "a red circle"}), ("dit", {"class_labels": [7]})])
+def test_transformers_draw_what_the_runtime_does(
+    browser: Chromium,
+    site: str,
+    kinds: Callable[[str], tuple[Path, Path]],
+    served: Path,
+    tmp_path: Path,
+    kind: str,
+    asked: dict[str, Any],
+) -> None:
+    bundle = add_loop(Bundle.open(shutil.copytree(kinds(kind)[1], tmp_path / "bundle")), "euler-3")
+    (served / kind).symlink_to(bundle.path)
+    browser.open(f"{site}/index.html")
+    given = {"prompt": asked.get("prompts", ""), "classLabel": 7, "guidance": 3.0, "seed": 5}
+    script = f"import('/draw.js').then(({{ Model }}) => Model.load('/{kind}', 'euler-3'))"
+    script += f".then((model) => model.draw({json.dumps(given)})).then((picture) => [...picture.data])"
+    pixels = np.array(browser.evaluate(script), np.uint8).reshape(16, 16, 4)
+    ours = Pipeline(bundle, backend="cpu").generate(**asked, sampler="euler", steps=3, seed=5, guidance=3.0)
+    assert psnr_db(pixels[..., :3], ours.images[0]) >= SAME_PICTURE_DB
 
 
 def _settled(browser: Chromium, *passing: str) -> str:
