@@ -17,15 +17,15 @@ What the file may say, so that the C++ runtime reads it alike:
     pre_tokenizer   null, or one or a Sequence of Metaspace, Split (at a String, MergedWithPrevious), WhitespaceSplit
     model           Unigram, or BPE without dropout, prefix or suffix
     post_processor  null, or a TemplateProcessing, of which ``single`` is read
-    added_tokens    each with the id that it gets when they are added in order
+    added_tokens    each with the id that it gets when they are added in order; those that are looked for in normalised
+                    text differ from one another there
 
-The result equals that of transformers' tokenizer of the same file.
+Whatever else it says is not read. The result equals that of transformers' tokenizer of the same file.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
@@ -40,8 +40,22 @@ from ldm_export.reading.documents import MalformedError, json_text
 from ldm_export.runtime.tokenizer_files import TokenizerFiles
 
 FILE = "tokenizer.json"
+VERSION = "1.0"
 SPACE = "▁"
 """How vocabularies of SentencePiece write a space."""
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""How an added token is matched."""
+KEYS = {
+    "Lowercase": (),
+    "NFC": (),
+    "Strip": ("strip_left", "strip_right"),
+    "Replace": ("pattern", "content"),
+    "Precompiled": ("precompiled_charsmap",),
+    "Metaspace": ("replacement", "prepend_scheme", "split"),
+    "Split": ("pattern", "behavior", "invert"),
+    "WhitespaceSplit": (),
+}
+"""What is read of a normalizer or pre-tokenizer, by type."""
 
 
 class JsonTokenizer:
@@ -74,16 +88,16 @@ class JsonTokenizer:
             self.model_max_length, self.pad_token_id, self.pads_left = _length_and_padding(document)
             vocabulary = check_tokenizer(document)
             before, after = _template(document.get("post_processor"), vocabulary)
+            if len(before) + len(after) >= self.model_max_length:
+                raise MalformedError(f"has no room for text between its special tokens, in {self.model_max_length}")
+            self._before, self._after = before, after
+            try:
+                self._backend = tokenizers.Tokenizer.from_str(json_text(_what_is_read(document)))
+            except Exception as error:  # what tokenizers raises has no narrower type
+                raise MalformedError(f"is refused by tokenizers ({error})") from error
+            _check_normalized(document, self._backend)
         except MalformedError as fault:
             raise files.bad(FILE, str(fault)) from fault
-        if len(before) + len(after) >= self.model_max_length:
-            raise files.bad(FILE, f"has no room for text between its special tokens, in {self.model_max_length}")
-        self._before, self._after = before, after
-        bare = {**document, "truncation": None, "padding": None, "post_processor": None, "decoder": None}
-        try:
-            self._backend = tokenizers.Tokenizer.from_str(json_text(bare))
-        except Exception as error:  # what tokenizers raises has no narrower type
-            raise files.bad(FILE, f"is refused by tokenizers ({error})") from error
 
     def __call__(self, prompts: str | Sequence[str]) -> NDArray[np.int64]:
         """Encode prompts, as :meth:`ldm_export.runtime.tokenizer.Tokenizer.__call__` does.
@@ -122,11 +136,49 @@ class JsonTokenizer:
 def check_tokenizer(document: Mapping[str, Any]) -> dict[str, int]:
     """Raise MalformedError unless a ``tokenizer.json`` has the parts that the module's docstring lists; gives its
     ids by token, the added ones among them."""
+    if document.get("version", VERSION) != VERSION:
+        raise MalformedError(f"has the version {_shown(document['version'])}; {VERSION} is read")
     for part in _sequence(document.get("normalizer"), "normalizers"):
         _check_normalizer(part)
     for part in _sequence(document.get("pre_tokenizer"), "pretokenizers"):
         _check_pre_tokenizer(part)
     return _with_added_tokens(document, _vocabulary(document.get("model")))
+
+
+def _what_is_read(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checked document says of text, without what is not read here."""
+    model = document["model"]
+    kept = {"type": model["type"], "byte_fallback": model["byte_fallback"]}
+    if kept["type"] == "Unigram":
+        kept |= {"unk_id": model["unk_id"], "vocab": [(token, float(score)) for token, score in model["vocab"]]}
+    else:
+        kept |= {key: model[key] for key in ("vocab", "unk_token", "fuse_unk")}
+        kept["merges"] = [_pair(merge) for merge in model["merges"]]
+    return {
+        "version": VERSION,
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {key: token[key] for key in ("id", "content", *FLAGS)} for token in document.get("added_tokens", [])
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": _kept(document.get("normalizer"), "normalizers")},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _kept(document.get("pre_tokenizer"), "pretokenizers")},
+        "post_processor": None,
+        "decoder": None,
+        "model": kept,
+    }
+
+
+def _kept(part: Any, items: str) -> list[dict[str, Any]]:
+    return [{key: each[key] for key in ("type", *KEYS[each["type"]])} for each in _sequence(part, items)]
+
+
+def _check_normalized(document: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
+    """Raise MalformedError unless added tokens that are looked for in normalised text differ there."""
+    sought = [token["content"] for token in document.get("added_tokens", []) if token["normalized"]]
+    found = {backend.normalizer.normalize_str(content) for content in sought}
+    if "" in found or len(found) < len(sought):
+        raise MalformedError("adds tokens that are the same, or nothing, in normalised text")
 
 
 def _length_and_padding(document: Mapping[str, Any]) -> tuple[int, int, bool]:
@@ -137,9 +189,10 @@ def _length_and_padding(document: Mapping[str, Any]) -> tuple[int, int, bool]:
     length, strategy = truncation.get("max_length"), padding.get("strategy")
     if type(length) is not int or not LEAST_TOKENS <= length <= LARGEST_SIZE:
         raise MalformedError(f"truncates to {_shown(length)}; {LEAST_TOKENS} to {LARGEST_SIZE} tokens are possible")
-    if truncation.get("direction") != "Right" or truncation.get("stride") != 0:
+    if truncation.get("direction") != "Right" or not _is_id(truncation.get("stride")) or truncation["stride"] > 0:
         raise MalformedError("truncates other than on the right, with stride 0")
-    if strategy != {"Fixed": length} or padding.get("pad_to_multiple_of") is not None:
+    fixed = strategy.get("Fixed") if isinstance(strategy, dict) and len(strategy) == 1 else None
+    if type(fixed) is not int or fixed != length or padding.get("pad_to_multiple_of") is not None:
         raise MalformedError(f"pads to {_shown(strategy)} and truncates to {length}; rows are of one length")
     if padding.get("direction") not in ("Left", "Right") or not _is_id(padding.get("pad_id")):
         raise MalformedError("pads with no id, or neither on the left nor on the right")
@@ -200,13 +253,15 @@ def check_charsmap(text: str) -> None:
     (a double array, darts-clone), the trie, and the texts that its leaves point to, each ended by a zero."""
     try:
         data = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        raise MalformedError("has a precompiled_charsmap that is not base64") from None
+    except ValueError:
+        data = b""
+    if base64.b64encode(data).decode() != text:
+        raise MalformedError("has a precompiled_charsmap that is not base64")
     size = int.from_bytes(data[:4], "little")
     texts = data[4 + size :]
-    units: NDArray[np.uint32] = np.frombuffer(data[4 : 4 + size][: size - size % 4], "<u4")
     if len(data) < 4 or len(data) < 4 + size or size % 1024 or not size or not texts.endswith(b"\0"):
         raise MalformedError("has a precompiled_charsmap of a size that none has")
+    units: NDArray[np.uint32] = np.frombuffer(data[4 : 4 + size], "<u4")
     try:
         texts.decode()
     except UnicodeDecodeError:
@@ -255,15 +310,17 @@ def _vocabulary(model: Any) -> dict[str, int]:
             vocabulary[token] = number
         if len(set(vocabulary.values())) < len(vocabulary):
             raise MalformedError("gives two tokens the same id")
-        if model.get("unk_token") not in vocabulary:
+        if not isinstance(model.get("unk_token"), str) or model["unk_token"] not in vocabulary:
             raise MalformedError(f"has the unk_token {_shown(model.get('unk_token'))}, none of its vocabulary")
-        if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-            raise MalformedError("has a BPE with dropout, a prefix or a suffix, which is not read here")
+        if any(model.get(key) not in (None, "") for key in ("continuing_subword_prefix", "end_of_word_suffix")):
+            raise MalformedError("has a BPE with a prefix or a suffix, which is not read here")
+        if model.get("dropout") is not None:
+            raise MalformedError("has a BPE with dropout, which is not read here")
         _need(model, "fuse_unk", bool)
-        if model.get("ignore_merges") not in (None, False):
+        if model.get("ignore_merges") is not None and model["ignore_merges"] is not False:
             raise MalformedError("has a BPE with ignore_merges, which is not read here")
         for merge in _need(model, "merges", list):
-            pair = merge.split(" ") if isinstance(merge, str) else merge
+            pair = _pair(merge)
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
                 raise MalformedError(f"has the merge {_shown(merge)}; a merge is two tokens")
             if any(token not in vocabulary for token in (*pair, "".join(pair))):
@@ -273,10 +330,16 @@ def _vocabulary(model: Any) -> dict[str, int]:
     return vocabulary
 
 
+def _pair(merge: Any) -> Any:
+    """The two tokens of a merge, which older files write with a space between."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
 def _with_added_tokens(document: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, int]:
     """The vocabulary with the added tokens, each of which must have the id that it gets when they are added in order:
     of the vocabulary, or the next one."""
     known, following = dict(vocabulary), len(vocabulary)
+    gaps = max(vocabulary.values()) >= following
     added = document.get("added_tokens", [])
     if not isinstance(added, list):
         raise MalformedError("has added_tokens that are no list")
@@ -284,7 +347,7 @@ def _with_added_tokens(document: Mapping[str, Any], vocabulary: Mapping[str, int
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
             raise MalformedError(f"has the added token {_shown(token)}; an object with content is needed")
-        for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"):
+        for flag in FLAGS:
             _need(token, flag, bool)
         content, number = token["content"], token.get("id")
         if content in seen:
@@ -294,7 +357,7 @@ def _with_added_tokens(document: Mapping[str, Any], vocabulary: Mapping[str, int
         if number != expected or type(number) is not int:
             raise MalformedError(f"gives the added token {_shown(content)} the id {_shown(number)}, not {expected}")
         if content not in known:
-            if number in known.values():
+            if gaps:
                 raise MalformedError("has ids in its vocabulary that are not the first numbers")
             following += 1
         known[content] = number
