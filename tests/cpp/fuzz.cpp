@@ -85,20 +85,22 @@ void read_tokenizer(std::string_view text) {
             if (!is_utf8(content)) throw MalformedError("not UTF-8 text");
             files.emplace(name, content);
         }
-    tokenize(Tokenizer("tokenizer", [&](const std::string &name) {
+    const TokenizerFiles read{"tokenizer", [&](const std::string &name) {
         const auto found = files.find(name);
         return found == files.end() ? std::nullopt : std::optional<std::string>(found->second);
-    }), prompt);
+    }};
+    const bool has_clip = files.count("tokenizer_config.json") != 0;
+    tokenize(*open_tokenizer(TOKENIZER_KINDS[has_clip ? 0 : 1], read), prompt);
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size) {
-    static const Tokenizer tokenizer("tokenizer", [](const std::string &name) -> std::optional<std::string> {
+    static const auto tokenizer = open_tokenizer("clip", {"tokenizer", [](const std::string &name) -> std::optional<std::string> {
         std::ifstream stream(fs::path(std::getenv("LDM_TEST_TOKENIZER")) / name, std::ios::binary);
         if (!stream) return std::nullopt;
         return std::string(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
-    });
+    }});
     if (size == 0) return 0;
     const std::string_view text(reinterpret_cast<const char *>(data) + 1, size - 1);
     try {
@@ -108,7 +110,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size
             case 2: external_data_from_bytes(text); break;
             case 3: target_from_json(text); break;
             case 4: read_tokenizer(text); break;
-            case 5: tokenize(tokenizer, text); break;
+            case 5: tokenize(*tokenizer, text); break;
             case 6: engines_from_json(text, "rtx-sm89"); break;
             default: compile(text);
         }

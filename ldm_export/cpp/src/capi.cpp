@@ -270,7 +270,7 @@ ldm_status ldm_pipeline_info(ldm_pipeline *pipeline, ldm_info *info) {
         const Use use(pipeline);
         needed(info, "info");
         const Facts &facts = use.model().facts();
-        const std::vector<Tokenizer> &tokenizers = use.model().tokenizers();
+        const Tokenizers &tokenizers = use.model().tokenizers();
         ldm_info found{};
         found.backend = use->backends.insert(use.model().backend()).first->c_str();
         found.height = facts.height;
@@ -280,7 +280,7 @@ ldm_status ldm_pipeline_info(ldm_pipeline *pipeline, ldm_info *info) {
         found.pixels_per_latent = facts.pixels_per_latent;
         found.reads_text = facts.reads_text;
         found.class_count = facts.class_count;
-        found.token_count = tokenizers.empty() ? 0 : static_cast<std::uint32_t>(tokenizers[0].max_length());
+        found.token_count = tokenizers.empty() ? 0 : static_cast<std::uint32_t>(tokenizers[0]->max_length());
         found.default_sampler = facts.default_sampler.c_str();
         found.default_steps = facts.default_steps;
         found.default_guidance = facts.guidance.scale;
@@ -317,10 +317,10 @@ ldm_status ldm_tokenize(ldm_pipeline *pipeline, const char *prompt, int64_t *ids
     return guarded([&] {
         needed(count, "count");
         const Use use(pipeline);
-        const std::vector<Tokenizer> &tokenizers = use.model().tokenizers();
+        const Tokenizers &tokenizers = use.model().tokenizers();
         if (tokenizers.empty()) throw InputError("This model reads no text, so there is nothing to tokenize.");
         const std::vector<TokenId> found =
-            tokenizers[0](&needed(prompt, "prompt"), [&](const std::string &sentence) { use.model().warn(sentence); });
+            (*tokenizers[0])(&needed(prompt, "prompt"), [&](const std::string &sentence) { use.model().warn(sentence); });
         if (wants(found.size(), ids, count, "ids")) std::copy(found.begin(), found.end(), ids);
     });
 }

@@ -1,6 +1,7 @@
 #include "contract.hpp"
 
 #include "error.hpp"
+#include "tokenizer.hpp"
 
 #include <algorithm>
 #include <map>
@@ -11,7 +12,6 @@ namespace ldm::runtime {
 namespace {
 
 constexpr std::int64_t GREY = 1, COLOUR = 3;  // channels of pictures
-constexpr const char *TOKENIZER_KIND = "clip";  // the only one that is read
 
 const Dimension BATCH{0, "batch"}, HEIGHT{0, "height"}, WIDTH{0, "width"}, ROWS{0, "image_height"}, COLUMNS{0, "image_width"};
 const Dimension ANY{0, ""};  // a fixed size of whatever value
@@ -137,8 +137,8 @@ void add_outputs(Kinds &known, const std::string &prefix, const GraphSpec &graph
 void check_text_encoders(const Bundle &bundle, const Roles &roles) {
     for (const TextEncoder &encoder : roles.text_encoders) {
         Role role(bundle, encoder.graph);
-        if (encoder.kind != TOKENIZER_KIND)
-            role.refuse(join("its tokenizer is of the kind '", encoder.kind, "'; ", TOKENIZER_KIND, " can be read"));
+        if (std::find(std::begin(TOKENIZER_KINDS), std::end(TOKENIZER_KINDS), encoder.kind) == std::end(TOKENIZER_KINDS))
+            role.refuse(join("its tokenizer is of the kind '", encoder.kind, "'; ", listed(TOKENIZER_KINDS), " can be read"));
         role.input({"input_ids", "int64", {BATCH, {encoder.length}}});
         role.takes_nothing_else();
     }

@@ -229,11 +229,11 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
     *(given["guidance_scale"] = Tensor::zeros<float>({})).as<float>() = static_cast<float>(request.guidance);
     if (request.class_labels) given["class_labels"] = *request.class_labels;
     given["has_negative_prompt"] = by_row(request.batch(), false, 0.0f, request.no_negative_prompt ? 0.0f : 1.0f);
-    const std::vector<Tokenizer> &tokenizers = model.tokenizers();
+    const Tokenizers &tokenizers = model.tokenizers();
     for (std::size_t i = 0; i < tokenizers.size(); ++i)
         for (const auto &[name, prompts] : {std::make_pair("input_ids", &request.prompts),
                                             std::make_pair("negative_input_ids", &request.negative_prompts)})
-            given[name + Roles::suffix(i)] = ids_of(tokenizers[i], *prompts, [&](const std::string &what) { model.warn(what); });
+            given[name + Roles::suffix(i)] = ids_of(*tokenizers[i], *prompts, [&](const std::string &what) { model.warn(what); });
     model.check_unchanged();
     const Tensors results = loop.run(taken(loop.spec(), given));
     const Tensor latents = expected(results, loop.spec(), "latents", "float32", shape);

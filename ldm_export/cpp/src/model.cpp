@@ -144,7 +144,7 @@ std::unique_ptr<Graph> Model::load_target(const TargetGraph &graph, const GraphS
                                        graph.shallow.empty() ? nullptr : part(graph.shallow), graph.deep_channels);
 }
 
-const std::vector<Tokenizer> &Model::tokenizers() {
+const Tokenizers &Model::tokenizers() {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     if (!tokenizers_) {
         const auto read_below = [this](const std::string &folder) {
@@ -153,13 +153,15 @@ const std::vector<Tokenizer> &Model::tokenizers() {
                 return bundle_.files.has(path) ? std::optional<std::string>(bundle_.files.text(path)) : std::nullopt;
             };
         };
-        std::vector<Tokenizer> found;
+        Tokenizers found;
         for (const TextEncoder &encoder : roles().text_encoders) {
-            found.emplace_back(join(bundle_.path().string(), "/", encoder.tokenizer), read_below(encoder.tokenizer + "/"));
-            if (const auto length = static_cast<std::int64_t>(found.back().max_length()); length != encoder.length)
-                throw BundleError(join("Bundle ", bundle_.path().string(), ": ", encoder.tokenizer,
-                                       "/tokenizer_config.json has model_max_length ", length, ", and the ", encoder.graph,
-                                       " reads ", encoder.length, " tokens. Export the bundle anew."));
+            const TokenizerFiles files{join(bundle_.path().string(), "/", encoder.tokenizer),
+                                       read_below(encoder.tokenizer + "/")};
+            found.push_back(open_tokenizer(encoder.kind, files));
+            const Tokenizer &tokenizer = *found.back();
+            if (const auto length = static_cast<std::int64_t>(tokenizer.max_length()); length != encoder.length)
+                files.bad(tokenizer.length_file(), join("gives ", length, " tokens, and ", spec(encoder.graph).path, " reads ",
+                                                        encoder.length));
         }
         tokenizers_ = std::move(found);
     }
@@ -168,7 +170,7 @@ const std::vector<Tokenizer> &Model::tokenizers() {
 
 std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    const std::vector<Tokenizer> &readers = tokenizers();
+    const Tokenizers &readers = tokenizers();
     std::vector<std::string> keys;
     std::map<std::string, SharedTensors> rows;
     std::vector<std::string> missing;
@@ -176,8 +178,8 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts
     for (const std::string &prompt : prompts) {
         std::vector<Tensor> ids;
         std::string key;
-        for (const Tokenizer &tokenizer : readers) {
-            const std::vector<TokenId> row = tokenizer(prompt, warn_);
+        for (const auto &tokenizer : readers) {
+            const std::vector<TokenId> row = (*tokenizer)(prompt, warn_);
             ids.push_back(Tensor::zeros<TokenId>({static_cast<std::int64_t>(row.size())}));
             std::copy(row.begin(), row.end(), ids.back().as<TokenId>());
             key.append(ids.back().as<char>(), ids.back().data.size());

@@ -17,6 +17,8 @@
 
 namespace ldm::runtime {
 
+using Tokenizers = std::vector<std::unique_ptr<const Tokenizer>>;
+
 class Model {
   public:
     // backend: as in ldm_open_options. Throws BundleError, BackendError, InputError.
@@ -34,7 +36,7 @@ class Model {
 
     // Throws BundleError where a file changed that an opened graph has its weights in: reading it could end the process.
     void check_unchanged() const;
-    const std::vector<Tokenizer> &tokenizers();   // one for each text encoder
+    const Tokenizers &tokenizers();   // one for each text encoder
 
     // What the text encoders give for each prompt, without the batch, by source; of what is read.
     std::vector<SharedTensors> encode(const std::vector<std::string> &prompts);
@@ -59,7 +61,7 @@ class Model {
     mutable std::recursive_mutex mutex_;  // of what follows, and of device_, engines_ and target_
     std::map<std::string, std::unique_ptr<Graph>> graphs_;
     std::vector<Watched> watched_;
-    std::optional<std::vector<Tokenizer>> tokenizers_;
+    std::optional<Tokenizers> tokenizers_;
     Cache<std::string, SharedTensors> prompts_{256};  // by token ids
 };
 

@@ -10,7 +10,6 @@ namespace ldm::runtime {
 
 namespace {
 
-constexpr std::int64_t LEAST_TOKENS = 2;  // start and end
 const std::map<std::string, GuidanceKind> KINDS{
     {"two_rows", GuidanceKind::two_rows}, {"input", GuidanceKind::input}, {"none", GuidanceKind::none}};
 

@@ -17,6 +17,8 @@
 
 namespace ldm::runtime {
 
+constexpr std::int64_t LEAST_TOKENS = 2;  // of a text: start and end
+
 struct GraphSpec;
 struct TensorSpec;
 using GraphSpecs = std::map<std::string, GraphSpec>;  // by name

@@ -24,6 +24,27 @@ struct CombiningClass {
     char32_t c;
     int value;
 };
+struct Traits {
+    char32_t first, last;
+    int value;
+};
+
+// What the rules for grapheme clusters ask of a character: see tools/unicode_tables.py. The last two are not in its table.
+enum Trait {
+    EXTENDING = 1,  // goes on with what is before it
+    MARK = 2,       // of those, what may be between a pictograph and a joiner
+    PREPENDED = 4,  // what is behind it goes on with it
+    CONTROL = 8,
+    HANGUL_L = 16,
+    HANGUL_V = 32,
+    HANGUL_T = 64,
+    PICTOGRAPH = 128,
+    CONSONANT = 256,  // of scripts that join consonants
+    LINKER = 512,     // what joins them
+    BETWEEN = 1024,   // and what may be beside that
+    HANGUL_LV = 2048,
+    HANGUL_LVT = 4096,
+};
 
 #include "unicode_tables.inc"
 
@@ -31,7 +52,7 @@ struct CombiningClass {
 constexpr char32_t S_BASE = 0xAC00, L_BASE = 0x1100, V_BASE = 0x1161, T_BASE = 0x11A7;
 constexpr char32_t L_COUNT = 19, V_COUNT = 21, T_COUNT = 28, S_COUNT = L_COUNT * V_COUNT * T_COUNT;
 
-constexpr char32_t REPLACEMENT = 0xFFFD;
+constexpr char32_t REPLACEMENT = 0xFFFD, JOINER = 0x200D;
 
 template <std::size_t Size>
 bool within(const Range (&ranges)[Size], char32_t c) {
@@ -90,6 +111,20 @@ std::u32string decomposed(std::u32string_view text) {
         start = end;
     }
     return out;
+}
+
+int traits_of(char32_t c) {
+    if (c - S_BASE < S_COUNT) return (c - S_BASE) % T_COUNT == 0 ? HANGUL_LV : HANGUL_LVT;
+    const auto found = std::lower_bound(std::begin(GRAPHEMES), std::end(GRAPHEMES), c,
+                                        [](const Traits &row, char32_t x) { return row.last < x; });
+    return found != std::end(GRAPHEMES) && found->first <= c ? found->value : 0;
+}
+
+// Whether two characters are of one syllable.
+bool is_syllable(int before, int after) {
+    if ((before & HANGUL_L) != 0) return (after & (HANGUL_L | HANGUL_V | HANGUL_LV | HANGUL_LVT)) != 0;
+    if ((before & (HANGUL_V | HANGUL_LV)) != 0) return (after & (HANGUL_V | HANGUL_T)) != 0;
+    return (before & (HANGUL_T | HANGUL_LVT)) != 0 && (after & HANGUL_T) != 0;
 }
 
 // The code point at `at`, and its number of bytes; none, and one byte, where there is no UTF-8.
@@ -157,6 +192,28 @@ std::u32string lower(std::u32string_view text) {
     for (const char32_t c : text)
         if (!append_mapped(LOWER, c, out)) out += c;
     return out;
+}
+
+std::size_t cluster_length(std::u32string_view text) {
+    if (text.substr(0, 2) == U"\r\n") return 2;
+    bool picture = false, joined = false;     // a pictograph and marks so far; and a joiner
+    bool consonant = false, linked = false;   // a consonant and what may be beside a linker; and a linker
+    int before = 0;
+    std::size_t length = 0;
+    for (const char32_t c : text) {
+        const int own = traits_of(c);
+        const bool goes_on = length == 0 || (((before | own) & CONTROL) == 0 &&
+                                             ((own & EXTENDING) != 0 || (before & PREPENDED) != 0 || is_syllable(before, own) ||
+                                              (joined && (own & PICTOGRAPH) != 0) || (linked && (own & CONSONANT) != 0)));
+        if (!goes_on) break;
+        picture = (own & PICTOGRAPH) != 0 || (picture && !joined && ((own & MARK) != 0 || c == JOINER));
+        joined = picture && c == JOINER;
+        linked = consonant && (own & BETWEEN) != 0 && (linked || (own & LINKER) != 0);
+        consonant = (own & CONSONANT) != 0 || (consonant && (own & BETWEEN) != 0);
+        before = own;
+        ++length;
+    }
+    return length;
 }
 
 std::u32string nfc(std::u32string_view text) {

@@ -1,4 +1,4 @@
-// UTF-8, character classes, lower case and normal form C, as the Python package `tokenizers` has them.
+// UTF-8, character classes, lower case, normal form C and grapheme clusters, as the Python package `tokenizers` has them.
 #pragma once
 
 #include <string>
@@ -18,5 +18,9 @@ bool is_word_character(char32_t c);
 
 std::u32string lower(std::u32string_view text);  // each code point by itself
 std::u32string nfc(std::u32string_view text);    // Unicode Standard Annex 15
+
+// How many characters the first extended grapheme cluster of a text has (Unicode Standard Annex 29); of regional indicators
+// each is one, since clusters of six bytes and more are not looked at whole.
+std::size_t cluster_length(std::u32string_view text);
 
 }  // namespace ldm::runtime

@@ -6,6 +6,7 @@ asked and not looked up. Run again when the tests say that a new release of ``to
     python tools/unicode_tables.py > src/unicode_tables.inc
 """
 
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ MARKS = {  # one character of every canonical combining class that is given to c
     130: 0xF72, 132: 0xF74, 202: 0x321, 214: 0x1DCE, 216: 0x31B, 218: 0x302A, 220: 0x316, 222: 0x59A, 224: 0x302E,
     226: 0x1D16D, 228: 0x5AE, 230: 0x300, 232: 0x315, 233: 0x35C, 234: 0x35D, 240: 0x345,
 }  # fmt: skip
+
+COPYRIGHT, GRAVE, KA, VIRAMA, JOINER, HANGUL_VT = "\u00a9", "\u0300", "\u0915", "\u094d", "\u200d", "\u1161\u11a8"
 
 lower = normalizers.Lowercase().normalize_str
 nfc = normalizers.NFC().normalize_str
@@ -70,6 +73,63 @@ def compositions(decomposed: dict[int, str]) -> Iterator[tuple[int, int, int]]:
             yield ord(first), ord(second), c
 
 
+def charsmap_of_every_byte() -> bytes:
+    """A map of characters for `normalizers.Precompiled` whose trie has each byte, and for each the text "x"."""
+    leaf = 512
+    units = [256 << 10, *[0] * 767]
+    for byte in range(1, 256):
+        units[256 + byte] = ((256 + byte) ^ leaf) << 10 | 1 << 8 | byte
+    units[leaf] = 1 << 31
+    return struct.pack(f"<{len(units) + 1}I", 4 * len(units), *units) + b"x\0"
+
+
+marked = normalizers.Precompiled(charsmap_of_every_byte()).normalize_str
+"""Gives an x for each extended grapheme cluster of fewer than six bytes, and for each character of a longer one."""
+
+
+def is_joined(before: str, after: str) -> bool:
+    """Whether a character goes on with the cluster of six bytes or more before it.
+
+    With an accent behind it makes two x where it is a part of that, and one where a cluster begins.
+    """
+    text = before + after + GRAVE
+    return len(marked(text)) == len(text)
+
+
+def traits(c: int) -> int:
+    """What the rules of Unicode Standard Annex 29 ask of a character, as in unicode.cpp; but for Hangul syllables, and
+    for regional indicators, of which no cluster of fewer than six bytes has more than one."""
+    one = chr(c)
+    is_prepended = len(marked(one + "a")) == 1
+    if is_prepended:  # whatever follows goes on, so that no more can be asked
+        return 4
+    is_extending = len(marked("a" + one)) == 1
+    before_v, before_t = (is_joined(one, syllable) for syllable in HANGUL_VT)
+    return sum(
+        flag
+        for flag, has in (
+            (1, is_extending),
+            (2, is_extending and is_joined(COPYRIGHT + one + JOINER, COPYRIGHT)),
+            (8, len(marked(one + GRAVE + GRAVE)) == 2),
+            (16, before_v and not before_t),
+            (32, before_v and before_t),
+            (64, before_t and not before_v),
+            (128, is_joined(one + JOINER, COPYRIGHT)),
+            (256, is_joined(one + VIRAMA, KA)),
+            (512, is_joined(KA + one, KA)),
+            (1024, is_joined(KA + VIRAMA + one, KA)),
+        )
+        if has
+    )
+
+
+def grapheme_traits() -> Iterator[tuple[int, int, int]]:
+    """First and last of each run of characters with the same traits, and those."""
+    by_character = {c: found for c in CODE_POINTS if c not in HANGUL and (found := traits(c))}
+    for found in sorted({*by_character.values()}):
+        yield from ((first, last, found) for first, last in ranges(c for c in by_character if by_character[c] == found))
+
+
 def ranges(points: Iterable[int]) -> Iterator[tuple[int, int]]:
     """First and last of each run of neighbours."""
     runs: list[tuple[int, int]] = []
@@ -114,6 +174,7 @@ def main() -> None:
     mapping("DECOMPOSED", decomposed, max(map(len, decomposed.values())))
     table("constexpr Pair COMPOSED", sorted(compositions(decomposed)))
     table("constexpr CombiningClass COMBINING_CLASSES", combining_classes())
+    table("constexpr Traits GRAPHEMES", sorted(grapheme_traits()))
 
 
 if __name__ == "__main__":
