@@ -13,12 +13,13 @@ What the file may say, so that the C++ runtime reads it alike:
 
     truncation      max_length, from 2; on the right, with stride 0
     padding         Fixed, to the same length; pad_id is of a token that no text ends with
-    normalizer      null, or one or a Sequence of Lowercase, NFC, Precompiled, Replace (a String), Strip
+    normalizer      null, or one or a Sequence of Lowercase, NFC, Precompiled, Replace (a String), Strip, which together
+                    make a text at most `LARGEST_GROWTH` times as long
     pre_tokenizer   null, or one or a Sequence of Metaspace, Split (at a String, MergedWithPrevious), WhitespaceSplit
     model           Unigram, or BPE without dropout, prefix or suffix
     post_processor  null, or a TemplateProcessing, of which ``single`` is read
     added_tokens    each with the id that it gets when they are added in order; those that are looked for in normalised
-                    text differ from one another there
+                    text differ there, and none begins with white space where one takes it along on its right
 
 Whatever else it says is not read. The result equals that of transformers' tokenizer of the same file.
 """
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -43,6 +44,8 @@ FILE = "tokenizer.json"
 VERSION = "1.0"
 SPACE = "▁"
 """How vocabularies of SentencePiece write a space."""
+WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+LARGEST_GROWTH = 1024
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """How an added token is matched."""
 KEYS = {
@@ -95,7 +98,7 @@ class JsonTokenizer:
                 self._backend = tokenizers.Tokenizer.from_str(json_text(_what_is_read(document)))
             except Exception as error:  # what tokenizers raises has no narrower type
                 raise MalformedError(f"is refused by tokenizers ({error})") from error
-            _check_normalized(document, self._backend)
+            _check_sought(document.get("added_tokens", []), self._backend.normalizer.normalize_str)
         except MalformedError as fault:
             raise files.bad(FILE, str(fault)) from fault
 
@@ -138,8 +141,11 @@ def check_tokenizer(document: Mapping[str, Any]) -> dict[str, int]:
     ids by token, the added ones among them."""
     if document.get("version", VERSION) != VERSION:
         raise MalformedError(f"has the version {_shown(document['version'])}; {VERSION} is read")
+    growth = 1
     for part in _sequence(document.get("normalizer"), "normalizers"):
-        _check_normalizer(part)
+        growth *= _check_normalizer(part)
+        if growth > LARGEST_GROWTH:
+            raise MalformedError(f"has normalizers that make a text more than {LARGEST_GROWTH} times as long")
     for part in _sequence(document.get("pre_tokenizer"), "pretokenizers"):
         _check_pre_tokenizer(part)
     return _with_added_tokens(document, _vocabulary(document.get("model")))
@@ -173,12 +179,14 @@ def _kept(part: Any, items: str) -> list[dict[str, Any]]:
     return [{key: each[key] for key in ("type", *KEYS[each["type"]])} for each in _sequence(part, items)]
 
 
-def _check_normalized(document: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:
-    """Raise MalformedError unless added tokens that are looked for in normalised text differ there."""
-    sought = [token["content"] for token in document.get("added_tokens", []) if token["normalized"]]
-    found = {backend.normalizer.normalize_str(content) for content in sought}
-    if "" in found or len(found) < len(sought):
+def _check_sought(added: Sequence[Mapping[str, Any]], normalize: Callable[[str], str]) -> None:
+    """Raise MalformedError unless added tokens can be told from one another, and do not overlap."""
+    raw = {token["content"] for token in added if not token["normalized"]}
+    normalised = {normalize(token["content"]) for token in added if token["normalized"]}
+    if "" in normalised or len(raw) + len(normalised) < len(added):
         raise MalformedError("adds tokens that are the same, or nothing, in normalised text")
+    if any(token["rstrip"] for token in added) and any(text[0] in WHITE_SPACE for text in raw | normalised):
+        raise MalformedError("adds a token of white space that another one takes along")
 
 
 def _length_and_padding(document: Mapping[str, Any]) -> tuple[int, int, bool]:
@@ -211,20 +219,22 @@ def _sequence(part: Any, items: str) -> list[Mapping[str, Any]]:
     return parts
 
 
-def _check_normalizer(part: Mapping[str, Any]) -> None:
+def _check_normalizer(part: Mapping[str, Any]) -> int:
+    """How many times as long it may make a text, but for what letter case and normal forms do."""
     kind = part["type"]
     if kind in ("Lowercase", "NFC"):
-        return
+        return 1
     if kind == "Strip":
         _need(part, "strip_left", bool)
         _need(part, "strip_right", bool)
     elif kind == "Replace":
         _check_text(part.get("pattern"))
-        _need(part, "content", str)
+        return max(1, -(-len(_need(part, "content", str)) // len(part["pattern"]["String"])))
     elif kind == "Precompiled":
-        check_charsmap(_need(part, "precompiled_charsmap", str))
+        return max(1, check_charsmap(_need(part, "precompiled_charsmap", str)))
     else:
         raise MalformedError(f"has the normalizer {kind[:60]!r}, which is not read here")
+    return 1
 
 
 def _check_pre_tokenizer(part: Mapping[str, Any]) -> None:
@@ -248,9 +258,10 @@ def _check_text(pattern: Any) -> None:
         raise MalformedError("has an empty pattern")
 
 
-def check_charsmap(text: str) -> None:
+def check_charsmap(text: str) -> int:
     """Raise MalformedError unless the characters' map of a Precompiled normalizer can be walked: bytes of a trie
-    (a double array, darts-clone), the trie, and the texts that its leaves point to, each ended by a zero."""
+    (a double array, darts-clone), the trie, and the texts that its leaves point to, each ended by a zero; gives the
+    length of the longest of them."""
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError:
@@ -263,7 +274,7 @@ def check_charsmap(text: str) -> None:
         raise MalformedError("has a precompiled_charsmap of a size that none has")
     units: NDArray[np.uint32] = np.frombuffer(data[4 : 4 + size], "<u4")
     try:
-        texts.decode()
+        longest = max(map(len, texts.decode().split("\0")))
     except UnicodeDecodeError:
         raise MalformedError("has a precompiled_charsmap whose texts are not UTF-8") from None
     places = np.arange(len(units), dtype=np.int64)
@@ -283,6 +294,7 @@ def check_charsmap(text: str) -> None:
         children = blocks[:, None] ^ labels
         there = children[(wide[children] & 0x800000FF) == labels]
         frontier = np.unique(there[~seen[there]])
+    return longest
 
 
 def _vocabulary(model: Any) -> dict[str, int]:

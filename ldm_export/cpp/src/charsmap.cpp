@@ -122,6 +122,15 @@ std::optional<std::string_view> Charsmap::find(std::string_view key) const {
     return std::nullopt;
 }
 
+std::size_t Charsmap::longest() const {
+    std::size_t length = 0, longest = 0;
+    for (const char32_t c : decoded(texts_)) {
+        length = c == 0 ? 0 : length + 1;
+        longest = std::max(longest, length);
+    }
+    return longest;
+}
+
 void Charsmap::apply(Piece &piece) const {
     Replacements done;
     const std::u32string_view text = piece.text;

@@ -22,6 +22,9 @@ class Charsmap {
     // one's text.
     void apply(Piece &piece) const;
 
+    // Characters of the longest text.
+    std::size_t longest() const;
+
   private:
     void check() const;
     std::optional<std::string_view> find(std::string_view key) const;

@@ -43,7 +43,11 @@ void replace(Piece &piece, const std::u32string &pattern, const std::u32string &
     piece = std::move(done);
 }
 
-Normalizer normalizer_of(const Json &part) {
+constexpr std::size_t LARGEST_GROWTH = 1024;
+
+// growth: is set to how many times as long it may make a text, but for what letter case and normal forms do
+Normalizer normalizer_of(const Json &part, std::size_t &growth) {
+    growth = 1;
     const std::string &kind = part["type"].text();
     if (kind == "Lowercase") return lower_case;
     if (kind == "NFC") return normal_form_c;
@@ -55,10 +59,12 @@ Normalizer normalizer_of(const Json &part) {
     if (kind == "Replace") {
         const std::u32string pattern = pattern_of(part["pattern"]);
         const std::u32string content = decoded(need(part, "content", Kind::text).text());
+        growth = (content.size() + pattern.size() - 1) / pattern.size();
         return [=](Piece &piece) { replace(piece, pattern, content); };
     }
     if (kind == "Precompiled") {
         const auto map = std::make_shared<const Charsmap>(need(part, "precompiled_charsmap", Kind::text).text());
+        growth = map->longest();
         return [=](Piece &piece) { map->apply(piece); };
     }
     throw MalformedError(join("has the normalizer ", short_repr(kind), ", which is not read here"));
@@ -80,7 +86,13 @@ const char *name_in_python(Kind kind) {
 
 std::vector<Normalizer> normalizers_of(const Json &part) {
     std::vector<Normalizer> found;
-    for (const Json &each : sequence_of(part, "normalizers")) found.push_back(normalizer_of(each));
+    std::size_t largest = 1, growth = 1;
+    for (const Json &each : sequence_of(part, "normalizers")) {
+        found.push_back(normalizer_of(each, growth));
+        largest *= std::max<std::size_t>(growth, 1);  // both are far from what cannot be held
+        if (largest > LARGEST_GROWTH)
+            throw MalformedError(join("has normalizers that make a text more than ", LARGEST_GROWTH, " times as long"));
+    }
     return found;
 }
 

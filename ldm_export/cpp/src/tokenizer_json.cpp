@@ -102,6 +102,7 @@ void JsonTokenizer::read_added_tokens(const Json &document) {
     std::vector<AddedToken> found;
     std::set<std::string> contents;
     std::set<std::u32string> normalised;
+    bool takes_space = false, is_space_there = false;
     TokenId following = size;
     for (const Json &token : tokens.array()) {
         found.push_back(added_token_of(token));
@@ -115,15 +116,19 @@ void JsonTokenizer::read_added_tokens(const Json &document) {
         if (known == vocabulary.end() && has_gaps)
             throw MalformedError("has ids in its vocabulary that are not the first numbers");
         texts_.emplace(expected, content);
+        takes_space = takes_space || found.back().rstrip;
+        is_space_there = is_space_there || (!found.back().is_normalized() && is_space(decoded(content)[0]));
     }
     const auto normalise_token = [&](const std::u32string &content) {
         Piece piece{content, 0};
         normalise(piece);
         if (piece.text.empty() || !normalised.insert(piece.text).second)
             throw MalformedError("adds tokens that are the same, or nothing, in normalised text");
+        is_space_there = is_space_there || is_space(piece.text[0]);
         return piece.text;
     };
     added_ = AddedTokens(found, vocabulary, normalise_token);
+    if (takes_space && is_space_there) throw MalformedError("adds a token of white space that another one takes along");
 }
 
 // Keep the ids of the special tokens before and after a text.
