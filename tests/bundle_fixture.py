@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 import diffusers
 import pytest
-import sentencepiece
 import torch
 import transformers
 from ldm_reference.layout import save_checkpoint
@@ -25,6 +23,7 @@ from ldm_export.contract import GraphSpec
 from ldm_export.export import onnx
 from ldm_export.families import open_checkpoint
 from ldm_export.families.base import GraphModule
+from tests.tokenizer_fixtures import t5_tokenizer
 
 CLASSES = 5
 SMALL_UNET: dict[str, Any] = {
@@ -305,26 +304,6 @@ def t5(width: int = 32) -> transformers.T5EncoderModel:
         vocab_size=600, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
     return perturb(transformers.T5EncoderModel(config))
-
-
-def t5_tokenizer(folder: Path) -> transformers.T5Tokenizer:
-    """A tokenizer as T5's, of a small vocabulary, with SentencePiece's map of characters; its files in ``folder``."""
-    lines = [line.strip() for file in sorted(Path("docs").glob("*.md")) for line in file.read_text().splitlines()]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*filter(None, lines), *["ein süßer Hund und eine Katze"] * 20]),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=500,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    folder.mkdir(parents=True)
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    return transformers.T5Tokenizer.from_pretrained(folder)
 
 
 def pixart(folder: Path, tiny: Path, *, sizes: bool = False) -> None:

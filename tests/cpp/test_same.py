@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import random
+import re
 import shutil
 import unicodedata
 import warnings
@@ -23,8 +24,19 @@ from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.bundle.plans import read_plan
 from ldm_export.errors import InputError
 from ldm_export.plan import SAMPLERS
-from ldm_export.runtime import Pipeline, Tokenizer
-from tests.hostile.base import entry_of, sound
+from ldm_export.runtime import Pipeline
+from ldm_export.runtime.tokenizer_clip import ClipTokenizer
+from ldm_export.runtime.tokenizer_files import TokenizerFiles
+from ldm_export.runtime.tokenizer_json import JsonTokenizer
+from tests.hostile.base import entry_of, sound, with_length, with_tokenizer_json
+from tests.tokenizer_fixtures import (
+    LENGTH,
+    document_of,
+    documents_by_hand,
+    gemma_tokenizer,
+    prompts_of_every_category,
+    t5_tokenizer,
+)
 
 LATENT_TOLERANCE = 1e-5
 NOISE_TOLERANCE = 2e-6
@@ -210,13 +222,7 @@ def long_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     draft.put("tokenizer/tokenizer_config.json", config | {"model_max_length": LONG})
     first = max(draft.document("tokenizer/vocab.json").values()) + 1
     draft.put("tokenizer/added_tokens.json", {token: first + k for k, token in enumerate(VECTORS)})
-    encoder = draft.model("text_encoder")
-    draft.manifest = json.loads(json.dumps(draft.manifest))
-    draft.manifest["roles"]["text_encoders"][0]["length"] = LONG
-    spec = draft.manifest["graphs"]["text_encoder"]
-    for value, tensor in ((encoder.graph.input[0], spec["inputs"][0]), (encoder.graph.output[0], spec["outputs"][0])):
-        value.type.tensor_type.shape.dim[1].dim_value = tensor["shape"][1] = LONG
-    draft.files["text_encoder/model.onnx"] = encoder.SerializeToString()
+    with_length(draft, LONG)
     folder = tmp_path_factory.mktemp("long") / "bundle"
     draft.write(folder)
     return folder
@@ -235,7 +241,7 @@ def test_tokens_of_text_of_every_unicode_category(open_cpp: Callable[..., Any], 
 
     prompts = ["".join(part() for _ in range(choose.randint(1, 8))) for _ in range(10_000)]
     assert any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt)
-    tokenizer, pipeline = Tokenizer(long_bundle / "tokenizer"), open_cpp(long_bundle, warn=pytest.fail)
+    tokenizer, pipeline = ClipTokenizer(long_bundle / "tokenizer"), open_cpp(long_bundle, warn=pytest.fail)
     expected = tokenizer(prompts)
     for prompt, ids in zip(prompts, expected, strict=True):
         text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # as the Python one takes it
@@ -243,7 +249,7 @@ def test_tokens_of_text_of_every_unicode_category(open_cpp: Callable[..., Any], 
 
 
 def test_every_code_point_is_classified_alike(open_cpp: Callable[..., Any], long_bundle: Path) -> None:
-    tokenizer, pipeline = Tokenizer(long_bundle / "tokenizer"), open_cpp(long_bundle, warn=pytest.fail)
+    tokenizer, pipeline = ClipTokenizer(long_bundle / "tokenizer"), open_cpp(long_bundle, warn=pytest.fail)
     points = [chr(code) for code in range(1, 0x110000) if not 0xD800 <= code < 0xE000]
     rows = ["a".join(points[start : start + 50]) for start in range(0, 0x30000, 50)]  # beyond them nothing is assigned
     rows = [row for row in rows if len(row.encode()) <= 250]
@@ -251,12 +257,63 @@ def test_every_code_point_is_classified_alike(open_cpp: Callable[..., Any], long
         assert pipeline.tokenize(row.encode()) == ids.tolist(), ascii(row)
 
 
+@pytest.fixture(scope="module")
+def whole_documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Documents of the kind "tokenizers", by name."""
+    gemma = gemma_tokenizer()
+    return documents_by_hand() | {
+        "t5": document_of(t5_tokenizer(tmp_path_factory.mktemp("t5") / "files")),
+        "gemma": document_of(gemma),
+        "gemma, padded left": document_of(gemma, side="Left"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has")
+@pytest.mark.parametrize("name", [*documents_by_hand(), "t5", "gemma", "gemma, padded left"])
+def test_ids_of_a_document_that_is_read_whole(
+    open_cpp: Callable[..., Any], binding: ModuleType, whole_documents: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    draft = sound()
+    with_length(draft, LENGTH)
+    with_tokenizer_json(draft, whole_documents[name])
+    draft.write(tmp_path / "bundle")
+    tokenizer = JsonTokenizer(TokenizerFiles.of_folder(tmp_path / "bundle" / "tokenizer"))
+    pipeline = open_cpp(tmp_path / "bundle", warn=lambda _: None)
+    refused = 0
+    for prompt in prompts_of_every_category(3_000 if name in documents_by_hand() else 10_000):
+        text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        try:
+            expected = tokenizer(text)[0].tolist()
+        except InputError as error:  # what looks like padding
+            refused += 1
+            with pytest.raises(binding.LdmError, match=f"^{re.escape(str(error))}$"):
+                pipeline.tokenize(text.encode())
+        else:
+            assert pipeline.tokenize(text.encode()) == expected, ascii(prompt)
+    assert refused < 10
+
+
+def test_what_a_document_read_whole_cuts_off_is_told(
+    open_cpp: Callable[..., Any], whole_documents: dict[str, Any], tmp_path: Path
+) -> None:
+    draft = sound()
+    with_length(draft, LENGTH)
+    with_tokenizer_json(draft, whole_documents["t5"])
+    draft.write(tmp_path / "bundle")
+    told: list[str] = []
+    prompt = "a red circle, a blue square, two green triangles on white; grinning face with smiling eyes"
+    ids = open_cpp(tmp_path / "bundle", warn=told.append).tokenize(prompt.encode())
+    tokenizer = JsonTokenizer(TokenizerFiles.of_folder(tmp_path / "bundle" / "tokenizer"))
+    with pytest.warns(UserWarning, match=f"^{re.escape(told[0])}$"):
+        assert tokenizer(prompt)[0].tolist() == ids
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["a <fox> runs", "<owl><fox> <fox>_1 and <FOX>", "<fox>_1 alone", "<one> <x>", "<fo x> fox", "<x>_1<x>", ""],
 )
 def test_textual_inversions_are_written_out_alike(open_cpp: Callable[..., Any], long_bundle: Path, prompt: str) -> None:
-    expected = Tokenizer(long_bundle / "tokenizer")(prompt)[0].tolist()
+    expected = ClipTokenizer(long_bundle / "tokenizer")(prompt)[0].tolist()
     assert open_cpp(long_bundle, warn=pytest.fail).tokenize(prompt.encode()) == expected
     first = min(json.loads((long_bundle / "tokenizer" / "added_tokens.json").read_text()).values())
     if prompt == "a <fox> runs":
@@ -277,7 +334,7 @@ def test_tokens_that_are_written_out_without_end_are_refused(
     prompt = " ".join(reversed(tokens[::3]))
     message = r"are written out to more than 1048576 characters\. Shorten"
     with pytest.raises(InputError, match=message):
-        Tokenizer(folder / "tokenizer")(prompt)
+        ClipTokenizer(folder / "tokenizer")(prompt)
     with pytest.raises(binding.LdmError, match=message):
         open_cpp(folder).tokenize(prompt.encode())
 
@@ -288,5 +345,5 @@ def test_what_is_cut_off_is_told(open_cpp: Callable[..., Any], tiny_bundle: Path
     ids = open_cpp(tiny_bundle, warn=told.append).tokenize(prompt.encode())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert Tokenizer(tiny_bundle / "tokenizer")(prompt)[0].tolist() == ids
+        assert ClipTokenizer(tiny_bundle / "tokenizer")(prompt)[0].tolist() == ids
     assert told[0] == str(caught[0].message)

@@ -232,6 +232,26 @@ def with_target(draft: Draft) -> None:
     draft.target_files = {path: draft.files[f"{name}/model.onnx"] for name, path in graphs.items()}
 
 
+def with_length(draft: Draft, length: int) -> None:
+    """Let texts have so many token ids, as far as the text encoder and the manifest are concerned."""
+    encoder = draft.model("text_encoder")
+    draft.manifest = json.loads(json.dumps(draft.manifest))
+    draft.manifest["roles"]["text_encoders"][0]["length"] = length
+    spec = draft.manifest["graphs"]["text_encoder"]
+    for value, tensor in ((encoder.graph.input[0], spec["inputs"][0]), (encoder.graph.output[0], spec["outputs"][0])):
+        value.type.tensor_type.shape.dim[1].dim_value = tensor["shape"][1] = length
+    draft.files["text_encoder/model.onnx"] = encoder.SerializeToString()
+
+
+def with_tokenizer_json(draft: Draft, document: Any) -> None:
+    """Let a ``tokenizer.json`` of the kind "tokenizers" be the tokenizer."""
+    for path in [path for path in draft.files if path.startswith("tokenizer/")]:
+        del draft.files[path]
+    draft.put("tokenizer/tokenizer.json", document)
+    draft.manifest = json.loads(json.dumps(draft.manifest))
+    draft.manifest["roles"]["text_encoders"][0]["kind"] = "tokenizers"
+
+
 CONDITIONER = """<ir_version: 9, opset_import: ["" : 18]>
     g (float[batch, 8, 6] states, float[batch] has_prompt, float height) => (float[batch, 8, 6] encoder_hidden_states)
     <int64[2] last = {1, 2}, float none = {0}> {
