@@ -196,23 +196,27 @@ def documents_by_hand() -> dict[str, dict[str, Any]]:
         added_token(0, "<unk>", rstrip=True),
     ]
     merges = [["a", "b"], "b c", ["ab", "c"], ["<unk>", "<unk>"], ["a", "a"], ["aa", "a"]]
-    tokens = ["<pad>", "<unk>", *"abce.!h", "ab", "bc", "abc", "aa", "aaa", "<unk><unk>"]
+    tokens = ["<unk>", "<pad>", *"abce.!h", "ab", "bc", "abc", "aa", "aaa", "<unk><unk>"]
     pairs = {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": merges}
     pairs |= {"unk_token": "<unk>", "byte_fallback": False}
     bytes_too = unigram("<pad>", *"abc", "ab", *BYTES, byte_fallback=True)
     clusters = {"type": "Precompiled", "precompiled_charsmap": _of_every_byte()}
-    return {
-        "clusters": bare_document(letters, pad=1, normalizer=clusters),
-        "the start": bare_document(
-            letters, pad=1, normalizer={"type": "Sequence", "normalizers": tidy}, pre_tokenizer=words
-        ),
-        "added tokens": bare_document(
-            letters, normalizer={"type": "Lowercase"}, added_tokens=added, pre_tokenizer=words
-        ),
-        "no words": bare_document(
-            letters, pad=1, pre_tokenizer=metaspace | {"prepend_scheme": "never", "split": False}
-        ),
-        "unknown, fused": bare_document({**pairs, "fuse_unk": True}),
-        "unknown": bare_document({**pairs, "fuse_unk": False}),
-        "bytes": bare_document(bytes_too, pad=1, normalizer={"type": "NFC"}),
+    cases: dict[str, dict[str, Any]] = {
+        "clusters": {"model": letters, "normalizer": clusters},
+        "the start": {
+            "model": letters,
+            "normalizer": {"type": "Sequence", "normalizers": tidy},
+            "pre_tokenizer": words,
+        },
+        "added tokens": {
+            "model": letters,
+            "normalizer": {"type": "Lowercase"},
+            "added_tokens": added,
+            "pre_tokenizer": words,
+        },
+        "no words": {"model": letters, "pre_tokenizer": metaspace | {"prepend_scheme": "never", "split": False}},
+        "unknown, fused": {"model": {**pairs, "fuse_unk": True}},
+        "unknown": {"model": {**pairs, "fuse_unk": False}},
+        "bytes": {"model": bytes_too, "normalizer": {"type": "NFC"}},
     }
+    return {name: bare_document(pad=1, **parts) for name, parts in cases.items()}

@@ -16,7 +16,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.hostile import documents, graphs, links, manifests, plans, protobufs, schedulers, targets, tokenizers
+from tests.hostile import (
+    documents,
+    graphs,
+    links,
+    manifests,
+    plans,
+    protobufs,
+    schedulers,
+    targets,
+    tokenizers,
+    whole_tokenizers,
+)
 from tests.hostile.base import sound
 from tests.hostile.case import Case
 
@@ -24,7 +35,18 @@ __all__ = ["CASES", "Case", "write_case"]
 
 CASES: tuple[Case, ...] = tuple(
     case
-    for part in (documents, manifests, graphs, protobufs, plans, schedulers, tokenizers, links, targets)
+    for part in (
+        documents,
+        manifests,
+        graphs,
+        protobufs,
+        plans,
+        schedulers,
+        tokenizers,
+        whole_tokenizers,
+        links,
+        targets,
+    )
     for case in part.cases()
 )
 
