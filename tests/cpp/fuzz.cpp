@@ -70,7 +70,8 @@ void tokenize(const Tokenizer &tokenizer, std::string_view prompt) {
     require(ids.size() == tokenizer.max_length());
 }
 
-// A prompt and the files of a tokenizer, a zero byte before each; one that is empty is not there.
+// A prompt and the files of a tokenizer, a zero byte before each; one that is empty is not there. It is CLIP's where it has
+// a tokenizer_config.json.
 void read_tokenizer(std::string_view text) {
     const auto next = [&] {
         const std::string_view piece = text.substr(0, text.find('\0'));

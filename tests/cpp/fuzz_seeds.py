@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm_export.plan import SAMPLERS, compile_plan
 from tests.plan_cases import wrong
+from tests.tokenizer_fixtures import documents_by_hand
 
 MANIFEST, PLAN, ONNX, TARGET, TOKENIZER, PROMPT, ENGINES, SCHEDULER = range(8)
 """The first byte, which says what the rest is."""
@@ -34,6 +35,10 @@ def _tokenizer(prompt: str, special: Any = "", added: Any = "", whole: Any = "",
     return "\0".join(part if isinstance(part, str) else json.dumps(part) for part in parts).encode()
 
 
+def _whole_tokenizer(prompt: str, document: Any) -> bytes:
+    return "\0".join([prompt, *[""] * 5, json.dumps(document)]).encode()
+
+
 def write_seeds(bundle: Path, folder: Path) -> None:
     """Fill a folder with seeds from a bundle that has the target ort-cpu."""
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -48,6 +53,7 @@ def write_seeds(bundle: Path, folder: Path) -> None:
         (TOKENIZER, _tokenizer("a dog<x>", added={"dog": 10}, additional_special_tokens=["<x>"])),
         (TOKENIZER, _tokenizer("a cat<|endoftext|> b", added_tokens_decoder=DECODER, extra_special_tokens=["<x>"])),
         (TOKENIZER, _tokenizer("abc dog", whole=WHOLE)),
+        *((TOKENIZER, _whole_tokenizer(prompt, whole)) for whole in documents_by_hand().values() for prompt in PROMPTS),
     ]
     scheduler = (bundle / "scheduler" / "scheduler_config.json").read_bytes()
     seeds += [(PLAN, compile_plan(json.loads(scheduler), *plan).to_json().encode()) for plan in PLANS]

@@ -1,6 +1,8 @@
 // UTF-8 and normal forms where the rules have corners; the whole is held against `tokenizers` in test_same.py.
 #include "bpe.hpp"
 #include "cache.hpp"
+#include "charsmap.hpp"
+#include "json.hpp"
 #include "noise.hpp"
 #include "unicode.hpp"
 
@@ -27,6 +29,41 @@ TEST_CASE("Normal form C composes, orders and blocks") {
     CHECK(nfc(U"\u212b") == U"\u00c5");
     CHECK(nfc(U"\u0301a") == U"\u0301a");
     CHECK(nfc(U"a\u0301\u0301") == U"\u00e1\u0301");
+}
+
+TEST_CASE("Grapheme clusters end where Unicode Standard Annex 29 ends them") {
+    const auto clusters = [](std::u32string_view text) {
+        std::vector<std::size_t> lengths;
+        for (; !text.empty(); text.remove_prefix(lengths.back())) lengths.push_back(cluster_length(text));
+        return lengths;
+    };
+    using Lengths = std::vector<std::size_t>;
+    CHECK(clusters(U"").empty());
+    CHECK(clusters(U"a\r\nb\n\r") == Lengths{1, 2, 1, 1, 1});
+    CHECK(clusters(U"e\u0301\u0301a") == Lengths{3, 1});
+    CHECK(clusters(U"\u0301\u0301\n\u0301") == Lengths{2, 1, 1});
+    CHECK(clusters(U"\u0600ab") == Lengths{2, 1});
+    CHECK(clusters(U"\u0600\n") == Lengths{1, 1});
+    CHECK(clusters(U"\u1100\u1100\u1161\u11a8\u11a8\u1161") == Lengths{5, 1});
+    CHECK(clusters(U"\uac00\u11a8\uac01\u1161\uac00\u1161") == Lengths{2, 1, 1, 2});
+    CHECK(clusters(U"\u00a9\u0301\u200d\u00a9\u200da") == Lengths{5, 1});
+    CHECK(clusters(U"\u00a9\u200d\u200d\u00a9") == Lengths{3, 1});
+    CHECK(clusters(U"a\u200d\u00a9") == Lengths{2, 1});
+    CHECK(clusters(U"\u0915\u094d\u0915\u0300\u0915") == Lengths{4, 1});
+    CHECK(clusters(U"\u0915\u200d\u0915") == Lengths{2, 1});
+}
+
+TEST_CASE("A map of characters that cannot be walked is refused") {
+    for (const char *map : {"", "A", "AAAA", "====", "AAAAAA==", "AAQAAA==", "////////"})
+        CHECK_THROWS_AS(Charsmap(map), MalformedError);
+}
+
+TEST_CASE("A part keeps what stands for the prompt's first character") {
+    const Piece piece{U"abc", 2};
+    CHECK(piece.part(0, 1).leading == 1);
+    CHECK(piece.part(1, 3).leading == 1);
+    CHECK(piece.part(2, 3).leading == 0);
+    CHECK(piece.part(2, 3).text == U"c");
 }
 
 TEST_CASE("The best rank is merged first, then the leftmost") {

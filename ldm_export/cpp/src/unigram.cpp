@@ -117,18 +117,16 @@ std::vector<Unigram::Way> Unigram::ways(std::string_view word) const {
 void Unigram::append(const std::u32string &word, std::vector<Token> &tokens) const {
     const std::string utf8 = encoded(word);
     const std::vector<Way> best = ways(utf8);
-    std::vector<std::string> pieces;  // from the end; neighbours that are unknown are one
+    std::vector<std::size_t> starts;  // of pieces, from the end; neighbours that are unknown are one
     bool is_unknown = false;
     for (std::size_t stop = utf8.size(); stop > 0; stop = best[stop].from) {
         const Way &way = best[stop];
-        const std::string piece = utf8.substr(way.from, stop - way.from);
-        if (is_unknown && way.id == unknown_)
-            pieces.back().insert(0, piece);
-        else
-            pieces.push_back(piece);
+        if (is_unknown && way.id == unknown_) starts.pop_back();
+        starts.push_back(way.from);
         is_unknown = way.id == unknown_;
     }
-    for (auto piece = pieces.rbegin(); piece != pieces.rend(); ++piece) append_piece(*piece, tokens);
+    for (std::size_t i = starts.size(); i > 0; --i)
+        append_piece(utf8.substr(starts[i - 1], (i > 1 ? starts[i - 2] : utf8.size()) - starts[i - 1]), tokens);
 }
 
 void Unigram::append_piece(const std::string &piece, std::vector<Token> &tokens) const {
