@@ -97,11 +97,12 @@ void read_tokenizer(std::string_view text) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size) {
-    static const auto tokenizer = open_tokenizer("clip", {"tokenizer", [](const std::string &name) -> std::optional<std::string> {
+    const auto read = [](const std::string &name) -> std::optional<std::string> {
         std::ifstream stream(fs::path(std::getenv("LDM_TEST_TOKENIZER")) / name, std::ios::binary);
         if (!stream) return std::nullopt;
         return std::string(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
-    }});
+    };
+    static const auto tokenizer = open_tokenizer("clip", {"tokenizer", read});
     if (size == 0) return 0;
     const std::string_view text(reinterpret_cast<const char *>(data) + 1, size - 1);
     try {

@@ -38,7 +38,7 @@ std::optional<std::string> decoded_base64(std::string_view text) {
 
 std::uint32_t little_endian(std::string_view data, std::size_t at) {
     std::uint32_t value = 0;
-    for (std::size_t i = 0; i < 4; ++i) value |= static_cast<std::uint32_t>(static_cast<unsigned char>(data[at + i])) << (8 * i);
+    for (std::size_t i = 4; i > 0; --i) value = value << 8 | static_cast<unsigned char>(data[at + i - 1]);
     return value;
 }
 

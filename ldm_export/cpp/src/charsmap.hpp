@@ -14,8 +14,8 @@ namespace ldm::runtime {
 
 class Charsmap {
   public:
-    // In base64: the trie's size in bytes, the trie, and the texts, each ended by a zero. Throws MalformedError unless it can
-    // be walked.
+    // In base64: the trie's size in bytes, the trie, and the texts, each ended by a zero. Throws MalformedError unless it
+    // can be walked.
     explicit Charsmap(const std::string &base64);
 
     // Replace each grapheme cluster, or in long ones each character, of which the trie knows a prefix, by the shortest

@@ -98,7 +98,8 @@ void JsonTokenizer::read_added_tokens(const Json &document) {
     if (!tokens.is(Kind::array)) throw MalformedError("has added_tokens that are no list");
     const Vocabulary &vocabulary = model_->vocabulary();
     const auto size = static_cast<TokenId>(vocabulary.size());
-    const bool has_gaps = std::any_of(vocabulary.begin(), vocabulary.end(), [=](const auto &item) { return item.second >= size; });
+    const auto is_behind = [=](const auto &item) { return item.second >= size; };
+    const bool has_gaps = std::any_of(vocabulary.begin(), vocabulary.end(), is_behind);
     std::vector<AddedToken> found;
     std::set<std::string> contents;
     std::set<std::u32string> normalised;
@@ -111,8 +112,8 @@ void JsonTokenizer::read_added_tokens(const Json &document) {
         const auto known = vocabulary.find(content);
         const TokenId expected = known == vocabulary.end() ? following++ : known->second;
         if (!token["id"].is(Kind::integer) || token["id"].integer() != expected)
-            throw MalformedError(join("gives the added token ", short_repr(content), " the id ", short_repr(token["id"]), ", not ",
-                                      expected));
+            throw MalformedError(join("gives the added token ", short_repr(content), " the id ", short_repr(token["id"]),
+                                      ", not ", expected));
         if (known == vocabulary.end() && has_gaps)
             throw MalformedError("has ids in its vocabulary that are not the first numbers");
         texts_.emplace(expected, content);
@@ -134,7 +135,8 @@ void JsonTokenizer::read_added_tokens(const Json &document) {
 // Keep the ids of the special tokens before and after a text.
 void JsonTokenizer::read_template(const Json &part) {
     if (part.is_null()) return;
-    if (!is_text(part["type"], "TemplateProcessing")) throw MalformedError("has a post_processor that is no TemplateProcessing");
+    if (!is_text(part["type"], "TemplateProcessing"))
+        throw MalformedError("has a post_processor that is no TemplateProcessing");
     std::size_t texts = 0;
     for (const Json &piece : need(part, "single", Kind::array).array()) {
         if (is_text(piece["Sequence"]["id"], "A")) {
@@ -165,8 +167,8 @@ std::vector<TokenId> JsonTokenizer::operator()(std::string_view prompt, const Wa
     std::vector<Token> tokens = body(decoded(prompt));
     const std::size_t room = max_length_ - before_.size() - after_.size();
     if (tokens.size() > room) {
-        warn(join("The prompt has ", tokens.size(), " tokens; this model reads ", room, ". Cut off: '", text_of(tokens, room),
-                  "'. Shorten the prompt."));
+        warn(join("The prompt has ", tokens.size(), " tokens; this model reads ", room, ". Cut off: '",
+                  text_of(tokens, room), "'. Shorten the prompt."));
         tokens.resize(room);
     }
     std::vector<TokenId> ids = before_;

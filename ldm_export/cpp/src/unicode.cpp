@@ -202,10 +202,9 @@ std::size_t cluster_length(std::u32string_view text) {
     std::size_t length = 0;
     for (const char32_t c : text) {
         const int own = traits_of(c);
-        const bool goes_on = length == 0 || (((before | own) & CONTROL) == 0 &&
-                                             ((own & EXTENDING) != 0 || (before & PREPENDED) != 0 || is_syllable(before, own) ||
-                                              (joined && (own & PICTOGRAPH) != 0) || (linked && (own & CONSONANT) != 0)));
-        if (!goes_on) break;
+        const bool goes_on = (own & EXTENDING) != 0 || (before & PREPENDED) != 0 || is_syllable(before, own) ||
+                             (joined && (own & PICTOGRAPH) != 0) || (linked && (own & CONSONANT) != 0);
+        if (length > 0 && (!goes_on || ((before | own) & CONTROL) != 0)) break;
         picture = (own & PICTOGRAPH) != 0 || (picture && !joined && ((own & MARK) != 0 || c == JOINER));
         joined = picture && c == JOINER;
         linked = consonant && (own & BETWEEN) != 0 && (linked || (own & LINKER) != 0);

@@ -24,8 +24,8 @@ double power_of_ten(int exponent) {
     return power;
 }
 
-// A score as `tokenizers` reads it from Python's text of it: the digits as a whole number, times or over a power of ten, both
-// rounded. The last bit tells which way is taken of two with the same tokens in another order.
+// A score as `tokenizers` reads it from Python's text of it: the digits as a whole number, times or over a power of ten,
+// both rounded. The last bit tells which way is taken of two with the same tokens in another order.
 double as_tokenizers_reads(double score) {
     char text[64];
     const char *end = std::to_chars(text, text + sizeof text, std::abs(score), std::chars_format::scientific).ptr;
@@ -68,7 +68,8 @@ void Unigram::read_entries(const Json &vocabulary) {
             throw MalformedError(join("has ", short_repr(entry), " in its vocabulary; a token and its score are needed"));
         const Json &token = entry.array()[0], &score = entry.array()[1];
         if (!score.is(Kind::number) || !std::isfinite(score.number()))
-            throw MalformedError(join("has the score ", short_repr(score), " of ", short_repr(token), "; a number is needed"));
+            throw MalformedError(
+                join("has the score ", short_repr(score), " of ", short_repr(token), "; a number is needed"));
         const auto [place, is_new] = vocabulary_.emplace(token.text(), static_cast<TokenId>(vocabulary_.size()));
         if (!is_new) throw MalformedError("has a token twice in its vocabulary");
         entries_.push_back({place->first, place->second, as_tokenizers_reads(score.number())});
