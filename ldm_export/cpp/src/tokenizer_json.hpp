@@ -1,4 +1,4 @@
-// Tokenizers that a tokenizer.json of the Python package `tokenizers` describes whole: unigram models and BPE.
+// Tokenizers that a tokenizer.json of the Python package `tokenizers` describes whole.
 //
 // Added tokens are cut out; normalizers rewrite the rest, pre-tokenizers split it into words, and a model makes tokens of
 // those; the ids are put between special tokens and padded. Which files are read, and what comes of them, is what
