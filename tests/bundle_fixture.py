@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,16 @@ import torch
 import transformers
 from ldm_reference.layout import save_checkpoint
 from ldm_reference.unet import UNet2DConditionModel
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaConfig, T5GemmaEncoder
 
 from ldm_export.bundle.atomic import locked
 from ldm_export.contract import GraphSpec
 from ldm_export.export import onnx
 from ldm_export.families import open_checkpoint
 from ldm_export.families.base import GraphModule
-from tests.tokenizer_fixtures import t5_tokenizer
+from tests.tokenizer_fixtures import gemma_tokenizer, t5_tokenizer
 
 CLASSES = 5
 SMALL_UNET: dict[str, Any] = {
@@ -339,6 +342,58 @@ def shift_dynamically(checkpoint: Path, name: str) -> None:
     scheduler.save_pretrained(checkpoint / "scheduler")
 
 
+def deep_autoencoder() -> diffusers.AutoencoderDC:
+    """A DC-AE of 8 channels."""
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return diffusers.AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=4,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41407,
+    )
+
+
+def prx(folder: Path, tiny: Path, *, deep: bool = False) -> None:
+    """A transformer that reads T5Gemma's states, with an autoencoder of shifted channels or a ``deep`` one, DC-AE."""
+    torch.manual_seed(0)
+    channels = 8 if deep else 16
+    size = {"vocab_size": 1200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    text = T5GemmaConfig(encoder={**size, **heads, "sliding_window": 8}, decoder={**size, **heads})
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=channels,
+        patch_size=1 if deep else 2,
+        context_in_dim=32,
+        hidden_size=32,
+        num_heads=4,
+        depth=2,
+        axes_dim=[4, 4],
+    )
+    tokenizer = gemma_tokenizer()
+    tokenizer.model_max_length = 24
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a class of diffusers that this pipeline is made of
+        diffusers.PRXPipeline(
+            transformer=perturb(transformer),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder=perturb(T5GemmaEncoder(text.encoder)),
+            tokenizer=tokenizer,
+            vae=perturb(deep_autoencoder() if deep else shifted_autoencoder()),
+            default_sample_size=16,
+        ).save_pretrained(folder)
+    text.save_pretrained(folder / "text_encoder")  # the whole model's, as the published checkpoints have it
+
+
 KINDS: dict[str, Callable[[Path, Path], None]] = {
     "unconditional": unconditional,
     "class-conditional": class_conditional,
@@ -355,9 +410,11 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "dit": diffusion_transformer,
     "pixart": pixart,
     "pixart alpha": partial(pixart, sizes=True),
+    "prx": prx,
+    "prx with dc-ae": partial(prx, deep=True),
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""
-SLOW_KINDS = ("sd3 with t5", "pixart alpha")
+SLOW_KINDS = ("sd3 with t5", "pixart alpha", "prx with dc-ae")
 """Those that others nearly show, too."""
 
 

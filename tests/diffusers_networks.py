@@ -14,6 +14,7 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaConfig, T5GemmaEncoder
 
 Tensors = dict[str, Tensor]
 
@@ -46,6 +47,8 @@ def judge_transformer(folder: Path, inputs: Tensors, _: str) -> Tensors:
         sizes = {key: inputs.get(key) for key in ("resolution", "aspect_ratio")}
         mask = inputs["encoder_attention_mask"]
         out = transformer(sample, states, timestep, added_cond_kwargs=sizes, encoder_attention_mask=mask)
+    else:
+        out = transformer(sample, timestep / 1000, states, inputs["attention_mask"] > 0.5)
     return {"out_sample": out.sample[:, : sample.shape[1]]}
 
 
@@ -64,7 +67,10 @@ def in_squares(transformer: Any, sample: Tensor, timestep: Tensor, labels: Tenso
 def judge_text_encoder(folder: Path, inputs: Tensors, name: str) -> Tensors:
     config = json.loads((folder / name / "config.json").read_text())
     ids = inputs["input_ids"]
-    encoder = getattr(transformers, config["architectures"][0]).from_pretrained(folder / name)
+    if config["model_type"] == "t5gemma":
+        encoder = T5GemmaEncoder.from_pretrained(folder / name, config=T5GemmaConfig.from_dict(config).encoder)
+    else:
+        encoder = getattr(transformers, config["architectures"][0]).from_pretrained(folder / name)
     if config["model_type"] == "clip_text_model":
         out = encoder(ids, output_hidden_states=True)
         states = {f"hidden_states.{i}": state for i, state in enumerate(out.hidden_states)}

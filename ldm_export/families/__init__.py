@@ -18,10 +18,11 @@ from ldm_export.errors import CheckpointError
 from ldm_export.families.base import Family
 from ldm_export.families.dit import DiT
 from ldm_export.families.pixart import PixArt
+from ldm_export.families.prx import PRX
 from ldm_export.families.sd3 import StableDiffusion3
 from ldm_export.families.stable_diffusion import StableDiffusion
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3, PixArt, DiT)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, StableDiffusion3, PixArt, DiT, PRX)
 ENTRY_POINTS = "ldm_export.families"
 NAME = "FAMILY"
 """What a file of a family calls its class."""

@@ -52,6 +52,9 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "pixart": ("PixArtSigma", {"sampler": "dpmpp-2m", "guidance": 5.0}),
     "pixart, negative": ("PixArtSigma", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a BLUE square"}),
     "pixart alpha": ("PixArtAlpha", {"sampler": "ddim", "guidance": 5.0}),
+    "prx": ("PRX", {"sampler": "euler", "guidance": 5.0}),
+    "prx, negative": ("PRX", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a blue square"}),
+    "prx with dc-ae": ("PRX", {"sampler": "dpmpp-2m", "guidance": 5.0}),
     "refiner": ("StableDiffusionXL", {"sampler": "euler", "guidance": 5.0}),
 }
 """The kind of each case, before a comma, with its pipelines in diffusers and how it is drawn."""
