@@ -18,8 +18,11 @@ from tests.scheduler_configs import diffusers_scheduler, relative_error
 LATENT_TOLERANCE = 2e-5
 """Of the largest value; 1.6e-6 is what was seen. Noise alone may differ by 4e-6 from processor to processor."""
 SAME_PICTURE_DB = 45.0
-AS_ASKED = {"PixArt": {"use_resolution_binning": False}, "PRX": {"use_resolution_binning": False}}
-"""Options by which pipelines draw the size that is asked for, by how their names begin."""
+AS_ASKED = {
+    "PixArt": {"use_resolution_binning": False, "clean_caption": False},
+    "PRX": {"use_resolution_binning": False},
+}
+"""Options by which pipelines draw what is asked for, by how their names begin."""
 KEYWORDS = {"guidance": "guidance_scale", "steps": "num_inference_steps"}
 """Our options that diffusers has under another name."""
 

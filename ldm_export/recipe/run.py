@@ -19,6 +19,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.bundle import check_output_folder
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.checkpoint.networks import UNET
+from ldm_export.contract import NONE
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import copy_bundle
@@ -76,7 +77,8 @@ def run_recipe(
     pictures = _pictures(checkpoint, recipe, data)
     conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
     sampler = checkpoint.drawing.sampler if is_flow(checkpoint.scheduler) else "ddim"
-    drawing = SamplingDefaults(sampler, recipe.teacher.steps, recipe.teacher.guidance if checkpoint.reads_text else 1.0)
+    guided = family_of(checkpoint).roles.guidance.kind != NONE or checkpoint.reads_text
+    drawing = SamplingDefaults(sampler, recipe.teacher.steps, recipe.teacher.guidance if guided else 1.0)
     teacher = replace(checkpoint, drawn_with=drawing)
     weights = [teacher.sha256(name) for name in teacher.components]
     learned = [] if pictures is None else [hashlib.sha256(pictures.images.tobytes()).hexdigest()]

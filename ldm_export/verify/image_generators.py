@@ -192,9 +192,11 @@ class BundleImageGenerator:
     ) -> dict[str, Any]:
         given = {"sampler": settings.sampler, "steps": settings.steps, "seed": list(seeds), **self._options}
         if self.condition == "text":
-            given |= {"prompts": list(map(str, conditions)), "guidance": settings.guidance}
+            given["prompts"] = list(map(str, conditions))
         elif self.condition == "label":
             given["class_labels"] = [int(label) for label in conditions]
+        if self.condition == "text" or self.uses_guidance:
+            given["guidance"] = settings.guidance
         return given
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:

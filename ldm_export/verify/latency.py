@@ -31,11 +31,16 @@ Draw = Callable[[int], Timings]
 
 
 def draw_with(pipeline: Pipeline, prompts: list[str] | None) -> Draw:
-    """One picture of a bundle a call, as it is drawn by default, prompt after prompt; None for models without text."""
+    """One picture of a bundle a call, as it is drawn by default, prompt after prompt; None for models without text,
+    of which those with classes draw class after class."""
+    roles, manifest = pipeline.bundle.roles, pipeline.bundle.manifest
+    labelled = "class_labels" in roles.sources(manifest.graphs)
 
     def draw(seed: int) -> Timings:
         if prompts:  # a prompt that is new each time, as the cache of encoded prompts would make text free
             return pipeline.generate(f"{prompts[seed % len(prompts)]} {seed}", seed=seed).timings
+        if labelled:
+            return pipeline.generate(class_labels=[seed % (manifest.model["class_count"] or 1)], seed=seed).timings
         return pipeline.generate(seed=[seed]).timings
 
     return draw

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm_export.contract import TWO_ROWS, Guidance
 from ldm_export.errors import BundleError, ExportError, InputError, LdmExportError
 from ldm_export.families import open_checkpoint
 from ldm_export.recipe import read_recipe, run_recipe
@@ -192,12 +193,15 @@ def test_a_model_without_text_has_a_recipe_too(kinds: Kinds, cheap_judge: None, 
     assert bundle.roles.guidance.scale == 1.0
 
 
-def test_a_transformer_takes_graph_passes_alone(kinds: Kinds, tmp_path: Path) -> None:
+def test_a_transformer_takes_graph_passes_alone(kinds: Kinds, cheap_judge: None, tmp_path: Path) -> None:
     dit = open_checkpoint(kinds("dit")[0])
     message = "has distill-guidance, for a UNet2DConditionModel; dit has a DiTTransformer2DModel. Leave them out"
     with pytest.raises(InputError, match=message):
         run_recipe(dit, recipe_of(tmp_path, GUIDANCE), tmp_path / "bundle", tmp_path / "work")
     assert not (tmp_path / "work").exists()
+    recipe = recipe_of(tmp_path, WEIGHTS)
+    made, _ = run_recipe(dit, recipe, tmp_path / "bundle", tmp_path / "work")
+    assert made.roles.guidance == Guidance(TWO_ROWS, recipe.teacher.guidance)
 
 
 def test_a_model_trained_by_flow_matching_takes_graph_passes_alone(
