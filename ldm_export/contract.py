@@ -104,7 +104,7 @@ class TextEncoder:
     ----------
     graph : its graph's name
     tokenizer : the folder of the tokenizer's files in the bundle
-    kind : what reads those files, ``clip``
+    kind : what reads those files: ``clip``, or ``tokenizers`` for a whole ``tokenizer.json``
     length : token ids of a text, with start, end and padding
     """
 

@@ -37,8 +37,7 @@ def save(
     scale_factor: float,
     class_count: int | None = None,
 ) -> None:
-    """Write a checkpoint: both networks with the arguments that they were made with, and those of ``DDIMScheduler``;
-    ``sample_size`` is of the latents' sides, ``scale_factor`` as ``LatentDiffusionInferer`` has it."""
+    """Write a checkpoint: networks with the arguments that they were made with, and those of ``DDIMScheduler``."""
     index: dict[str, Any] = {"_class_name": "LatentDiffusionInferer", "scheduler": ["monai", "DDIMScheduler"]}
     for name, (network, arguments), own in (
         ("unet", unet, {"sample_size": sample_size, "class_count": class_count}),
@@ -49,6 +48,8 @@ def save(
         save_file(network.state_dict(), folder / name / "diffusion_pytorch_model.safetensors")
         index[name] = ["monai", type(network).__name__]
     (folder / "model_index.json").write_text(json.dumps(index))
+    if unknown := scheduler.keys() & {"steps_offset", "clip_sample_min", "clip_sample_max"}:
+        raise ValueError(f"{min(unknown)} is not translated; write scheduler_config.json yourself")
     given = {"clip_sample": True, "set_alpha_to_one": True, "beta_start": 1e-4, "beta_end": 2e-2, **scheduler}
     config = {"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", **given}
     config["beta_schedule"] = SCHEDULES[config.pop("schedule", "linear_beta")]
@@ -65,7 +66,7 @@ def _build(name: str, config: dict[str, Any]) -> nn.Module:
 
 
 def _component(name: str) -> Component:
-    return Component((name,), _build, lambda network: dict(network.config), name_of=lambda weight: weight)
+    return Component((name,), _build, lambda network: dict(network.config))
 
 
 KIND = CheckpointKind(
@@ -108,7 +109,7 @@ class FAMILY:
 
     @property
     def _multiple(self) -> int:
-        """What latents' sizes must be multiples of: each level of the UNet but the first halves them."""
+        """What latents' sizes are multiples of: each level of the UNet but the first halves them."""
         return 1 << (len(self._unet["channels"]) - 1)
 
     @property

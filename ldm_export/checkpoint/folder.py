@@ -193,13 +193,12 @@ class LatentDiffusion:
                 ) from error
         try:
             sampler = self.sampler or sampler_of(self.scheduler)
-            steps = next(
-                filter(self._fits(sampler), range(FEW if sampler == "lcm" else SamplingDefaults.steps, 1, -1)), 1
-            )
+            pipeline = self.kind.pipeline(self.index)
+            steps = next(filter(self._fits(sampler), range(FEW if sampler == "lcm" else pipeline.steps, 1, -1)), 1)
             compile_plan(self.scheduler, sampler, steps, tokens=self.tokens)
         except InputError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-        return SamplingDefaults(sampler, steps)
+        return SamplingDefaults(sampler, steps, pipeline.guidance)
 
     def _fits(self, sampler: str) -> Callable[[int], bool]:
         """Whether so many steps of a sampler fit into the training timesteps."""
@@ -322,7 +321,7 @@ class LatentDiffusion:
         return folder / component.replace("text_encoder", "tokenizer")
 
     def _skeleton(self, component: str) -> Network:
-        """The network on the meta device: shapes, no memory."""
+        """The network without its weights, which take no memory."""
         file = self.path / component / "config.json"
         if component not in self.components:
             raise CheckpointError(

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ldm_export.checkpoint.weights import OF_DIFFUSERS, name_of_diffusers
+from ldm_export.checkpoint.sampling_defaults import SamplingDefaults
+from ldm_export.checkpoint.weights import OF_DIFFUSERS
 from ldm_export.errors import CheckpointError
 from ldm_export.plan import shifts_dynamically
 from ldm_export.plan.scheduler_classes import FLOW_MATCHING
@@ -45,7 +46,7 @@ class Component:
     build: Callable[[str, dict[str, Any]], nn.Module]
     config: Callable[[Any], dict[str, Any]]
     weights: str = OF_DIFFUSERS
-    name_of: Callable[[str], str | None] = name_of_diffusers
+    name_of: Callable[[str], str | None] = str
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class PipelineClass:
     scheduler : keys of the scheduler's config that have this value whatever the file says
     options : keys of ``model_index.json`` that are no parts, with their defaults
     sample_size : of the denoiser's latents, where its config says none
+    steps, guidance : what it draws with by default
     shifting : keys by which it shifts dynamically, with their values where neither file nor scheduler class has them
     """
 
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     sample_size: int = 64
+    steps: int = SamplingDefaults.steps
+    guidance: float = SamplingDefaults.guidance
     shifting: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,6 +92,7 @@ class CheckpointKind:
     latent_size : gives the height and width of the latents that a pipeline makes by default, of ``model_index.json``,
         the networks' configs and the release of diffusers that wrote the denoiser's
     pixels_per_latent : gives the pixels of a picture's side for one of its latents', of the networks' configs
+    old_class : of the denoiser in checkpoints that are older than its class, and that ``pipelines`` tell; or None
     """
 
     components: Mapping[str, Component]
@@ -98,6 +103,7 @@ class CheckpointKind:
     default_pipeline: Callable[[Index], PipelineClass]
     latent_size: Callable[[Index, Configs, Any], tuple[int, int]]
     pixels_per_latent: Callable[[Configs], int] = pixels_by_levels
+    old_class: str | None = None
 
     @property
     def own_parts(self) -> set[str]:
@@ -112,7 +118,11 @@ class CheckpointKind:
     def fits(self, index: Index) -> bool:
         """Whether ``model_index.json`` names a denoiser of this kind."""
         given = index.get(self.denoiser)
-        return isinstance(given, list) and given[-1:] != [None] and given[-1] in self.components[self.denoiser].classes
+        if not isinstance(given, list) or not given or given[-1] is None:
+            return False
+        if given[-1] == self.old_class:
+            return class_name(index) in self.pipelines
+        return given[-1] in self.components[self.denoiser].classes
 
     def pipeline(self, index: Index) -> PipelineClass:
         """What the checkpoint's pipeline class fills in."""
@@ -139,7 +149,8 @@ class CheckpointKind:
             if given in (None, [None, None]):
                 continue
             named = isinstance(given, list) and len(given) == 2 and isinstance(given[1], str)
-            if not named or given[1] not in component.classes:
+            old = name == self.denoiser and self.fits(index)
+            if not named or (given[1] not in component.classes and not old):
                 raise CheckpointError(
                     f"{file} says that the {name} is {given!r}; {' and '.join(component.classes)} can be opened. "
                     "Choose another checkpoint."

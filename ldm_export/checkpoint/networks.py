@@ -12,7 +12,7 @@ from ldm_reference.unet import UNet2DConditionModel
 from torch import nn
 
 from ldm_export.checkpoint.kind import Component
-from ldm_export.checkpoint.weights import OF_TRANSFORMERS, name_of_clip
+from ldm_export.checkpoint.weights import OF_TRANSFORMERS, name_of_clip, name_of_diffusers
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 Network = Autoencoder | UNet2DConditionModel | CLIPTextModel
@@ -26,7 +26,7 @@ def own(*classes: type[Any]) -> Component:
         network: nn.Module = by_name[name].from_config(config, strict=False)
         return network
 
-    return Component(tuple(by_name), build, config_to_dict)
+    return Component(tuple(by_name), build, config_to_dict, name_of=name_of_diffusers)
 
 
 def _clip_text_model(name: str, config: dict[str, Any]) -> nn.Module:
@@ -56,7 +56,7 @@ def _shifted_config(network: ShiftedAutoencoder) -> dict[str, Any]:
 
 
 AUTOENCODER = own(AutoencoderKL, AutoencoderTiny)
-SHIFTED_AUTOENCODER = Component(("AutoencoderKL",), _shifted_autoencoder, _shifted_config)
+SHIFTED_AUTOENCODER = Component(("AutoencoderKL",), _shifted_autoencoder, _shifted_config, name_of=name_of_diffusers)
 """An autoencoder that may have a ``shift_factor``."""
 CLIP_TEXT_ENCODER = Component(
     ("CLIPTextModel", "CLIPTextModelWithProjection"), _clip_text_model, _clip_config, OF_TRANSFORMERS, name_of_clip

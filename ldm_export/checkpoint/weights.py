@@ -39,6 +39,8 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 """Names that models saved before diffusers 0.14 have for the projections of their spatial self-attention."""
 UNREAD = re.compile(r"(.*\.)?position_ids|logit_scale|vision_model\..*|visual_projection\..*")
 """Names in a file, such as one of a whole CLIP model, of what no network here has."""
+OPTIONAL = ("text_projection.weight",)
+"""Names that a text encoder of CLIP's kind has with a projection, and without one in a file of a whole model."""
 LORA = re.compile(r"(^|.*[._])(lora|lora_\w+|base_layer|hada_\w+|lokr_\w+|dora_scale)([._].*|$)")
 QUANTIZED = re.compile(
     r".*\.(absmax|quant_map|nested_\w+|quant_state\..*|SCB|weight_format|scale_weight|weight_scale|input_scale|"
@@ -228,7 +230,7 @@ def current_names(
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = name_of(without_wrappers(key))
-        if name is None or (name == "text_projection.weight" and name not in expected):
+        if name is None or (name in OPTIONAL and name not in expected):
             continue
         if name in named:
             raise CheckpointError(

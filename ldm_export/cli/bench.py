@@ -12,7 +12,7 @@ from ldm_export.bench.gates import Gate, gate_from_text, judge
 from ldm_export.bench.harness import Bench, BenchOptions, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.cli.figures import print_bench, without_pictures
-from ldm_export.cli.options import check_output, console, folder, stages, status, was_given, write_output
+from ldm_export.cli.options import check_output, console, family_option, folder, stages, status, was_given, write_output
 from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
 from ldm_export.reading.documents import MalformedError, read_text
@@ -55,6 +55,7 @@ KEPT = Gate("parity", 1.0)
     "smaller=2. At most: drift=1e-3, parity=1 (times a graph's tolerance). All against the checkpoint or else the "
     "first bundle. Repeatable.",
 )
+@family_option
 @click.option("--resume", is_flag=True, help="Measure nothing that REPORT.json holds, even if it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the document, without pictures, as the last line.")
 @click.pass_context

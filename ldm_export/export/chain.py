@@ -14,8 +14,8 @@ import torch
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.parity import Parity, check_parity
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.errors import InputError
-from ldm_export.export.onnx import export_graph, random_inputs, release_weights
+from ldm_export.errors import ExportError, InputError
+from ldm_export.export.onnx import export_graph, inputs_of, release_weights
 from ldm_export.export.parity import (
     NetworkCall,
     compare_graph,
@@ -24,7 +24,7 @@ from ldm_export.export.parity import (
     weights_read,
 )
 from ldm_export.families import family_of
-from ldm_export.families.base import ModelGraph
+from ldm_export.families.base import GraphModule, ModelGraph
 from ldm_export.graph.base import Inputs, spread
 from ldm_export.graph.weights import least_snr_db
 from ldm_export.plan import compile_plan
@@ -95,9 +95,12 @@ def _export_graph(graph: ModelGraph, checkpoint: LatentDiffusion, folder: Path, 
     name, pixels_per_latent = graph.spec.name, checkpoint.pixels_per_latent
     progress(f"{name}: running in PyTorch")
     module = graph.load()
-    runs = reference_runs(module, graph.spec, pixels_per_latent, graph.ids, graph.patch_size)
+    if not isinstance(module, GraphModule):  # of a family of a user's own
+        kind = type(module).__name__
+        raise ExportError(f"The family loads a {kind} for {name}; it must be a GraphModule(network, call). Wrap it.")
+    runs = reference_runs(module, graph, pixels_per_latent)
     progress(f"{name}: exporting")
-    example = random_inputs(graph.spec, EXAMPLE_SIZES, pixels_per_latent, graph.ids, graph.patch_size)
+    example = inputs_of(graph, EXAMPLE_SIZES, pixels_per_latent)
     path = export_graph(module, graph.spec, example, folder)
     release_weights(module)
     progress(f"{name}: comparing with PyTorch")
@@ -147,7 +150,7 @@ def compare_bundle(
 def _compare_weights(checkpoint: LatentDiffusion, graph: ModelGraph, file: Path) -> list[Parity]:
     """A record that fails if the graph lacks a weight of its network; else none."""
     module = graph.load()
-    example = random_inputs(graph.spec, EXAMPLE_SIZES, checkpoint.pixels_per_latent, graph.ids, graph.patch_size)
+    example = inputs_of(graph, EXAMPLE_SIZES, checkpoint.pixels_per_latent)
     records = compare_weights(file, graph.spec, weights_read(module, example))
     release_weights(module)
     return records
@@ -178,7 +181,7 @@ def parity_runs(checkpoint: LatentDiffusion, graph: ModelGraph, calls: Sequence[
         with torch.no_grad():
             runs = [(tensors, module(*tensors)) for tensors in inputs]
     else:
-        runs = reference_runs(module, graph.spec, checkpoint.pixels_per_latent, graph.ids, graph.patch_size)
+        runs = reference_runs(module, graph, checkpoint.pixels_per_latent)
     release_weights(module)
     return runs
 

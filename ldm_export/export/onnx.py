@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm_export.contract import GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
-from ldm_export.families.base import GraphModule
+from ldm_export.families.base import GraphModule, ModelGraph, Padding
 from ldm_export.graph.files import save
 
 OPSET = 20
@@ -29,13 +29,19 @@ FLOAT32_PRECISION = 1e-7
 
 
 def random_inputs(
-    graph: GraphSpec, sizes: dict[str, int], pixels_per_latent: int, id_count: int, patch_size: int = 1
+    graph: GraphSpec,
+    sizes: dict[str, int],
+    pixels_per_latent: int,
+    id_count: int,
+    patch_size: int = 1,
+    padding: Padding | None = None,
 ) -> tuple[Tensor, ...]:
     """Seeded inputs of the contract's shapes: normal values, timesteps from 500 on, token ids and class labels below
     ``id_count``, pictures' sizes as they belong to those of the latents.
 
-    Each row of token ids has the highest one, by CLIP's convention the end of text, at a place of its own. What is 1 or
-    0 for each row is both.
+    Each row of token ids has the highest one, by CLIP's convention the end of text, at a place of its own, and with
+    ``padding`` such tokens, more in each row than in the one before; masks are of as many. What is 1 or 0 for each row
+    is both.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = {**sizes, **{side: -(-sizes[side] // patch_size) * patch_size for side in ("height", "width")}}
@@ -50,14 +56,29 @@ def random_inputs(
             return torch.tensor(float(pictures[tensor.name]))
         if tensor.name in ("has_prompt", "has_negative_prompt", "is_negative"):
             return (torch.arange(shape[0]) % 2).float()
+        if tensor.name.endswith("attention_mask"):
+            return (torch.arange(shape[1]) < shape[1] - _padded(shape)).float()
         if tensor.dtype == "int64":
             ids = torch.randint(id_count, shape, generator=generator)
+            if len(shape) == 2 and padding is not None:
+                places = torch.arange(shape[1]).flip(0) if padding.left else torch.arange(shape[1])
+                return torch.where(places < shape[1] - _padded(shape), ids, padding.token)
             if len(shape) == 2:  # end of text, the highest id, somewhere else in each row: pooling looks for it
                 ids[range(shape[0]), range(2, shape[0] + 2)] = id_count - 1
             return ids
         return torch.randn(shape, generator=generator)
 
     return tuple(draw(tensor) for tensor in graph.inputs)
+
+
+def inputs_of(graph: ModelGraph, sizes: dict[str, int], pixels_per_latent: int) -> tuple[Tensor, ...]:
+    """Seeded inputs of a graph to be, as `random_inputs` has them."""
+    return random_inputs(graph.spec, sizes, pixels_per_latent, graph.ids, graph.patch_size, graph.padding)
+
+
+def _padded(shape: Sequence[int]) -> Tensor:
+    """Places of padding in rows (rows, 1) of such a shape: none in the first, and never all."""
+    return torch.arange(shape[0])[:, None] * 3 % shape[1]
 
 
 def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, ...], folder: Path) -> Path:

@@ -24,8 +24,8 @@ from torch import Tensor
 from ldm_export.bundle.parity import SILENT_DB, TOLERANCE, Parity, snr_db
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import ExportError
-from ldm_export.export.onnx import random_inputs
-from ldm_export.families.base import GraphModule
+from ldm_export.export.onnx import inputs_of
+from ldm_export.families.base import GraphModule, ModelGraph
 from ldm_export.graph.base import Array
 from ldm_export.graph.running import session_options
 from ldm_export.graph.weights import missing_weights
@@ -43,11 +43,9 @@ NetworkCall = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @torch.no_grad()
-def reference_runs(
-    module: GraphModule, graph: GraphSpec, pixels_per_latent: int, vocab_size: int, patch_size: int = 1
-) -> list[NetworkCall]:
+def reference_runs(module: GraphModule, graph: ModelGraph, pixels_per_latent: int) -> list[NetworkCall]:
     """The network on seeded inputs, once for each of :data:`SIZES`, in one thread."""
-    inputs = [random_inputs(graph, sizes, pixels_per_latent, vocab_size, patch_size) for sizes in SIZES]
+    inputs = [inputs_of(graph, sizes, pixels_per_latent) for sizes in SIZES]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,7 +6,7 @@ Shift and scale are inside: a graph's latents are those that the sampler has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,10 @@ from ldm_reference.tiny_autoencoder import AutoencoderTiny
 from torch import Tensor
 
 from ldm_export.contract import GraphSpec, TensorSpec, graph_spec
-from ldm_export.families.base import GraphModule, ModelGraph
+from ldm_export.families.base import GraphModule, Load, ModelGraph
 from ldm_export.families.libraries import from_diffusers
 
 DC_AUTOENCODER = from_diffusers("AutoencoderDC")
-Load = Callable[[str], Any]
-"""Opens a component of the checkpoint with its weights."""
 CERTAIN = (AutoencoderTiny.__name__, *DC_AUTOENCODER.classes)
 """Classes whose latents of a picture are certain, where others give a distribution."""
 

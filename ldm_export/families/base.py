@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.kind import CheckpointKind, class_name
+from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, class_name
 from ldm_export.contract import GraphSpec, Roles, TensorSpec, TextEncoder, graph_spec
 from ldm_export.families.tokenizers import Tokenizers
 from ldm_export.plan.scheduler_classes import prediction_of
@@ -35,6 +35,14 @@ class GraphModule(nn.Module):
 
 
 @dataclass(frozen=True)
+class Padding:
+    """What rows of token ids are padded with: a token, on the ``left`` or on the right."""
+
+    token: int
+    left: bool
+
+
+@dataclass(frozen=True)
 class ModelGraph:
     """One graph to be: all that exporting it and comparing it takes.
 
@@ -46,6 +54,7 @@ class ModelGraph:
     config : what its ``config.json`` says, for other libraries that open the folder; None for no such file
     ids : how many token ids or class labels its inputs of whole numbers may have
     patch_size : what latents' heights and widths must be multiples of
+    padding : of its token ids, where that is masked
     """
 
     spec: GraphSpec
@@ -54,9 +63,22 @@ class ModelGraph:
     config: Mapping[str, Any] | None = None
     ids: int = 1
     patch_size: int = 1
+    padding: Padding | None = None
 
 
 CONDITIONER = "conditioner"
+Load = Callable[[str], Any]
+"""Opens a component of the checkpoint with its weights."""
+
+
+def square_latents(denoiser: str) -> Callable[[Index, Configs, Any], tuple[int, int]]:
+    """The `CheckpointKind.latent_size` of families whose denoiser's config has one ``sample_size`` for both sides."""
+
+    def size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
+        side = int(configs[denoiser]["sample_size"])
+        return side, side
+
+    return size
 
 
 def conditioner_graph(

@@ -18,22 +18,24 @@ from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineC
 from ldm_export.checkpoint.networks import AUTOENCODER
 from ldm_export.contract import REQUEST_SOURCES, TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, graph_spec
 from ldm_export.errors import CheckpointError
-from ldm_export.families.autoencoder import Load, autoencoder_graphs
+from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import (
     CONDITIONER,
     GraphModule,
+    Load,
     ModelGraph,
     channel_faults,
     common_facts,
     common_notes,
     conditioner_graph,
+    square_latents,
 )
 from ldm_export.families.libraries import from_diffusers
 from ldm_export.families.patches import make_traceable, unpatchified
 from ldm_export.families.tokenizers import Tokenizers
 
 DENOISER = "transformer"
-PIPELINE = PipelineClass(sample_size=32)
+PIPELINE = PipelineClass(steps=50)
 
 
 def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
@@ -48,7 +50,8 @@ KIND = CheckpointKind(
     pipelines={"DiTPipeline": PIPELINE},
     saved_as=("DiTPipeline",),
     default_pipeline=lambda index: PIPELINE,
-    latent_size=_latent_size,
+    latent_size=square_latents(DENOISER),
+    old_class="Transformer2DModel",
 )
 
 
@@ -69,6 +72,11 @@ class DiT:
     @property
     def notes(self) -> list[str]:
         notes = common_notes(self._checkpoint, "DiTPipeline")
+        if self._checkpoint.drawing.sampler.startswith(("euler", "heun", "lms")):
+            notes.append(
+                f"{self._checkpoint.drawing.sampler} starts from noise of the scheduler's scale (init_noise_sigma), "
+                "which diffusers' DiTPipeline leaves out."
+            )
         if self._class_count != 1000:
             notes.append(
                 f"Pictures of no class are of the class {self._class_count}, the one that is trained as none; "

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_export.checkpoint.kind import Component
-from ldm_export.checkpoint.weights import OF_TRANSFORMERS
+from ldm_export.checkpoint.weights import OF_TRANSFORMERS, name_of_diffusers
 from ldm_export.errors import CheckpointError
+
+UNREAD = re.compile(r"(decoder|lm_head)\.")
+"""Names in a file of a whole model of which the encoder alone is read, as transformers reads it."""
 
 
 def from_diffusers(*names: str) -> Component:
     """A component that is one of diffusers' classes of these names."""
 
     def build(name: str, config: dict[str, Any]) -> nn.Module:
-        with without_weights():
-            network: nn.Module = library_class("diffusers", name).from_config(config)
+        cls = library_class("diffusers", name)
+        with _config_errors(), without_weights():
+            network: nn.Module = cls.from_config(config)
         return network
 
     def config(network: Any) -> dict[str, Any]:
         kept = {key: value for key, value in network.config.items() if not key.startswith("_")}
         return {"_class_name": type(network).__name__, **kept}
 
-    return Component(names, build, config)
+    return Component(names, build, config, name_of=name_of_diffusers)
 
 
 def from_transformers(*names: str, module: str = "transformers", part: str | None = None) -> Component:
@@ -40,8 +45,8 @@ def from_transformers(*names: str, module: str = "transformers", part: str | Non
 
     def build(name: str, config: dict[str, Any]) -> nn.Module:
         cls = library_class(module, name)
-        read = cls.config_class.from_dict({**config, "dtype": None})
-        with without_weights():
+        with _config_errors(), without_weights():
+            read = cls.config_class.from_dict({**config, "dtype": None})
             network: nn.Module = cls(getattr(read, part) if part in config else read)
         return network
 
@@ -49,11 +54,14 @@ def from_transformers(*names: str, module: str = "transformers", part: str | Non
         kept: dict[str, Any] = network.config.to_dict()
         return kept
 
-    return Component(names, build, config, OF_TRANSFORMERS, lambda name: name)
+    return Component(names, build, config, OF_TRANSFORMERS, lambda name: None if UNREAD.match(name) else name)
 
 
 def either(*components: Component) -> Component:
-    """A component that is of a class of any of these."""
+    """A component that is of a class of any of these, whose files and weights are named alike."""
+    alike = {(component.weights, component.name_of) for component in components}
+    if len(alike) > 1:
+        raise ValueError("components of one name must name their weights alike")
     by_name = {name: component for component in components for name in component.classes}
 
     def config(network: Any) -> dict[str, Any]:
@@ -88,21 +96,37 @@ def library_class(library: str, name: str) -> Any:
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
-    """Build networks of which the parameters are on the meta device, and take no memory, and the buffers are real.
+def _config_errors() -> Iterator[None]:
+    """Raise ValueError for whatever a library makes of a config that it cannot use."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
-    Buffers that no file holds, such as the frequencies of rotary positions, are what their class computes.
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build networks of which what a file holds is on the meta device, and takes no memory, and other buffers are real.
+
+    Such as the frequencies of rotary positions, which are what their class computes.
     """
-    register = nn.Module.register_parameter
+    register, keep = nn.Module.register_parameter, nn.Module.register_buffer
 
     def without_values(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
+    def without_stored_values(
+        module: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True, **options: Any
+    ) -> None:
+        keep(module, name, tensor.to("meta") if persistent and tensor is not None else tensor, persistent, **options)
+
     try:
+        nn.Module.register_buffer = without_stored_values  # type: ignore[method-assign, assignment]
         nn.Module.register_parameter = without_values  # type: ignore[method-assign, assignment]
         with torch.device("cpu"):
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_buffer = keep  # type: ignore[method-assign]

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass, class_name
+from ldm_export.checkpoint.kind import CheckpointKind, PipelineClass, class_name
 from ldm_export.checkpoint.networks import AUTOENCODER
 from ldm_export.contract import REQUEST_SOURCES, TWO_ROWS, Guidance, Roles, TensorSpec, graph_spec
 from ldm_export.errors import CheckpointError
-from ldm_export.families.autoencoder import Load, autoencoder_graphs
+from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import (
     CONDITIONER,
     GraphModule,
+    Load,
     ModelGraph,
     channel_faults,
     common_facts,
     common_notes,
     conditioner_graph,
+    square_latents,
     text_encoder_roles,
 )
 from ldm_export.families.libraries import from_diffusers, from_transformers
@@ -39,14 +41,7 @@ DENOISER, ENCODER = "transformer", "text_encoder"
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 TOKENS = {ALPHA: 120, SIGMA: 300}
 """Tokens of a prompt in diffusers' pipelines."""
-
-
-def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
-    side = int(configs[DENOISER]["sample_size"])
-    return side, side
-
-
-PIPELINE = PipelineClass(sample_size=128)
+PIPELINE = PipelineClass(guidance=4.5)
 KIND = CheckpointKind(
     components={
         "text_encoder": from_transformers("T5EncoderModel"),
@@ -58,7 +53,8 @@ KIND = CheckpointKind(
     pipelines={ALPHA: PIPELINE, SIGMA: PIPELINE},
     saved_as=(ALPHA, SIGMA),
     default_pipeline=lambda index: PIPELINE,
-    latent_size=_latent_size,
+    latent_size=square_latents(DENOISER),
+    old_class="Transformer2DModel",
 )
 
 

@@ -17,9 +17,10 @@ from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineC
 from ldm_export.checkpoint.networks import SHIFTED_AUTOENCODER
 from ldm_export.contract import TWO_ROWS, Guidance, Roles, TensorSpec, graph_spec
 from ldm_export.errors import CheckpointError
-from ldm_export.families.autoencoder import DC_AUTOENCODER, Load, autoencoder_graphs
+from ldm_export.families.autoencoder import DC_AUTOENCODER, autoencoder_graphs
 from ldm_export.families.base import (
     GraphModule,
+    Load,
     ModelGraph,
     channel_faults,
     common_facts,
@@ -37,11 +38,13 @@ POSITIONS = 1024
 
 
 def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
-    side = int(KIND.option(index, "default_sample_size")) // pixels_by_levels(configs)
-    return side, side
+    side = KIND.option(index, "default_sample_size")
+    if type(side) is not int or side < 1:
+        raise CheckpointError(f"model_index.json has default_sample_size = {side!r}; a number of pixels is needed.")
+    return side // pixels_by_levels(configs), side // pixels_by_levels(configs)
 
 
-PIPELINE = PipelineClass(options={"default_sample_size": 512})
+PIPELINE = PipelineClass(options={"default_sample_size": 512}, steps=28)
 KIND = CheckpointKind(
     components={
         "text_encoder": from_transformers("T5GemmaEncoder", module=T5GEMMA, part="encoder"),
@@ -77,8 +80,9 @@ class PRX:
         return [
             *common_notes(self._checkpoint, "PRXPipeline"),
             "A picture is drawn at the size that is asked for, as by diffusers with use_resolution_binning=False.",
-            "Prompts are stripped and made lower case; what else diffusers' pipeline removes from them (addresses, "
-            "file names, Chinese characters and more) is kept.",
+            "Prompts are stripped and made lower case. diffusers' pipeline also rewrites them: it drops brackets, "
+            "slashes and signs such as & # * @, sizes such as 1920x1080, addresses, file names and Chinese characters, "
+            "makes curly quotes straight and many hyphens spaces. Prompts without those give the same pictures.",
         ]
 
     @cached_property

@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass
+from ldm_export.checkpoint.kind import CheckpointKind, PipelineClass
 from ldm_export.checkpoint.networks import CLIP_TEXT_ENCODER, SHIFTED_AUTOENCODER
 from ldm_export.contract import TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, graph_spec
 from ldm_export.errors import CheckpointError
-from ldm_export.families.autoencoder import Load, autoencoder_graphs
+from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import (
     CONDITIONER,
     GraphModule,
+    Load,
     ModelGraph,
     channel_faults,
     common_facts,
     common_notes,
     conditioner_graph,
+    square_latents,
     text_encoder_roles,
 )
 from ldm_export.families.libraries import from_diffusers, from_transformers
@@ -38,14 +40,7 @@ DENOISER = "transformer"
 ENCODERS, T5 = ("text_encoder", "text_encoder_2"), "text_encoder_3"
 T5_TOKENS = 256
 """Tokens of a prompt for the third text encoder in diffusers' pipeline, whose states are zeros without it."""
-
-
-def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
-    side = int(configs[DENOISER]["sample_size"])
-    return side, side
-
-
-PIPELINE = PipelineClass(sample_size=128, shifting={"max_shift": 1.16})
+PIPELINE = PipelineClass(steps=28, guidance=7.0, shifting={"max_shift": 1.16})
 KIND = CheckpointKind(
     components={
         "text_encoder": CLIP_TEXT_ENCODER,
@@ -59,7 +54,7 @@ KIND = CheckpointKind(
     pipelines={"StableDiffusion3Pipeline": PIPELINE, "StableDiffusion3Img2ImgPipeline": PIPELINE},
     saved_as=("StableDiffusion3Pipeline",),
     default_pipeline=lambda index: PIPELINE,
-    latent_size=_latent_size,
+    latent_size=square_latents(DENOISER),
 )
 
 
@@ -153,7 +148,7 @@ class StableDiffusion3:
             TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["joint_attention_dim"])),
             TensorSpec("pooled_projections", "float32", ("batch", config["pooled_projection_dim"])),
         ]
-        out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
+        out = TensorSpec("out_sample", "float32", latents)
         return graph_spec(DENOISER, inputs, [out])
 
     @cached_property
@@ -167,6 +162,8 @@ class StableDiffusion3:
 
     def _faults(self) -> list[str]:
         config = self._transformer
+        if type(config["pos_embed_max_size"]) is not int:
+            return ["the transformer's config says no pos_embed_max_size. Use the one that was saved with the weights."]
         if tuple(self._encoders) != ENCODERS:
             return [f"it has {' and '.join(self._encoders) or 'no text encoder'}; {' and '.join(ENCODERS)} are needed."]
         if not all(encoder["with_projection"] for encoder in self._encoders.values()):

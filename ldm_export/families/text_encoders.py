@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_export.contract import TensorSpec, graph_spec
-from ldm_export.families.autoencoder import Load
-from ldm_export.families.base import GraphModule, ModelGraph
+from ldm_export.families.base import GraphModule, Load, ModelGraph, Padding
 from ldm_export.families.tokenizers import WholeTokenizer
 
 
@@ -67,26 +66,27 @@ def states_graph(
     outputs = [TensorSpec("last_hidden_state", "float32", ("batch", tokenizer.length, width))]
     if masked:
         outputs.append(TensorSpec("attention_mask", "float32", ids.shape))
-    pads = (tokenizer.pad_token_id, tokenizer.pads_left) if masked else None
-    return ModelGraph(graph_spec(name, [ids], outputs), partial(_states, load, name, pads), name, ids=vocab_size)
+    padding = Padding(tokenizer.pad_token_id, tokenizer.pads_left) if masked else None
+    module = partial(_states, load, name, padding)
+    return ModelGraph(graph_spec(name, [ids], outputs), module, name, ids=vocab_size, padding=padding)
 
 
-def text_mask(input_ids: Tensor, pad_token_id: int, pads_left: bool) -> Tensor:
+def text_mask(input_ids: Tensor, padding: Padding) -> Tensor:
     """Where rows of token ids (B, L) have text, bool (B, L): all between the padding and the other end.
 
     A tokenizer's own mask says the same, since no text begins, or ends, with the token of the padding.
     """
-    text, places = input_ids != pad_token_id, torch.arange(input_ids.shape[1])
-    if pads_left:
+    text, places = input_ids != padding.token, torch.arange(input_ids.shape[1])
+    if padding.left:
         return places >= torch.where(text, places, input_ids.shape[1]).amin(dim=1, keepdim=True)
-    return places <= torch.where(text, places, 0).amax(dim=1, keepdim=True)
+    return places < torch.where(text, places + 1, 0).amax(dim=1, keepdim=True)
 
 
-def _states(load: Load, name: str, pads: tuple[int, bool] | None) -> GraphModule:
+def _states(load: Load, name: str, padding: Padding | None) -> GraphModule:
     def call(network: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
-        if pads is None:
+        if padding is None:
             return (network(input_ids=input_ids).last_hidden_state,)
-        mask = text_mask(input_ids, *pads)
+        mask = text_mask(input_ids, padding)
         return network(input_ids=input_ids, attention_mask=mask).last_hidden_state, mask.float()
 
     return GraphModule(load(name), call).eval()

@@ -20,6 +20,8 @@ from ldm_export.runtime.tokenizer_files import TokenizerFiles
 from ldm_export.runtime.tokenizer_json import FILE as WHOLE
 from ldm_export.runtime.tokenizer_json import JsonTokenizer
 
+SOURCES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+"""Files of which transformers makes a tokenizer that is not of CLIP's kind; without any it makes one of no words."""
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -159,12 +161,16 @@ class WholeTokenizer:
     @cached_property
     def document(self) -> dict[str, Any]:
         """The ``tokenizer.json`` of a bundle."""
+        if not any((self.folder / name).is_file() for name in SOURCES):
+            raise CheckpointError(
+                f"{self.folder} has neither {' nor '.join(SOURCES)}. Put the model's tokenizer there, whole."
+            )
+        reader, place = library_class("transformers", self.class_name), self.folder.resolve()
         try:
-            tokenizer = library_class("transformers", self.class_name).from_pretrained(self.folder)
+            tokenizer = reader.from_pretrained(place, local_files_only=True)
             found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
             pad, token, side = int(tokenizer.pad_token_id), tokenizer.pad_token, tokenizer.padding_side
-        except CheckpointError:
-            raise
+            cut = tokenizer.truncation_side
         except Exception as error:  # whatever transformers and tokenizers raise
             why = [*str(error).splitlines(), type(error).__name__][0][:200]
             raise CheckpointError(
@@ -174,15 +180,12 @@ class WholeTokenizer:
         length = self.given_length or tokenizer.model_max_length
         if length > 1 << 20:
             raise CheckpointError(f"{self.folder} does not say how many tokens a text has. Set its model_max_length.")
+        if cut != "right":
+            raise CheckpointError(f"{self.folder} cuts long texts off on the {cut}; only 'right' is known.")
         found["truncation"] = {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0}
         padding = {"strategy": {"Fixed": length}, "direction": side.capitalize(), "pad_to_multiple_of": None}
         found["padding"] = {**padding, "pad_id": pad, "pad_type_id": 0, "pad_token": token}
-        if self.lowercase:
-            normalizer = found["normalizer"]
-            parts = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
-            first = [{"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "Lowercase"}]
-            found["normalizer"] = {"type": "Sequence", "normalizers": [*first, *filter(None, parts)]}
-        return found
+        return {**found, "lowercase_prompts": self.lowercase}
 
     @property
     def pad_token_id(self) -> int:

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from ldm_export import families
 from ldm_export.bench.child import opened
 from ldm_export.cli import main
-from ldm_export.errors import CheckpointError
+from ldm_export.errors import CheckpointError, ExportError
+from ldm_export.export.chain import export_bundle
 from ldm_export.families import family_of, open_checkpoint, read_family, read_files
 from ldm_export.families.dit import DiT
 
@@ -123,6 +124,25 @@ def test_files_that_are_no_family(tmp_path: Path, text: str, message: str) -> No
     done = CliRunner().invoke(main, ["export", "emoji64", "-o", "x", "--family", str(tmp_path / "own.py")])
     assert done.exit_code == 2
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", ["export", "bench", "evaluate", "verify"])
+def test_every_command_that_opens_checkpoints_takes_one(command: str) -> None:
+    assert "--family FILE" in CliRunner().invoke(main, [command, "--help"]).output
+
+
+def test_modules_that_are_no_graph_modules(checkpoint: Path, file: Path, tmp_path: Path) -> None:
+    file.write_text(
+        FILE
+        + """
+from dataclasses import replace as with_
+import torch
+Own.graphs = property(lambda self: [with_(DiT(self._checkpoint).graphs[0], load=lambda: torch.nn.Identity())])
+"""
+    )
+    read_family(file)
+    with pytest.raises(ExportError, match=r"loads a Identity for conditioner; .* be a GraphModule\(network, call\)"):
+        export_bundle(open_checkpoint(checkpoint), tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("name", ["missing.py", "folder", "own.txt"])

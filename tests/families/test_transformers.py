@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from ldm_export.bundle import Bundle
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.families import family_of, open_checkpoint
+from ldm_export.families.base import Padding
 from ldm_export.families.patches import CrossAttention, make_traceable
 from ldm_export.families.text_encoders import text_mask
 from ldm_export.families.tokenizers import WholeTokenizer
@@ -68,11 +70,11 @@ def test_the_mask_of_ids_is_the_tokenizers(tmp_path: Path, side: str) -> None:
     tokenizer.padding_side = side
     texts = ["", "a cat", "<pad> a <pad> cat", "one " * 40]
     encoded = tokenizer(texts, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
-    assert torch.equal(text_mask(encoded.input_ids, 0, side == "left"), encoded.attention_mask.bool()) or side == "left"
-    if side == "left":  # the one text that begins with the padding's token is refused
-        rows = [0, 1, 3]
-        mask = text_mask(encoded.input_ids, 0, pads_left=True)
-        assert torch.equal(mask[rows], encoded.attention_mask.bool()[rows])
+    mask = text_mask(encoded.input_ids, Padding(0, side == "left"))
+    rows = [0, 1, 3] if side == "left" else [0, 1, 2, 3]  # a text that begins with the padding's token is refused
+    assert torch.equal(mask[rows], encoded.attention_mask.bool()[rows])
+    nothing = torch.zeros(1, 20, dtype=torch.int64)
+    assert not text_mask(nothing, Padding(0, side == "left")).any()
 
 
 def test_prompts_are_read_as_the_pipeline_reads_them(kinds: Kinds) -> None:
@@ -153,7 +155,37 @@ def test_a_prompt_that_ends_with_padding(kinds: Kinds) -> None:
         (
             "pixart",
             lambda folder: shutil.rmtree(folder / "tokenizer"),
+            "tokenizer has neither tokenizer.json nor spiece.model nor tokenizer.model. Put the model",
+        ),
+        (
+            "pixart",
+            lambda folder: [file.unlink() for file in (folder / "tokenizer").glob("tokenizer.json")],
+            "tokenizer has neither tokenizer.json nor spiece.model nor tokenizer.model. Put the model",
+        ),
+        (
+            "pixart",
+            lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"),
             "cannot be read as transformers' T5Tokenizer",
+        ),
+        (
+            "pixart",
+            lambda folder: edit_json(folder / "tokenizer/tokenizer_config.json", truncation_side="left"),
+            "cuts long texts off on the left; only 'right' is known",
+        ),
+        (
+            "pixart",
+            lambda folder: edit_json(folder / "text_encoder/config.json", dense_act_fn="foo"),
+            "describes a network that cannot be built",
+        ),
+        (
+            "pixart",
+            lambda folder: edit_json(folder / "text_encoder/config.json", d_model="32"),
+            "describes a network that cannot be built",
+        ),
+        (
+            "dit",
+            lambda folder: edit_json(folder / "transformer/config.json", patch_size=0),
+            "describes a network that cannot be built",
         ),
         (
             "dit",
@@ -174,6 +206,36 @@ def test_what_cannot_be_exported(
     change(folder)
     with pytest.raises(CheckpointError, match=message):
         family_of(open_checkpoint(folder)).check()
+
+
+@pytest.mark.parametrize(("kind", "pipeline"), [("dit", "DiTPipeline"), ("pixart", "PixArtSigmaPipeline")])
+def test_checkpoints_of_before_their_class(
+    checkpoint: Callable[[str], Path], kinds: Kinds, kind: str, pipeline: str
+) -> None:
+    """Published ones are of a Transformer2DModel; the pipeline's class tells what that is."""
+    folder = checkpoint(kind)
+    edit_json(folder / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    edit_json(folder / "transformer/config.json", _class_name="Transformer2DModel")
+    opened, new = open_checkpoint(folder), open_checkpoint(kinds(kind)[0])
+    assert opened.index["_class_name"] == pipeline
+    assert (opened.kind, opened.configs) == (new.kind, new.configs)
+    family_of(opened).check()
+    edit_json(folder / "model_index.json", _class_name="OtherPipeline")
+    with pytest.raises(CheckpointError, match="of a OtherPipeline, which is of no family that is known here"):
+        open_checkpoint(folder)
+
+
+def test_a_whole_t5_is_read_as_its_encoder(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("pixart")
+    file = folder / "text_encoder/model.safetensors"
+    save_file({**load_file(file), "decoder.block.0.weight": torch.ones(2), "lm_head.weight": torch.ones(2)}, file)
+    open_checkpoint(folder).load("text_encoder")
+
+
+def test_what_it_draws_with_by_default(kinds: Kinds) -> None:
+    for kind, steps, guidance in (("dit", 50, 4.0), ("pixart", 20, 4.5)):
+        bundle = Bundle.open(kinds(kind)[1])
+        assert (bundle.manifest.model["default_steps"], bundle.roles.guidance.scale) == (steps, guidance)
 
 
 def test_a_tokenizer_without_a_length(kinds: Kinds, checkpoint: Callable[[str], Path]) -> None:
