@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass
+from ldm_export.checkpoint.kind import CheckpointKind, PipelineClass
 from ldm_export.checkpoint.networks import AUTOENCODER
 from ldm_export.contract import REQUEST_SOURCES, TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, graph_spec
 from ldm_export.errors import CheckpointError
@@ -36,11 +36,6 @@ from ldm_export.families.tokenizers import Tokenizers
 
 DENOISER = "transformer"
 PIPELINE = PipelineClass(steps=50)
-
-
-def _latent_size(index: Index, configs: Configs, release: Any) -> tuple[int, int]:
-    side = int(configs[DENOISER]["sample_size"])
-    return side, side
 
 
 KIND = CheckpointKind(
