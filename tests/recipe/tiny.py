@@ -96,7 +96,8 @@ def judge_cheaply(patch: pytest.MonkeyPatch) -> None:
 
 def cost_of(bundle: Bundle) -> Latency:
     model, files = bundle.manifest.model, bundle.manifest.files
-    denoiser_ms, decode_ms = (files[f"{graph}/model.onnx"].size_bytes / 1e6 for graph in (bundle.roles.denoiser, "vae_decoder"))
+    graphs = (bundle.roles.denoiser, "vae_decoder")
+    denoiser_ms, decode_ms = (files[f"{graph}/model.onnx"].size_bytes / 1e6 for graph in graphs)
     calls = model["default_steps"] * (1 + bundle.roles.guidance.takes_two_rows())
     return Latency(calls * denoiser_ms + decode_ms, 0.0, denoiser_ms, decode_ms, model["default_steps"])
 
