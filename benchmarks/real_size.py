@@ -6,6 +6,8 @@ real_size.py pixart|sd3 checkpoint FOLDER       writes a checkpoint: transformer
 real_size.py pixart|sd3 export FOLDER           exports it
 real_size.py pixart|sd3 call FOLDER [ROUNDS]    times a call of two rows, 384 x 512 pixels: A B A B, a process each
 
+real_size.py pixart|sd3 engine FOLDER           builds the transformer's TensorRT-RTX engine in fp16, which takes no GPU
+
 Each command is a process of its own, so that only what it says is measured. Results go to
 results/real_size.json. PixArt needs 6 GB of disk and 8 GB of memory, Stable Diffusion 3 20 GB and 18 GB.
 """
@@ -219,6 +221,20 @@ def call(name: str, folder: Path, rounds: int) -> None:
     keep(name, found)
 
 
+def engine(name: str, folder: Path) -> None:
+    command = ["ldm-export", "build", str(folder / "bundle"), "--target", "rtx", "--sm", "89", "--precision", "fp16"]
+    begun = time.perf_counter()
+    subprocess.run([*command, "--graphs", "transformer"], check=True)
+    target = json.loads((folder / "bundle" / "targets" / "rtx-sm89-fp16" / "target.json").read_text())
+    found = {
+        "engine_total_s": round(time.perf_counter() - begun, 1),
+        "engine_peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
+        "engine_bytes": target["files"]["transformer.plan"]["size_bytes"],
+        "engine": target["report"]["transformer"],
+    }
+    keep(name, found)
+
+
 class _Side:
     def __init__(self, name: str, side: str, folder: Path):
         command = [sys.executable, "-m", "benchmarks.real_size", name, side, str(folder)]
@@ -253,6 +269,8 @@ def main() -> None:
         checkpoint(name, folder / "checkpoint")
     elif what == "export":
         export(name, folder)
+    elif what == "engine":
+        engine(name, folder)
     elif what == "call":
         call(name, folder, int(sys.argv[4]) if len(sys.argv) > 4 else 4)
     else:

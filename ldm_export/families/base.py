@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, class_name
 from ldm_export.contract import GraphSpec, Roles, TensorSpec, TextEncoder, graph_spec
+from ldm_export.errors import CheckpointError
 from ldm_export.families.tokenizers import Tokenizers
 from ldm_export.plan.scheduler_classes import prediction_of
 
@@ -189,3 +191,29 @@ class Family(Protocol):
     @property
     def facts(self) -> Mapping[str, Any]:
         """What a runtime needs to know beside the graphs: the manifest's ``model``, but for the sampler's defaults."""
+
+
+class TransformerFamily(ABC):
+    """What families of one transformer have in common; a subclass has `faults`, and the rest of `Family`'s members."""
+
+    kind: CheckpointKind
+
+    def __init__(self, checkpoint: LatentDiffusion):
+        self._checkpoint = checkpoint
+        self._transformer, self._vae = checkpoint.configs[self.kind.denoiser], checkpoint.configs["vae"]
+
+    def check(self) -> None:
+        """Raise CheckpointError if a bundle of the checkpoint would not generate as its own pipeline does."""
+        for fault in self.faults():
+            raise CheckpointError(f"{self._checkpoint.path}: {fault}")
+        self.tokenizers  # noqa: B018 - refuses tokenizers that do not fit
+        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """The tokenizer of each text encoder, by the encoder's name."""
+        return {}
+
+    @abstractmethod
+    def faults(self) -> list[str]:
+        """What is wrong with the networks' configs, a sentence each."""

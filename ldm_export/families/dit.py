@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, PipelineClass
 from ldm_export.checkpoint.networks import AUTOENCODER
 from ldm_export.contract import REQUEST_SOURCES, TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, graph_spec
-from ldm_export.errors import CheckpointError
 from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import (
     CONDITIONER,
     GraphModule,
     Load,
     ModelGraph,
+    TransformerFamily,
     channel_faults,
     common_facts,
     common_notes,
@@ -32,7 +31,6 @@ from ldm_export.families.base import (
 )
 from ldm_export.families.libraries import from_diffusers
 from ldm_export.families.patches import make_traceable, unpatchified
-from ldm_export.families.tokenizers import Tokenizers
 
 DENOISER = "transformer"
 PIPELINE = PipelineClass(steps=50)
@@ -50,19 +48,13 @@ KIND = CheckpointKind(
 )
 
 
-class DiT:
+class DiT(TransformerFamily):
     """A checkpoint with a transformer that reads a class; see :class:`ldm_export.families.base.Family`."""
 
     kind = KIND
 
-    def __init__(self, checkpoint: LatentDiffusion):
-        self._checkpoint = checkpoint
-        self._transformer, self._vae = checkpoint.configs[DENOISER], checkpoint.configs["vae"]
-
-    def check(self) -> None:
-        for fault in channel_faults(self._transformer, self._vae, variance=True):
-            raise CheckpointError(f"{self._checkpoint.path}: {fault}")
-        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
+    def faults(self) -> list[str]:
+        return channel_faults(self._transformer, self._vae, variance=True)
 
     @property
     def notes(self) -> list[str]:
@@ -88,10 +80,6 @@ class DiT:
     @property
     def facts(self) -> Mapping[str, Any]:
         return {**common_facts(self._checkpoint, self._class_count), "patch_size": self._transformer["patch_size"]}
-
-    @property
-    def tokenizers(self) -> Tokenizers:
-        return {}
 
     @cached_property
     def graphs(self) -> Sequence[ModelGraph]:

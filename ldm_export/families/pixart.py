@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, PipelineClass, class_name
 from ldm_export.checkpoint.networks import AUTOENCODER
 from ldm_export.contract import REQUEST_SOURCES, TWO_ROWS, Guidance, Roles, TensorSpec, graph_spec
-from ldm_export.errors import CheckpointError
 from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import (
     CONDITIONER,
     GraphModule,
     Load,
     ModelGraph,
+    TransformerFamily,
     channel_faults,
     common_facts,
     common_notes,
@@ -58,20 +57,10 @@ KIND = CheckpointKind(
 )
 
 
-class PixArt:
+class PixArt(TransformerFamily):
     """A checkpoint with a transformer of PixArt; see :class:`ldm_export.families.base.Family`."""
 
     kind = KIND
-
-    def __init__(self, checkpoint: LatentDiffusion):
-        self._checkpoint = checkpoint
-        self._transformer, self._vae = checkpoint.configs[DENOISER], checkpoint.configs["vae"]
-
-    def check(self) -> None:
-        for fault in self._faults():
-            raise CheckpointError(f"{self._checkpoint.path}: {fault}")
-        self.tokenizers  # noqa: B018 - refuses tokenizers that do not fit
-        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
 
     @property
     def notes(self) -> list[str]:
@@ -147,7 +136,7 @@ class PixArt:
         given = self._transformer["use_additional_conditions"]
         return self._transformer["sample_size"] == 128 if given is None else bool(given)
 
-    def _faults(self) -> list[str]:
+    def faults(self) -> list[str]:
         config = self._transformer
         if ENCODER not in self._checkpoint.components:
             return ["model_index.json names no text_encoder; the transformer reads the states of a T5EncoderModel."]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass, pixels_by_levels
 from ldm_export.checkpoint.networks import SHIFTED_AUTOENCODER
 from ldm_export.contract import TWO_ROWS, Guidance, Roles, TensorSpec, graph_spec
@@ -22,6 +21,7 @@ from ldm_export.families.base import (
     GraphModule,
     Load,
     ModelGraph,
+    TransformerFamily,
     channel_faults,
     common_facts,
     common_notes,
@@ -60,20 +60,10 @@ KIND = CheckpointKind(
 )
 
 
-class PRX:
+class PRX(TransformerFamily):
     """A checkpoint with a transformer of PRX; see :class:`ldm_export.families.base.Family`."""
 
     kind = KIND
-
-    def __init__(self, checkpoint: LatentDiffusion):
-        self._checkpoint = checkpoint
-        self._transformer, self._vae = checkpoint.configs[DENOISER], checkpoint.configs["vae"]
-
-    def check(self) -> None:
-        for fault in self._faults():
-            raise CheckpointError(f"{self._checkpoint.path}: {fault}")
-        self.tokenizers  # noqa: B018 - refuses tokenizers that do not fit
-        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
 
     @property
     def notes(self) -> list[str]:
@@ -133,7 +123,7 @@ class PRX:
             *autoencoder_graphs(load, self._checkpoint.index["vae"][1], self._vae),
         ]
 
-    def _faults(self) -> list[str]:
+    def faults(self) -> list[str]:
         if ENCODER not in self._checkpoint.components:
             return ["model_index.json names no text_encoder; the transformer reads the states of a T5GemmaEncoder."]
         width, read = self._checkpoint.configs[ENCODER]["hidden_size"], self._transformer["context_in_dim"]

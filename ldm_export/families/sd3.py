@@ -17,13 +17,13 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, PipelineClass
 from ldm_export.checkpoint.networks import CLIP_TEXT_ENCODER, SHIFTED_AUTOENCODER
 from ldm_export.contract import TWO_ROWS, GraphSpec, Guidance, Roles, TensorSpec, graph_spec
-from ldm_export.errors import CheckpointError
 from ldm_export.families.autoencoder import autoencoder_graphs
 from ldm_export.families.base import (
     CONDITIONER,
     GraphModule,
     Load,
     ModelGraph,
+    TransformerFamily,
     channel_faults,
     common_facts,
     common_notes,
@@ -58,22 +58,15 @@ KIND = CheckpointKind(
 )
 
 
-class StableDiffusion3:
+class StableDiffusion3(TransformerFamily):
     """A checkpoint with a transformer of Stable Diffusion 3; see :class:`ldm_export.families.base.Family`."""
 
     kind = KIND
 
     def __init__(self, checkpoint: LatentDiffusion):
-        self._checkpoint = checkpoint
-        self._transformer, self._vae = checkpoint.configs[DENOISER], checkpoint.configs["vae"]
+        super().__init__(checkpoint)
         self._encoders = {name: checkpoint.configs[name] for name in checkpoint.text_encoders}
         self._t5 = self._encoders.pop(T5, None)
-
-    def check(self) -> None:
-        for fault in self._faults():
-            raise CheckpointError(f"{self._checkpoint.path}: {fault}")
-        self.tokenizers  # noqa: B018 - refuses tokenizers that do not fit
-        self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
 
     @property
     def notes(self) -> list[str]:
@@ -160,7 +153,7 @@ class StableDiffusion3:
     def _t5_tokenizer(self) -> WholeTokenizer:
         return WholeTokenizer.of(self._checkpoint, T5, T5_TOKENS)
 
-    def _faults(self) -> list[str]:
+    def faults(self) -> list[str]:
         config = self._transformer
         if type(config["pos_embed_max_size"]) is not int:
             return ["the transformer's config says no pos_embed_max_size. Use the one that was saved with the weights."]
