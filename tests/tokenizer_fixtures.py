@@ -142,6 +142,20 @@ def prompts_of_every_category(count: int, longest: int = 8) -> list[str]:
     ]
 
 
+def prompts_in_capitals(count: int) -> list[str]:
+    """Texts of sigmas and of other letters whose lower case is not simple, with what may be in a word and around it."""
+    letters = ["\u039f\u0394\u039f\u03a3", "<B>", *"\u03a3\u03a3\u03a3\u0391aB\n\u0130\u01c5\u01c8\u1f88\u02b0\u0345"]
+    letters += "\u2160\u24b6\u1e9e\U00010400\u05d0\u4e00"
+    between = ["", "", "", "\u0301\u0308", *" '\u2019\u03011.:\u00ad\u200d^-\ufffd"]
+    around = ["", "", "\t ", *"\x1c\x1d\x1e\x1f\x85\u200b\ufeff\u00a0\u3000\u2028\n"]
+    choose = random.Random(0)
+
+    def word() -> str:
+        return "".join(choose.choice(letters) + choose.choice(between) for _ in range(choose.randint(1, 7)))
+
+    return [choose.choice(around) + choose.choice(between) + word() + choose.choice(around) for _ in range(count)]
+
+
 def charsmap(texts: Mapping[bytes, str]) -> str:
     """A map of characters as SentencePiece makes it: by bytes of what is looked for, the text in its place."""
     trie: dict[int, Any] = {}
@@ -200,6 +214,10 @@ def documents_by_hand() -> dict[str, dict[str, Any]]:
     pairs = {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": merges}
     pairs |= {"unk_token": "<unk>", "byte_fallback": False}
     bytes_too = unigram("<pad>", *"abc", "ab", *BYTES, byte_fallback=True)
+    tags = [
+        added_token(len(bytes_too["vocab"]), "\n"),
+        added_token(len(bytes_too["vocab"]) + 1, "<b>", normalized=True),
+    ]
     clusters = {"type": "Precompiled", "precompiled_charsmap": _of_every_byte()}
     cases: dict[str, dict[str, Any]] = {
         "clusters": {"model": letters, "normalizer": clusters},
@@ -218,5 +236,6 @@ def documents_by_hand() -> dict[str, dict[str, Any]]:
         "unknown, fused": {"model": {**pairs, "fuse_unk": True}},
         "unknown": {"model": {**pairs, "fuse_unk": False}},
         "bytes": {"model": bytes_too, "normalizer": {"type": "NFC"}},
+        "lower case": {"model": bytes_too, "added_tokens": tags, "lowercase_prompts": True},
     }
     return {name: bare_document(pad=1, **parts) for name, parts in cases.items()}

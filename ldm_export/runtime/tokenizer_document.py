@@ -35,6 +35,8 @@ def check_tokenizer(document: Mapping[str, Any]) -> dict[str, int]:
     ids by token, the added ones among them."""
     if document.get("version", VERSION) != VERSION:
         raise MalformedError(f"has the version {_shown(document['version'])}; {VERSION} is read")
+    if "lowercase_prompts" in document:
+        _need(document, "lowercase_prompts", bool)
     growth = 1
     for part in _sequence(document.get("normalizer"), "normalizers"):
         growth *= _check_normalizer(part)

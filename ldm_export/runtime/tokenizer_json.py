@@ -1,13 +1,14 @@
 """Tokenizers that a ``tokenizer.json`` of the Python package ``tokenizers`` describes whole.
 
-A prompt becomes a row of ids in this order:
+A prompt, with U+FFFD for each lone surrogate, becomes a row of ids in this order:
 
-1. Added tokens written out in the prompt, ``</s>`` say, are cut out and keep their own ids.
-2. ``normalizer`` rewrites what is between them.
-3. ``pre_tokenizer`` splits that into words.
-4. ``model`` makes tokens of each word: the split of highest probability by a unigram model (Kudo, 1804.10959), or
+1. Where ``lowercase_prompts`` is true, the prompt becomes ``prompt.strip().lower()``, with the added tokens in it.
+2. Added tokens written out in the prompt, ``</s>`` say, are cut out and keep their own ids.
+3. ``normalizer`` rewrites what is between them.
+4. ``pre_tokenizer`` splits that into words.
+5. ``model`` makes tokens of each word: the split of highest probability by a unigram model (Kudo, 1804.10959), or
    byte-pair encoding (Sennrich et al. 2016) of characters, of bytes where a character is none of the vocabulary.
-5. The ids are cut off to ``truncation``, put between the special tokens of ``post_processor``, padded to ``padding``.
+6. The ids are cut off to ``truncation``, put between the special tokens of ``post_processor``, padded to ``padding``.
 
 What the file may say, so that the C++ runtime reads it alike:
 
@@ -20,8 +21,11 @@ What the file may say, so that the C++ runtime reads it alike:
     post_processor  null, or a TemplateProcessing, of which ``single`` is read
     added_tokens    each with the id that it gets when they are added in order; those that are looked for in normalised
                     text differ there, and none begins with white space where one takes it along on its right
+    lowercase_prompts
+                    missing, which is false, or false or true; a key that only this package knows
 
-Whatever else it says is not read. The result equals that of transformers' tokenizer of the same file.
+Whatever else it says is not read. The result equals that of transformers' tokenizer of the same file. Lower case is in
+the C++ runtime what it is in Python 3.11, of Unicode 14; a later Python knows more letters.
 """
 
 from __future__ import annotations
@@ -84,6 +88,7 @@ class JsonTokenizer:
                 self._backend = tokenizers.Tokenizer.from_str(json_text(what_is_read(document)))
             except Exception as error:  # what tokenizers raises has no narrower type
                 raise MalformedError(f"is refused by tokenizers ({error})") from error
+            self._lowercase = document.get("lowercase_prompts", False)
             check_sought(document.get("added_tokens", []), self._backend.normalizer.normalize_str)
         except MalformedError as fault:
             raise files.bad(FILE, str(fault)) from fault
@@ -103,6 +108,8 @@ class JsonTokenizer:
             if not isinstance(prompt, str):
                 raise InputError(f"A prompt is {prompt!r}, of type {type(prompt).__name__}; prompts are of type str.")
             text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            if self._lowercase:
+                text = text.strip().lower()
             encoding = self._backend.encode(text, add_special_tokens=False)
             body = encoding.ids
             if len(body) > room:

@@ -31,9 +31,11 @@ from ldm_export.runtime.tokenizer_json import JsonTokenizer
 from tests.hostile.base import entry_of, sound, with_length, with_tokenizer_json
 from tests.tokenizer_fixtures import (
     LENGTH,
+    added_token,
     document_of,
     documents_by_hand,
     gemma_tokenizer,
+    prompts_in_capitals,
     prompts_of_every_category,
     t5_tokenizer,
 )
@@ -279,8 +281,9 @@ def test_ids_of_a_document_that_is_read_whole(
     draft.write(tmp_path / "bundle")
     tokenizer = JsonTokenizer(TokenizerFiles.of_folder(tmp_path / "bundle" / "tokenizer"))
     pipeline = open_cpp(tmp_path / "bundle", warn=lambda _: None)
+    prompts = prompts_of_every_category(3_000 if name in documents_by_hand() and name != "lower case" else 10_000)
     refused = 0
-    for prompt in prompts_of_every_category(3_000 if name in documents_by_hand() else 10_000):
+    for prompt in [*prompts, *prompts_in_capitals(2_000)]:
         text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         try:
             expected = tokenizer(text)[0].tolist()
@@ -293,15 +296,37 @@ def test_ids_of_a_document_that_is_read_whole(
     assert refused < 10
 
 
+def test_every_code_point_is_made_lower_case_alike(open_cpp: Callable[..., Any], tmp_path: Path) -> None:
+    """By itself, at both ends of a prompt, and between a letter and a sigma."""
+    draft = sound()
+    with_length(draft, LONG)
+    document = documents_by_hand()["lower case"]
+    document["truncation"]["max_length"] = document["padding"]["strategy"]["Fixed"] = LONG
+    with_tokenizer_json(draft, document)
+    draft.write(tmp_path / "bundle")
+    tokenizer = JsonTokenizer(TokenizerFiles.of_folder(tmp_path / "bundle" / "tokenizer"))
+    pipeline = open_cpp(tmp_path / "bundle", warn=pytest.fail)
+    points = [chr(code) for code in range(1, 0x20000) if not 0xD800 <= code < 0xE000]  # no letter case beyond them
+    points += [chr(code) for code in range(0xE0000, 0xE01F0)]  # nor a mark, but for these
+    texts = [f"{c}\u03a3 A{c}\u03a3 A\u03a3{c}" for c in points]
+    prompts = [" ".join(texts[start : start + 20]) for start in range(0, len(texts), 20)]
+    prompts += [f"{c}a{c}" for c in points if not c.isprintable() and unicodedata.category(c) != "Cn"]
+    for prompt, ids in zip(prompts, tokenizer(prompts), strict=True):
+        assert pipeline.tokenize(prompt.encode()) == ids.tolist(), ascii(prompt)
+
+
 def test_what_a_document_read_whole_cuts_off_is_told(
     open_cpp: Callable[..., Any], whole_documents: dict[str, Any], tmp_path: Path
 ) -> None:
     draft = sound()
     with_length(draft, LENGTH)
-    with_tokenizer_json(draft, whole_documents["t5"])
+    document = json.loads(json.dumps(whole_documents["t5"]))
+    number = max(token["id"] for token in document["added_tokens"]) + 1
+    document["added_tokens"].append(added_token(max(number, len(document["model"]["vocab"])), "\x1c"))
+    with_tokenizer_json(draft, document)
     draft.write(tmp_path / "bundle")
     told: list[str] = []
-    prompt = "a red circle, a blue square, two green triangles on white; grinning face with smiling eyes"
+    prompt = "a red circle, a blue square, two green triangles on white; grinning face with smiling eyes\x1c"
     ids = open_cpp(tmp_path / "bundle", warn=told.append).tokenize(prompt.encode())
     tokenizer = JsonTokenizer(TokenizerFiles.of_folder(tmp_path / "bundle" / "tokenizer"))
     with pytest.warns(UserWarning, match=f"^{re.escape(told[0])}$"):

@@ -31,6 +31,20 @@ TEST_CASE("Normal form C composes, orders and blocks") {
     CHECK(nfc(U"a\u0301\u0301") == U"\u00e1\u0301");
 }
 
+TEST_CASE("Lower case is that of Python, where a sigma ends a word too") {
+    CHECK(lower(U"\u039f\u03a3") == U"\u03bf\u03c3");
+    CHECK(python_lower(U"").empty());
+    CHECK(python_lower(U"\u03a3") == U"\u03c3");
+    CHECK(python_lower(U"\u039f\u03a3 \u03a3A") == U"\u03bf\u03c2 \u03c3a");
+    CHECK(python_lower(U"A'\u03a3'\u0301") == U"a'\u03c2'\u0301");
+    CHECK(python_lower(U"A1\u03a3 A\u03a31 A\u03a3.B") == U"a1\u03c3 a\u03c21 a\u03c3.b");
+    CHECK(python_lower(U"\u02b0\u03a3 A\u03a3\u02b0") == U"\u02b0\u03c3 a\u03c2\u02b0");  // cased, and looked over
+    CHECK(python_lower(U"\u0130\u01c5") == U"i\u0307\u01c6");
+    CHECK(python_strip(U"\x1c\u0085 a b\u3000\x1f") == U"a b");
+    CHECK(python_strip(U"\u200b a\ufeff") == U"\u200b a\ufeff");
+    CHECK(python_strip(U" \n").empty());
+}
+
 TEST_CASE("Grapheme clusters end where Unicode Standard Annex 29 ends them") {
     const auto clusters = [](std::u32string_view text) {
         std::vector<std::size_t> lengths;

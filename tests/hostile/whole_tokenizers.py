@@ -91,6 +91,11 @@ def _whole() -> Iterator[Case]:
     yield Case(f"no {FILE}", False, partial(_file, content=None))
     yield from rows(_value("version"), opened=('"1.0"', MISSING), refused=('"2.0"', "1.0", "null", "1", "[]"))
     yield from rows(_value("decoder"), opened=("1", '{"type": "x"}', "null"))
+    yield from rows(
+        _value("lowercase_prompts"),
+        opened=("true", "false"),
+        refused=("null", "1", "0", "1.0", '"true"', '""', "[]", "{}"),
+    )
     yield from rows(_value("x"), opened=("1", "[[[]]]"), refused=("[" * 501 + "]" * 501, "1e999", "NaN", '"\\ud800"'))
     yield Case("the kind of a whole tokenizer.json is clip", False, _as_clip)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from ldm_export.errors import BundleError, InputError
 from ldm_export.runtime.tokenizer_files import TokenizerFiles
@@ -21,6 +22,7 @@ from tests.tokenizer_fixtures import (
     document_of,
     documents_by_hand,
     gemma_tokenizer,
+    prompts_in_capitals,
     prompts_of_every_category,
     t5_tokenizer,
     unigram,
@@ -45,6 +47,27 @@ def test_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     assert ids.dtype == np.int64
     wrong = np.flatnonzero((ids != expected).any(1))
     assert not len(wrong), f"{len(wrong)}: {prompts[wrong[0]]!a}"
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has")
+@pytest.mark.parametrize("kind", ["t5", "gemma"])
+def test_prompts_in_lower_case(kind: str, tmp_path: Path) -> None:
+    """The whole prompt is lower case before added tokens are looked for in it."""
+    theirs = t5_tokenizer(tmp_path / "t5") if kind == "t5" else gemma_tokenizer()
+    theirs.padding_side = "right"
+    theirs.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("\n", "<b>", "<C>")])
+    prompts = ["A cat\n", "A <B>cat</B>", "a <C> b", "\x1f\u039f\u0394\u039f\u03a3", *prompts_in_capitals(2_000)]
+    prompts += prompts_of_every_category(10_000)
+    texts = [prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for prompt in prompts]
+    texts = [text.strip().lower() for text in texts]
+    expected = theirs(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np").input_ids
+    document = document_of(theirs)
+    ids = opened(document | {"lowercase_prompts": True})(prompts)
+    wrong = np.flatnonzero((ids != expected).any(1))
+    assert not len(wrong), f"{len(wrong)}: {prompts[wrong[0]]!a}"
+    as_they_are = opened(document | {"lowercase_prompts": False})(prompts)
+    np.testing.assert_array_equal(as_they_are, opened(document)(prompts))
+    assert (as_they_are[:3] != ids[:3]).any(1).all()
 
 
 def test_a_row_of_ids() -> None:
@@ -111,6 +134,7 @@ def test_documents_by_hand_are_read() -> None:
         ({"pre_tokenizer": {"type": "ByteLevel"}}, "has the pre_tokenizer 'ByteLevel'"),
         ({"post_processor": {"type": "RobertaProcessing"}}, "has a post_processor that is no TemplateProcessing"),
         ({"added_tokens": [added_token(3, "x")]}, "gives the added token 'x' the id 3, not 2"),
+        ({"lowercase_prompts": 1}, "has lowercase_prompts = 1; a bool is needed"),
         ({"truncation": None}, "lacks truncation or padding"),
         ({"model": {"type": "WordPiece"}}, "has no model of the type Unigram or BPE"),
     ],

@@ -12,7 +12,7 @@ namespace ldm::runtime {
 
 namespace {
 
-constexpr const char *FILE_NAME = "tokenizer.json", *VERSION = "1.0";
+constexpr const char *FILE_NAME = "tokenizer.json", *VERSION = "1.0", *LOWERCASE = "lowercase_prompts";
 
 bool is_text(const Json &value, const char *wanted) { return value.is(Kind::text) && value.text() == wanted; }
 
@@ -34,12 +34,9 @@ AddedToken added_token_of(const Json &token) {
 std::string text_of(const std::vector<Token> &tokens, std::size_t from) {
     std::string joined;
     for (std::size_t i = from; i < tokens.size(); ++i) joined += tokens[i].text;
-    Piece text{decoded(joined), 0};
-    std::replace(text.text.begin(), text.text.end(), U'\u2581', U' ');
-    std::size_t start = 0, stop = text.text.size();
-    while (start < stop && is_space(text.text[start])) ++start;
-    while (stop > start && is_space(text.text[stop - 1])) --stop;
-    return encoded(text.text.substr(start, stop - start));
+    std::u32string text = decoded(joined);
+    std::replace(text.begin(), text.end(), U'\u2581', U' ');
+    return encoded(python_strip(text));
 }
 
 }  // namespace
@@ -60,6 +57,7 @@ void JsonTokenizer::read(const Json &document) {
     read_length_and_padding(document["truncation"], document["padding"]);
     if (document.object().count("version") != 0 && !is_text(document["version"], VERSION))
         throw MalformedError(join("has the version ", short_repr(document["version"]), "; ", VERSION, " is read"));
+    if (document.object().count(LOWERCASE) != 0) lowercase_ = need(document, LOWERCASE, Kind::boolean).boolean();
     normalizers_ = normalizers_of(document["normalizer"]);
     pre_tokenizers_ = pre_tokenizers_of(document["pre_tokenizer"]);
     model_ = subwords_of(document["model"]);
@@ -164,7 +162,8 @@ std::vector<TokenId> JsonTokenizer::ids_of_special(const Json &name, const Json 
 
 std::vector<TokenId> JsonTokenizer::operator()(std::string_view prompt, const Warn &warn) const {
     if (!is_utf8(prompt)) throw InputError("A prompt is not UTF-8 text. Convert it.");
-    std::vector<Token> tokens = body(decoded(prompt));
+    const std::u32string text = decoded(prompt);
+    std::vector<Token> tokens = body(lowercase_ ? python_lower(python_strip(text)) : text);
     const std::size_t room = max_length_ - before_.size() - after_.size();
     if (tokens.size() > room) {
         warn(join("The prompt has ", tokens.size(), " tokens; this model reads ", room, ". Cut off: '",

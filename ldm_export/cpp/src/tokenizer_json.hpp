@@ -1,6 +1,6 @@
 // Tokenizers that a tokenizer.json of the Python package `tokenizers` describes whole.
 //
-// Added tokens are cut out; normalizers rewrite the rest, pre-tokenizers split it into words, and a model makes tokens of
+// A prompt may be made lower case first. Added tokens are cut out; normalizers rewrite the rest, pre-tokenizers split it into words, and a model makes tokens of
 // those; the ids are put between special tokens and padded. Which files are read, and what comes of them, is what
 // ldm_export/runtime/tokenizer_json.py says.
 #pragma once
@@ -37,7 +37,7 @@ class JsonTokenizer : public Tokenizer {
 
     std::size_t max_length_ = 0;
     TokenId pad_ = 0;
-    bool pads_left_ = false;
+    bool pads_left_ = false, lowercase_ = false;
     std::vector<Normalizer> normalizers_;
     std::vector<PreTokenizer> pre_tokenizers_;
     std::unique_ptr<Subwords> model_;

@@ -52,7 +52,7 @@ enum Trait {
 constexpr char32_t S_BASE = 0xAC00, L_BASE = 0x1100, V_BASE = 0x1161, T_BASE = 0x11A7;
 constexpr char32_t L_COUNT = 19, V_COUNT = 21, T_COUNT = 28, S_COUNT = L_COUNT * V_COUNT * T_COUNT;
 
-constexpr char32_t REPLACEMENT = 0xFFFD, JOINER = 0x200D;
+constexpr char32_t REPLACEMENT = 0xFFFD, JOINER = 0x200D, SIGMA = 0x3A3, FINAL_SIGMA = 0x3C2;
 
 template <std::size_t Size>
 bool within(const Range (&ranges)[Size], char32_t c) {
@@ -191,6 +191,31 @@ std::u32string lower(std::u32string_view text) {
     out.reserve(text.size());
     for (const char32_t c : text)
         if (!append_mapped(LOWER, c, out)) out += c;
+    return out;
+}
+
+std::u32string_view python_strip(std::u32string_view text) {
+    const auto is_stripped = [](char32_t c) { return within(PYTHON_SPACES, c); };
+    while (!text.empty() && is_stripped(text.front())) text.remove_prefix(1);
+    while (!text.empty() && is_stripped(text.back())) text.remove_suffix(1);
+    return text;
+}
+
+std::u32string python_lower(std::u32string_view text) {
+    const auto is_ignored = [](char32_t c) { return within(PYTHON_CASE_IGNORABLE, c); };
+    const auto begins_cased = [=](auto from, auto to) {
+        const auto found = std::find_if_not(from, to, is_ignored);
+        return found != to && within(PYTHON_CASED, *found);
+    };
+    std::u32string out;
+    out.reserve(text.size());
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const auto before = std::make_reverse_iterator(text.begin() + i);
+        if (text[i] == SIGMA && begins_cased(before, text.rend()) && !begins_cased(text.begin() + i + 1, text.end()))
+            out += FINAL_SIGMA;
+        else if (!append_mapped(PYTHON_LOWER, text[i], out))
+            out += text[i];
+    }
     return out;
 }
 

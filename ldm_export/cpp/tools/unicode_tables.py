@@ -1,12 +1,14 @@
-"""Writes ``src/unicode_tables.inc`` from what the ``tokenizers`` package does with every code point.
+"""Writes ``src/unicode_tables.inc`` from what ``tokenizers`` and Python's strings do with every code point.
 
-Its regular expressions, lower case and normal form come from three libraries with a Unicode version each, so they are
-asked and not looked up. Run again when the tests say that a new release of ``tokenizers`` differs:
+The regular expressions, lower case and normal form of ``tokenizers`` come from three libraries with a Unicode version
+each, and Python's strings have another, so they are asked and not looked up. Run again, with Python 3.11, when the
+tests say that a new release of ``tokenizers`` differs:
 
     python tools/unicode_tables.py > src/unicode_tables.inc
 """
 
 import struct
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ MARKS = {  # one character of every canonical combining class that is given to c
 }  # fmt: skip
 
 COPYRIGHT, GRAVE, KA, VIRAMA, JOINER, HANGUL_VT = "\u00a9", "\u0300", "\u0915", "\u094d", "\u200d", "\u1161\u11a8"
+SIGMA, FINAL_SIGMA = "\u03a3", "\u03c2"
 
 lower = normalizers.Lowercase().normalize_str
 nfc = normalizers.NFC().normalize_str
@@ -130,6 +133,21 @@ def grapheme_traits() -> Iterator[tuple[int, int, int]]:
         yield from ((first, last, found) for first, last in ranges(c for c in by_character if by_character[c] == found))
 
 
+def ends_with_final_sigma(text: str) -> bool:
+    return text.lower().endswith(FINAL_SIGMA)
+
+
+def case_ignorable() -> list[int]:
+    """What `str.lower` does not look at, where it asks whether a sigma is the last letter of a word."""
+    known = (c for c in CODE_POINTS if ends_with_final_sigma("A" + chr(c) + SIGMA))
+    return [c for c in known if not ends_with_final_sigma(chr(c) + SIGMA)]
+
+
+def cased() -> list[int]:
+    """What makes a word of the sigma behind it; of the characters that are looked at."""
+    return [c for c in CODE_POINTS if ends_with_final_sigma(chr(c) + SIGMA)]
+
+
 def ranges(points: Iterable[int]) -> Iterator[tuple[int, int]]:
     """First and last of each run of neighbours."""
     runs: list[tuple[int, int]] = []
@@ -175,6 +193,11 @@ def main() -> None:
     table("constexpr Pair COMPOSED", sorted(compositions(decomposed)))
     table("constexpr CombiningClass COMBINING_CLASSES", combining_classes())
     table("constexpr Traits GRAPHEMES", sorted(grapheme_traits()))
+    print(f"// Python's strings, of Unicode {unicodedata.unidata_version}.\n")
+    table("constexpr Range PYTHON_SPACES", ranges(c for c in CODE_POINTS if chr(c).isspace()))
+    table("constexpr Range PYTHON_CASED", ranges(cased()))
+    table("constexpr Range PYTHON_CASE_IGNORABLE", ranges(case_ignorable()))
+    mapping("PYTHON_LOWER", {c: chr(c).lower() for c in CODE_POINTS if chr(c).lower() != chr(c)}, 2)
 
 
 if __name__ == "__main__":
