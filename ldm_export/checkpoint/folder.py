@@ -24,6 +24,7 @@ from ldm_export.checkpoint.networks import Network
 from ldm_export.checkpoint.sampling_defaults import FEW, SamplingDefaults
 from ldm_export.checkpoint.shipped import shipped_checkpoints
 from ldm_export.checkpoint.single_file import SingleFile
+from ldm_export.checkpoint.single_file_sd3 import BLOCKS, SingleFileSD3
 from ldm_export.checkpoint.weights import (
     HOW_TO_CONVERT,
     PICKLES,
@@ -31,6 +32,7 @@ from ldm_export.checkpoint.weights import (
     check_tensors,
     current_names,
     find_weights,
+    opened,
     read_tensors,
     remedy_of,
     shared_tensors,
@@ -40,6 +42,14 @@ from ldm_export.plan import compile_plan, picture_tokens, sampler_of, shifts_dyn
 from ldm_export.plan.scheduler_classes import FLOW_MATCHING
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
 from ldm_export.reading.hashes import sha256_of
+
+
+def open_single_file(path: Path, prediction_type: str | None = None) -> SingleFile:
+    """Open one file with all networks, in CompVis' layout or in that of Stable Diffusion 3."""
+    with opened(path) as file:
+        kind = SingleFileSD3 if any(f".{BLOCKS}." in f".{key}" for key in file.keys()) else SingleFile  # noqa: SIM118
+    return kind(path, prediction_type)
+
 
 PASSES = "passes.json"
 """Beside ``model_index.json``: how a model that passes have changed is drawn with, and what each of them did."""
@@ -102,7 +112,7 @@ class LatentDiffusion:
         if path.suffix in PICKLES:
             raise CheckpointError(f"{path} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
         if path.is_file():
-            file = SingleFile(path, prediction_type)
+            file = open_single_file(path, prediction_type)
             kind = kind_of(path, file.index, kinds)
             return cls(path.stem, path, kind, file.index, file, sampler=sampler, prediction_type=prediction_type)
         if not (path / "model_index.json").is_file():
@@ -259,7 +269,7 @@ class LatentDiffusion:
         else:
             name_of = self.kind.components[component].name_of
             tensors = current_names(place, name_of, read_tensors(self._weights(component)), expected)
-            tensors = {**tensors, **shared_tensors(network, tensors)}
+        tensors = {**tensors, **shared_tensors(network, tensors)}
         check_tensors(place, tensors, expected)
         tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
         network.load_state_dict(tensors, assign=True)

@@ -87,3 +87,43 @@ def text_key(name: str) -> str:
     for ours, theirs in TEXT_PARTS.items():
         name = re.sub(ours, theirs, name)
     return name
+
+
+SD3_ENDS = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+SD3_PARTS = {
+    r"(attn2?)\.to_[qkv]\.": r"x_block.\1.qkv.",
+    r"attn\.add_[qkv]_proj\.": "context_block.attn.qkv.",
+    r"(attn2?)\.to_out\.0\.": r"x_block.\1.proj.",
+    r"attn\.to_add_out\.": "context_block.attn.proj.",
+    r"attn\.norm_added_([qk])\.": r"context_block.attn.ln_\1.",
+    r"(attn2?)\.norm_([qk])\.": r"x_block.\1.ln_\2.",
+    r"norm1\.linear\.": "x_block.adaLN_modulation.1.",
+    r"norm1_context\.linear\.": "context_block.adaLN_modulation.1.",
+    r"ff\.net\.0\.proj\.": "x_block.mlp.fc1.",
+    r"ff\.net\.2\.": "x_block.mlp.fc2.",
+    r"ff_context\.net\.0\.proj\.": "context_block.mlp.fc1.",
+    r"ff_context\.net\.2\.": "context_block.mlp.fc2.",
+}
+
+
+def sd3_key(name: str) -> str:
+    """diffusers' name of a parameter of Stable Diffusion 3's transformer as Stability AI's."""
+    for ours, theirs in SD3_ENDS.items():
+        if name == ours or name.startswith(ours + "."):
+            return theirs + name.removeprefix(ours)
+    match = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", name)
+    if match is None:
+        return name
+    for ours, theirs in SD3_PARTS.items():
+        if re.match(ours, match[2]):
+            return f"joint_blocks.{match[1]}.{re.sub(ours, theirs, match[2])}"
+    return name

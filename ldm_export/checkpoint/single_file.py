@@ -31,7 +31,7 @@ OTHER_KINDS = {
     r"lora_(unet|te\d?|transformer)_|.*\.lora_(A|B|up|down)\.|.*\.(hada|lokr)_\w+": "has the weights of a LoRA",
     r"control_model\.|controlnet_cond_embedding\.": "is a ControlNet",
     r"edm_(mean|std)$|edm_vpred\.": "is preconditioned as in EDM (Playground 2.5, CosXL), which no sampler here is for",
-    r"(.*\.)?(double_blocks|joint_blocks)\.": "has a transformer (Stable Diffusion 3, Flux)",
+    r"(.*\.)?double_blocks\.": "has a transformer of Flux",
     r"(down_blocks|mid_block|up_blocks)\.\d": "is one network in diffusers' layout, which belongs into a folder",
     r"conditioner\.embedders\.0\.model\.": "is SDXL's refiner",
     r"(emb_params|string_to_param|clip_[gl])(\.|$)": "is a textual inversion",
@@ -127,7 +127,7 @@ class SingleFile:
             if any(map(re.compile(pattern).match, self.shapes)):
                 raise CheckpointError(
                     f"{self.path} {what}; a single-file checkpoint holds UNet, autoencoder and text encoder of Stable "
-                    "Diffusion 1.x, 2.x or SDXL, and nothing that changes them."
+                    "Diffusion 1.x, 2.x or SDXL, or all of Stable Diffusion 3, and nothing that changes them."
                 )
         for part, prefix in (("UNet", UNET), ("autoencoder", VAE)):
             if not any(key.startswith(prefix) for key in self.shapes):
@@ -210,16 +210,17 @@ class SingleFile:
         prefix = self.prefix(component)
         shapes = {key.removeprefix(prefix): shape for key, shape in self.shapes.items() if key.startswith(prefix)}
         try:
-            if component == "unet":
-                return self._unet_config(shapes)
-            if component == "vae":
-                return self._vae_config(shapes)
-            return self._text_config(component, shapes)
+            return self._config(component, shapes)
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} lacks or misshapes {prefix}{error.args[0] if error.args else '*'}; it is not a whole "
                 f"{component.replace('_', ' ')} in CompVis' layout. Use a whole checkpoint."
             ) from error
+
+    def _config(self, component: str, shapes: Shapes) -> dict[str, Any]:
+        if component == "unet":
+            return self._unet_config(shapes)
+        return self._vae_config(shapes) if component == "vae" else self._text_config(component, shapes)
 
     def _unet_config(self, shapes: Shapes) -> dict[str, Any]:
         widths: list[int] = []
@@ -235,7 +236,7 @@ class SingleFile:
                 attends.append(False)
             else:
                 width = shapes[f"{block}.0.in_layers.2.weight"][0]
-                depth = _count(shapes, f"{block}.1.transformer_blocks")
+                depth = part_count(shapes, f"{block}.1.transformer_blocks")
                 if layers[-1] == 0:
                     widths.append(width)
                     depths.append([])
@@ -259,7 +260,7 @@ class SingleFile:
             "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
             "mid_block_type": middle,
             "layers_per_block": layers[0],
-            **_depths(depths, [_count(shapes, f"output_blocks.{i}.1.transformer_blocks") for i in range(index)]),
+            **_depths(depths, [part_count(shapes, f"output_blocks.{i}.1.transformer_blocks") for i in range(index)]),
             "cross_attention_dim": context,
             "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
             "use_linear_projection": linear,
@@ -279,7 +280,7 @@ class SingleFile:
         return BASE_SAMPLE_SIZE if self.is_base else self.family.sample_size
 
     def _vae_config(self, shapes: Shapes) -> dict[str, Any]:
-        levels = _count(shapes, "encoder.down")
+        levels = part_count(shapes, "encoder.down")
         widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
         return {
             "in_channels": shapes["encoder.conv_in.weight"][1],
@@ -288,7 +289,7 @@ class SingleFile:
             "block_out_channels": widths,
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "layers_per_block": _count(shapes, "encoder.down.0.block"),
+            "layers_per_block": part_count(shapes, "encoder.down.0.block"),
             "sample_size": self.sample_size * 2 ** (levels - 1),
             "scaling_factor": self.family.scaling_factor,
             "use_quant_conv": "quant_conv.weight" in shapes,
@@ -299,7 +300,7 @@ class SingleFile:
     def _text_config(self, component: str, shapes: Shapes) -> dict[str, Any]:
         open_clip = self.prefix(component).endswith(".model.")
         key = text_key if open_clip else (lambda name: name)
-        layers = _count(shapes, "transformer.resblocks" if open_clip else "text_model.encoder.layers")
+        layers = part_count(shapes, "transformer.resblocks" if open_clip else "text_model.encoder.layers")
         vocabulary, width = shapes[key("text_model.embeddings.token_embedding.weight")]
         config = {
             "vocab_size": vocabulary,
@@ -325,7 +326,7 @@ class SingleFile:
         prefix = self.prefix(component)
         open_clip = prefix.endswith(".model.")
         layers = self.config("unet")["layers_per_block"] if component == "unet" else 0
-        levels = _count({key.removeprefix(VAE): () for key in self.shapes if key.startswith(VAE)}, "encoder.down")
+        levels = part_count({key.removeprefix(VAE): () for key in self.shapes if key.startswith(VAE)}, "encoder.down")
         found, used = {}, set()
         with opened(self.path) as file:
             for name, shape in names.items():
@@ -352,7 +353,7 @@ class SingleFile:
             return False
         if key.endswith((".text_projection", ".text_projection.weight")):
             return "text_projection.weight" not in names
-        layers = _count(dict.fromkeys(names, ()), "text_model.encoder.layers")
+        layers = part_count(dict.fromkeys(names, ()), "text_model.encoder.layers")
         return bool(self.family.dropped_layers) and f".resblocks.{layers}." in key
 
     @cached_property
@@ -381,7 +382,7 @@ def _depths(down: list[list[int]], up: list[int]) -> dict[str, Any]:
     return {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": blocks}
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
+def part_count(shapes: Shapes, prefix: str) -> int:
     """How many numbered parts come under ``prefix``."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return len({match[1] for key in shapes if (match := pattern.match(key))})

@@ -329,7 +329,7 @@ def test_a_global_step_of_any_shape(tmp_path: Path, step: Tensor) -> None:
         ("control_model.input_blocks.0.0.weight", "is a ControlNet"),
         ("lora_unet_down_blocks_0.lora_up.weight", "has the weights of a LoRA"),
         ("model.diffusion_model.input_blocks.1.1.proj_in.lora_A.weight", "has the weights of a LoRA"),
-        ("model.diffusion_model.joint_blocks.0.x", "has a transformer"),
+        ("model.diffusion_model.double_blocks.0.x", "has a transformer of Flux"),
         ("down_blocks.0.resnets.0.conv1.weight", "is one network in diffusers' layout"),
         ("conditioner.embedders.0.model.ln_final.weight", "is SDXL's refiner"),
         ("emb_params", "is a textual inversion"),
