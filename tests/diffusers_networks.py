@@ -77,8 +77,9 @@ def judge_text_encoder(folder: Path, inputs: Tensors, name: str) -> Tensors:
         return {**states, **{key: value for key, value in out.items() if isinstance(value, Tensor)}}
     if name == "text_encoder_3":
         return {"last_hidden_state": encoder(ids).last_hidden_state}
-    places = torch.arange(ids.shape[1])
-    mask = torch.stack([places <= max((row != 0).nonzero().flatten().tolist()) for row in ids])
+    places, text = torch.arange(ids.shape[1]), [(row != 0).nonzero().flatten().tolist() for row in ids]
+    left = config["model_type"] == "t5gemma"
+    mask = torch.stack([places >= min(row) if left else places <= max(row) for row in text])
     return {"last_hidden_state": encoder(ids, mask).last_hidden_state, "attention_mask": mask.float()}
 
 

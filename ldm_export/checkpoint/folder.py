@@ -292,7 +292,11 @@ class LatentDiffusion:
             shutil.copyfile(_regular(file), copy)
         index = dict(self.index)
         for component, network in networks.items():
-            save_component(network.half(), folder / component)
+            save: Callable[[Path], None] | None = getattr(network.half(), "save_pretrained", None)
+            if save is not None:  # another library's
+                save(folder / component)
+            else:
+                save_component(network.half(), folder / component)
             index[component] = [self.index[component][0], type(network).__name__]
         if scheduler is None and self.prediction_type is not None:
             scheduler = self.scheduler

@@ -179,7 +179,7 @@ def kind_of(file: Path, index: Index, kinds: Sequence[CheckpointKind]) -> Checkp
     """
     if (found := next((kind for kind in kinds if kind.fits(index)), None)) is not None:
         return found
-    name = next((kind.denoiser for kind in kinds if names_part(index, kind.denoiser)), None)
+    name = next((kind.denoiser for kind in kinds if _names_class(index, kind.denoiser)), None)
     if name is None:
         return kinds[0]
     known = [of for kind in kinds for of in kind.components[kind.denoiser].classes]
@@ -188,6 +188,12 @@ def kind_of(file: Path, index: Index, kinds: Sequence[CheckpointKind]) -> Checkp
         f"known here; there are those of {', '.join(known[:-1])} and {known[-1]}. A family can be brought as a Python "
         "file: --family FILE, which docs/families.md describes."
     )
+
+
+def _names_class(index: Index, key: str) -> bool:
+    """Whether a key of ``model_index.json`` names a library and a class, as it should."""
+    value = index.get(key)
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
 
 
 def class_name(index: Index) -> str:

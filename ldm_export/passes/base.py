@@ -19,8 +19,10 @@ from ldm_reference.optimisation import Optimisation
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion, Network, SamplingDefaults
+from ldm_export.checkpoint.networks import UNET
 from ldm_export.errors import InputError
 from ldm_export.passes.teacher import TeacherData
+from ldm_export.plan.scheduler_classes import is_flow
 from ldm_export.reading.options import check_least, check_one_of
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -28,6 +30,11 @@ Purpose = Literal["speed", "bytes", "zeros"]
 """What a pass is for, and so what undoes it: not being faster, not being smaller, or neither."""
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, how much of it is done, and how much there is."""
+
+
+def learns_from_noise(model: LatentDiffusion) -> bool:
+    """Whether passes can teach the model's denoiser: a UNet that was trained on the noise of DDPM."""
+    return model.index[model.kind.denoiser][-1] in UNET.classes and not is_flow(model.scheduler)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class PassContext:
     ----------
     model : the checkpoint as the passes before have left it
     teacher : the checkpoint that the recipe began with
-    data : what the teacher draws
+    data : what the teacher draws; nothing for passes that learn nothing of it
     folder : for states of an interrupted training
     """
 

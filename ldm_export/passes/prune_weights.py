@@ -3,14 +3,17 @@
 Zeros alone make nothing faster: dense kernels multiply them as they do all others, on a CPU and on a GPU. What they buy
 is a bundle that compresses better, and, in the 2:4 pattern and fp16 or int8, the sparse tensor cores of NVIDIA GPUs
 from Ampere on, if the engine is built with sparse weights allowed (2104.08378). The report says how well they compress.
+
+What a UNet loses it can learn again, from the noise of DDPM. Any other denoiser is pruned as it is, with ``updates`` 0.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from ldm_reference.unet import UNet2DConditionModel
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from ldm_export.errors import InputError
-from ldm_export.passes.base import Change, PassContext, Purpose
+from ldm_export.passes.base import Change, PassContext, Purpose, learns_from_noise
 from ldm_export.passes.imitation import DistillationOptions, PrunedStudent
 from ldm_export.reading.options import check_between, check_one_of
 
@@ -45,9 +48,8 @@ class PruneWeights(DistillationOptions):
         check_between("ratio", self.ratio, 0.0, 1.0, inclusive=False)
 
     def apply(self, setting: PassContext) -> Change:
-        teacher, student = setting.model.load("unet"), setting.model.load("unet")
-        assert isinstance(teacher, UNet2DConditionModel)
-        assert isinstance(student, UNet2DConditionModel)
+        name = setting.model.kind.denoiser
+        teacher, student = setting.model.load(name), setting.model.load(name)
         layers, left = prunable(student, self.pattern)
         before = compressed_bytes(student)
         if self.pattern == "2:4":
@@ -57,21 +59,35 @@ class PruneWeights(DistillationOptions):
             weights = [(layer, "weight") for layer in layers.values()]
             prune.global_unstructured(weights, prune.L1Unstructured, amount=self.ratio)
         check_none_is_lost(layers, self.ratio)
-        report = self.imitate(self.name, setting, PrunedStudent(student, teacher, {}, {}))
+        errors: dict[str, Any] = {}
+        if learns_from_noise(setting.model):
+            assert isinstance(teacher, UNet2DConditionModel)
+            assert isinstance(student, UNet2DConditionModel)
+            report = self.imitate(self.name, setting, PrunedStudent(student, teacher, {}, {}))
+            errors["output_error"] = report["output_error"]
         for layer in layers.values():
             prune.remove(layer, "weight")
+        errors["weight_error"] = relative_change(student, teacher)
         zeros = sum(int((layer.weight == 0).sum()) for layer in layers.values())
         return Change(
-            {"unet": student},
+            {name: student},
             report={
                 "zeros": zeros,
                 "of": sum(layer.weight.numel() for layer in layers.values()),
                 "left_alone": left,
                 "compressed_bytes": {"before": before, "after": compressed_bytes(student)},
-                "output_error": report["output_error"],
+                **errors,
                 "speed": "none from zeros, except 2:4 on the sparse tensor cores of NVIDIA GPUs",
             },
         )
+
+
+def relative_change(student: nn.Module, teacher: nn.Module) -> float:
+    """How far all weights are from the teacher's, as a share of them: root of the ratio of the sums of squares."""
+    pruned = student.state_dict()
+    weights = {name: tensor for name, tensor in teacher.state_dict().items() if tensor.is_floating_point()}
+    moved = sum(float((pruned[name] - tensor).double().square().sum()) for name, tensor in weights.items())
+    return math.sqrt(moved / sum(float(tensor.double().square().sum()) for tensor in weights.values()))
 
 
 def check_none_is_lost(layers: Mapping[str, nn.Module], ratio: float) -> None:
@@ -85,7 +101,7 @@ def check_none_is_lost(layers: Mapping[str, nn.Module], ratio: float) -> None:
         others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise InputError(
             f"prune-weights with ratio {ratio:g} takes all weights of {lost[0]}{others}, which are the smallest of the "
-            'UNet, and nothing would pass it. Lower the ratio, or use the pattern "2:4", which takes half of each.'
+            'network, and nothing would pass it. Lower the ratio, or use the pattern "2:4", which takes half of each.'
         )
 
 

@@ -52,6 +52,11 @@ class TeacherData:
     owner: Tensor
     guidance: float
 
+    @classmethod
+    def nothing(cls) -> TeacherData:
+        """What passes are given that learn nothing."""
+        return cls({}, {}, torch.empty(0), torch.empty(0, dtype=torch.int64), 1.0)
+
     def rows(self, count: int, generator: torch.Generator) -> tuple[Tensor, Conditions]:
         """Some latents and the conditions that they were drawn under."""
         chosen = torch.randint(len(self.latents), (count,), generator=generator)

@@ -14,7 +14,8 @@ from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import change_graphs
 from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import GraphPass
-from ldm_export.passes.base import PassContext, TorchPass
+from ldm_export.passes.base import PassContext, TorchPass, learns_from_noise
+from ldm_export.passes.teacher import TeacherData
 from ldm_export.recipe.material import Material
 from ldm_export.recipe.settings import GRAPH_PASSES
 from ldm_export.recipe.stages import BUNDLE, CHECKPOINT, Record, Stage, hash_of
@@ -58,7 +59,8 @@ def changed(
 
 def _save_changed(stage: Stage, step: Any, path: Path, record: Record, material: Material) -> None:
     """Apply a pass over networks and write the checkpoint that it leads to."""
-    made = step.apply(PassContext(stage.checkpoint, material.teacher, material.data, path.parent, material.progress))
+    data = material.data if learns_from_noise(stage.checkpoint) else TeacherData.nothing()
+    made = step.apply(PassContext(stage.checkpoint, material.teacher, data, path.parent, material.progress))
     drawing = made.drawing or stage.checkpoint.drawing
     passes = [*stage.records, {**record, "report": dict(made.report)}]
     stage.checkpoint.save_changed(path, made.networks, made.scheduler, drawing, passes)

@@ -26,6 +26,7 @@ from ldm_export.export.graphs import copy_bundle
 from ldm_export.families import family_of, open_checkpoint
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
+from ldm_export.passes.prune_weights import PruneWeights
 from ldm_export.plan.scheduler_classes import is_flow
 from ldm_export.recipe.change import Pass, adoptable, changed
 from ldm_export.recipe.material import Material
@@ -196,8 +197,11 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
 
 
 def _check_network(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
-    """Passes over PyTorch networks are for UNets, and learn and measure on the noise of DDPM."""
-    names = ", ".join(step.name for step in recipe.torch_passes)
+    """Passes over PyTorch networks are for UNets, and learn and measure on the noise of DDPM; but for those that learn
+    nothing."""
+    names = ", ".join(
+        step.name for step in recipe.torch_passes if not (isinstance(step, PruneWeights) and not step.updates)
+    )
     denoiser = checkpoint.index[checkpoint.kind.denoiser][-1]
     fault = None
     if denoiser not in UNET.classes:
@@ -207,7 +211,7 @@ def _check_network(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
     if names and fault:
         raise InputError(
             f"The recipe {recipe.name} has {names}, {fault}. Leave them out; passes over graphs (half, quantize-...) "
-            "apply."
+            "apply, and prune-weights with updates = 0."
         )
 
 

@@ -20,6 +20,12 @@ from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, r
 from tests.training import write_pictures
 
 Kinds = Callable[[str], tuple[Path, Path]]
+PRUNE = """
+[[pass]]
+name = "prune-weights"
+ratio = 0.3
+updates = 0
+"""
 STEPS = """
 [[pass]]
 name = "distill-steps"
@@ -199,9 +205,13 @@ def test_a_transformer_takes_graph_passes_alone(kinds: Kinds, cheap_judge: None,
     with pytest.raises(InputError, match=message):
         run_recipe(dit, recipe_of(tmp_path, GUIDANCE), tmp_path / "bundle", tmp_path / "work")
     assert not (tmp_path / "work").exists()
-    recipe = recipe_of(tmp_path, WEIGHTS)
-    made, _ = run_recipe(dit, recipe, tmp_path / "bundle", tmp_path / "work")
+    recipe = recipe_of(tmp_path, PRUNE + WEIGHTS, budget="frechet_ratio = 1e9")
+    made, records = run_recipe(dit, recipe, tmp_path / "bundle", tmp_path / "work")
     assert made.roles.guidance == Guidance(TWO_ROWS, recipe.teacher.guidance)
+    report = records[1]["report"]
+    assert (records[1]["name"], records[1]["kept"]) == ("prune-weights", True)
+    assert report["zeros"] == pytest.approx(0.3 * report["of"], rel=1e-3)
+    assert 0 < report["weight_error"] < 0.2
 
 
 def test_a_model_trained_by_flow_matching_takes_graph_passes_alone(
