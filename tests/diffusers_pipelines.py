@@ -51,8 +51,10 @@ def judged(pipe: Any, sampler: str, prompts: Sequence[str], seeds: Sequence[int]
     """The final latents of a diffusers pipeline, for once with another scheduler, from our options."""
     pipeline = type(pipe).__name__
     if pipeline == "PRXPipeline" and len(prompts) > 1:  # with guidance it fails on several
+        negatives = options.pop("negative_prompt", [""] * len(prompts))
+        alone = zip(prompts, negatives, seeds, strict=True)
         return torch.cat(
-            [judged(pipe, sampler, [one], [seed], **options) for one, seed in zip(prompts, seeds, strict=True)]
+            [judged(pipe, sampler, [one], [seed], negative_prompt=[no], **options) for one, no, seed in alone]
         )
     scheduler = diffusers_scheduler({**pipe.scheduler.config, "skip_prk_steps": True}, sampler)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
