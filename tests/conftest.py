@@ -17,6 +17,7 @@ from ldm_reference.tokenizer import END, save_tokenizer, train_tokenizer
 from ldm_reference.unet import UNet2DConditionModel
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.atomic import locked
 from ldm_export.export import chain
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.families import open_checkpoint
@@ -168,17 +169,20 @@ def variants(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 @pytest.fixture(scope="session")
-def kinds(
-    tiny_checkpoint: Path, traced_once: None, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Path, Path]]:
-    """A function from a name in `KINDS` to a checkpoint of that kind and its bundle, both read-only."""
-    folder = tmp_path_factory.mktemp("kinds")
+def kinds(tiny_checkpoint: Path, traced_once: None, shared_folder: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A function from a name in `KINDS` to a checkpoint of that kind and its bundle, both read-only; all processes of
+    this run have the same."""
 
     @cache
     def make(kind: str) -> tuple[Path, Path]:
+        folder = shared_folder / "kinds" / kind
         checkpoint, bundle = folder / kind, folder / f"{kind}.bundle"
-        KINDS[kind](checkpoint, tiny_checkpoint)
-        return checkpoint, chain.export_bundle(open_checkpoint(checkpoint), bundle).path
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if not bundle.is_dir():
+                KINDS[kind](checkpoint, tiny_checkpoint)
+                chain.export_bundle(open_checkpoint(checkpoint), bundle)
+        return checkpoint, bundle
 
     return make
 
