@@ -177,8 +177,9 @@ def kinds(tiny_checkpoint: Path, traced_once: None, shared_folder: Path) -> Call
     def make(kind: str) -> tuple[Path, Path]:
         folder = shared_folder / "kinds" / kind
         checkpoint, bundle = folder / kind, folder / f"{kind}.bundle"
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        lock = folder / "lock"  # of its own: a bundle's folder is locked while it is written
+        lock.mkdir(parents=True, exist_ok=True)
+        with locked(lock):
             if not bundle.is_dir():
                 KINDS[kind](checkpoint, tiny_checkpoint)
                 chain.export_bundle(open_checkpoint(checkpoint), bundle)
