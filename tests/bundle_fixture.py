@@ -414,7 +414,7 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "prx with dc-ae": partial(prx, deep=True),
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""
-SLOW_KINDS = ("sd3 with t5", "pixart alpha", "prx with dc-ae")
+SLOW_KINDS = ("ssd-1b", "sd3 with t5", "pixart alpha", "prx with dc-ae")
 """Those that others nearly show, too."""
 
 
