@@ -51,7 +51,7 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3 with t5": ("StableDiffusion3", {"sampler": "euler", "guidance": 5.0}),
     "pixart": ("PixArtSigma", {"sampler": "dpmpp-2m", "guidance": 5.0}),
     "pixart, negative": ("PixArtSigma", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a BLUE square"}),
-    "pixart alpha": ("PixArtAlpha", {"sampler": "ddim", "guidance": 5.0}),
+    "pixart alpha": ("PixArtAlpha", {"sampler": "euler", "guidance": 5.0}),
     "prx": ("PRX", {"sampler": "euler", "guidance": 5.0}),
     "prx, negative": ("PRX", {"sampler": "euler", "guidance": 5.0, "negative_prompt": "a blue square"}),
     "prx with dc-ae": ("PRX", {"sampler": "dpmpp-2m", "guidance": 5.0}),
