@@ -154,7 +154,7 @@ def _t5_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def _part(tensor: Tensor, name: str, last: int) -> Tensor:
-    """Cut out the one of joint projections that is meant; put scale and shift in diffusers' order where it has another."""
+    """Cut out the joint projection that is meant; put scale and shift in diffusers' order where it has another."""
     if match := re.search(r"attn2?\.(?:to|add)_([qkv])(?:_proj)?\.", name):
         return tensor.chunk(3)["qkv".index(match[1])].contiguous()
     if name.startswith(("norm_out.linear.", f"transformer_blocks.{last}.norm1_context.linear.")):
