@@ -137,4 +137,4 @@ JUDGES: dict[str, Callable[[Path, Tensors, str], Tensors]] = {
     "vae_decoder": judge_vae,
     "vae_encoder": judge_vae,
 }
-"""By the graph's name, without the number of a text encoder."""
+"""Judges by the graph's name, without the number of a text encoder."""

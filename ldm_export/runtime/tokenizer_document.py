@@ -76,7 +76,7 @@ def _kept(part: Any, items: str) -> list[dict[str, Any]]:
 
 
 def check_sought(added: Sequence[Mapping[str, Any]], normalize: Callable[[str], str]) -> None:
-    """Raise MalformedError unless added tokens can be told from one another, and do not overlap."""
+    """Raise MalformedError unless added tokens differ and do not overlap."""
     raw = {token["content"] for token in added if not token["normalized"]}
     normalised = {normalize(token["content"]) for token in added if token["normalized"]}
     if "" in normalised or len(raw) + len(normalised) < len(added):

@@ -297,7 +297,7 @@ def test_ids_of_a_document_that_is_read_whole(
 
 
 def test_every_code_point_is_made_lower_case_alike(open_cpp: Callable[..., Any], tmp_path: Path) -> None:
-    """By itself, at both ends of a prompt, and between a letter and a sigma."""
+    """Compare every code point by itself, at both ends of a prompt, and between a letter and a sigma."""
     draft = sound()
     with_length(draft, LONG)
     document = documents_by_hand()["lower case"]
@@ -325,11 +325,11 @@ def test_what_a_document_read_whole_cuts_off_is_told(
     document["added_tokens"].append(added_token(max(number, len(document["model"]["vocab"])), "\x1c"))
     with_tokenizer_json(draft, document)
     draft.write(tmp_path / "bundle")
-    told: list[str] = []
+    warnings_given: list[str] = []
     prompt = "a red circle, a blue square, two green triangles on white; grinning face with smiling eyes\x1c"
-    ids = open_cpp(tmp_path / "bundle", warn=told.append).tokenize(prompt.encode())
+    ids = open_cpp(tmp_path / "bundle", warn=warnings_given.append).tokenize(prompt.encode())
     tokenizer = JsonTokenizer(TokenizerFiles.of_folder(tmp_path / "bundle" / "tokenizer"))
-    with pytest.warns(UserWarning, match=f"^{re.escape(told[0])}$"):
+    with pytest.warns(UserWarning, match=f"^{re.escape(warnings_given[0])}$"):
         assert tokenizer(prompt)[0].tolist() == ids
 
 

@@ -18,7 +18,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "alway
 SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 REPLACE = {"type": "Replace", "pattern": {"String": "x"}, "content": "y"}
 LEFT_OUT = ("1", '"x"', "true", "[]", "{}", "[1]", '["x"]', "[{}]", "[null]")
-"""Of a normalizer or pre-tokenizer, what is none."""
+"""Values that are no normalizer and no pre-tokenizer."""
 
 
 def _unigram() -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Tokenizer {
     virtual ~Tokenizer() = default;
 
     // The ids of a prompt, max_length of them; `warn` is called with what is cut off. Throws InputError where the prompt is
-    // not UTF-8, or cannot be told from padding.
+    // not UTF-8, or begins or ends as padding does.
     virtual std::vector<TokenId> operator()(std::string_view prompt, const Warn &warn) const = 0;
 
     virtual std::size_t max_length() const = 0;
