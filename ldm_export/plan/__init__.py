@@ -9,11 +9,13 @@
         stepper.advance(network(buffer, row.timestep), draw)
 
 `table` has the format and its executor, `schedule` the noise levels, `onestep` and `multistep` the samplers' formulas,
-`samplers` the list of samplers, `compiler` what makes a plan of one. numpy and the standard library only.
+`samplers` the list of samplers, `compiler` what makes a plan of one, `forecast` what leaves network calls out of it.
+numpy and the standard library only.
 """
 
 from ldm_export.plan.compiler import compile_plan
 from ldm_export.plan.flow import picture_tokens, shifts_dynamically
+from ldm_export.plan.forecast import Forecast
 from ldm_export.plan.samplers import SAMPLERS
 from ldm_export.plan.scheduler_classes import sampler_of
 from ldm_export.plan.table import FORMAT_VERSION, MAX_HISTORY, Entry, Plan, Row, Stepper, Trajectory
@@ -23,6 +25,7 @@ __all__ = [
     "MAX_HISTORY",
     "SAMPLERS",
     "Entry",
+    "Forecast",
     "Plan",
     "Row",
     "Stepper",

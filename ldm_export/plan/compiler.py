@@ -22,21 +22,29 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ldm_export.errors import InputError
+from ldm_export.plan.forecast import Forecast, forecast_plan
+from ldm_export.plan.onestep import x0_form
 from ldm_export.plan.samplers import SAMPLERS, Sampler
-from ldm_export.plan.schedule import Grid, SchedulerConfig, short_repr
+from ldm_export.plan.schedule import Grid, Level, SchedulerConfig, short_repr
 from ldm_export.plan.scheduler_classes import as_trained, samplers_for
 from ldm_export.plan.table import MAX_HISTORY, MOST_STEPS, Entries, Entry, Plan, PlanError, Row
 
 
 def compile_plan(
-    config: Mapping[str, Any], sampler: str, num_inference_steps: int, *, eta: float = 0.0, tokens: int = 0
+    config: Mapping[str, Any],
+    sampler: str,
+    num_inference_steps: int,
+    *,
+    eta: float = 0.0,
+    tokens: int = 0,
+    forecast: Forecast | None = None,
 ) -> Plan:
     """Compile a sampler into a table.
 
@@ -49,11 +57,13 @@ def compile_plan(
     num_inference_steps : 1 to ``num_train_timesteps``, and to `MOST_STEPS`
     eta : DDIM's share of DDPM's noise, in [0, 1]; other samplers have none
     tokens : of a picture (`ldm_export.plan.flow.picture_tokens`), which are read where the config shifts dynamically
+    forecast : which network calls are made; all by default
 
     Raises
     ------
     InputError
-        For an unknown sampler, a number of steps, a scheduler class or a config value that cannot be used.
+        For an unknown sampler, a number of steps, a scheduler class or a config value that cannot be used, and for a
+        forecast that cannot be made.
     """
     if sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
@@ -75,7 +85,11 @@ def compile_plan(
             f"num_inference_steps is {num_inference_steps!r}; it must be 1 to {most}, {why}. Choose one of those."
         )
     with _in_float32(sampler, num_inference_steps):
-        return _plan(spec, options, sampler, num_inference_steps)
+        plan, levels = _plan(spec, options, sampler, num_inference_steps)
+        if forecast is None:
+            return plan
+        noisy = any(row.noise and not row.weights for row in plan.rows)
+        return forecast_plan(plan, forecast, _denoised(options, plan.rows, levels) if noisy else ())
 
 
 @contextmanager
@@ -91,7 +105,8 @@ def _in_float32(sampler: str, num_inference_steps: int) -> Iterator[None]:
         ) from error
 
 
-def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_steps: int) -> Plan:
+def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_steps: int) -> tuple[Plan, list[Level]]:
+    """The plan of all calls, and the noise level of each of its rows."""
     grid = spec.grid(options, num_inference_steps)
     steps = range(num_inference_steps)
     rows = [spec.rows(options, grid, step, min(step, MAX_HISTORY)) for step in steps]
@@ -105,7 +120,7 @@ def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_s
     init_scale = 1.0
     if spec.edm_scale:
         init_scale = first.ratio if options.timestep_spacing != "leading" else math.hypot(first.ratio, 1)
-    return Plan(
+    plan = Plan(
         sampler=f"{sampler}-eta{options.eta:g}" if options.eta else sampler,  # its own name: it draws other pictures
         num_inference_steps=num_inference_steps,
         init_scale=init_scale,
@@ -113,6 +128,13 @@ def _plan(spec: Sampler, options: SchedulerConfig, sampler: str, num_inference_s
         entries=Entries(num_inference_steps, entry),
         tokens=options.tokens if options.use_dynamic_shifting else 0,
     )
+    return plan, [level for step in steps for level in (grid.here[step], grid.there[step])[: len(rows[step])]]
+
+
+def _denoised(options: SchedulerConfig, rows: Sequence[Row], levels: Sequence[Level]) -> list[tuple[float, float]]:
+    """Coefficients of x and of the network's output that give the predicted x0 at each row."""
+    forms = [x0_form(options.prediction_type, level) for level in levels]
+    return [(of_x * row.input_scale, of_output) for (of_x, of_output), row in zip(forms, rows, strict=True)]
 
 
 def _options(options: SchedulerConfig, spec: Sampler, sampler: str, eta: float) -> SchedulerConfig:

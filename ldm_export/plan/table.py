@@ -142,6 +142,9 @@ class Trajectory:
 class Plan:
     """A compiled sampler of ``num_inference_steps`` steps: ``rows`` from noise, ``entries[k]`` from an image.
 
+    There are as many rows as network calls: one or two a step, and fewer where outputs are forecast
+    (`ldm_export.plan.forecast`) or the rows were fitted.
+
     ``tokens`` are those of the pictures that it draws; 0 for any size. Its file has them where there are some.
     """
 
@@ -158,9 +161,9 @@ class Plan:
             raise InputError(
                 f"a plan is of pictures of {self.tokens} tokens; they have 1 to {MOST_TOKENS}. Compile the plan again."
             )
-        if not 1 <= steps <= MOST_STEPS or not steps <= len(self.rows) <= 2 * steps:
+        if not 1 <= steps <= MOST_STEPS or not 1 <= len(self.rows) <= 2 * steps:
             raise InputError(
-                f"a plan of {steps} steps has {len(self.rows)} rows; a step is one or two network calls. "
+                f"a plan of {steps} steps has {len(self.rows)} rows; a step is at most two network calls. "
                 "Compile the plan again."
             )
         if len(self.entries) != steps:
