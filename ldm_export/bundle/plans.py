@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm_export.bundle.bundle import Bundle
 from ldm_export.errors import BundleError, InputError
-from ldm_export.plan import Plan, compile_plan, picture_tokens, shifts_dynamically
+from ldm_export.plan import Forecast, Plan, compile_plan, picture_tokens, shifts_dynamically
 from ldm_export.plan.schedule import short_repr
 from ldm_export.reading.documents import MalformedError, parsed
 
@@ -146,7 +146,9 @@ def plan_in(bundle: Bundle, path: str) -> Plan:
     return plan
 
 
-def add_plan(bundle: Bundle, sampler: str, steps: int, *, eta: float = 0.0) -> tuple[Bundle, Plan]:
+def add_plan(
+    bundle: Bundle, sampler: str, steps: int, *, eta: float = 0.0, forecast: Forecast | None = None
+) -> tuple[Bundle, Plan]:
     """Compile a sampler by the bundle's scheduler config and add the plan, or replace the one of its name.
 
     Where the config shifts dynamically, it is the plan of pictures of the model's own size.
@@ -163,7 +165,7 @@ def add_plan(bundle: Bundle, sampler: str, steps: int, *, eta: float = 0.0) -> t
     except MalformedError as error:
         raise BundleError(f"Bundle {bundle.path}: {SCHEDULER} is {error}. Export the bundle anew.") from error
     tokens = _tokens(bundle) if shifts_dynamically(scheduler) else 0
-    plan = compile_plan(scheduler, sampler, steps, eta=eta, tokens=tokens)
+    plan = compile_plan(scheduler, sampler, steps, eta=eta, tokens=tokens, forecast=forecast)
     return bundle.add_file(f"plans/{plan.file_name}", plan.to_json().encode()), plan
 
 

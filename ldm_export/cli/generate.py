@@ -53,6 +53,7 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
 @click.option("-o", "--output", type=folder, required=True, help="The PNG; several pictures become a grid.")
 @click.option("--sampler", default=None, help="A sampler, such as euler; the bundle's own (ddim) by default.")
 @click.option("--steps", type=int, default=None, help="Denoising steps; the bundle's own number (20) by default.")
+@click.option("--calls", type=int, default=None, help="Network calls; outputs of the other steps are forecast.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale, 1 is off; the bundle's own (4) by default.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
@@ -84,6 +85,7 @@ def command(
     output: Path,
     sampler: str | None,
     steps: int | None,
+    calls: int | None,
     guidance: float | None,
     negative: str | None,
     seed: int,
@@ -112,6 +114,7 @@ def command(
         result = pipeline.generate(
             sampler=sampler,
             steps=steps,
+            calls=calls,
             guidance=guidance,
             negative_prompt=negative,
             height=height,

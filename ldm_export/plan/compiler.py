@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ldm_export.errors import InputError
-from ldm_export.plan.forecast import Forecast, forecast_plan
+from ldm_export.plan.forecast import Forecast, forecast_of, forecast_plan
 from ldm_export.plan.onestep import x0_form
 from ldm_export.plan.samplers import SAMPLERS, Sampler
 from ldm_export.plan.schedule import Grid, Level, SchedulerConfig, short_repr
@@ -53,11 +53,11 @@ def compile_plan(
     config : a parsed ``scheduler/scheduler_config.json`` of diffusers. It may belong to another scheduler class: what
         the sampler reads is taken, the rest gets the defaults of the sampler's class, as diffusers' ``from_config``
         does, but for the two keys that the module's docstring names
-    sampler : a key of `SAMPLERS`
+    sampler : a key of `SAMPLERS`; with ``-calls16`` after it, 16 network calls are made and the others forecast
     num_inference_steps : 1 to ``num_train_timesteps``, and to `MOST_STEPS`
     eta : DDIM's share of DDPM's noise, in [0, 1]; other samplers have none
     tokens : of a picture (`ldm_export.plan.flow.picture_tokens`), which are read where the config shifts dynamically
-    forecast : which network calls are made; all by default
+    forecast : which network calls are made, if the name does not say it; all by default
 
     Raises
     ------
@@ -65,6 +65,8 @@ def compile_plan(
         For an unknown sampler, a number of steps, a scheduler class or a config value that cannot be used, and for a
         forecast that cannot be made.
     """
+    sampler, named = forecast_of(sampler)
+    forecast = named or forecast
     if sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
         raise InputError(f"sampler {short_repr(sampler)} is not known; known are {known}. Use one of them.")

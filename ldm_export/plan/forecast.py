@@ -31,6 +31,8 @@ Form = tuple[float, float]
 """Coefficients of x and of the network's output."""
 
 OUTPUT: Form = (0.0, 1.0)
+CALLS = "-calls"
+"""What stands between a sampler and a number of calls in the name of a forecast plan's sampler."""
 MOST_ORDER = 3
 LARGEST_CONDITION = 1e3
 """Largest condition number of a forecast: it costs float32 three of its seven digits."""
@@ -38,7 +40,7 @@ LARGEST_CONDITION = 1e3
 
 @dataclass(frozen=True)
 class Forecast:
-    """Which network calls of a plan are made, and how the outputs between them are extrapolated.
+    """Choice of the network calls of a plan that are made; the outputs between them are extrapolated.
 
     Attributes
     ----------
@@ -72,6 +74,14 @@ class Forecast:
                 f"always one, to {rows - 1}. Choose others."
             )
         return chosen
+
+
+def forecast_of(name: str) -> tuple[str, Forecast | None]:
+    """The sampler and the forecast that a name stands for: ``ddim-calls16`` is ``ddim`` with 16 calls."""
+    sampler, mark, calls = name.rpartition(CALLS)
+    if not (sampler and mark and calls.isascii() and calls.isdigit() and len(calls) < 6):
+        return name, None
+    return sampler, Forecast(int(calls))
 
 
 def spaced_calls(rows: int, calls: int) -> tuple[int, ...]:
@@ -111,7 +121,7 @@ def forecast_plan(plan: Plan, forecast: Forecast, denoised: Sequence[Form]) -> P
         return Entry(entry.image_scale, entry.noise_scale, ours[: len(ours) - same], len(folded) - same)
 
     return Plan(
-        sampler=f"{plan.sampler}-calls{len(made)}",
+        sampler=f"{plan.sampler}{CALLS}{len(made)}",
         num_inference_steps=plan.num_inference_steps,
         init_scale=plan.init_scale,
         rows=folded,

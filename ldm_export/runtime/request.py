@@ -13,7 +13,7 @@ from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
-from ldm_export.plan import Trajectory
+from ldm_export.plan import CALLS, Trajectory
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.memory import check_memory
@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     ----------
     sampler, steps : such as ``ddim`` and 20; by default the bundle's own choice. A plan that the bundle has no file of
         is compiled from its scheduler config (`ldm_export.plan.SAMPLERS` are the samplers)
+    calls : network calls; the outputs of the other steps are forecast from those of earlier ones: 16 of 50 take a third
+        of the time and change the picture little (`ldm_export.plan.forecast`); by default there are no others
     guidance : how far to go from the negative prompt's prediction to the prompt's, from 0 to 1e6; 1 or less is off;
         the bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
     negative_prompt : one for all pictures, or one each; none. The empty text is a prompt, too: of models
@@ -48,6 +50,7 @@ class Options(TypedDict, total=False):
 
     sampler: str | None
     steps: int | None
+    calls: int | None
     guidance: float | None
     negative_prompt: str | Sequence[str] | None
     seed: int | Sequence[int]
@@ -120,6 +123,7 @@ def checked_request(
     *,
     sampler: str | None = None,
     steps: int | None = None,
+    calls: int | None = None,
     guidance: float | None = None,
     negative_prompt: str | Sequence[str] | None = None,
     seed: int | Sequence[int] = 0,
@@ -176,6 +180,8 @@ def checked_request(
         raise InputError(f"A negative prompt was given, and {why}, so it would do nothing. Leave it out.")
     sampler = model["default_sampler"] if sampler is None else text_of("sampler", sampler)
     steps = model["default_steps"] if steps is None else whole_number("steps", steps, 1, MOST_STEPS)
+    if calls is not None:
+        sampler += f"{CALLS}{whole_number('calls', calls, 1, MOST_STEPS)}"
     deepcache, whole = whole_number("deepcache", deepcache, 1, MOST_STEPS), flag("whole", whole)
     if whole and (image is not None or deepcache > 1):
         raise InputError(

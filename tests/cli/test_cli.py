@@ -619,3 +619,31 @@ def test_train_on_what_cannot_be_used(
 ) -> None:
     damage(data, config)
     assert_refused(run("train", "--data", data, "-o", tmp_path / "model", "--config", config), message)
+
+
+def test_a_plan_with_fewer_calls(run: Run, bundle: Path, tmp_path: Path) -> None:
+    done = run("plan", bundle, "--sampler", "ddim", "--steps", 10, "--calls", 4, "--json")
+    assert json.loads(done.stdout) == {"plan": "plans/ddim-calls4-10.json", "rows": 4}
+    latents = [tmp_path / "4.npy", tmp_path / "at.npy"]
+    drawn = ("generate", bundle, "red", "-o", tmp_path / "x.png", "--steps", 10, "--calls", 4, "--latents")
+    assert run(*drawn, latents[0]).exit_code == 0
+    assert run("plan", bundle, "--sampler", "ddim", "--steps", 10, "--at", "0,1,2,9", "--order", 0).exit_code == 0
+    assert run(*drawn, latents[1]).exit_code == 0
+    first, second = (np.load(file, allow_pickle=False) for file in latents)
+    assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--calls", 11), "calls is 11; the plan makes 10, of which 1 to 10 can be kept"),
+        (("--at", "0,b"), "--at 0,b is no list of calls"),
+        (("--at", "0,5,3"), "the calls 0, 5, 3 were asked for"),
+        (("--at", "0,3", "--calls", 3), "--calls 3 was given with --at of 2 calls"),
+        (("--order", 2), "--order is of the forecast between --calls, which was not given"),
+        (("--calls", 3, "--order", 4), "order is 4; a forecast is of order 0 to 3"),
+    ],
+)
+def test_a_wrong_forecast(run: Run, bundle: Path, options: tuple[Any, ...], says: str) -> None:
+    assert_refused(run("plan", bundle, "--sampler", "ddim", "--steps", 10, *options), re.escape(says))
+    assert not (bundle / "plans").exists()

@@ -241,3 +241,11 @@ def test_every_sampler_can_be_forecast() -> None:
     for sampler in SAMPLERS:
         config = base_config(clip_sample=False, original_inference_steps=50)
         assert len(compile_plan(config, sampler, 20, forecast=Forecast(12)).rows) == 12, sampler
+
+
+def test_a_name_says_the_calls() -> None:
+    config = base_config()
+    assert compile_plan(config, "ddim-calls16", 50) == compile_plan(config, "ddim", 50, forecast=Forecast(16))
+    for name in ("ddim-calls", "-calls5", "ddim-calls-5", "ddim-calls1e1", "ddim-calls٣"):
+        with pytest.raises(InputError, match="is not known"):
+            compile_plan(config, name, 50)

@@ -17,7 +17,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import SCHEDULER, add_plan, check_plans, read_plan, with_plan
 from ldm_export.cli.main import main
 from ldm_export.errors import BundleError, InputError
-from ldm_export.plan import SAMPLERS, compile_plan
+from ldm_export.plan import SAMPLERS, Forecast, compile_plan
 from ldm_export.runtime import Pipeline
 from tests.hostile.base import Draft, sound
 
@@ -174,3 +174,25 @@ def test_a_changed_scheduler_config_is_refused_where_hashes_are_checked(tmp_path
     file.write_bytes(file.read_bytes().replace(b"0.012", b"0.013"))
     with pytest.raises(BundleError, match=r"scheduler_config\.json"):
         read_plan(bundle, "ddim", 3)
+
+
+def test_fewer_calls_than_steps(bundle: Bundle) -> None:
+    pipeline = Pipeline(bundle, "cpu")
+    drawn = pipeline.generate(PROMPT, steps=25, calls=9, seed=3)
+    assert len(drawn.timings.denoiser_ms) == 9
+    added, plan = add_plan(bundle, "ddim", 25, forecast=Forecast(9))
+    assert (plan.file_name, len(plan.rows)) == ("ddim-calls9-25.json", 9)
+    again = Pipeline(added, "cpu").generate(PROMPT, sampler="ddim-calls9", steps=25, seed=3)
+    np.testing.assert_array_equal(again.latents, drawn.latents)
+    all_calls = pipeline.generate(PROMPT, steps=9, calls=9, seed=3).latents
+    np.testing.assert_array_equal(all_calls, pipeline.generate(PROMPT, steps=9, seed=3).latents)
+    with pytest.raises(InputError, match=r"cannot be compiled: calls is 26; the plan makes 25, of which 1 to 25"):
+        pipeline.generate(PROMPT, steps=25, calls=26)
+
+
+def test_a_file_with_other_calls_is_used_first(bundle: Bundle) -> None:
+    at = (0, 1, 2, 3, 24)
+    added, plan = add_plan(bundle, "ddim", 25, forecast=Forecast(5, 0, at))
+    assert plan.file_name == "ddim-calls5-25.json"
+    drawn = Pipeline(added, "cpu").generate(PROMPT, steps=25, calls=5, seed=3).latents
+    assert np.abs(drawn - Pipeline(bundle, "cpu").generate(PROMPT, steps=25, calls=5, seed=3).latents).max() > 1e-3
