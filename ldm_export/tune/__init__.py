@@ -1,0 +1,1 @@
+"""Plans that are made for one model, by what its network gives."""
