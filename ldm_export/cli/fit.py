@@ -7,8 +7,38 @@ from rich.table import Table
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import add_fitted
-from ldm_export.cli.options import bundle_argument, console, folder, json_option, print_json, prompts_in, status, steps_bar
+from ldm_export.checkpoint import shipped_checkpoints
+from ldm_export.cli.options import (
+    bundle_argument,
+    console,
+    folder,
+    json_option,
+    print_json,
+    prompts_from,
+    status,
+    steps_bar,
+)
+from ldm_export.errors import InputError
+from ldm_export.recipe.settings import read_recipe
 from ldm_export.tune.fit import FitOptions, fit_plan
+
+SHIPPED_PROMPTS = "cpu-fast"
+"""Shipped recipe whose prompts are the shipped models'."""
+
+
+def _conditions(bundle: Bundle, prompts: tuple[str, ...]) -> tuple[str | int, ...]:
+    """What pictures are of: the prompts, or those of the shipped recipes for shipped models; all classes; nothing."""
+    model, roles = bundle.manifest.model, bundle.roles
+    if not roles.text_encoders:
+        if prompts:
+            raise InputError("--prompts was given, and this model reads no text. Leave it out.")
+        labelled = "class_labels" in roles.sources(bundle.manifest.graphs)
+        return tuple(range(model.get("class_count") or 1)) if labelled else ()
+    if not prompts and str(bundle.manifest.source.get("checkpoint")) in shipped_checkpoints():
+        return read_recipe(SHIPPED_PROMPTS).prompts
+    if not prompts:
+        raise InputError("This model reads text, and no prompts were given. Give a file with one a line, as --prompts.")
+    return prompts
 
 
 @click.command()
@@ -45,7 +75,7 @@ def command(
     opened = Bundle.open(bundle)
     options = FitOptions(
         calls=calls,
-        conditions=conditions_of_bundle(opened, prompts),
+        conditions=_conditions(opened, prompts_from(prompts, ())),
         sampler=sampler,
         teacher_steps=teacher_steps,
         guidance=guidance,
@@ -69,8 +99,8 @@ def command(
         console.print(table)
     if not fit.pays:
         status.print(
-            f"error: {fit.best_textbook} is as good as the fitted plan, which was not added. Use more --pictures, other "
-            "--calls, or that sampler.",
+            f"error: {fit.best_textbook} is as good as the fitted plan, which was not added. Use more --pictures, "
+            "other --calls, or that sampler.",
             style="red",
             soft_wrap=True,
         )

@@ -39,6 +39,7 @@ COMMANDS = {
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",
+    "fit": "Fit a plan of few network calls to what a bundle generates in many.",
     "cmake-dir": "Show where the sources of the C and C++ runtime are.",
     "doctor": "Show what is installed here, and what is missing for what.",
 }
