@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+FLOW_CLASSES = (FLOW_CLASS, "FlowMatchHeunDiscreteScheduler")
+"""Classes of diffusers for flow matching alone."""
 FLOW_PREDICTION = "flow_prediction"
 """What ``prediction_type`` says of such networks in the classes of diffusers that have the key."""
 

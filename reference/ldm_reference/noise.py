@@ -18,21 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm_reference.config import ConfigError, check_choice
-from ldm_reference.flow import FLOW_CLASS, FLOW_PREDICTION, draw_sigma, euler, euler_sigmas
+from ldm_reference.flow import FLOW_CLASSES, FLOW_PREDICTION, draw_sigma, euler, euler_sigmas
 from ldm_reference.losses import diffusion_target, min_snr_weight
 from ldm_reference.samplers import ddim
 from ldm_reference.schedules import add_noise, alphas_cumprod_from_config, leading_timesteps, trailing_timesteps
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(latents, timestep) -> what the network predicts, guided or not."""
-FLOW_DRAWING = (
-    "use_dynamic_shifting",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "stochastic_sampling",
-)
-"""Keys of ``FlowMatchEulerDiscreteScheduler`` for other levels and steps than those of `euler`."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +92,11 @@ class DiffusionNoise(nn.Module):
 
 
 class FlowNoise(nn.Module):
-    """Flow matching's noise; timesteps are sigma * num_train_timesteps, float32, sampling is Euler's. Methods are those
-    of `DiffusionNoise`."""
+    """Flow matching's noise; timesteps are sigma * num_train_timesteps, float32, sampling is Euler's.
+
+    Methods are those of `DiffusionNoise`. Of the keys for other levels than those of `euler_sigmas`, such as
+    ``use_karras_sigmas`` and ``use_dynamic_shifting``, none is read: any levels lead down the same path.
+    """
 
     prediction_type = FLOW_PREDICTION
 
@@ -131,9 +126,6 @@ class FlowNoise(nn.Module):
         return torch.ones(len(timesteps), device=timesteps.device)
 
     def sampled_timesteps(self, steps: int) -> list[float]:
-        for key in FLOW_DRAWING:
-            if self.scheduler.get(key):
-                raise ConfigError(f"{key} = {self.scheduler[key]!r} is not supported here; leave it out")
         terminal = float(self.scheduler.get("shift_terminal") or 0.0)
         return [sigma * self.count for sigma in euler_sigmas(steps, self.count, self.shift, terminal)[:-1]]
 
@@ -142,6 +134,8 @@ class FlowNoise(nn.Module):
         return Levels(torch.tensor(timesteps, dtype=torch.float32), (1 - sigma).float(), sigma.float())
 
     def sample(self, denoise: Denoise, noise: Tensor, steps: int) -> Tensor:
+        if self.scheduler.get("stochastic_sampling"):
+            raise ConfigError("stochastic_sampling = true is of a consistency model, which Euler's method cannot draw")
         sigmas = [timestep / self.count for timestep in self.sampled_timesteps(steps)]
         return euler(denoise, noise, [*sigmas, 0.0], self.count)
 
@@ -151,5 +145,5 @@ Noise = DiffusionNoise | FlowNoise
 
 def noise_from_config(scheduler: Mapping[str, Any]) -> Noise:
     """The noise that the content of a ``scheduler_config.json`` says a network was trained on."""
-    flow = scheduler.get("_class_name") == FLOW_CLASS or scheduler.get("prediction_type") == FLOW_PREDICTION
+    flow = scheduler.get("_class_name") in FLOW_CLASSES or scheduler.get("prediction_type") == FLOW_PREDICTION
     return FlowNoise(scheduler) if flow else DiffusionNoise(scheduler)

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from ldm_reference.noise import Levels
+from ldm_reference.noise import FlowNoise, Levels, noise_from_config
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
@@ -21,8 +21,10 @@ from ldm_export.passes import distill_steps
 from ldm_export.passes.base import PassContext
 from ldm_export.passes.distill_steps import ConsistencyObjective, DistillSteps, ProgressiveObjective
 from ldm_export.passes.few_steps import FewSteps, consistency, progressive, unscaled
+from ldm_export.passes.imitation import timesteps_drawn
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.plan import compile_plan
+from ldm_export.plan.scheduler_classes import is_flow, prediction_of
 from ldm_export.runtime import Pipeline
 from tests.diffusers_pipelines import judged, opened
 
@@ -67,6 +69,13 @@ def halving(teacher: Denoiser, steps: int, **scheduler: Any) -> ProgressiveObjec
     return ProgressiveObjective(teacher, few.levels(steps), few.levels(2 * steps), "flow_prediction")  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def flow(write_small: Callable[..., LatentDiffusion], tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
+    """A text model by flow matching, drawn without guidance. Read-only."""
+    model = write_small(tmp_path_factory.mktemp("flow") / "flow", **FLOW, shift=2.0)
+    return dataclasses.replace(model, drawn_with=SamplingDefaults("euler", 8, 4.0, guidance_distilled=True))
+
+
 # --- levels -----------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +100,37 @@ def test_unshifted_steps_are_all_as_large() -> None:
     levels = few_steps("progressive", 32, 4).levels(4)
     torch.testing.assert_close(levels.sigma, torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
     assert euler(FLOW, 4).sigmas[-2].item() == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+        {
+            "_class_name": "UniPCMultistepScheduler",
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+            "flow_shift": 3.0,
+        },
+        {"_class_name": "UniPCMultistepScheduler", "prediction_type": "epsilon"},
+        {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    ],
+    ids=str,
+)
+def test_the_reference_and_the_plan_agree_on_what_flow_matching_is(config: dict[str, Any]) -> None:
+    process = noise_from_config(config)
+    assert isinstance(process, FlowNoise) == is_flow(config)
+    assert process.prediction_type == prediction_of(config)
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [(20, "euler"), (4, "euler"), (4, "heun")])
+def test_timesteps_of_smaller_students_are_those_of_the_sampler(
+    flow: LatentDiffusion, steps: int, sampler: str
+) -> None:
+    found = timesteps_drawn(dataclasses.replace(flow, drawn_with=SamplingDefaults(sampler, steps)))
+    expected = torch.arange(1.0, 1001.0) if steps == 20 else euler(flow.scheduler, 4).timesteps.flip(0)
+    torch.testing.assert_close(found, expected)
 
 
 # --- progressive ------------------------------------------------------------------------------------------------------
@@ -162,13 +202,6 @@ def test_the_consistency_function() -> None:
 
 
 # --- what is learned --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def flow(write_small: Callable[..., LatentDiffusion], tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusion:
-    """A text model by flow matching, drawn without guidance. Read-only."""
-    model = write_small(tmp_path_factory.mktemp("flow") / "flow", **FLOW, shift=2.0)
-    return dataclasses.replace(model, drawn_with=SamplingDefaults("euler", 8, 4.0, guidance_distilled=True))
 
 
 @torch.no_grad()

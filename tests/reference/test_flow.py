@@ -92,11 +92,10 @@ def test_the_noise_is_chosen_by_the_scheduler() -> None:
     assert isinstance(noise_from_config({"prediction_type": "v_prediction"}), DiffusionNoise)
 
 
-@pytest.mark.parametrize("key", ["use_dynamic_shifting", "use_karras_sigmas", "stochastic_sampling"])
-def test_levels_that_are_not_euler_s_are_refused(key: str) -> None:
-    process = noise_from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", key: True})
-    with pytest.raises(ConfigError, match=f"{key} = True is not supported here; leave it out"):
-        process.sampled_timesteps(4)
+def test_a_consistency_model_is_not_sampled_by_euler() -> None:
+    process = noise_from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True})
+    with pytest.raises(ConfigError, match=r"^stochastic_sampling = true is of a consistency model"):
+        process.sample(lambda x, timestep: x, randn(0), 4)
 
 
 def test_one_step_is_from_noise_alone() -> None:
