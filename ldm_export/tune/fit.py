@@ -63,7 +63,7 @@ class FitOptions:
     Attributes
     ----------
     calls : network calls of the fitted plan
-    conditions : prompts or classes, of which a third is held out; none for unconditional models
+    conditions : prompts, of which a third is held out; or classes; none for unconditional models
     sampler, teacher_steps : the plan that is followed; the bundle's own sampler by default
     guidance : the scale; the bundle's own by default
     pictures, held_out : how many are fitted to, and how many are judged
@@ -90,7 +90,7 @@ class FitOptions:
         """Pictures to fit to and to judge by: other prompts where there are enough, and always other seeds."""
         order = np.random.default_rng(0).permutation(len(self.conditions)).tolist()
         apart = len(order) // 3
-        sets = (order[apart:], order[:apart]) if apart >= min(self.held_out, 8) else (order, order)
+        sets = (order[apart:], order[:apart]) if apart and isinstance(self.conditions[0], str) else (order, order)
         counts, seeds = (self.pictures, self.held_out), (CALIBRATION_SEED, HELD_OUT_SEED)
         ours, theirs = (
             Pictures(
@@ -264,7 +264,7 @@ def _row(call: Row, coefficients: Array) -> Row:
 
 
 def _entry(teacher: Plan, products: Matrix, calls: Sequence[int], rows: Sequence[Row], number: int) -> Entry:
-    """From an image into call ``number``: rows of what is remembered by then, fitted to the teacher's trajectories, and
+    """Entry from an image into call ``number``: rows of what is remembered by then, fitted to the trajectories, and
     then the plan's own."""
     steps, own = len(teacher.rows), teacher.entries[calls[number]]
     warmup: list[Row] = []
