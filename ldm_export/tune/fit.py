@@ -47,7 +47,7 @@ FITTED = "fitted"
 TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc", "deis")
 """Samplers that a fit is compared with at as many calls, as far as the model's scheduler config has them."""
 CALIBRATION_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000
-GAIN_PICTURES = 32
+GAIN_PICTURES = 16
 GAIN_AT = (0.08, 0.2, 0.34, 0.5, 0.68, 0.86)
 """Shares of the steps after which gains are measured."""
 CHANGE = 1e-2
