@@ -34,6 +34,7 @@ from ldm_export.runtime.graph import Array
 from ldm_export.tune.timesteps import Matrix, choose_calls, inner_products, least_squares, regressors
 from ldm_export.tune.trajectories import (
     Batch,
+    Kept,
     Pictures,
     Progress,
     Trajectories,
@@ -147,13 +148,13 @@ def fit_plan(bundle: Bundle, options: FitOptions, work: Path, progress: Progress
     guidance = bundle.roles.guidance.scale if options.guidance is None else options.guidance
     guided = bundle.roles.guidance.takes_two_rows(guidance)
     ours, theirs = replace(options, guidance=options.guidance).drawn()
-    key = key_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs))
+    kept = Kept(work, key_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs)))
     batches = open_batches(pipeline, ours)
     trajectory = teacher.from_noise()
-    found = sample_trajectories(batches, trajectory, "calibration", key, work, progress)
+    found = sample_trajectories(batches, trajectory, "calibration", kept, progress)
     judged = open_batches(pipeline, theirs)
-    truth = sample_trajectories(judged, trajectory, "held-out", key, work, progress)
-    gains = measured_gains(batches, teacher, found, progress)
+    truth = sample_trajectories(judged, trajectory, "held-out", kept, progress)
+    gains = kept.made("gains", lambda: {"gains": measured_gains(batches, teacher, found, progress)})["gains"]
     products = inner_products(found)
     calls = choose_calls(products, gains, options.calls)
     rows = fitted_rows(batches, teacher, found, calls, progress)
