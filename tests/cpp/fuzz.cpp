@@ -49,7 +49,7 @@ void run(const Plan &plan) {
     }
 }
 
-// Compile a scheduler config for the sampler, with a number of calls or with all, and the number of steps that the first two bytes
+// Compile a scheduler config for the sampler, with some of its calls or all, and the number of steps that the first two bytes
 // say.
 void compile(std::string_view text) {
     if (text.size() < 2) return;
