@@ -1,6 +1,7 @@
 // What a bundle or a caller may hold that this library parses itself: no input may crash it. The first byte chooses.
 #include "compiler.hpp"
 #include "engines.hpp"
+#include "forecast.hpp"
 #include "json.hpp"
 #include "onnx_wire.hpp"
 #include "request.hpp"
