@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm_export.bench.gates import Gate
 from ldm_export.bench.image_similarity import LARGEST, compare_pictures
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bench.process import processes_in_turn
@@ -27,6 +26,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.reading.documents import MalformedError, read_json
 from ldm_export.runtime.results import Timings
+from ldm_export.verify.gates import Gate
 from ldm_export.verify.image_text_alignment import open_pictures
 from ldm_export.verify.latency import Draw, runs_in_turn, stages, times_as_fast
 from ldm_export.verify.parity import compare_with_checkpoint

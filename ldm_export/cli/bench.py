@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ldm_export.bench.gates import Gate, gate_from_text, judge
+from ldm_export.bench.gates import KINDS, judge
 from ldm_export.bench.harness import Bench, BenchOptions, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.cli.figures import print_bench, without_pictures
@@ -17,6 +17,7 @@ from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
 from ldm_export.reading.documents import MalformedError, read_text
 from ldm_export.runtime.backends import BACKENDS
+from ldm_export.verify.gates import Gate, gate_from_text
 
 KEPT = Gate("parity", 1.0)
 """What is asked for of everyone that names a checkpoint: no graph is off by more than its tolerance."""
@@ -79,7 +80,7 @@ def command(
     goes on where it was when the same is run again. Exit code 1 if a graph is off by more than its tolerance, or what
     --fail-under asks for is not reached.
     """
-    gates = [gate_from_text(text) for text in asked]
+    gates = [gate_from_text(text, KINDS) for text in asked]
     if options["data"] is None and was_given("pictures"):
         raise InputError("--pictures is how many are drawn for --data, which was not given. Give both, or neither.")
     json_file = output.with_suffix(".json")
