@@ -55,6 +55,8 @@ Array = npt.NDArray[Any]
 
 OTHER_SEEDS = 20_000_000
 """Added to the seeds of the truth for the pictures that sets are compared with."""
+OF_FEATURES = ("perceptual_distance", "frechet_distance", "frechet_ratio", "retrieval_at_5", "alignment")
+"""Figures that need EfficientNet-Lite0."""
 NEAREST = 5
 SMALLEST = 1e-12
 
@@ -163,11 +165,11 @@ class FidelityJudge:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What is not judged and why, a sentence each, after what the reference is."""
-        return self.reference.says, *dict.fromkeys(self._missing.values())
+        return self.reference.says, *dict.fromkeys(self.missing.values())
 
     @cached_property
-    def _missing(self) -> dict[str, str]:
-        """Figure -> why it cannot be judged; ``frechet_ratio`` goes with ``frechet_distance``."""
+    def missing(self) -> dict[str, str]:
+        """Figure -> why it cannot be judged, a sentence."""
         missing = {}
         count, (height, width) = len(self.truth), self.truth.shape[1:3]
         if min(height, width) < WINDOW:
@@ -175,12 +177,10 @@ class FidelityJudge:
         try:
             open_feature_network()
         except InputError as error:
-            missing |= dict.fromkeys(
-                ("perceptual_distance", "frechet_distance", "retrieval_at_5", "alignment"), f"{error}"
-            )
+            missing |= dict.fromkeys(OF_FEATURES, str(error))
             return missing
         if min(count, len(self.reference.images)) < FEWEST:
-            missing["frechet_distance"] = (
+            missing["frechet_distance"] = missing["frechet_ratio"] = (
                 f"Sets of {count} and {len(self.reference.images)} pictures are too small for a Fréchet distance; "
                 f"{FEWEST} of each are needed."
             )
@@ -240,7 +240,7 @@ class FidelityJudge:
             )
         decibels = psnr(images, self.truth)
         found = {"psnr_db": over_pictures(decibels, np.median), "psnr_worst_db": Figure(*[float(decibels.min())] * 3)}
-        missing = self._missing
+        missing = self.missing
         if "ssim" not in missing:
             found["ssim"] = over_pictures(ssim(images, self.truth), np.median)
         if "perceptual_distance" not in missing:
@@ -250,12 +250,12 @@ class FidelityJudge:
 
     def _of_features(self, features: Array) -> dict[str, Figure]:
         found = {}
-        if "frechet_distance" not in self._missing:
+        if "frechet_distance" not in self.missing:
             (value, without), (own, own_without) = self._distances(features), self._of_truth
             found["frechet_distance"] = over_jackknifes(value, without)
             ratio = value / max(own, SMALLEST)
             found["frechet_ratio"] = over_jackknifes(ratio, without / np.maximum(own_without, SMALLEST))
-        if "retrieval_at_5" not in self._missing:
+        if "retrieval_at_5" not in self.missing:
             found["retrieval_at_5"] = over_hits(recalled(features, self._of_gallery, self._own, NEAREST))
         if self.alignment is not None:
             found["alignment"] = over_pictures(self.alignment.score(features, [str(said) for said in self.conditions]))

@@ -16,6 +16,7 @@ from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.families import family_of, open_checkpoint
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import checked_request
 from ldm_export.runtime.results import Step, Timings
 from ldm_export.verify.torch_reference import TorchReference
 
@@ -186,6 +187,10 @@ class BundleImageGenerator:
     def load(self) -> None:
         """Open what drawing takes; raises what :meth:`ldm_export.runtime.Pipeline.load` raises."""
         self._pipeline.load()
+
+    def check(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> None:
+        """Raise InputError if the bundle cannot draw these pictures so, and run nothing."""
+        checked_request(self._pipeline.bundle, **self.given(conditions, seeds, settings))
 
     @property
     def requested_backend(self) -> str:
