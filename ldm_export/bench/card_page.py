@@ -62,7 +62,7 @@ class CardPage:
         )
 
     def _title(self) -> str:
-        return f"How true and how fast {self.document['bundle']} is"
+        return f"Fidelity of {self.document['bundle']}"
 
     def _head(self) -> str:
         count, truth = len(self.document["conditions"]), self.truths[0]
@@ -200,7 +200,7 @@ class CardPage:
             rows.append(
                 [
                     self._name(row),
-                    escape(str(row["backend"])),
+                    escape(row["backend"] + ("" if row["threads"] is None else f", {row['threads']} threads")),
                     escape(str(latency["calls"])),
                     f"<b>{milliseconds(total['median_ms'])}</b>",
                     milliseconds(total["p90_ms"]),
