@@ -46,6 +46,22 @@ def chip(record: Values) -> str:
     return f'<span class="chip {({"ok": "good", "FAIL": "bad"}).get(result, "")}">{result}</span>'
 
 
+def checks_list(gates: Sequence[Values]) -> str:
+    """List judged gates: those that failed and, behind a click, those that did not."""
+    short, well = ([gate["says"] for gate in gates if gate["passed"] is passed] for passed in (False, True))
+    lists = [
+        f'<ul class="checks">{"".join(f"<li{kind}>{mark} {escape(says)}</li>" for says in sentences)}</ul>'
+        if sentences
+        else ""
+        for sentences, kind, mark in ((short, " class=bad", "✗"), (well, "", "✓"))
+    ]
+    if well:
+        count = f"{len(well)} of {len(gates)}" if short else "All" if len(well) > 1 else "The"
+        words = "checks" if len(gates) > 1 else "check"
+        lists[1] = f'<details class="checks"><summary>✓ {count} {words} passed</summary>{lists[1]}</details>'
+    return "".join(lists)
+
+
 def table(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> str:
     """Cells are HTML; all but the ``text`` columns are right-aligned. Heads have their unit beneath."""
 

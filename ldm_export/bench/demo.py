@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldm_export.bench.gates import Gate, judge
+from ldm_export.bench.gates import judge
 from ldm_export.bench.harness import Bench, BenchOptions, Document, results_by_variant
 from ldm_export.bench.variants import PROMPTS
 from ldm_export.checkpoint import LatentDiffusion, shipped_checkpoints
@@ -17,6 +17,7 @@ from ldm_export.errors import InputError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.families import open_checkpoint
+from ldm_export.verify.gates import Gate
 
 STUDENT = "{}-fast"
 """Name of each shipped model's student."""

@@ -10,30 +10,20 @@ judged of: latents of variants that are drawn with other steps have no drift, an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from ldm_export.errors import InputError
+from ldm_export.verify.gates import Gate, Kind
 
 Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What can be asked for.
+class Measured(Kind):
+    """``value`` reads what is judged from the results of a variant, None where it cannot be judged; the sentence has
+    places for ``variant`` and ``baseline``."""
 
-    Attributes
-    ----------
-    at_least : whether the limit is the least that is allowed, and not the most
-    says : a sentence with places for ``variant``, ``baseline`` and ``value``
-    value : reads it from the results of a variant; None where it cannot be judged
-    """
-
-    at_least: bool
-    unit: str
-    says: str
     value: Callable[[Results, str], float | None]
 
 
@@ -64,44 +54,14 @@ def _smaller(results: Results, variant: str) -> float | None:
 
 
 KINDS = {
-    "psnr": Kind(True, " dB", "the worst picture of {variant} is {value} from that of {baseline}", _psnr),
-    "faster": Kind(True, "x", "{variant} is {value} as fast as {baseline}", _faster),
-    "smaller": Kind(True, "x", "{baseline} is {value} as large as {variant}", _smaller),
-    "drift": Kind(False, "", "the latents of {variant} drift from those of {baseline} by up to {value}", _drift),
-    "parity": Kind(False, "x", "the worst graph of {variant} is off by {value} what it may be", _parity),
+    "psnr": Measured(True, " dB", "the worst picture of {variant} is {value} from that of {baseline}", 40, _psnr),
+    "faster": Measured(True, "x", "{variant} is {value} as fast as {baseline}", 1.5, _faster),
+    "smaller": Measured(True, "x", "{baseline} is {value} as large as {variant}", 2, _smaller),
+    "drift": Measured(
+        False, "", "the latents of {variant} drift from those of {baseline} by up to {value}", 1e-3, _drift
+    ),
+    "parity": Measured(False, "x", "the worst graph of {variant} is off by {value} what it may be", 1, _parity),
 }
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One thing that is asked for."""
-
-    key: str
-    limit: float
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.limit:g}"
-
-
-def gate_from_text(text: str) -> Gate:
-    """``psnr=40`` as a gate.
-
-    Raises
-    ------
-    InputError
-        If there is no such key, or what follows is no finite number.
-    """
-    key, equals, value = text.partition("=")
-    try:
-        limit = float(value)
-    except ValueError:
-        limit = float("nan")
-    if key not in KINDS or not equals or not math.isfinite(limit):
-        raise InputError(
-            f"--fail-under {text} cannot be judged; it is KEY=NUMBER with a KEY of {', '.join(KINDS)}, "
-            "such as psnr=40 or faster=1.5."
-        )
-    return Gate(key, limit)
 
 
 def judge(gates: Sequence[Gate], results: Results, baseline: str | None) -> list[dict[str, Any]]:
@@ -111,11 +71,7 @@ def judge(gates: Sequence[Gate], results: Results, baseline: str | None) -> list
         kind = KINDS[gate.key]
         for variant in results["latency"]:
             value = None if variant == baseline else kind.value(results, variant)
-            if value is None:
-                continue
-            passed = value >= gate.limit if kind.at_least else value <= gate.limit  # false for NaN
-            shown, limit = (f"{number:.3g}{kind.unit}" for number in (value, gate.limit))
-            bound = f"at {'least' if kind.at_least else 'most'} {limit} is asked for"
-            says = f"{kind.says.format(variant=variant, baseline=baseline, value=shown)}; {bound}"
-            judged.append({**asdict(gate), "variant": variant, "value": value, "passed": passed, "says": says})
+            if value is not None:
+                found = gate.judged(kind, value, variant=variant, baseline=baseline or "")
+                judged.append({**found, "variant": variant})
     return judged

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ldm_export.bench.gates import Gate
 from ldm_export.bench.image_similarity import LARGEST, compare_pictures
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bench.process import processes_in_turn
@@ -26,9 +25,9 @@ from ldm_export.bundle.atomic import write_whole
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.reading.documents import MalformedError, read_json
-from ldm_export.runtime.results import Timings
+from ldm_export.verify.gates import Gate
 from ldm_export.verify.image_text_alignment import open_pictures
-from ldm_export.verify.latency import Draw, runs_in_turn, stages, times_as_fast
+from ldm_export.verify.latency import runs_in_turn, stages, times_as_fast
 from ldm_export.verify.parity import compare_with_checkpoint
 from ldm_export.verify.quality import choose_prompts, evaluate, open_judge
 
@@ -186,7 +185,7 @@ class Bench:
 
     def _latency(self, progress: Progress) -> dict[str, Any]:
         options, rounds = self.options, self.options.warm_up + self.options.repeats
-        draws = {variant.name: self._timed(variant) for variant in self.variants}
+        draws = {variant.name: variant.timed(self.conditions, options.seed, options.batch) for variant in self.variants}
         runs = runs_in_turn(
             draws, options.repeats, options.warm_up, lambda done: progress(f"latency, round {done + 1} of {rounds}")
         )
@@ -200,18 +199,6 @@ class Bench:
             }
             for name in draws
         }
-
-    def _timed(self, variant: Variant) -> Draw:
-        batch = self.options.batch
-
-        def draw(number: int) -> Timings:
-            numbers = range(number * batch, (number + 1) * batch)
-            conditions = [self.conditions[k % len(self.conditions)] for k in numbers]
-            if variant.image_generator.condition == "text":  # new each time: a pipeline remembers what it has encoded
-                conditions = [f"{text} {k}" for text, k in zip(conditions, numbers, strict=True)]
-            return variant.sample(conditions, [self.options.seed + k for k in numbers]).timings
-
-        return draw
 
     def _pictures(self, progress: Progress) -> dict[str, Any]:
         def drawn_by(variant: Variant) -> Any:
@@ -280,7 +267,7 @@ class Bench:
     def _new_document(self, command: str) -> Document:
         options = json.loads(json.dumps(asdict(self.options), default=str))  # as it is read again
         row = {"machine": machine(), "versions": versions(), "options": options, "conditions": self.conditions}
-        hashes = {variant.name: self._hash(variant) for variant in self.variants}
+        hashes = {variant.name: weights_hash(variant, self._checkpoint) for variant in self.variants}
         text = json.dumps([FORMAT, row, hashes], sort_keys=True)
         return {
             "format": FORMAT,
@@ -294,11 +281,13 @@ class Bench:
             "results": {},
         }
 
-    def _hash(self, variant: Variant) -> Any:
-        if variant.bundle is not None:
-            return hashlib.sha256(variant.bundle.manifest.to_json().encode()).hexdigest()
-        assert self._checkpoint is not None
-        return [self._checkpoint.sha256(component) for component in self._checkpoint.components]
+
+def weights_hash(variant: Variant, checkpoint: LatentDiffusion | None) -> Any:
+    """Hash of a bundle's manifest, or of each of the checkpoint's components: what its pictures depend on."""
+    if variant.bundle is not None:
+        return hashlib.sha256(variant.bundle.manifest.to_json().encode()).hexdigest()
+    assert checkpoint is not None
+    return [checkpoint.sha256(component) for component in checkpoint.components]
 
 
 def _is_plain(value: Any) -> bool:

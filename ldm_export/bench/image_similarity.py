@@ -54,7 +54,7 @@ def compare_pictures(
         for name, draw in variants.items():
             progress(f"picture {k + 1} of {count}, {name}")
             samples[name] = draw(k)
-            found[name]["png"].append(_png(samples[name].images[0]))
+            found[name]["png"].append(png_from_pixels(samples[name].images[0]))
         for name in variants.keys() - {baseline} if baseline else ():
             ours, theirs = samples[name], samples[baseline or ""]
             psnr = min(psnr_db(ours.images[0], theirs.images[0]), LARGEST)
@@ -79,8 +79,8 @@ def _over_pictures(drifts: npt.NDArray[Any]) -> dict[str, list[float]]:
     return {"median": np.median(drifts, axis=0).tolist(), "worst": drifts.max(axis=0).tolist()}
 
 
-def _png(pixels: npt.NDArray[Any]) -> str:
-    """A picture uint8 (H, W, C) as a PNG in base64."""
+def png_from_pixels(pixels: npt.NDArray[Any]) -> str:
+    """A PNG in base64 of a picture uint8 (H, W, C)."""
     stream = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()

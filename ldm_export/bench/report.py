@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-from ldm_export.bench.blocks import chip, figure, interval, likeness, ratio, table
+from ldm_export.bench.blocks import checks_list, chip, figure, interval, likeness, ratio, table
 from ldm_export.bench.charts import Curve, Point, curves, scatter
 from ldm_export.bench.formatting import decibels, megabytes, milliseconds, times
 from ldm_export.bench.harness import results_by_variant
@@ -72,24 +72,8 @@ class Report:
         )
         return (
             f'<div class="eyebrow">ldm-export bench</div><h1>{escape(self._title())}</h1>'
-            f'<p class="lead">{escape(text)}</p>{self._checks()}'
+            f'<p class="lead">{escape(text)}</p>{checks_list(self.document.get("gates", []))}'
         )
-
-    def _checks(self) -> str:
-        """What fell short, and behind a click what did not."""
-        gates = self.document.get("gates", [])
-        short, well = ([gate["says"] for gate in gates if gate["passed"] is passed] for passed in (False, True))
-        lists = [
-            f'<ul class="checks">{"".join(f"<li{kind}>{mark} {escape(says)}</li>" for says in sentences)}</ul>'
-            if sentences
-            else ""
-            for sentences, kind, mark in ((short, " class=bad", "✗"), (well, "", "✓"))
-        ]
-        if well:
-            count = f"{len(well)} of {len(gates)}" if short else "All" if len(well) > 1 else "The"
-            words = "checks" if len(gates) > 1 else "check"
-            lists[1] = f'<details class="checks"><summary>✓ {count} {words} passed</summary>{lists[1]}</details>'
-        return "".join(lists)
 
     # --- headline ---------------------------------------------------------------------------------------------------
 

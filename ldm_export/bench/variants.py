@@ -19,7 +19,9 @@ from ldm_export.errors import BackendError, InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.families import read_files
 from ldm_export.runtime.facts import check_drawable
+from ldm_export.runtime.results import Timings
 from ldm_export.verify.image_generators import BundleImageGenerator, Sample, SamplingSettings, TorchImageGenerator
+from ldm_export.verify.latency import Draw
 
 PROMPTS = (
     "grinning face with smiling eyes",
@@ -81,6 +83,18 @@ class Variant:
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int]) -> Sample:
         return self.image_generator.sample(conditions, seeds, self.settings)
 
+    def timed(self, conditions: Sequence[str | int], seed: int, batch: int = 1) -> Draw:
+        """What draws ``batch`` pictures a call, the next of the conditions and seeds each time."""
+
+        def draw(number: int) -> Timings:
+            numbers = range(number * batch, (number + 1) * batch)
+            asked = [conditions[k % len(conditions)] for k in numbers]
+            if self.image_generator.condition == "text":  # new each time: a pipeline remembers what it has encoded
+                asked = [f"{text} {k}" for text, k in zip(asked, numbers, strict=True)]
+            return self.sample(asked, [seed + k for k in numbers]).timings
+
+        return draw
+
     def child(self, condition: str | int, seed: int) -> dict[str, Any]:
         """Request for :mod:`ldm_export.bench.child` to draw one picture in a process of its own."""
         given = self.image_generator.given([condition], [seed], self.settings)
@@ -91,8 +105,10 @@ class Variant:
     def facts(self) -> dict[str, Any]:
         """What a row of results says of how it came about."""
         sampler, steps, guidance = self.settings.sampler, self.settings.steps, self.settings.guidance
-        size = {"height": self.image_generator.pixels[0], "width": self.image_generator.pixels[1]}
-        drawn = {"sampler": sampler, "steps": steps, "guidance": guidance, "guided": self.guided, **size}
+        height, width = self.settings.size or self.image_generator.pixels
+        size = {"height": height, "width": width}
+        plan = {"sampler": sampler, "steps": steps, "calls": self.settings.calls}
+        drawn = {**plan, "guidance": guidance, "guided": self.guided, **size}
         passes = [] if self.bundle is None else [dict(record) for record in self.bundle.manifest.passes]
         kind = "checkpoint" if self.bundle is None else "bundle"
         threads = torch.get_num_threads() if self.bundle is None else None
@@ -128,8 +144,8 @@ def open_variants(
         check_drawable(bundle)
         if checkpoint is not None:
             check_same_graphs(bundle, checkpoint)
-    names = _names([os.path.abspath(path) for path in bundles])
-    plans = [_plan(bundle, sampler, steps) for bundle in opened]
+    names = distinct_names([os.path.abspath(path) for path in bundles])
+    plans = [plan_for(bundle, sampler, steps) for bundle in opened]
     if (sampler or steps) and not any(found for *_, found in plans):
         model = opened[0].manifest.model
         read_plan(opened[0], sampler or model["default_sampler"], steps or model["default_steps"])  # says what there is
@@ -156,12 +172,12 @@ def open_variants(
     if checkpoint is not None:
         variants.insert(0, _checkpoint_variant(checkpoint, variants, sampler, steps))
     for variant in variants[1:]:
-        _check_alike(variant, variants[0])
+        check_alike(variant, variants[0])
     return variants, left_out
 
 
-def _plan(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, int, bool]:
-    """What the bundle is drawn with, and whether that is what was asked for."""
+def plan_for(bundle: Bundle, sampler: str | None, steps: int | None) -> tuple[str, int, bool]:
+    """Sampler and steps that the bundle is drawn with, and whether those are what was asked for."""
     model = bundle.manifest.model
     wanted = sampler or model["default_sampler"], steps or model["default_steps"]
     own = model["default_sampler"], model["default_steps"]
@@ -188,6 +204,13 @@ def _checkpoint_variant(
         image_generator.defaults,
     )
     settings = replace(like, sampler=sampler or like.sampler, steps=steps or like.steps)
+    return pytorch_variant(checkpoint, image_generator, settings)
+
+
+def pytorch_variant(
+    checkpoint: LatentDiffusion, image_generator: TorchImageGenerator, settings: SamplingSettings
+) -> Variant:
+    """The checkpoint in PyTorch, drawn so."""
     files = [file for component in checkpoint.components for file in checkpoint.weight_files(component)]
     size = sum(file.stat().st_size for file in {*files})
     name = f"PyTorch {checkpoint.name}"
@@ -227,7 +250,8 @@ def conditions_for(variant: Variant, prompts: Sequence[str]) -> list[str | int]:
     return list(range(min(variant.image_generator.classes or 1, DEFAULT_PICTURES)))
 
 
-def _check_alike(variant: Variant, first: Variant) -> None:
+def check_alike(variant: Variant, first: Variant) -> None:
+    """Raise InputError unless both draw the same kind of pictures."""
     facts = [
         (x.image_generator.condition, x.image_generator.channels, x.image_generator.pixels) for x in (variant, first)
     ]
@@ -241,7 +265,7 @@ def _check_alike(variant: Variant, first: Variant) -> None:
         )
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def distinct_names(paths: Sequence[str]) -> list[str]:
     """The end of each path, without ``.bundle``, of as many parts as it takes to tell all apart."""
     for count in range(1, max(path.count(os.sep) for path in paths) + 1):
         names = [os.sep.join(path.split(os.sep)[-count:]).removesuffix(".bundle") for path in paths]

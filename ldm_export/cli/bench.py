@@ -1,22 +1,31 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from ldm_export.bench.gates import Gate, gate_from_text, judge
+from ldm_export.bench.gates import KINDS, judge
 from ldm_export.bench.harness import Bench, BenchOptions, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.cli.figures import print_bench, without_pictures
-from ldm_export.cli.options import check_output, console, family_option, folder, stages, status, was_given, write_output
+from ldm_export.cli.options import (
+    check_output,
+    command_line,
+    console,
+    family_option,
+    folder,
+    prompts_from,
+    stages,
+    status,
+    was_given,
+    write_output,
+)
 from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
-from ldm_export.reading.documents import MalformedError, read_text
 from ldm_export.runtime.backends import BACKENDS
+from ldm_export.verify.gates import Gate, gate_from_text
 
 KEPT = Gate("parity", 1.0)
 """What is asked for of everyone that names a checkpoint: no graph is off by more than its tolerance."""
@@ -79,7 +88,7 @@ def command(
     goes on where it was when the same is run again. Exit code 1 if a graph is off by more than its tolerance, or what
     --fail-under asks for is not reached.
     """
-    gates = [gate_from_text(text) for text in asked]
+    gates = [gate_from_text(text, KINDS) for text in asked]
     if options["data"] is None and was_given("pictures"):
         raise InputError("--pictures is how many are drawn for --data, which was not given. Give both, or neither.")
     json_file = output.with_suffix(".json")
@@ -88,13 +97,13 @@ def command(
     for file in (output, json_file):
         check_output(file)
     checkpoint = None if against is None else open_checkpoint(against)
-    settings = BenchOptions(prompts=_prompts(prompts, texts), **options)
+    settings = BenchOptions(prompts=prompts_from(prompts, texts), **options)
     with stages("bench") as progress:
         progress("opening")
         bench = Bench(bundles, checkpoint, settings)
         bench.check_gates(gates)
         try:
-            document = bench.run(json_file, _command_line(ctx), resume=resume, progress=progress)
+            document = bench.run(json_file, command_line(ctx), resume=resume, progress=progress)
         except KeyboardInterrupt:
             status.print(
                 f"{json_file} keeps what was measured; the same command goes on from there.",
@@ -120,31 +129,3 @@ def command(
     if fallen:
         status.print(f"error: {'; '.join(fallen)}.", style="red", soft_wrap=True)
         ctx.exit(1)
-
-
-def _prompts(file: Path | None, texts: tuple[str, ...]) -> tuple[str, ...]:
-    if file is None:
-        return texts
-    if texts:
-        raise InputError("--prompts and --prompt were both given. Give one of them.")
-    try:
-        lines = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
-    except (OSError, MalformedError) as error:
-        raise InputError(f"{file} cannot be read as text ({error}). Give a file with one prompt a line.") from error
-    if not lines:
-        raise InputError(f"{file} has no prompts. Give a file with one a line.")
-    return lines
-
-
-def _command_line(ctx: click.Context) -> str:
-    """What was typed, from what it was understood as."""
-    words = ["ldm-export", "bench"]
-    for param in ctx.command.params:
-        assert param.name is not None
-        if ctx.get_parameter_source(param.name) is not ParameterSource.COMMANDLINE or param.name == "resume":
-            continue
-        value = ctx.params[param.name]
-        for each in value if isinstance(value, tuple) else (value,):
-            flag = isinstance(each, bool)
-            words += ([] if isinstance(param, click.Argument) else [param.opts[0]]) + ([] if flag else [str(each)])
-    return shlex.join(words)

@@ -35,6 +35,7 @@ COMMANDS = {
     "generate": "Draw pictures from a bundle.",
     "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
     "bench": "Measure bundles, and PyTorch beside them: latency, likeness, memory, quality; an HTML report.",
+    "card": "Measure how true a bundle is to its checkpoint, and how fast: one page, one JSON.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",

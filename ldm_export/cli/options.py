@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from ldm_export.bundle.atomic import write_whole
 from ldm_export.cli.terminal import console, printable, status
 from ldm_export.errors import InputError
+from ldm_export.reading.documents import MalformedError, read_text
 
 __all__ = ["console", "status"]
 
@@ -88,6 +91,43 @@ def write_output(path: Path, data: bytes | str) -> None:
         write_whole(path, data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}). Name another file, or make room.") from error
+
+
+def prompts_from(file: Path | None, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Prompts of ``--prompts FILE``, one a line, or of ``--prompt``, of which one may be given."""
+    if file is None:
+        return texts
+    if texts:
+        raise InputError("--prompts and --prompt were both given. Give one of them.")
+    try:
+        lines = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    except (OSError, MalformedError) as error:
+        raise InputError(f"{file} cannot be read as text ({error}). Give a file with one prompt a line.") from error
+    if not lines:
+        raise InputError(f"{file} has no prompts. Give a file with one a line.")
+    return lines
+
+
+def command_line(ctx: click.Context) -> str:
+    """What was typed, from what it was understood as."""
+    words = ["ldm-export", ctx.info_name or ""]
+    for param in ctx.command.params:
+        assert param.name is not None
+        if ctx.get_parameter_source(param.name) is not ParameterSource.COMMANDLINE or param.name == "resume":
+            continue
+        value = ctx.params[param.name]
+        for each in value if isinstance(value, tuple) else (value,):
+            flag = isinstance(each, bool)
+            words += ([] if isinstance(param, click.Argument) else [param.opts[0]]) + ([] if flag else [str(each)])
+    return shlex.join(words)
+
+
+def size_from_text(text: str) -> tuple[int, int]:
+    """``64x96``, a value of ``--size``, as height and width in pixels."""
+    found = re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text)
+    if found is None:
+        raise InputError(f"--size {text[:40]} is not a size; it is HEIGHTxWIDTH in pixels, such as 64x64.")
+    return int(found[1]), int(found[2])
 
 
 @contextmanager

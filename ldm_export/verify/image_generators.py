@@ -16,6 +16,7 @@ from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.families import family_of, open_checkpoint
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.request import checked_request
 from ldm_export.runtime.results import Step, Timings
 from ldm_export.verify.torch_reference import TorchReference
 
@@ -24,7 +25,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are drawn: ``prompts`` of them, ``batch`` at a time; picture k has seed ``seed + k``."""
+    """How pictures are drawn: ``prompts`` of them, ``batch`` at a time; picture k has seed ``seed + k``.
+
+    Attributes
+    ----------
+    size : height and width in pixels; None is the model's own
+    calls : calls of the network in ``steps`` steps, which bundles can have fewer of; None is one a step
+    """
 
     prompts: int = 200
     sampler: str = "ddim"
@@ -32,6 +39,8 @@ class SamplingSettings:
     guidance: float = 4.0
     seed: int = 0
     batch: int = 8
+    size: tuple[int, int] | None = None
+    calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,13 @@ class TorchImageGenerator:
     def given(
         self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings
     ) -> dict[str, Any]:
+        if settings.calls is not None:
+            raise InputError(
+                f"{settings.calls} calls were asked for of {self.name}, which calls its network in every step. "
+                "Ask a bundle for them."
+            )
         plan = {"sampler": settings.sampler, "steps": settings.steps}
-        drawing = {"seeds": list(seeds), **plan, "guidance": settings.guidance, "size": self.pixels}
+        drawing = {"seeds": list(seeds), **plan, "guidance": settings.guidance, "size": settings.size or self.pixels}
         if self.condition == "text":
             prompts = list(map(str, conditions))
             drawing |= {
@@ -174,6 +188,10 @@ class BundleImageGenerator:
         """Open what drawing takes; raises what :meth:`ldm_export.runtime.Pipeline.load` raises."""
         self._pipeline.load()
 
+    def check(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> None:
+        """Raise InputError if the bundle cannot draw these pictures so, and run nothing."""
+        checked_request(self._pipeline.bundle, **self.given(conditions, seeds, settings))
+
     @property
     def requested_backend(self) -> str:
         return self._pipeline.requested_backend
@@ -197,6 +215,10 @@ class BundleImageGenerator:
             given["class_labels"] = [int(label) for label in conditions]
         if self.condition == "text" or self.uses_guidance:
             given["guidance"] = settings.guidance
+        if settings.size is not None:
+            given["height"], given["width"] = settings.size
+        if settings.calls is not None:
+            given["calls"] = settings.calls
         return given
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:

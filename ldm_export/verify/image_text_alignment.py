@@ -18,7 +18,8 @@ import torch
 from ldm_reference import alignment
 from ldm_reference.config import ConfigError
 from ldm_reference.data import CaptionedImages
-from ldm_reference.features import picture_features
+from ldm_reference.features import EfficientNetLite0, feature_network, picture_features
+from ldm_reference.losses import perceptual_distance
 from ldm_reference.text_encoder import CLIPTextModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -100,6 +101,40 @@ def features_of(images: Array, progress: Callable[[int, int], None] = lambda don
     while len(_remembered) > SETS:
         del _remembered[next(iter(_remembered))]
     return np.array(_remembered[key])
+
+
+def open_feature_network() -> EfficientNetLite0:
+    """EfficientNet-Lite0 with its weights.
+
+    Raises
+    ------
+    InputError
+        If the package with the weights is not installed.
+    """
+    try:
+        return feature_network()
+    except ConfigError as error:
+        raise InputError(f"{error}.") from error
+
+
+@torch.no_grad()
+def perceptual_distances(ours: Array, theirs: Array) -> Array:
+    """How different each pair of pictures, uint8 (N, H, W, C), looks to EfficientNet-Lite0: (N,), 0 for equal ones.
+
+    The distance of :func:`ldm_reference.losses.perceptual_distance`, which is made as LPIPS is (1801.03924) of another
+    network and without its learned weights: it is not comparable with a published LPIPS.
+
+    Raises
+    ------
+    InputError
+        If the package with the weights is not installed.
+    """
+    network = open_feature_network()
+    pairs = (
+        [torch.from_numpy(image[None]).permute(0, 3, 1, 2).float() / 127.5 - 1.0 for image in pair]
+        for pair in zip(ours, theirs, strict=True)
+    )
+    return np.array([float(perceptual_distance(network, *pair)) for pair in pairs])
 
 
 class AlignmentJudge:

@@ -139,7 +139,7 @@ def evaluate(
         report.notes.append(f"Of the {len(held_out.images)} pictures to compare with, {len(kept)} were drawn and used.")
     report.counts = {"drawn": len(chosen), "training": len(data.images), "reference": len(kept)}
 
-    report.images = _draw(image_generator, report.prompts, settings, progress)
+    report.images = draw_pictures(image_generator, report.prompts, settings, progress)
     _reconstruction(report, image_generator, held_out.images[kept], progress)
 
     def features(what: str, images: Array) -> Array:
@@ -168,9 +168,7 @@ def choose_prompts(data: Pictures, settings: SamplingSettings, condition: str | 
     generator = np.random.default_rng(settings.seed)
     count = len(data.images)
     if settings.prompts > count:
-        raise InputError(
-            f"{settings.prompts} prompts are asked for and the data has {count} pictures; lower --prompts."
-        )
+        raise InputError(f"{settings.prompts} prompts are asked for and the data has {count} pictures; ask for fewer.")
     if settings.prompts < FEWEST:
         raise InputError(f"{settings.prompts} prompts are too few to measure anything; use at least {FEWEST}.")
     said: dict[int, list[str | int]] = {}
@@ -189,13 +187,14 @@ def choose_held_out(count: int) -> Array:
     return np.sort(np.random.default_rng(0).permutation(count)[:MOST])
 
 
-def _draw(
-    image_generator: ImageGenerator, prompts: Sequence[str | int], settings: SamplingSettings, progress: Progress
+def draw_pictures(
+    image_generator: ImageGenerator, conditions: Sequence[str | int], settings: SamplingSettings, progress: Progress
 ) -> Array:
+    """One picture a prompt, or class, with the seeds from ``settings.seed`` on: uint8 (N, H, W, C)."""
     images = []
-    for start in range(0, len(prompts), settings.batch):
-        part = prompts[start : start + settings.batch]
-        progress("drawing", start, len(prompts))
+    for start in range(0, len(conditions), settings.batch):
+        part = conditions[start : start + settings.batch]
+        progress("drawing", start, len(conditions))
         seeds = [settings.seed + k for k in range(start, start + len(part))]
         images.append(image_generator.draw(part, seeds, settings))
     return np.concatenate(images)
@@ -239,14 +238,20 @@ def _distances(report: QualityReport, drawn: Array, gallery: Array, apart: Array
 def _retrieval(
     report: QualityReport, drawn: Array, gallery: Array, data: Pictures, chosen: Sequence[tuple[int, str | int]]
 ) -> None:
-    pictures_of: dict[str | int, list[int]] = {}
-    for picture, said in data.conditions:
-        pictures_of.setdefault(said, []).append(picture)
-    own = np.zeros((len(chosen), len(gallery)), bool)
-    for row, (_, said) in enumerate(chosen):
-        own[row, pictures_of[said]] = True
+    own = pictures_of_own([said for _, said in chosen], data)
     for k in (1, 5):
         report.figures[f"retrieval_at_{k}"] = over_hits(recalled(drawn, gallery, own, k))
+
+
+def pictures_of_own(conditions: Sequence[str | int], gallery: Pictures) -> Array:
+    """Membership, (N, M) bool, of each picture of a gallery in the pictures of each prompt, or class."""
+    pictures_of: dict[str | int, list[int]] = {}
+    for picture, said in gallery.conditions:
+        pictures_of.setdefault(said, []).append(picture)
+    own = np.zeros((len(conditions), len(gallery.images)), bool)
+    for row, said in enumerate(conditions):
+        own[row, pictures_of.get(said, [])] = True
+    return own
 
 
 def _alignment(

@@ -14,7 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from ldm_export.bench import harness, process
-from ldm_export.bench.gates import Gate, gate_from_text, judge
+from ldm_export.bench.gates import KINDS, judge
 from ldm_export.bench.harness import Bench, BenchOptions, Document, read_document, results_by_variant, write_document
 from ldm_export.bench.image_similarity import LARGEST, compare_pictures, drift, pictures_of
 from ldm_export.bench.report import page
@@ -25,6 +25,7 @@ from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.pipeline import Timings
 from ldm_export.verify import latency
+from ldm_export.verify.gates import Gate, gate_from_text
 from ldm_export.verify.image_generators import Sample
 from ldm_export.verify.latency import stages, times_as_fast
 
@@ -281,7 +282,7 @@ def test_gates_that_cannot_be_judged(tiny_bundle: Path, disturbed_bundle: Path, 
 @pytest.mark.parametrize("text", ["", "psnr", "psnr=", "psnr=high", "psnr=nan", "speed=2", "=3"])
 def test_what_is_no_gate(text: str) -> None:
     with pytest.raises(InputError, match="it is KEY=NUMBER with a KEY of psnr, faster, smaller, drift, parity"):
-        gate_from_text(text)
+        gate_from_text(text, KINDS)
 
 
 def test_a_process_that_cannot_draw() -> None:

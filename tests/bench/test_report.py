@@ -16,10 +16,11 @@ from ldm_export.bench import harness
 from ldm_export.bench.blocks import likeness, ratio, table
 from ldm_export.bench.charts import Axis, Curve, Point, curves, scatter
 from ldm_export.bench.formatting import decibels, megabytes, milliseconds, times
-from ldm_export.bench.gates import gate_from_text, judge
+from ldm_export.bench.gates import KINDS, judge
 from ldm_export.bench.harness import results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.bench.waterfall import pareto_points, waterfall
+from ldm_export.verify.gates import gate_from_text
 from tests.browser import CHROMIUM, browser
 
 PROMPTS = ["red apple", 'a <b>blue</b> & "green" square, in words that are longer than a phone is wide ' * 3]
@@ -107,7 +108,7 @@ def made(variants: int = 3) -> dict[str, Any]:
         },
     }
     if variants > 1:
-        gates = [gate_from_text(text) for text in ("psnr=40", "faster=1.5")]
+        gates = [gate_from_text(text, KINDS) for text in ("psnr=40", "faster=1.5")]
         document["gates"] = judge(gates, results_by_variant(document), names[0])
     return document
 
