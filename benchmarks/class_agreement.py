@@ -71,7 +71,7 @@ def main() -> None:
 
     pipeline = Pipeline.open(arguments.bundle, backend="cpu")
     model = pipeline.bundle.manifest.model
-    count, classes = arguments.count, model["num_class_embeds"]
+    count, classes = arguments.count, model["class_count"]
     channels = int(pipeline.bundle.manifest.graphs["vae_encoder"].inputs[0].shape[1])
     data = CaptionedImages.open(arguments.folder, model["height"], channels, condition="label", classes=classes)
     held_out, labels = data.load(range(len(data.files))), torch.tensor(data.labels)

@@ -113,3 +113,13 @@ def test_the_recipe_is_valid_and_fits_the_data() -> None:
     assert config.scheduler["prediction_type"] == "epsilon"
     with torch.device("meta"):
         assert not UNet2DConditionModel.from_config(config.unet).config.reads_text
+
+
+def test_the_recipe_by_flow_matching_trains_the_same_networks() -> None:
+    flow, plain = TrainConfig.read(RECIPE.with_name("fashion_mnist_flow.toml")), TrainConfig.read(RECIPE)
+    assert (flow.unet, flow.vae, flow.vae_stage) == (plain.unet, plain.vae, plain.vae_stage)
+    assert flow.scheduler == {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+    }

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -77,6 +78,11 @@ beta_schedule = "squaredcos_cap_v2"
 prediction_type = "epsilon"
 steps_offset = 1
 clip_sample = false
+"""
+FLOW = """[scheduler]
+_class_name = "FlowMatchEulerDiscreteScheduler"
+num_train_timesteps = 1000
+shift = 2.0
 """
 KINDS = {
     "class-conditional": f"""
@@ -159,6 +165,29 @@ def test_the_bundle_draws_what_pytorch_draws(models: dict[str, Model], kind: str
         drawn.images, pixels_from_sample(vae.decode(latents / vae.config.scaling_factor)), strict=True
     ):
         assert psnr_db(ours, theirs.numpy()) > 45
+
+
+def test_a_model_trained_by_flow_matching(data: Path, traced_once: None, tmp_path: Path, run: Run) -> None:
+    """Drawn by its own scheduler, as diffusers' steps."""
+    text = CONFIG[: CONFIG.index("[scheduler]")].replace("REST_OF_THE_UNET", KINDS["class-conditional"]) + FLOW
+    last = text.rindex("warmup_steps = 1")  # of the UNet
+    (tmp_path / "flow.toml").write_text(f"{text[:last]}min_snr_gamma = 0.0\n{text[last:]}")
+    checkpoint, bundle = tmp_path / "flow", tmp_path / "flow.bundle"
+    assert run("train", "--data", data, "--config", tmp_path / "flow.toml", "-o", checkpoint).exit_code == 0
+    assert run("export", checkpoint, "-o", bundle).exit_code == 0
+    unet = open_checkpoint(checkpoint).load("unet")  # diffusers' own joins no odd sizes in these blocks
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(checkpoint / "scheduler")
+    scheduler.set_timesteps(STEPS)
+    shape, labels = (1, 2, SIDE, SIDE), [CLASSES - 1, 0]
+    latents = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
+    for timestep in scheduler.timesteps:
+        with torch.no_grad():
+            out = unet(latents, timestep[None], class_labels=torch.tensor(labels))
+        latents = scheduler.step(out, timestep, latents).prev_sample
+    pipeline = Pipeline.open(bundle)
+    assert pipeline.bundle.manifest.model["default_sampler"] == "euler"
+    drawn = pipeline.generate(seed=SEEDS, steps=STEPS, class_labels=labels)
+    assert relative_error(drawn.latents, latents.numpy()) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)

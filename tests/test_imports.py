@@ -34,8 +34,11 @@ MAY_IMPORT = {
     "verify": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export"},
     "recipe": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},
     "bench": BUNDLE | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},
+    "tune": BUNDLE
+    | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench"},
     "cpp": set(),
-    "cli": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench"},
+    "cli": BUNDLE
+    | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench", "tune"},
 }
 """What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
 

@@ -43,6 +43,14 @@ def edited(*changes: tuple[str, str]) -> str:
     return text
 
 
+FLOW = (
+    (
+        CONFIG[CONFIG.index("[scheduler]") :],
+        '[scheduler]\n_class_name = "FlowMatchEulerDiscreteScheduler"\nnum_train_timesteps = 1000\nshift = 1.0\n',
+    ),
+    ("caption_dropout = 0.2", "min_snr_gamma = 0"),
+)
+"""Changes by which the tiny recipe trains by flow matching."""
 TEXT_STAGE = """
 [text_stage]
 steps = 5

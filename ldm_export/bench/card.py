@@ -1,7 +1,7 @@
 """The fidelity card of a bundle: how true its pictures are to the checkpoint's at shared noise, and how fast.
 
 A row is a bundle drawn by one plan (sampler, steps, calls) at one size. Its quality is judged by
-:mod:`ldm_export.verify.fidelity` against the truth, the checkpoint in PyTorch with the most steps. Quality figures
+:mod:`ldm_export.verify.fidelity` against the truth, the checkpoint in PyTorch with many steps. Quality figures
 depend on the pictures alone: who runs the card's command again gets the same ones. What depends on the machine, latency
 and memory, is listed apart, with the machine.
 
@@ -206,6 +206,7 @@ class Card:
             versions(),
             weights_hash(truth, self._checkpoint),
             asdict(truth.settings),
+            truth.facts()["threads"],
             self.conditions,
         ]
 

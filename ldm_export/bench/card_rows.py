@@ -29,7 +29,7 @@ from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSet
 from ldm_export.verify.quality import choose_prompts
 
 TRUTH_STEPS = 50
-"""Steps of the truth, unless others are asked for or the checkpoint has more of its own."""
+"""Steps of the truth, if nothing has more."""
 SHOWN = SamplingSettings().batch
 """Pictures of a row that are shown, those that its command draws; one batch, so that both draw the same."""
 
@@ -45,6 +45,8 @@ class CardOptions:
     prompts : what is drawn; by default the captions of ``data``, or a few of the shipped model's
     pictures : how many; where there are fewer prompts, those again with other seeds
     data, held_out : folders of real pictures that sets are compared with
+    truth_steps : of the truth; by default 50, or more where the checkpoint or a row has more, and of a checkpoint that
+        was taught to draw in few steps those
     steps, calls, sizes, samplers : of the rows; each bundle's own by default, and as many steps as the truth has.
         ``calls`` are network calls in the truth's number of steps
     seed : of the first picture; the next has one more
@@ -55,6 +57,7 @@ class CardOptions:
     pictures: int = 32
     data: Path | None = None
     held_out: Path | None = None
+    truth_steps: int | None = None
     steps: tuple[int, ...] = ()
     calls: tuple[int, ...] = ()
     sizes: tuple[Size, ...] = ()
@@ -71,6 +74,8 @@ class CardOptions:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise InputError(f"The {name} {', '.join(map(str, values))} were given. Name each once.")
+        if self.truth_steps is not None and self.truth_steps < 1:
+            raise InputError(f"truth_steps is {self.truth_steps}; at least 1 is needed. Use {TRUTH_STEPS}.")
         for name in ("steps", "calls"):
             if any(value < 1 for value in getattr(self, name)):
                 raise InputError(f"{name} is {min(getattr(self, name))}; at least 1 is needed.")
@@ -162,8 +167,8 @@ def command_of(variant: Variant, conditions: Sequence[str | int], seed: int) -> 
 
 def _truth_settings(generator: TorchImageGenerator, size: Size, options: CardOptions) -> SamplingSettings:
     own = generator.defaults
-    few = own.steps <= FEW_STEPS  # a student, which more steps do not make better
-    steps = max(options.steps) if options.steps else own.steps if few else max(own.steps, TRUTH_STEPS)
+    least = own.steps if own.steps <= FEW_STEPS else TRUTH_STEPS  # a student is not made better by more steps
+    steps = options.truth_steps or max(own.steps, least, *options.steps)
     return replace(own, steps=steps, seed=options.seed, size=_own_or(size, generator.pixels))
 
 

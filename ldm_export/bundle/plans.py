@@ -7,6 +7,8 @@ is passed over for pictures of other sizes, whose plan is compiled; loops are of
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -167,6 +169,12 @@ def add_plan(
     tokens = _tokens(bundle) if shifts_dynamically(scheduler) else 0
     plan = compile_plan(scheduler, sampler, steps, eta=eta, tokens=tokens, forecast=forecast)
     return bundle.add_file(f"plans/{plan.file_name}", plan.to_json().encode()), plan
+
+
+def add_fitted(bundle: Bundle, plan: Plan, report: Mapping[str, Any]) -> Bundle:
+    """Add a plan that was made for this bundle, or replace the one of its name; ``fits/`` has what is known of it."""
+    bundle = bundle.add_file(f"fits/{plan.file_name}", (json.dumps(report, indent=1, sort_keys=True) + "\n").encode())
+    return bundle.add_file(f"plans/{plan.file_name}", plan.to_json().encode())
 
 
 def with_plan(bundle: Bundle, sampler: str, steps: int) -> tuple[Bundle, Plan]:

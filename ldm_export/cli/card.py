@@ -52,12 +52,8 @@ COLUMNS = {
 @click.option("--pictures", type=int, default=32, show_default=True, help="Pictures a row; prompts are used again.")
 @click.option("--data", type=folder, default=None, metavar="FOLDER", help="Real pictures to compare sets with.")
 @click.option("--held-out", type=folder, default=None, metavar="FOLDER", help="And such that training never saw.")
-@click.option(
-    "--steps",
-    type=int,
-    multiple=True,
-    help="Of the rows, the most also of the truth (50 by default); each bundle's own and the truth's by default.",
-)
+@click.option("--truth-steps", type=int, default=None, help="Of the truth.  [default: 50, or more if a row has more]")
+@click.option("--steps", type=int, multiple=True, help="Of the rows; each bundle's own and the truth's by default.")
 @click.option("--calls", type=int, multiple=True, help="Network calls in the truth's number of steps; repeatable.")
 @click.option("--size", "sizes", multiple=True, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option("--sampler", "samplers", multiple=True, help="Of the bundles; each bundle's own by default.")
@@ -92,7 +88,7 @@ def command(
 ) -> None:
     """Measure how true the first BUNDLE is to its checkpoint, and how fast: CARD.html shows it, CARD.json holds it.
 
-    Every row is drawn of the same prompts and seeds as the truth, the checkpoint in PyTorch with the most steps, and
+    Every row is drawn of the same prompts and seeds as the truth, the checkpoint in PyTorch with many steps, and
     judged by PSNR, SSIM, a perceptual distance, Fréchet distances, retrieval and alignment; then timed. Further BUNDLEs
     are of the same model at other precisions, or after other passes. What is interrupted resumes when the same is run
     again. Exit code 1 if what --fail-under asks for is not reached.

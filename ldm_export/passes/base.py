@@ -22,7 +22,6 @@ from ldm_export.checkpoint import LatentDiffusion, Network, SamplingDefaults
 from ldm_export.checkpoint.networks import UNET
 from ldm_export.errors import InputError
 from ldm_export.passes.teacher import TeacherData
-from ldm_export.plan.scheduler_classes import is_flow
 from ldm_export.reading.options import check_least, check_one_of
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -33,8 +32,8 @@ Progress = Callable[[str, int, int], None]
 
 
 def learns_from_noise(model: LatentDiffusion) -> bool:
-    """Whether passes can teach the model's denoiser: a UNet that was trained on the noise of DDPM."""
-    return model.index[model.kind.denoiser][-1] in UNET.classes and not is_flow(model.scheduler)
+    """Whether passes can teach the model's denoiser: a UNet."""
+    return model.index[model.kind.denoiser][-1] in UNET.classes
 
 
 @dataclass(frozen=True)

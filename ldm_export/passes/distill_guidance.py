@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from ldm_reference.fit import Rows
-from ldm_reference.schedules import add_noise, alphas_cumprod_from_config
+from ldm_reference.noise import Noise, noise_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -67,13 +67,13 @@ class DistillGuidance(Training):
         assert isinstance(teacher, UNet2DConditionModel)
         conditioned = self.method == "conditioned"
         student = conditioned_copy(teacher) if conditioned else copy.deepcopy(teacher)
-        alphas_cumprod = alphas_cumprod_from_config(model.scheduler).float()
-        objective = GuidanceObjective(student.requires_grad_(True), teacher, data.empty, alphas_cumprod)
+        process = noise_from_config(model.scheduler)
+        objective = GuidanceObjective(student.requires_grad_(True), teacher, data.empty, process)
 
         def rows_at(generator: torch.Generator) -> Rows:
             latents, conditions = data.rows(self.batch_size, generator)
             noise = torch.randn(latents.shape, generator=generator)
-            timesteps = torch.randint(len(alphas_cumprod), (len(latents),), generator=generator)
+            timesteps = process.draw_timesteps(len(latents), generator)
             scales = torch.full((len(latents),), self.guidance)
             if conditioned:
                 scales = self.lowest + (self.highest - self.lowest) * torch.rand(len(latents), generator=generator)
@@ -90,12 +90,9 @@ class DistillGuidance(Training):
 class GuidanceObjective(nn.Module):
     """Mean squared difference, in whatever the network predicts, between the student and the guided teacher."""
 
-    def __init__(
-        self, student: UNet2DConditionModel, teacher: UNet2DConditionModel, empty: Conditions, alphas_cumprod: Tensor
-    ):
+    def __init__(self, student: UNet2DConditionModel, teacher: UNet2DConditionModel, empty: Conditions, noise: Noise):
         super().__init__()
-        self.student, self.teacher, self.empty = student, teacher, empty
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.student, self.teacher, self.empty, self.noise = student, teacher, empty, noise
 
     def train(self, mode: bool = True) -> GuidanceObjective:
         super().train(mode)
@@ -106,7 +103,7 @@ class GuidanceObjective(nn.Module):
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, scales: Tensor, **conditions: Tensor
     ) -> dict[str, Tensor]:
         """Latents and noise (B, C, h, w), timesteps and scales (B,), and the conditions, (B, ...) each."""
-        x = add_noise(latents, noise, self.get_buffer("alphas_cumprod"), timesteps)
+        x = self.noise.add(latents, noise, timesteps)
         with torch.no_grad():
             empty = {name: rows.to(x.device) for name, rows in self.empty.items()}
             goal = predict_guided(self.teacher, x, timesteps, conditions, empty, scales[:, None, None, None])

@@ -7,34 +7,35 @@ s, and the x0 that takes DDIM from x to x'' in one step is
     x0* = (x'' - (sigma_s / sigma_t) x) / (alpha_s - (sigma_s / sigma_t) alpha_t).
 
 Consistency (LCM, 2310.04378, algorithm 1): the student's guess of x0 at t agrees with its own, held fixed, one DDIM
-step of the teacher further down; it is drawn with the sampler ``lcm``. The target network is the student itself
-without an average (Song & Dhariwal, 2310.14189, section 3.2).
+step of the teacher further down. The target network is the student itself without an average (Song & Dhariwal,
+2310.14189, section 3.2).
+
+By flow matching alpha = 1 - sigma: DDIM's step is Euler's, x0* is x - sigma_t v* of the velocity between the two ends,
+v* = (x'' - x) / (sigma_s - sigma_t), and both losses hold as they are. Which levels, and which sampler then draws, is
+:mod:`ldm_export.passes.few_steps`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from ldm_reference.fit import Rows
-from ldm_reference.generate import timesteps_from_config
+from ldm_reference.noise import Levels, noise_from_config
 from ldm_reference.samplers import PREDICTIONS
-from ldm_reference.schedules import alphas_cumprod_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ldm_export.errors import InputError
 from ldm_export.passes.base import Change, PassContext, Purpose, Training
+from ldm_export.passes.few_steps import Scalings, consistency, progressive
 from ldm_export.passes.teacher import Conditions, predict
 from ldm_export.reading.options import check_least, check_one_of
 
 HIGHEST_WEIGHT = 100.0
 """Largest weight of an error in x0, where next to no noise is left: 1 / sigma^2 has no bound."""
-TIMESTEP_SCALING, SIGMA_DATA = 10.0, 0.5
-"""Boundary scalings of the sampler ``lcm``: a factor of timesteps, and the deviation of the data."""
 HUBER = 0.00054
 """Constant of the pseudo-Huber distance, times the root of the dimension (2310.14189, section 3.3)."""
 
@@ -80,42 +81,21 @@ class DistillSteps(Training):
             )
         unet = model.load("unet")
         assert isinstance(unet, UNet2DConditionModel)
+        prediction_type = noise_from_config(model.scheduler).prediction_type
+        losses: float | dict[int, float]
         if self.method == "consistency":
-            return self._consistency(setting, unet)
-        if model.scheduler.get("_class_name") == "LCMScheduler":
-            raise InputError(f"{self.name}: {model.name} is a consistency model already; leave this pass out.")
-        # of the spacings, the one whose timesteps for N steps are every second of those for 2 N
-        scheduler, losses, steps = {**model.scheduler, "timestep_spacing": "trailing"}, {}, self.start
-        while steps > self.to:
-            steps //= 2
-            objective = ProgressiveObjective(
-                unet, _levels(scheduler, steps), _levels(scheduler, 2 * steps), _prediction(scheduler)
-            )
-            unet, losses[steps] = self._taught(setting, f"{self.name}-{steps}", objective, steps)
-        drawing = replace(model.drawing, sampler="ddim", steps=self.to)
+            few = consistency(model, self.start, self.to)
+            agreeing = ConsistencyObjective(unet, few.levels(self.start), prediction_type, few.scalings)
+            unet, losses = self._taught(setting, f"{self.name}-consistency", agreeing, self.start)
+        else:
+            few, losses, steps = progressive(model, self.to), {}, self.start
+            while steps > self.to:
+                steps //= 2
+                halved = ProgressiveObjective(unet, few.levels(steps), few.levels(2 * steps), prediction_type)
+                unet, losses[steps] = self._taught(setting, f"{self.name}-{steps}", halved, steps)
+        drawing = replace(model.drawing, sampler=few.sampler, steps=self.to)
         report = {"method": self.method, "steps": self.to, "loss": losses}
-        return Change({"unet": unet}, drawing, None if scheduler == model.scheduler else scheduler, report)
-
-    def _consistency(self, setting: PassContext, unet: UNet2DConditionModel) -> Change:
-        model = setting.model
-        scheduler = {
-            **model.scheduler,
-            "_class_name": "LCMScheduler",
-            "original_inference_steps": self.start,
-            "timestep_scaling": TIMESTEP_SCALING,
-            "timestep_spacing": "leading",
-            "steps_offset": 0,
-        }
-        count = int(scheduler.get("num_train_timesteps", 1000))
-        if count % self.start:
-            raise InputError(f"{self.name}: start = {self.start} must divide the {count} timesteps of {model.name}.")
-        hop = count // self.start
-        timesteps = [hop * (k + 1) - 1 for k in reversed(range(self.start))]  # those that the sampler chooses from
-        objective = ConsistencyObjective(unet, _levels(scheduler, timesteps), _prediction(scheduler))
-        unet, loss = self._taught(setting, f"{self.name}-consistency", objective, self.start)
-        drawing = replace(model.drawing, sampler="lcm", steps=self.to)
-        report = {"method": self.method, "steps": self.to, "loss": loss}
-        return Change({"unet": unet}, drawing, scheduler, report)
+        return Change({"unet": unet}, drawing, None if few.scheduler == model.scheduler else few.scheduler, report)
 
     def _taught(
         self, setting: PassContext, name: str, objective: ProgressiveObjective | ConsistencyObjective, steps: int
@@ -135,28 +115,6 @@ class DistillSteps(Training):
         with torch.no_grad():
             loss = objective(**rows_at(torch.Generator().manual_seed(self.seed)))["loss"].item()
         return student, loss
-
-
-@dataclass(frozen=True)
-class Levels:
-    """The noise levels that a sampler passes, from the noisiest on: n timesteps, and n + 1 of alpha and sigma."""
-
-    timesteps: Tensor
-    alpha: Tensor
-    sigma: Tensor
-
-
-def _levels(scheduler: Mapping[str, Any], timesteps: int | Sequence[int]) -> Levels:
-    """Noise levels of DDIM with that many timesteps, or with these."""
-    alphas_cumprod = alphas_cumprod_from_config(scheduler)
-    chosen = timesteps_from_config(scheduler, timesteps) if isinstance(timesteps, int) else list(timesteps)
-    final = torch.ones(1) if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[:1]
-    kept = torch.cat([alphas_cumprod[chosen], final.to(alphas_cumprod)])
-    return Levels(torch.tensor(chosen), kept.sqrt().float(), (1 - kept).sqrt().float())
-
-
-def _prediction(scheduler: Mapping[str, Any]) -> str:
-    return str(scheduler.get("prediction_type", "epsilon"))
 
 
 def _spread(values: Tensor) -> Tensor:
@@ -221,9 +179,9 @@ class ProgressiveObjective(StepObjective):
 class ConsistencyObjective(StepObjective):
     """Pseudo-Huber distance between the student's x0 here and, fixed, one teacher's step on (2310.14189, eq. 8)."""
 
-    def __init__(self, teacher: UNet2DConditionModel, levels: Levels, prediction_type: str):
+    def __init__(self, teacher: UNet2DConditionModel, levels: Levels, prediction_type: str, scalings: Scalings):
         super().__init__(teacher, prediction_type)
-        self.levels = levels
+        self.levels, self.scalings = levels, scalings
 
     def forward(self, latents: Tensor, noise: Tensor, index: Tensor, **conditions: Tensor) -> dict[str, Tensor]:
         """Give the loss, of inputs as :meth:`ProgressiveObjective.forward` takes them."""
@@ -241,8 +199,7 @@ class ConsistencyObjective(StepObjective):
         return {"loss": (difference.square().sum(dim=(1, 2, 3)) + scale**2).sqrt().sub(scale).mean()}
 
     def _consistent(self, x: Tensor, level: tuple[Tensor, Tensor, Tensor], conditions: Conditions) -> Tensor:
-        """The student's x0 with the boundary scalings of the sampler ``lcm`` (2303.01469, appendix C)."""
+        """The student's x0 with the boundary scalings of its sampler."""
         x0, _ = self.denoise(self.student, x, level, conditions)
-        time = level[0].float() * TIMESTEP_SCALING
-        c_skip, c_out = SIGMA_DATA**2 / (time.square() + SIGMA_DATA**2), time / (time.square() + SIGMA_DATA**2).sqrt()
+        c_skip, c_out = self.scalings(level[0])
         return _spread(c_skip) * x + _spread(c_out) * x0

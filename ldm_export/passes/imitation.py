@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from ldm_reference.blocks import Attention
 from ldm_reference.fit import Rows
-from ldm_reference.schedules import add_noise, alphas_cumprod_from_config
+from ldm_reference.noise import Noise, noise_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,7 +85,7 @@ class DistillationOptions(Training):
         def rows_at(generator: torch.Generator) -> Rows:
             return noisy_rows(data, self.batch_size, timesteps, generator, guided=guided)
 
-        objective = Imitation(smaller, alphas_cumprod_from_config(model.scheduler).float(), self)
+        objective = Imitation(smaller, noise_from_config(model.scheduler), self)
         measured = noisy_rows(data, MEASURED, timesteps, torch.Generator().manual_seed(self.seed), guided=guided)
         cut = objective.error(**measured)
         if self.updates:
@@ -105,12 +105,12 @@ class DistillationOptions(Training):
 
 
 def timesteps_drawn(model: LatentDiffusion) -> Tensor:
-    """Those that the model may be asked at, int64: all, or for few steps those of its sampler."""
-    drawing = model.drawing
+    """Those that the model may be asked at, ascending: all, or for few steps those of its sampler."""
+    drawing, process = model.drawing, noise_from_config(model.scheduler)
     if drawing.steps >= FEW_STEPS:
-        return torch.arange(int(model.scheduler.get("num_train_timesteps", 1000)))
+        return process.trained_timesteps()
     rows = compile_plan(model.scheduler, drawing.sampler, drawing.steps, tokens=model.tokens).rows
-    return torch.tensor(sorted({round(row.timestep) for row in rows}))
+    return process.nearest_timesteps(row.timestep for row in rows)
 
 
 def noisy_rows(
@@ -164,13 +164,12 @@ class FeatureHooks:
 class Imitation(nn.Module):
     """The loss; ``student`` is trained, ``teacher`` is not."""
 
-    def __init__(self, smaller: PrunedStudent, alphas_cumprod: Tensor, options: DistillationOptions):
+    def __init__(self, smaller: PrunedStudent, noise: Noise, options: DistillationOptions):
         super().__init__()
         self.student, self.teacher = smaller.student, smaller.teacher.requires_grad_(False)
         self.stages = smaller.stages if options.feature_weight else {}
         self.heads = smaller.heads if options.attention_weight else {}
-        self.options = options
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.options, self.noise = options, noise
         self._ours = FeatureHooks(self.student, [*self.stages, *_projections(self.heads)])
         self._theirs = FeatureHooks(
             self.teacher, [*self.stages, *_projections(name for name, _ in self.heads.values())]
@@ -208,7 +207,7 @@ class Imitation(nn.Module):
         return _relative(*self._both(latents, noise, timesteps, conditions)).sqrt().item()
 
     def _both(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
-        x = add_noise(latents, noise, self.get_buffer("alphas_cumprod"), timesteps)
+        x = self.noise.add(latents, noise, timesteps)
         with torch.no_grad():
             goal = predict(self.teacher, x, timesteps, conditions)
         return predict(self.student, x, timesteps, conditions), goal

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 import torch
-from ldm_reference.schedules import add_noise, alphas_cumprod_from_config
+from ldm_reference.noise import noise_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
@@ -87,12 +87,12 @@ def narrowed(teacher: UNet2DConditionModel, channels: Channels, scores: Sums, sh
 
 def _calls(setting: PassContext, generator: torch.Generator) -> Sequence[tuple[Tensor, Tensor, Conditions]]:
     """Noisy latents at timesteps spread over all that the model may be asked at."""
-    alphas_cumprod = alphas_cumprod_from_config(setting.model.scheduler).float()
+    process = noise_from_config(setting.model.scheduler)
     timesteps = timesteps_drawn(setting.model)
     guided = bool(setting.data.empty) and not setting.model.drawing.guidance_distilled
     calls = []
     for index in torch.linspace(0, len(timesteps) - 1, min(TIMESTEPS, len(timesteps))).long():
         rows = noisy_rows(setting.data, ROWS, timesteps[index : index + 1], generator, guided=guided)
         latents, noise, times = rows.pop("latents"), rows.pop("noise"), rows.pop("timesteps")
-        calls.append((add_noise(latents, noise, alphas_cumprod, times), times, rows))
+        calls.append((process.add(latents, noise, times), times, rows))
     return calls

@@ -4,7 +4,7 @@ Zeros alone make nothing faster: dense kernels multiply them as they do all othe
 is a bundle that compresses better, and, in the 2:4 pattern and fp16 or int8, the sparse tensor cores of NVIDIA GPUs
 from Ampere on, if the engine is built with sparse weights allowed (2104.08378). The report says how well they compress.
 
-What a UNet loses it can learn again, from the noise of DDPM. Any other denoiser is pruned as it is, with ``updates`` 0.
+What a UNet loses it can learn again, from noisy latents. Any other denoiser is pruned as it is, with ``updates`` 0.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The latents that students learn from: drawn by the teacher, from prompts or classes alone, or those of pictures.
 
-A recipe needs no training pictures: DDIM with guidance turns every condition into latents, and noise added to those
+A recipe needs no training pictures: DDIM, or Euler's method for flow matching, with guidance turns every condition
+into latents, and noise added to those
 gives the inputs on which a student is taught, as the forward process of the paper's data would.
 """
 
@@ -15,9 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from ldm_reference.config import ConfigError
-from ldm_reference.generate import timesteps_from_config
-from ldm_reference.samplers import ddim
-from ldm_reference.schedules import alphas_cumprod_from_config
+from ldm_reference.noise import noise_from_config
 from ldm_reference.state import write_tensors
 from ldm_reference.unet import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
@@ -178,25 +177,15 @@ def _draw(
     seeds: Sequence[int],
     shape: tuple[int, ...],
 ) -> Tensor:
-    scheduler = model.scheduler
-    alphas_cumprod = alphas_cumprod_from_config(scheduler)
-    try:
-        timesteps = timesteps_from_config(scheduler, drawing.steps)
-    except ConfigError as error:
-        raise InputError(f"{model.name}: {error}.") from error
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    def denoise(x: Tensor, timestep: int) -> Tensor:
+    def denoise(x: Tensor, timestep: float) -> Tensor:
         return predict_guided(unet, x, torch.full((len(x),), timestep), rows, empty, drawing.guidance).float()
 
-    return ddim(
-        denoise,
-        noise,
-        alphas_cumprod,
-        timesteps,
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
-        final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
-    )
+    try:
+        return noise_from_config(model.scheduler).sample(denoise, noise, drawing.steps)
+    except ConfigError as error:
+        raise InputError(f"{model.name}: {error}.") from error
 
 
 def _read(file: Path, made: str, shape: tuple[int, ...]) -> Tensor:

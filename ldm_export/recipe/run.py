@@ -25,6 +25,7 @@ from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export.chain import export_bundle
 from ldm_export.export.graphs import copy_bundle
 from ldm_export.families import family_of, open_checkpoint
+from ldm_export.passes.base import learns_from_noise
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.prune_weights import PruneWeights
@@ -211,21 +212,16 @@ def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) ->
 
 
 def _check_network(checkpoint: LatentDiffusion, recipe: Recipe) -> None:
-    """Passes over PyTorch networks are for UNets, and learn and measure on the noise of DDPM; but for those that learn
-    nothing."""
+    """Passes over PyTorch networks are for UNets, but for those that learn nothing."""
     names = ", ".join(
         step.name for step in recipe.torch_passes if not (isinstance(step, PruneWeights) and not step.updates)
     )
     denoiser = checkpoint.index[checkpoint.kind.denoiser][-1]
-    fault = None
-    if denoiser not in UNET.classes:
-        fault = f"for a {' or '.join(UNET.classes)}; {checkpoint.name} has a {denoiser}"
-    elif is_flow(checkpoint.scheduler):
-        fault = f"for networks trained on the noise of DDPM; {checkpoint.name} was trained by flow matching"
-    if names and fault:
+    if names and not learns_from_noise(checkpoint):
         raise InputError(
-            f"The recipe {recipe.name} has {names}, {fault}. Leave them out; passes over graphs (half, quantize-...) "
-            "apply, and prune-weights with updates = 0."
+            f"The recipe {recipe.name} has {names}, for a {' or '.join(UNET.classes)}; {checkpoint.name} has a "
+            f"{denoiser}. Leave them out; passes over graphs (half, quantize-...) apply, and prune-weights with "
+            "updates = 0."
         )
 
 

@@ -225,8 +225,8 @@ def _plan(recipe: Path, table: Mapping[str, Any]) -> tuple[DefaultPlan, Plan | N
         raise InputError(f"{recipe.name}, [plan]: file = {chosen.file!r} cannot be read ({error}).") from error
     if (plan.sampler, plan.num_inference_steps) != (chosen.sampler, chosen.steps):
         raise InputError(
-            f"{recipe.name}, [plan]: {chosen.file} has the plan {plan.sampler} of {plan.num_inference_steps} steps, and "
-            f"sampler = {chosen.sampler!r}, steps = {chosen.steps}. Name the plan that it has."
+            f"{recipe.name}, [plan]: {chosen.file} has the plan {plan.file_name.removesuffix('.json')}, and sampler = "
+            f"{chosen.sampler!r}, steps = {chosen.steps}. Name the plan that it has."
         )
     return chosen, plan
 

@@ -28,7 +28,7 @@ from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.loop_inputs import check_results, loop_inputs
 from ldm_export.runtime.request import Options, Request, check_size, checked_request, latents_image, picture_channels
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
-from ldm_export.runtime.sampling import Sampling, SamplingTask
+from ldm_export.runtime.sampling import GuidedDenoiser, Sampling, SamplingTask
 from ldm_export.runtime.values import flag, shown, whole_number
 
 if TYPE_CHECKING:
@@ -189,6 +189,37 @@ class Pipeline:
             At the call, before the first step, for anything that this bundle cannot draw.
         """
         return self._sample(self._request(prompts, options), Timings())
+
+    def denoiser(
+        self, prompts: str | Sequence[str] | None = None, **options: Unpack[Options]
+    ) -> tuple[GuidedDenoiser, Array]:
+        """The denoiser of some pictures, for who samples otherwise than by a plan.
+
+        Returns
+        -------
+        The denoiser, under the pictures' conditions and with their guidance; and N(0, I) by their seeds, float32
+        (B, C, h, w), which a plan would begin with.
+
+        Raises
+        ------
+        InputError
+            For anything that this bundle cannot draw; from an image there is none.
+        """
+        request = self._request(prompts, options)
+        if request.image is not None:
+            raise InputError("An image was given; a denoiser of one's own starts from noise. Leave the image out.")
+        self.load()
+        assert self._conditioning is not None
+        guided = self._roles.guidance.takes_two_rows(request.guidance)
+        noise = request.noise(request.latents_shape(self.bundle))()
+        conditions, scale = self._conditioning(request, guided), request.guidance if guided else None
+        graph = self._graph(self._roles.denoiser)
+        return GuidedDenoiser(graph, noise.shape, conditions, scale, request.deepcache), noise
+
+    def decode(self, latents: Array) -> Array:
+        """Pictures uint8 (B, H, W, C) of latents, float32 (B, C, h, w), as the sampler has them at its end."""
+        with self._interruptible():
+            return self._decode(latents)
 
     def reconstruct(self, images: Array) -> Array:
         """Pictures uint8 (B, H, W, C) through the autoencoder and back, by the mean of its latents.

@@ -61,9 +61,61 @@ class Sampling(Protocol):
         ...
 
 
+class GuidedDenoiser:
+    """Predictions of a denoiser for one batch of pictures, under their conditions and with their guidance.
+
+    Its input and output stay where they are, and it reads and writes them in place.
+
+    Parameters
+    ----------
+    denoiser : a loaded graph
+    shape : (B, C, h, w) of the latents
+    conditions, guidance, every : as in `SamplingTask`
+
+    Attributes
+    ----------
+    sample : float32 (1 or 2, B, C, h, w), what the network is given: with guidance the same twice
+    """
+
+    def __init__(
+        self,
+        denoiser: Graph,
+        shape: tuple[int, ...],
+        conditions: Mapping[str, Array],
+        guidance: float | None,
+        every: int = 1,
+    ):
+        self._guidance, self._batch = guidance, shape[0]
+        sample = np.empty((shape[0] * (1 if guidance is None else 2), *shape[1:]), np.float32)
+        self.sample = sample.reshape(-1, *shape)
+        self._out = np.empty_like(sample)
+        self._timestep = np.empty(len(sample), np.float32)
+        inputs = {"sample": sample, "timestep": self._timestep, **conditions}
+        self._call = denoiser.bind(inputs, {"out_sample": self._out}, tuple(conditions), every)
+
+    def __call__(self, timestep: float) -> tuple[Array, float]:
+        """Call the network on what is in ``sample``.
+
+        Returns
+        -------
+        The guided prediction, float32 (B, C, h, w), which the next call overwrites, and the time of the call, ms
+        """
+        out, batch = self._out, self._batch
+        self._timestep[...] = timestep
+        called = time.perf_counter()
+        self._call()
+        call_ms = (time.perf_counter() - called) * 1000.0
+        if self._guidance is not None:  # negative + guidance * (prompt - negative)
+            prediction = out[batch:]
+            with np.errstate(over="ignore", invalid="ignore"):  # who asked looks at what it gave
+                prediction -= out[:batch]
+                prediction *= self._guidance
+                prediction += out[:batch]
+        return out[-batch:], call_ms
+
+
 class HostSampling:
-    """The loop in numpy. Latents, the denoiser's input and its output stay where they are, and it reads and writes them
-    in place."""
+    """The loop in numpy, on latents that stay where they are."""
 
     load_ms = 0.0
 
@@ -71,27 +123,13 @@ class HostSampling:
         self._run = run
         self._rows = iter(run.rows)
         self._stepper = Stepper(run.rows, run.latents)
-        sample = np.empty(run.sample_shape, np.float32)
-        self._copies = sample.reshape(-1, *run.latents.shape)  # with guidance, the latents twice
-        self._out = np.empty_like(sample)
-        self._timestep = np.empty(len(sample), np.float32)
-        inputs = {"sample": sample, "timestep": self._timestep, **run.conditions}
-        self._call = denoiser.bind(inputs, {"out_sample": self._out}, tuple(run.conditions), run.every)
+        self._denoiser = GuidedDenoiser(denoiser, run.latents.shape, run.conditions, run.guidance, run.every)
 
     def step(self) -> float:
-        out, batch = self._out, len(self._run.latents)
-        self._stepper.network_input(out=self._copies)
-        self._timestep[...] = next(self._rows).timestep
-        called = time.perf_counter()
-        self._call()
-        call_ms = (time.perf_counter() - called) * 1000.0
+        self._stepper.network_input(out=self._denoiser.sample)
+        out, call_ms = self._denoiser(next(self._rows).timestep)
         with np.errstate(over="ignore", invalid="ignore"):  # who asked for the step looks at what it gave
-            if self._run.guidance is not None:  # negative + guidance * (prompt - negative)
-                prediction = out[batch:]
-                prediction -= out[:batch]
-                prediction *= self._run.guidance
-                prediction += out[:batch]
-            self._stepper.advance(out[-batch:], self._run.draw)
+            self._stepper.advance(out, self._run.draw)
         return call_ms
 
     def close(self) -> None:

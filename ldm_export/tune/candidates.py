@@ -21,6 +21,7 @@ from ldm_export.graph.quantize_static import QuantizeStatic
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.plan import CALLS
 from ldm_export.plan.forecast import forecast_of
+from ldm_export.tune.fit import FITTED
 
 PASSES: Mapping[str, GraphPass] = {
     "int8 convolutions of the denoiser": QuantizeStatic(operators=("Conv",), graphs=("denoiser",)),
@@ -140,7 +141,10 @@ def space_of(
     else:
         found += _plans(bundle, truth, left_out)
         found += [Choice("plan", f"fitted plan of {calls} calls", {}, fitted=calls) for calls in fitted]
-    found += [Choice("deepcache", f"DeepCache {every}", {"deepcache": every, "target": True, "backend": "cpu"}) for every in DEEPCACHE]
+    found += [
+        Choice("deepcache", f"DeepCache {every}", {"deepcache": every, "target": True, "backend": "cpu"})
+        for every in DEEPCACHE
+    ]
     for name, step in PASSES.items():
         if not checkpoint_is_known:
             left_out[name] = "it is compared with PyTorch, and no checkpoint was given (--against)"
@@ -172,7 +176,9 @@ def _plans(bundle: Bundle, truth: Configuration, left_out: dict[str, str]) -> li
 
 
 def plan_name(sampler: str, steps: int) -> str:
-    """``ddim, 50 steps, 16 calls`` of ``ddim-calls16`` and 50."""
+    """``ddim, 50 steps, 16 calls`` of ``ddim-calls16`` and 50; ``fitted, 8 calls`` of a fitted plan."""
+    if sampler.startswith(FITTED):
+        return f"{FITTED}, {steps} calls"
     base, forecast = forecast_of(sampler)
     return f"{base}, {steps} steps" + ("" if forecast is None else f", {forecast.calls} calls")
 

@@ -11,9 +11,9 @@
    to be cheaper than the best that has kept it, or after :data:`MOST_COMBINATIONS`. Foretelling only orders the tries:
    what it leaves out may be a combination whose parts mend one another, which the search does not find.
 4. *The held-out half.* What has kept the budget, the cheapest first, is judged on pictures of prompts, and of seeds,
-   that nothing was chosen or calibrated by, its memory is measured in a process of its own, and it is timed in turn with
-   the untouched bundle. Only what keeps every budget there, by the value itself, may be chosen: an interval is shown,
-   and not asked for. The first :data:`FINALISTS` that do are compared by that timing, and the cheapest is the result;
+   that nothing was chosen or calibrated by, its memory is measured in a process of its own, and it is timed in turn
+   with the untouched bundle. Only what keeps every budget there, by the value itself, may be chosen: an interval is
+   shown, and not asked for. The first :data:`FINALISTS` that do are compared by that timing, and the cheapest is the result;
    where there is none, the untouched bundle is.
 
 The Pareto front is of all that was judged on the held-out half, which besides those is the front of the tuning half: a
@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ldm_export.bench.formatting import milliseconds
+from ldm_export.errors import InputError, NumericalError
 from ldm_export.recipe.score import FASTER
 from ldm_export.tune.candidates import Choice, Configuration, Space, words_for
 from ldm_export.tune.measure import Measure, Pictures, Record
@@ -120,10 +121,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to: every point, the first of the untouched bundle, and the chosen one."""
+    """What a search came to: every point, the first of the untouched bundle; the chosen one; and what was not tried ->
+    why."""
 
     points: list[Point]
     chosen: Point
+    left_out: Mapping[str, str]
     judged: bool
 
 
@@ -151,6 +154,8 @@ class Search:
         self._measure, self._space, self._truth, self._others = measure, space, truth, others
         self._budget, self._halves, self._fit, self._progress = budget, halves, fit, progress
         self._points: dict[Configuration, Point] = {}
+        self.left_out = dict(space.left_out)
+        """What was not tried -> why."""
 
     def run(self) -> Found:
         untouched = self._point(self._truth, ())
@@ -161,12 +166,13 @@ class Search:
         alone = self._alone(base)
         if self._halves is None:
             base.chosen = True
-            return Found([*self._points.values()], base, judged=False)
+            return Found([*self._points.values()], base, self.left_out, judged=False)
         for number, other in enumerate(self._others):
             self._progress(f"{other.bundle}", number, len(self._others))
             self._try(other, (), base)
         self._combined(base, alone)
-        return Found([*self._points.values()], self._chosen(untouched), judged=True)
+        chosen = self._chosen(untouched)
+        return Found([*self._points.values()], chosen, self.left_out, judged=True)
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +195,11 @@ class Search:
         for number, choice in enumerate(choices):
             self._progress(f"alone: {choice.name}", number, len(choices))
             if choice.fitted:
-                sampler, steps = self._fit(choice.fitted)
+                try:
+                    sampler, steps = self._fit(choice.fitted)
+                except (InputError, NumericalError) as error:
+                    self.left_out[choice.name] = str(error)
+                    continue
                 choice = replace(choice, fields={"sampler": sampler, "steps": steps}, fitted=0)
             names = (*base.choices, choice.name)
             found[choice] = self._try(choice.applied(base.configuration), names, base)
@@ -201,16 +211,14 @@ class Search:
             for choice, point in alone.items()
             if not point.failed and not point.why and self._saves(point, base)
         }
-        tried = 0
-        for foretold, choices in self._foretold(base, useful):
+        for tried, (foretold, choices) in enumerate(self._foretold(base, useful)):
             if tried == MOST_COMBINATIONS or foretold >= self._best(base):
                 return
-            tried += 1
             configuration = base.configuration
             for choice in choices:
                 configuration = choice.applied(configuration)
             names = (*base.choices, *(choice.name for choice in choices))
-            self._progress(f"together: {', '.join(names)}", tried - 1, MOST_COMBINATIONS)
+            self._progress(f"together: {', '.join(names)}", tried, MOST_COMBINATIONS)
             self._try(configuration, names, base)
 
     def _chosen(self, untouched: Point) -> Point:
@@ -299,9 +307,7 @@ class Search:
         kept = [point for point in self._points.values() if not point.failed and not point.why]
         return min(self._budget.cost(point)[0] for point in (base, *kept))
 
-    def _foretold(
-        self, base: Point, useful: Mapping[Choice, Point]
-    ) -> Iterator[tuple[float, tuple[Choice, ...]]]:
+    def _foretold(self, base: Point, useful: Mapping[Choice, Point]) -> Iterator[tuple[float, tuple[Choice, ...]]]:
         """Combinations of two and more that are foretold to keep the budget, with their foretold cost, cheapest first.
 
         Gives them as long as they are asked for; what has been measured meanwhile is not foretold anew.
@@ -349,9 +355,7 @@ def on_front(points: Sequence[Point], budget: Budget, figures_of: Callable[[Poin
     all_losses = [losses(point) for point in points]
 
     def dominated(ours: list[float]) -> bool:
-        return any(
-            theirs != ours and all(a <= b for a, b in zip(theirs, ours, strict=True)) for theirs in all_losses
-        )
+        return any(theirs != ours and all(a <= b for a, b in zip(theirs, ours, strict=True)) for theirs in all_losses)
 
     front = [point for point, ours in zip(points, all_losses, strict=True) if not dominated(ours)]
     return sorted(front, key=budget.cost)

@@ -16,15 +16,18 @@ from ldm_export.bench.card import Keep
 from ldm_export.bench.machine import machine, versions
 from ldm_export.bench.variants import FEW_STEPS, PROMPTS, same_weights
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.atomic import write_whole
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.export.chain import check_same_graphs
+from ldm_export.plan import Plan
 from ldm_export.recipe.stages import hash_of
 from ldm_export.runtime.backends import auto
 from ldm_export.runtime.backends.base import allowed_threads
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.tune.candidates import Configuration, Space, space_of
+from ldm_export.tune.fit import FitOptions, fit_plan
 from ldm_export.tune.measure import RECORDS, Measure, Pictures, Records
 from ldm_export.tune.search import Budget, Found, Progress, Search, why_not
 from ldm_export.tune.variants import Variants
@@ -37,6 +40,8 @@ KIND, FORMAT = "tuning", 1
 TRUTH_STEPS = 50
 """Steps of the truth, unless others are asked for or the bundle has more of its own."""
 TRUTH = "truth.npz"
+FIT_HELD_OUT = 8
+"""Pictures that a fit judges itself by; it is judged here as all else is."""
 
 Document = dict[str, Any]
 
@@ -81,8 +86,8 @@ class TuneOptions:
             )
         if not self.latency_only and not asked:
             raise InputError(
-                "No budget says how much the pictures may change. Give one, such as --budget psnr=35, or --latency-only "
-                "to choose what changes them by rounding alone."
+                "No budget says how much the pictures may change. Give one, such as --budget psnr=35, or give "
+                "--latency-only, which chooses what changes them by rounding alone."
             )
         if self.pictures < 2:
             raise InputError(f"pictures is {self.pictures}; at least 2 are needed, one of them held out. Use 48.")
@@ -133,16 +138,17 @@ class Tuning:
         halves = None
         if not options.latency_only:
             keep = Keep(self._work / TRUTH, load=True)
-            tuning, held_out = (
-                self._half(number, measure, variants, keep, told) for number in range(len(self.halves))
-            )
+            tuning, held_out = (self._half(number, measure, variants, keep, told) for number in range(len(self.halves)))
             halves = tuning, held_out
         space = self._space()
         budget = Budget(options.budgets, options.goal)
-        fit = self._fit
+
+        def fit(calls: int) -> tuple[str, int]:
+            return self._fit(calls, variants, progress)
+
         search = Search(measure, space, self.truth, self._others, budget, halves, fit, progress)
         found = search.run()
-        return found, variants, self._document(found, space, halves, command, time.perf_counter() - started)
+        return found, variants, self._document(found, halves, command, time.perf_counter() - started)
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 
@@ -212,13 +218,25 @@ class Tuning:
             fitted=() if self.options.latency_only else self.options.fitted,
         )
 
-    def _fit(self, calls: int) -> tuple[str, int]:
-        raise InputError(f"A plan of {calls} calls was to be fitted, and fits are not there yet. Leave it out.")
+    def _fit(self, calls: int, variants: Variants, progress: Progress) -> tuple[str, int]:
+        """Fit a plan to the tuning half's prompts, unless it was; gives the name that it then has."""
+        conditions = () if self._generator.condition is None else tuple(self.halves[0])
+        options = FitOptions(
+            calls, conditions, sampler=self.truth.sampler, teacher_steps=self.truth.steps, held_out=FIT_HELD_OUT
+        )
+        file = self._work / f"fitted-{hash_of(variants.key, asdict(options))[:16]}.json"
+        try:
+            plan = Plan.from_json(file.read_bytes())
+        except (OSError, InputError):
+            plan = fit_plan(variants.bundle_of(self.truth), options, self._work / "fits", progress).plan
+            write_whole(file, plan.to_json().encode())
+        variants.keep_plan(plan)
+        return plan.sampler, plan.num_inference_steps
 
     # --- document ---------------------------------------------------------------------------------------------------
 
     def _document(
-        self, found: Found, space: Space, halves: tuple[Pictures, Pictures] | None, command: str, seconds: float
+        self, found: Found, halves: tuple[Pictures, Pictures] | None, command: str, seconds: float
     ) -> Document:
         options = self.options
         notes = [*self.notes, *(() if halves is None else halves[1].judge.notes)]
@@ -241,7 +259,7 @@ class Tuning:
             "seed": options.seed + len(self.halves[0]),
             "judged": found.judged,
             "points": points,
-            "left_out": dict(space.left_out),
+            "left_out": dict(found.left_out),
             "notes": notes,
             "seconds": seconds,
         }

@@ -72,7 +72,9 @@ class Variants:
 
     def plan_of(self, configuration: Configuration) -> Plan:
         """The plan that a configuration is drawn with."""
-        return self.kept_plan(configuration) or read_plan(self.bundle_of(configuration), configuration.sampler, configuration.steps)
+        return self.kept_plan(configuration) or read_plan(
+            self.bundle_of(configuration), configuration.sampler, configuration.steps
+        )
 
     def bundle_of(self, configuration: Configuration) -> Bundle:
         """The bundle that a configuration is drawn with, made if it is not there.

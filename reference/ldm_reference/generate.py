@@ -1,7 +1,8 @@
 """Pictures in plain PyTorch: what training shows as it goes.
 
-DDIM; for text with classifier-free guidance, as in ``StableDiffusionPipeline``: negative prompts and prompts in one
-call of the UNet, starting noise from ``torch.Generator("cpu")``, one generator a picture.
+DDIM, or Euler's method for flow matching; for text with classifier-free guidance, as in ``StableDiffusionPipeline``:
+negative prompts and prompts in one call of the UNet, starting noise from ``torch.Generator("cpu")``, one generator a
+picture.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_reference.config import check_choice
 from ldm_reference.layout import Autoencoder
-from ldm_reference.samplers import ddim
-from ldm_reference.schedules import alphas_cumprod_from_config, leading_timesteps, trailing_timesteps
+from ldm_reference.noise import noise_from_config
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
 
@@ -89,18 +88,12 @@ def _drawn(
     steps: int,
     size: tuple[int, int],
 ) -> Tensor:
-    """DDIM from the noise of the seeds, decoded; ``denoise`` takes latents and a timestep of shape (1,)."""
+    """Latents from the noise of the seeds, decoded; ``denoise`` takes latents and a timestep of shape (1,)."""
     device = unet.conv_in.weight.device
     shape = (1, vae.config.latent_channels, *size)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
-    alphas_cumprod = alphas_cumprod_from_config(scheduler)
-    latents = ddim(
-        lambda x, timestep: denoise(x, torch.tensor([timestep], device=device)),
-        noise.to(device),
-        alphas_cumprod,
-        timesteps_from_config(scheduler, steps),
-        prediction_type=scheduler.get("prediction_type", "epsilon"),
-        final_alpha_cumprod=1.0 if scheduler.get("set_alpha_to_one", True) else alphas_cumprod[0].item(),
+    latents = noise_from_config(scheduler).sample(
+        lambda x, timestep: denoise(x, torch.tensor([timestep], device=device)), noise.to(device), steps
     )
     return pixels_from_sample(vae.decode(latents / vae.config.scaling_factor))
 
@@ -108,12 +101,3 @@ def _drawn(
 def pixels_from_sample(sample: Tensor) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
     return ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def timesteps_from_config(scheduler: Mapping[str, Any], steps: int) -> list[int]:
-    """The descending timesteps of DDIM, as ``scheduler_config.json`` spaces them."""
-    spacing, count = scheduler.get("timestep_spacing", "leading"), scheduler.get("num_train_timesteps", 1000)
-    check_choice("timestep_spacing", spacing, ("leading", "trailing"))
-    if spacing == "trailing":
-        return trailing_timesteps(count, steps)
-    return leading_timesteps(count, steps, scheduler.get("steps_offset", 0))

@@ -22,13 +22,11 @@ from ldm_reference.discriminator import PatchDiscriminator
 from ldm_reference.features import EfficientNetLite0
 from ldm_reference.losses import (
     contrastive_loss,
-    diffusion_target,
     discriminator_hinge,
     kl_divergence,
-    min_snr_weight,
     perceptual_distance,
 )
-from ldm_reference.schedules import add_noise
+from ldm_reference.noise import Noise
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
 
@@ -135,16 +133,14 @@ class DenoiserObjective(nn.Module):
         unet: UNet2DConditionModel,
         text_encoder: CLIPTextModel | None,
         *,
-        prediction_type: str,
-        alphas_cumprod: Tensor,
+        noise: Noise,
         min_snr_gamma: float | None,
     ):
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
-        self.prediction_type = prediction_type
+        self.noise = noise
         self.min_snr_gamma = min_snr_gamma
-        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     def forward(self, latents: Tensor, noise: Tensor, timesteps: Tensor, **conditions: Tensor) -> Terms:
         """Scaled latents and noise (B, c, h, w), timesteps (B,), and of these what the UNet reads: ``input_ids`` (B, L)
@@ -152,10 +148,8 @@ class DenoiserObjective(nn.Module):
         inputs: Mapping[str, Tensor] = conditions
         if "input_ids" in conditions and self.text_encoder is not None:
             inputs = {"encoder_hidden_states": self.text_encoder(conditions["input_ids"]).last_hidden_state}
-        alphas_cumprod = self.get_buffer("alphas_cumprod")
-        noisy = add_noise(latents, noise, alphas_cumprod, timesteps)
+        noisy = self.noise.add(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, **inputs).float()
-        target = diffusion_target(self.prediction_type, latents, noise, alphas_cumprod, timesteps)
-        errors = (prediction - target).square().mean(dim=(1, 2, 3))
-        weights = min_snr_weight(self.prediction_type, alphas_cumprod, timesteps, self.min_snr_gamma)
+        errors = (prediction - self.noise.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+        weights = self.noise.weights(timesteps, self.min_snr_gamma)
         return {"loss": (weights * errors).mean(), "error": errors.mean()}

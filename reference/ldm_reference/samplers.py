@@ -18,8 +18,10 @@ PREDICTIONS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tenso
     "epsilon": lambda x, eps, alpha, sigma: ((x - sigma * eps) / alpha, eps),
     "v_prediction": lambda x, v, alpha, sigma: (alpha * x - sigma * v, alpha * v + sigma * x),
     "sample": lambda x, x0, alpha, sigma: (x0, (x - alpha * x0) / sigma),
+    "flow_prediction": lambda x, out, alpha, sigma: (x - sigma * out, x + alpha * out),
 }
-"""(x, network output, alpha, sigma) -> (predicted x0, predicted eps), where x = alpha x0 + sigma eps."""
+"""(x, network output, alpha, sigma) -> (predicted x0, predicted eps), where x = alpha x0 + sigma eps; by flow matching
+alpha = 1 - sigma."""
 
 
 def _hops(

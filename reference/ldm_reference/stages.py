@@ -27,8 +27,8 @@ from ldm_reference.features import feature_network, picture_features
 from ldm_reference.fit import Rows, Run, Stage, fit
 from ldm_reference.generate import class_to_image, pixels_from_sample, text_to_image
 from ldm_reference.initialisation import initialise
+from ldm_reference.noise import noise_from_config
 from ldm_reference.objectives import AutoencoderObjective, ContrastiveObjective, DenoiserObjective
-from ldm_reference.schedules import alphas_cumprod_from_config
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.tokenizer import END, encode
 from ldm_reference.train_config import TrainConfig
@@ -227,7 +227,7 @@ def train_denoiser(
     trained_text = None if frozen or text_encoder is None else text_encoder.requires_grad_(True)
     unet = UNet2DConditionModel.from_config(config.unet)
     initialise(unet)
-    alphas_cumprod = alphas_cumprod_from_config(config.scheduler).float()
+    process = noise_from_config(config.scheduler)
     parameters = encode_pictures(run, vae, data, flips=settings.horizontal_flip)
     conditions = Conditions(config, data, tokenizer, text_encoder)
     shape = (settings.batch_size, vae.config.latent_channels, *parameters[0].shape[2:])
@@ -243,7 +243,7 @@ def train_denoiser(
         return {
             "latents": sample_posterior(moments, posterior_noise) * vae.config.scaling_factor,
             "noise": torch.randn(shape, generator=generator),
-            "timesteps": torch.randint(len(alphas_cumprod), (len(batch),), generator=generator),
+            "timesteps": process.draw_timesteps(len(batch), generator),
             **conditions.rows(batch, generator),
         }
 
@@ -274,8 +274,7 @@ def train_denoiser(
     objective = DenoiserObjective(
         unet,
         trained_text,
-        prediction_type=config.scheduler["prediction_type"],
-        alphas_cumprod=alphas_cumprod,
+        noise=process,
         min_snr_gamma=settings.min_snr_gamma or None,
     )
     recipe = _recipe(config.to_dict(), vae.config.scaling_factor)

@@ -13,6 +13,7 @@ import torch
 
 from ldm_reference.autoencoder import AutoencoderKL
 from ldm_reference.config import ConfigError, check_choice, check_positive, config_from_dict, read_text
+from ldm_reference.flow import FLOW_CLASS
 from ldm_reference.optimisation import Optimisation
 from ldm_reference.schedules import SCHEDULES, alphas_cumprod_from_config
 from ldm_reference.text_encoder import CLIPTextModel
@@ -29,12 +30,13 @@ REQUIRED = {
     "text_stage": ("steps", "batch_size", "learning_rate"),
     "unet_stage": ("steps", "batch_size", "learning_rate"),
     "tokenizer": ("vocab_size", "model_max_length"),
-    "scheduler": (
-        *("_class_name", "prediction_type", "num_train_timesteps"),
-        *("beta_schedule", "beta_start", "beta_end", "clip_sample"),  # diffusers' own defaults differ by class
-    ),
 }
-"""What has no default in the tables of a config."""
+"""What has no default in the tables of a config; of [scheduler], see `scheduler_keys`."""
+REQUIRED_OF_SCHEDULER = (
+    *("_class_name", "prediction_type", "num_train_timesteps"),
+    *("beta_schedule", "beta_start", "beta_end", "clip_sample"),  # diffusers' own defaults differ by class
+)
+FLOW_KEYS = ("_class_name", "num_train_timesteps", "shift")
 
 SCHEDULER_KEYS = (
     "_class_name",
@@ -51,6 +53,13 @@ SCHEDULER_KEYS = (
 )
 SPACINGS = ("leading", "trailing", "linspace")
 PRECISIONS = ("no", "bf16", "fp16")
+
+
+def scheduler_keys(scheduler: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys that [scheduler] must have, and those that it may have, by its class: flow matching, or DDPM's noise."""
+    if scheduler.get("_class_name") == FLOW_CLASS:
+        return FLOW_KEYS, FLOW_KEYS
+    return REQUIRED_OF_SCHEDULER, SCHEDULER_KEYS
 
 
 def _check_weight(**values: float) -> None:
@@ -114,7 +123,7 @@ class DenoiserStage(Optimisation):
 
     Attributes
     ----------
-    min_snr_gamma : of the loss weights (2303.09556); 0 for equal weights
+    min_snr_gamma : of the loss weights (2303.09556); 0 for equal weights, as flow matching needs
     caption_dropout : share of the captions that are replaced by the empty one, for guidance (2207.12598)
     text_encoder : "fine-tuned" with the UNet, or "frozen" as the contrastive stage left it
     horizontal_flip : mirror a random half of the pictures, but none whose caption names a side
@@ -182,10 +191,13 @@ class TrainConfig:
                 raise ConfigError(f"{name} = {given!r} must be {needed} here")
 
     def _check_scheduler(self) -> None:
-        if unknown := self.scheduler.keys() - SCHEDULER_KEYS:
-            raise ConfigError(
-                f"[scheduler] has the unknown key {min(unknown)!r}; known are {', '.join(SCHEDULER_KEYS)}"
-            )
+        _, known = scheduler_keys(self.scheduler)
+        if unknown := self.scheduler.keys() - known:
+            of = f" of {FLOW_CLASS}" if known is FLOW_KEYS else ""
+            raise ConfigError(f"[scheduler] has the unknown key {min(unknown)!r}; known{of} are {', '.join(known)}")
+        if known is FLOW_KEYS:
+            self._check_flow()
+            return
         check_choice("timestep_spacing", self.scheduler.get("timestep_spacing", "leading"), SPACINGS)
         check_choice("beta_schedule", self.scheduler["beta_schedule"], tuple(SCHEDULES))
         try:
@@ -199,6 +211,16 @@ class TrainConfig:
                 "prediction_type = 'epsilon' contradicts rescale_betas_zero_snr = true: the last timestep is noise "
                 f"alone (alphas_cumprod {alphas_cumprod[-1].item():.0e}), which says nothing of the picture; "
                 "use 'v_prediction' (2305.08891, section 3.2)"
+            )
+
+    def _check_flow(self) -> None:
+        check_positive(num_train_timesteps=self.scheduler["num_train_timesteps"])
+        shift = self.scheduler["shift"]
+        if type(shift) not in (int, float) or not 0 < shift < math.inf:
+            raise ConfigError(f"shift = {shift!r} must be a number above 0")
+        if gamma := self.unet_stage.min_snr_gamma:
+            raise ConfigError(
+                f"min_snr_gamma = {gamma!r} weights the noise of DDPM; {FLOW_CLASS} needs min_snr_gamma = 0"
             )
 
     def _check_conditioning(self, unet: UNetConfig) -> None:
@@ -263,7 +285,8 @@ class TrainConfig:
         for name in tables:
             if name in values and not isinstance(values[name], dict):
                 raise ConfigError(f"{path}: {name} = {values[name]!r} must be a table")
-        for table, keys in REQUIRED.items():
+        required = {**REQUIRED, "scheduler": scheduler_keys(values["scheduler"])[0]}
+        for table, keys in required.items():
             if table in values and (lacking := [key for key in keys if key not in values[table]]):
                 raise ConfigError(f"{path}: [{table}] lacks {', '.join(lacking)}")
         for name, stage in STAGES.items():

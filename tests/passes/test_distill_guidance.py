@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from ldm_reference.layout import save_component
-from ldm_reference.schedules import alphas_cumprod_from_config
+from ldm_reference.noise import noise_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def error(
 
 
 def objective(student: Any, unet: Any, model: LatentDiffusion, data: TeacherData) -> GuidanceObjective:
-    return GuidanceObjective(student, unet, data.empty, alphas_cumprod_from_config(model.scheduler).float())
+    return GuidanceObjective(student, unet, data.empty, noise_from_config(model.scheduler))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from ldm_reference.samplers import PREDICTIONS
+from ldm_reference.noise import DiffusionNoise, Levels
 from ldm_reference.schedules import alphas_cumprod_from_config
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ from ldm_export.export.chain import export_bundle
 from ldm_export.families import open_checkpoint
 from ldm_export.passes import distill_steps
 from ldm_export.passes.base import PassContext
-from ldm_export.passes.distill_steps import ConsistencyObjective, DistillSteps, ProgressiveObjective, _levels
+from ldm_export.passes.distill_steps import ConsistencyObjective, DistillSteps, ProgressiveObjective
+from ldm_export.passes.few_steps import lcm_scalings
 from ldm_export.passes.teacher import TeacherData
 from ldm_export.runtime import Pipeline
 from tests.bundle_fixture import KINDS
@@ -38,6 +39,7 @@ SCHEDULER = {
     "set_alpha_to_one": True,
 }
 SHAPE = (4, 3, 3)
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 METHODS: dict[str, Any] = {"progressive": diffusers.DDIMScheduler, "consistency": diffusers.LCMScheduler}
 MakeSetting = Callable[..., PassContext]
 
@@ -58,7 +60,7 @@ class Denoiser(nn.Module):
 
 
 def prediction_of(x0: Tensor, x: Tensor, timesteps: Tensor, kind: str) -> Tensor:
-    """What a network that knows x0 predicts: the inverse of `PREDICTIONS`, from the forward process alone."""
+    """What a network that knows x0 predicts, from the forward process alone."""
     kept = alphas_cumprod_from_config(SCHEDULER)[timesteps][:, None, None, None]
     alpha, sigma = kept.sqrt().float(), (1 - kept).sqrt().float()
     eps = (x - alpha * x0) / sigma
@@ -74,6 +76,11 @@ def stirs(x: Tensor, timesteps: Tensor) -> Tensor:
     return torch.tanh(0.7 * x + 0.3 * x.roll(1, 1) + torch.cos(timesteps / 150.0)[:, None, None, None])
 
 
+def levels_of(config: Mapping[str, Any], timesteps: int | list[int]) -> Levels:
+    process = DiffusionNoise(config)
+    return process.levels(process.sampled_timesteps(timesteps) if isinstance(timesteps, int) else timesteps)
+
+
 def ddim(kind: str, steps: int, **changes: Any) -> Any:
     scheduler = diffusers.DDIMScheduler.from_config({**SCHEDULER, "prediction_type": kind, **changes})
     scheduler.set_timesteps(steps)
@@ -82,7 +89,7 @@ def ddim(kind: str, steps: int, **changes: Any) -> Any:
 
 def progressive_objective(teacher: Denoiser, kind: str, steps: int, last: bool = True) -> ProgressiveObjective:
     config = {**SCHEDULER, "set_alpha_to_one": last}
-    return ProgressiveObjective(teacher, _levels(config, steps), _levels(config, 2 * steps), kind)  # type: ignore[arg-type]
+    return ProgressiveObjective(teacher, levels_of(config, steps), levels_of(config, 2 * steps), kind)  # type: ignore[arg-type]
 
 
 # --- progressive: levels and goals ------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ def progressive_objective(teacher: Denoiser, kind: str, steps: int, last: bool =
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 16, 25, 125])
 @pytest.mark.parametrize("last", [True, False])
 def test_few_levels_are_every_second_of_many(steps: int, last: bool) -> None:
-    few, many = (_levels({**SCHEDULER, "set_alpha_to_one": last}, count) for count in (steps, 2 * steps))
+    few, many = (levels_of({**SCHEDULER, "set_alpha_to_one": last}, count) for count in (steps, 2 * steps))
     assert few.timesteps.tolist() == many.timesteps.tolist()[::2] == ddim("epsilon", steps).timesteps.tolist()
     for name in ("alpha", "sigma"):
         torch.testing.assert_close(getattr(few, name), getattr(many, name)[::2], rtol=0, atol=0)
@@ -211,8 +218,8 @@ def lcm(kind: str, steps: int, **changes: Any) -> Any:
 
 def consistency_objective(teacher: Denoiser, kind: str, steps: int, last: bool = True) -> ConsistencyObjective:
     timesteps = (torch.arange(steps, 0, -1) * (1000 // steps) - 1).tolist()
-    levels = _levels({**SCHEDULER, "set_alpha_to_one": last}, timesteps)
-    return ConsistencyObjective(teacher, levels, kind)  # type: ignore[arg-type]
+    levels = levels_of({**SCHEDULER, "set_alpha_to_one": last}, timesteps)
+    return ConsistencyObjective(teacher, levels, kind, lcm_scalings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS)

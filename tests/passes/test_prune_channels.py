@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from ldm_reference.schedules import alphas_cumprod_from_config
+from ldm_reference.noise import noise_from_config
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def bare(layered: LatentDiffusion, data: TeacherData, tmp_path_factory: pytest.T
 
 
 def imitation(smaller: PrunedStudent, model: LatentDiffusion, **options: float) -> Imitation:
-    return Imitation(smaller, alphas_cumprod_from_config(model.scheduler).float(), DistillationOptions(**options))  # type: ignore[arg-type]
+    return Imitation(smaller, noise_from_config(model.scheduler), DistillationOptions(**options))  # type: ignore[arg-type]
 
 
 def rows(data: TeacherData, count: int = 6) -> dict[str, Tensor]:

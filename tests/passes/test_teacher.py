@@ -28,8 +28,10 @@ from ldm_export.passes.teacher import (
     encode_pictures,
     predict_guided,
 )
+from ldm_export.plan.scheduler_classes import sampler_of
 from tests.bundle_fixture import CLASSES, KINDS
 from tests.conftest import CAPTIONS
+from tests.diffusers_pipelines import judged, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
@@ -135,6 +137,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "leading, epsilon": {},
     "trailing, v": {"timestep_spacing": "trailing", "prediction_type": "v_prediction"},
     "ending at no noise": {"set_alpha_to_one": True, "prediction_type": "sample"},
+    "flow matching": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
 }
 
 
@@ -144,17 +147,10 @@ def test_latents_are_those_of_diffusers(
 ) -> None:
     """Six of four prompts: the first two are drawn twice, each with a seed of its own."""
     model = write_small(tmp_path / "small", **SCHEDULERS[scheduler])
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(model.path)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.check_inputs = lambda *_, **__: None  # it wants multiples of 8, whatever the autoencoder
+    pipe = opened(diffusers.StableDiffusionPipeline, model.path)
     drawn = draw(model, told, tmp_path / "latents.safetensors")
-    expected = pipe(
-        [*CAPTIONS, *CAPTIONS[:2]],
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(SEED + k) for k in range(6)],
-        output_type="latent",
-    ).images
+    sampler, seeds = sampler_of(model.scheduler), range(SEED, SEED + 6)
+    expected = judged(pipe, sampler, [*CAPTIONS, *CAPTIONS[:2]], seeds, steps=STEPS, guidance=GUIDANCE)
     assert drawn.owner.tolist() == [0, 1, 2, 3, 0, 1]
     assert drawn.guidance == GUIDANCE
     assert relative_error(drawn.latents, expected) < TOLERANCE

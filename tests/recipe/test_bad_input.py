@@ -214,15 +214,12 @@ def test_a_transformer_takes_graph_passes_alone(kinds: Kinds, cheap_judge: None,
     assert 0 < report["weight_error"] < 0.2
 
 
-def test_a_model_trained_by_flow_matching_takes_graph_passes_alone(
-    kinds: Kinds, cheap_judge: None, tmp_path: Path
-) -> None:
+def test_a_unet_trained_by_flow_matching_takes_every_pass(kinds: Kinds, cheap_judge: None, tmp_path: Path) -> None:
     flow = open_checkpoint(kinds("flow")[0])
-    message = "has distill-guidance, for networks trained on the noise of DDPM; flow was trained by flow matching"
-    with pytest.raises(InputError, match=message):
-        run_recipe(flow, recipe_of(tmp_path, GUIDANCE), tmp_path / "bundle", tmp_path / "work")
-    assert not (tmp_path / "work").exists()
-    made, _ = run_recipe(flow, recipe_of(tmp_path, WEIGHTS), tmp_path / "bundle", tmp_path / "work")
+    recipe = recipe_of(tmp_path, GUIDANCE + WEIGHTS, budget="frechet_ratio = 1e9")
+    made, records = run_recipe(flow, recipe, tmp_path / "bundle", tmp_path / "work")
+    assert [record["name"] for record in records] == ["teacher", "distill-guidance", "quantize-weights"]
+    assert records[1]["report"] == {"calls_a_step": {"before": 2, "after": 1}}
     assert made.manifest.model["default_sampler"] == "euler"
     assert made.manifest.model["prediction_type"] == "flow_prediction"
 

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ from ldm_reference.losses import (
     min_snr_weight,
     perceptual_distance,
 )
+from ldm_reference.noise import noise_from_config
 from ldm_reference.objectives import AutoencoderObjective, ContrastiveObjective, DenoiserObjective
-from ldm_reference.schedules import add_noise
+from ldm_reference.schedules import add_noise, alphas_cumprod_from_config
 from ldm_reference.text_encoder import CLIPTextModel
 from ldm_reference.unet import UNet2DConditionModel
 from torch import Tensor, nn
@@ -224,22 +226,33 @@ class Guess(nn.Module):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_denoiser_s_loss(kind: str) -> None:
     latents, noise, timesteps = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3), torch.arange(5)
+    config = {"num_train_timesteps": 5, "beta_schedule": "linear", "beta_start": 0.01, "beta_end": 0.6}
+    alphas_cumprod = alphas_cumprod_from_config(config).float()
     unet = Guess()
-    whole = DenoiserObjective(
-        unet,  # type: ignore[arg-type]
-        None,
-        prediction_type=kind,
-        alphas_cumprod=ALPHAS_CUMPROD,
-        min_snr_gamma=2.0,
-    )
+    process = noise_from_config({**config, "prediction_type": kind})
+    whole = DenoiserObjective(unet, None, noise=process, min_snr_gamma=2.0)  # type: ignore[arg-type]
     states = torch.randn(5, 7, 6)
     terms = whole(latents, noise, timesteps, encoder_hidden_states=states)
-    errors = (0.25 - diffusion_target(kind, latents, noise, ALPHAS_CUMPROD, timesteps)).square().mean(dim=(1, 2, 3))
-    weights = min_snr_weight(kind, ALPHAS_CUMPROD, timesteps, 2.0)
+    errors = (0.25 - diffusion_target(kind, latents, noise, alphas_cumprod, timesteps)).square().mean(dim=(1, 2, 3))
+    weights = min_snr_weight(kind, alphas_cumprod, timesteps, 2.0)
     torch.testing.assert_close(terms["loss"], (errors * weights).mean())
     torch.testing.assert_close(terms["error"], errors.mean())
-    torch.testing.assert_close(unet.seen[0], add_noise(latents, noise, ALPHAS_CUMPROD, timesteps))
+    torch.testing.assert_close(unet.seen[0], add_noise(latents, noise, alphas_cumprod, timesteps))
     assert unet.seen[2]["encoder_hidden_states"] is states
+
+
+def test_the_denoiser_s_loss_by_flow_matching() -> None:
+    """diffusers' scheduler mixes the noisy latents; the target is their slope along the straight line."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    process = noise_from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler.config})
+    latents, noise, timesteps = torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3), scheduler.timesteps[[0, 3, 500, 999]]
+    unet = Guess()
+    whole = DenoiserObjective(unet, None, noise=process, min_snr_gamma=None)  # type: ignore[arg-type]
+    terms = whole(latents, noise, timesteps)
+    torch.testing.assert_close(unet.seen[0], scheduler.scale_noise(latents, timesteps, noise))
+    torch.testing.assert_close(unet.seen[1], timesteps)
+    slope = (scheduler.scale_noise(latents, timesteps, noise) - latents) / (timesteps / 1000)[:, None, None, None]
+    torch.testing.assert_close(terms["loss"], (0.25 - slope).square().mean(), rtol=1e-3, atol=0)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from ldm_reference.config import ConfigError
 from ldm_reference.train_config import TrainConfig
 
 from tests.tiny_recipe import CONFIG
-from tests.training import TEXT_STAGE, config_from, edited
+from tests.training import FLOW, TEXT_STAGE, config_from, edited
 
 WITHOUT_TEXT = [
     (CONFIG[CONFIG.index("[tokenizer]") : CONFIG.index("[unet]\n")], ""),
@@ -93,6 +93,20 @@ LIES = {
             ("clip_sample = false", "clip_sample = false\nrescale_betas_zero_snr = true"),
         ],
         "prediction_type = 'epsilon' contradicts rescale_betas_zero_snr = true",
+    ),
+    "beta of flow matching": (
+        [*FLOW, ("shift = 1.0", "shift = 1.0\nbeta_start = 0.1")],
+        "'beta_start'; known of FlowMatchEulerDiscreteScheduler are _class_name, num_train_timesteps, shift",
+    ),
+    "no shift": ([*FLOW, ("shift = 1.0\n", "")], "[scheduler] lacks shift"),
+    "shift of none": ([*FLOW, ("shift = 1.0", "shift = 0")], "shift = 0 must be a number above 0"),
+    "no timesteps": (
+        [*FLOW, ("num_train_timesteps = 1000", "num_train_timesteps = 0")],
+        "num_train_timesteps = 0 must hold integers of at least 1",
+    ),
+    "Min-SNR of flow matching": (
+        [*FLOW, ("min_snr_gamma = 0", "")],
+        "min_snr_gamma = 5.0 weights the noise of DDPM; FlowMatchEulerDiscreteScheduler needs min_snr_gamma = 0",
     ),
     "width of the text": (
         [("cross_attention_dim = 16", "cross_attention_dim = 24")],

@@ -1,0 +1,179 @@
+"""Pictures of few network calls against the model's own 50 steps, at shared noise, on conditions that no fit has seen:
+textbook samplers, forecast and fitted plans, DeepCache and a distilled student.
+
+few_calls.py BUNDLE DATA HELD_OUT RESULT.json [--student BUNDLE] [--pictures 200] [--guidance 4]
+
+RESULT.json gets a row at a time, and what it holds is not measured again; RESULT.svg shows it. The truth is BUNDLE with
+its own sampler, 50 steps. Fits are to prompts that are not judged, or to other seeds of the classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_export.bundle import Bundle
+from ldm_export.bundle.plans import add_fitted, read_plan
+from ldm_export.errors import InputError
+from ldm_export.tune.fit import FitOptions, fit_plan
+from ldm_export.verify.fidelity import FidelityJudge, real_pictures
+from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
+from ldm_export.verify.image_text_alignment import open_pictures
+from ldm_export.verify.quality import choose_prompts, draw_pictures
+
+STEPS = 50
+CALLS = (5, 6, 8, 10, 12, 16)
+TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc", "deis")
+DEEPCACHE = (2, 3, 5)
+FIGURES = ("psnr_db", "psnr_worst_db", "ssim", "frechet_distance", "frechet_ratio", "retrieval_at_5")
+
+
+def variants(bundle: Bundle, sampler: str, pictures: FitOptions, work: Path) -> Iterator[tuple[str, int, Any]]:
+    """Name, calls, and what draws it, each made when it is its turn: a bundle, settings and options."""
+    plain = SamplingSettings(sampler=sampler, steps=STEPS)
+    yield f"{sampler}, 20 steps", 20, lambda: (bundle, replace(plain, steps=20), {})
+    for calls in CALLS:
+        for name in TEXTBOOK:
+            try:
+                read_plan(bundle, name, calls)
+            except InputError:
+                continue
+            yield name, calls, lambda name=name, calls=calls: (bundle, replace(plain, sampler=name, steps=calls), {})
+        forecast = replace(plain, sampler=f"{sampler}-calls{calls}")
+        yield f"{sampler} {STEPS} forecast", calls, lambda forecast=forecast: (bundle, forecast, {})
+        yield "fitted", calls, lambda calls=calls: fitted(bundle, replace(pictures, calls=calls), work)
+    for every in DEEPCACHE:
+        yield "DeepCache", -(-STEPS // every), lambda every=every: (bundle, plain, {"deepcache": every})
+
+
+def fitted(bundle: Bundle, options: FitOptions, work: Path) -> tuple[Bundle, SamplingSettings, dict[str, Any]]:
+    """A copy of the bundle with the plan, however well it does."""
+    fit = fit_plan(bundle, options, work, lambda what, done, of: None)
+    copy = work / f"{options.calls}.bundle"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(bundle.path, copy)
+    with_plan = add_fitted(Bundle.open(copy), fit.plan, fit.report)
+    return with_plan, SamplingSettings(sampler=fit.plan.sampler, steps=fit.plan.num_inference_steps), {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("held_out", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--student", type=Path)
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=20)
+    arguments = parser.parse_args()
+
+    bundle = Bundle.open(arguments.bundle)
+    generator = BundleImageGenerator(bundle)
+    sampler, guidance = generator.defaults.sampler, generator.defaults.guidance
+    common = {"prompts": arguments.pictures, "guidance": guidance, "batch": arguments.batch}
+    truth = SamplingSettings(sampler=sampler, steps=STEPS, **common)
+    data = open_pictures(arguments.data, generator.size, generator.channels, generator.condition)
+    chosen = choose_prompts(data, truth, generator.condition)
+    conditions = [condition for _, condition in chosen]
+    others = tuple(sorted({text for _, text in data.conditions} - set(conditions))) or tuple(dict.fromkeys(conditions))
+    work = arguments.result.with_suffix(".work")
+    rows: list[dict[str, Any]] = []
+    if arguments.result.is_file():
+        rows = json.loads(arguments.result.read_text())["rows"]
+
+    def progress(what: str, done: int, of: int) -> None:
+        print(f"\r{what} {done}/{of}   ", end="", file=sys.stderr)
+
+    work.mkdir(parents=True, exist_ok=True)
+    kept = work / "truth.npy"
+    if not kept.is_file():
+        np.save(kept, draw_pictures(generator, conditions, truth, progress))
+    size = generator.pixels
+    reference = real_pictures(arguments.data, arguments.held_out, size, generator.channels, generator.condition)
+    judge = FidelityJudge(np.load(kept, allow_pickle=False), tuple(conditions), reference, None)
+
+    def add(name: str, calls: int, draws: BundleImageGenerator, settings: SamplingSettings) -> None:
+        figures = judge.figures(draw_pictures(draws, conditions, settings, progress))
+        values = {key: figures[key]._asdict() for key in FIGURES if key in figures}
+        rows.append({"name": name, "calls": calls, **values})
+        document = {"bundle": arguments.bundle.name, "truth": f"{sampler}, {STEPS} steps", "guidance": guidance}
+        document |= {"pictures": arguments.pictures, "notes": list(judge.notes), "rows": rows}
+        arguments.result.write_text(json.dumps(document, indent=1) + "\n")
+        arguments.result.with_suffix(".svg").write_text(chart(rows))
+        print(f"\r{name:24} {calls:3} " + " ".join(f"{key} {value['value']:.4g}" for key, value in values.items()))
+
+    known = {(row["name"], row["calls"]) for row in rows}
+    if ("truth", STEPS) not in known:
+        add("truth", STEPS, generator, truth)
+    pictures = FitOptions(calls=1, conditions=others)
+    for name, calls, made in variants(bundle, sampler, pictures, work):
+        if (name, calls) not in known:
+            drawn, settings, options = made()
+            add(name, calls, BundleImageGenerator(drawn, **options), replace(settings, **common))
+    if arguments.student and not any(row["name"] == "student" for row in rows):
+        student = BundleImageGenerator(Bundle.open(arguments.student))
+        add("student", student.defaults.steps, student, replace(student.defaults, **{**common, "guidance": 1.0}))
+    print(json.dumps(rows))
+
+
+PANELS = (
+    *(("psnr_db", "PSNR, dB, median"), ("psnr_worst_db", "PSNR, dB, worst")),
+    *(("frechet_distance", "Fréchet distance"), ("retrieval_at_5", "R@5")),
+)
+COLOURS = ("#888", "#b58", "#2a6fbb", "#999922", "#7a4", "#c60", "#d22", "#444", "#080")
+WIDTH, HEIGHT, LEFT, TOP, GAP = 230, 250, 40, 26, 14
+
+
+def chart(rows: list[dict[str, Any]]) -> str:
+    """Panels of figures against calls, a line a sampler, as text of SVG."""
+    names = list(dict.fromkeys(row["name"] for row in rows if row["name"] != "truth" and "20 steps" not in row["name"]))
+    panels = [figure for figure in PANELS if all(figure[0] in row for row in rows)]
+    parts = []
+    for number, (figure, title) in enumerate(panels):
+        shown = [row for row in rows if row["name"] in names]
+        low, high = (edge(row[figure]["value"] for row in shown) for edge in (min, max))
+        low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+        left = number * (WIDTH + GAP) + LEFT
+        right, bottom = number * (WIDTH + GAP) + WIDTH, HEIGHT - 30
+
+        def at(row: dict[str, Any], figure: str = figure, left: int = left, right: int = right, low: float = low,
+               high: float = high, bottom: int = bottom) -> tuple[float, float]:  # fmt: skip
+            share = (row["calls"] - 3) / 24
+            return left + (right - left) * share, bottom - (bottom - TOP) * (row[figure]["value"] - low) / (high - low)
+
+        parts.append(f'<text x="{left}" y="16" font-weight="600">{title}</text>')
+        parts.append(f'<path d="M{left} {TOP}V{bottom}H{right}" fill="none" stroke="#999"/>')
+        for value, y in ((high, TOP + 8), (low, bottom)):
+            parts.append(f'<text x="{left - 4}" y="{y}" text-anchor="end">{value:.3g}</text>')
+        for calls in (5, 10, 16, 25):
+            x = left + (right - left) * (calls - 3) / 24
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{calls}</text>')
+        for name, colour in zip(names, COLOURS, strict=False):
+            points = [at(row) for row in sorted(shown, key=lambda row: row["calls"]) if row["name"] == name]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            width = 2.4 if name == "fitted" or "forecast" in name else 1.3
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width:.1f}" fill="{colour}"/>' for x, y in points]
+    x = LEFT
+    for name, colour in zip(names, COLOURS, strict=False):
+        parts.append(f'<circle cx="{x}" cy="{HEIGHT + 4}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 8}" y="{HEIGHT + 8}">{name}</text>')
+        x += 26 + 7 * len(name)
+    width = max(len(panels) * (WIDTH + GAP), x)
+    parts.append(f'<text x="{width - GAP}" y="{HEIGHT + 8}" text-anchor="end">network calls</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT + 16}" font-family="sans-serif" '
+        f'font-size="11"><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
+
+
+if __name__ == "__main__":
+    main()
