@@ -160,8 +160,9 @@ def _plans(bundle: Bundle, truth: Configuration, left_out: dict[str, str]) -> li
     model = bundle.manifest.model
     own, base = (model["default_sampler"], model["default_steps"]), forecast_of(sampler)[0]
     tried = [own, *((base, count) for count in (steps // 2, 20, 10))]
-    tried += [(f"{base}{CALLS}{count}", steps) for count in FORECAST_CALLS]
     tried += [(name, count) for name, counts in FEWER_STEPS.items() if name != base for count in counts]
+    tried = [plan for plan in tried if 0 < plan[1] < steps]
+    tried += [(f"{base}{CALLS}{count}", steps) for count in FORECAST_CALLS if count < most]
     found = []
     for plan in dict.fromkeys(tried):
         name = plan_name(*plan)

@@ -12,9 +12,9 @@
    what it leaves out may be a combination whose parts mend one another, which the search does not find.
 4. *The held-out half.* What has kept the budget, the cheapest first, is judged on pictures of prompts, and of seeds,
    that nothing was chosen or calibrated by, its memory is measured in a process of its own, and it is timed in turn
-   with the untouched bundle. Only what keeps every budget there, by the value itself, may be chosen: an interval is
-   shown, and not asked for. The first :data:`FINALISTS` that do are compared by that timing, and the cheapest is the result;
-   where there is none, the untouched bundle is.
+   with the untouched bundle. Only what keeps every budget there may be chosen, and it is the value itself that has to:
+   an interval is shown, and not asked for. The first :data:`FINALISTS` that do are compared by that timing, and the
+   cheapest is the result; where there is none, the untouched bundle is.
 
 The Pareto front is of all that was judged on the held-out half, which besides those is the front of the tuning half: a
 point is on it if no other is at least as cheap and as good in every figure that a budget asks for, and better in one.
@@ -81,6 +81,10 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+Tried = tuple[Choice, Point]
+"""A choice, and the base with it alone."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,9 @@ class Search:
                     best = point
         return best
 
-    def _alone(self, base: Point) -> dict[Choice, Point]:
+    def _alone(self, base: Point) -> list[Tried]:
         choices = [choice for choice in self._space.choices if not choice.exact]
-        found = {}
+        found = []
         for number, choice in enumerate(choices):
             self._progress(f"alone: {choice.name}", number, len(choices))
             if choice.fitted:
@@ -202,15 +206,11 @@ class Search:
                     continue
                 choice = replace(choice, fields={"sampler": sampler, "steps": steps}, fitted=0)
             names = (*base.choices, choice.name)
-            found[choice] = self._try(choice.applied(base.configuration), names, base)
+            found.append((choice, self._try(choice.applied(base.configuration), names, base)))
         return found
 
-    def _combined(self, base: Point, alone: Mapping[Choice, Point]) -> None:
-        useful = {
-            choice: point
-            for choice, point in alone.items()
-            if not point.failed and not point.why and self._saves(point, base)
-        }
+    def _combined(self, base: Point, alone: Sequence[Tried]) -> None:
+        useful = [each for each in alone if not each[1].failed and not each[1].why and self._saves(each[1], base)]
         for tried, (foretold, choices) in enumerate(self._foretold(base, useful)):
             if tried == MOST_COMBINATIONS or foretold >= self._best(base):
                 return
@@ -307,26 +307,25 @@ class Search:
         kept = [point for point in self._points.values() if not point.failed and not point.why]
         return min(self._budget.cost(point)[0] for point in (base, *kept))
 
-    def _foretold(self, base: Point, useful: Mapping[Choice, Point]) -> Iterator[tuple[float, tuple[Choice, ...]]]:
+    def _foretold(self, base: Point, useful: Sequence[Tried]) -> Iterator[tuple[float, tuple[Choice, ...]]]:
         """Combinations of two and more that are foretold to keep the budget, with their foretold cost, cheapest first.
 
-        Gives them as long as they are asked for; what has been measured meanwhile is not foretold anew.
+        They are foretold by what is alone, and not anew by what was measured of other combinations meanwhile.
         """
-        axes: dict[str, list[Choice | None]] = {}
-        for choice in useful:
-            axes.setdefault(choice.axis, [None]).append(choice)
+        axes: dict[str, list[Tried | None]] = {}
+        for tried in useful:
+            axes.setdefault(tried[0].axis, [None]).append(tried)
         start = self._budget.cost(base)[0]
         found = []
         for picked in itertools.product(*axes.values()):
-            choices = tuple(choice for choice in picked if choice is not None)
-            if len(choices) < 2:
+            tried_ones = [each for each in picked if each is not None]
+            if len(tried_ones) < 2:
                 continue
-            points = [useful[choice] for choice in choices]
-            figures = foretold_figures(base.tuning, [point.tuning for point in points])
+            figures = foretold_figures(base.tuning, [point.tuning for _, point in tried_ones])
             if self._budget.broken(figures, ""):
                 continue
-            cost = start * math.prod(self._budget.cost(point)[0] / start for point in points)
-            found.append((cost, choices))
+            cost = start * math.prod(self._budget.cost(point)[0] / start for _, point in tried_ones)
+            found.append((cost, tuple(choice for choice, _ in tried_ones)))
         yield from sorted(found, key=lambda each: each[0])
 
 

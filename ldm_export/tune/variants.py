@@ -7,6 +7,7 @@ what would be made. The bundle that is tuned is never changed: what is untouched
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -112,7 +113,15 @@ class Variants:
             raise InputError(f"{steps[-1].name} is compared with PyTorch, and no checkpoint was given. Name one.")
         before = self._changed(steps[:-1])
         calls = self._calls(before)
-        changed, _ = change_graphs(before, folder, steps[-1], calls, self._conditions, self._checkpoint, self._progress)
+        changed, reports = change_graphs(
+            before, folder, steps[-1], calls, self._conditions, self._checkpoint, self._progress
+        )
+        if all(report.get("quantized") == 0 for report in reports.values()):
+            shutil.rmtree(folder)
+            raise InputError(
+                f"{steps[-1].name} left {' and '.join(reports)} as they were: no operator of theirs is large enough, "
+                "accurate enough and faster with integers."
+            )
         return changed
 
     def _with_target(self, plain: Bundle) -> Bundle:
