@@ -31,7 +31,7 @@ from ldm_export.tune.page import tune_page
 from ldm_export.tune.result import write_result
 from ldm_export.tune.session import Document, TuneOptions, Tuning
 from ldm_export.verify.fidelity import KINDS
-from ldm_export.verify.gates import Gate, gate_from_text
+from ldm_export.verify.gates import gate_from_text
 
 
 @click.command()
@@ -91,7 +91,7 @@ def command(
     """
     gates = [gate_from_text(text, KINDS, "--budget") for text in asked]
     if max_memory is not None:
-        gates.append(Gate("memory_mb", max_memory))
+        gates.append(gate_from_text(f"memory_mb={max_memory}", KINDS, "--max-memory"))
     check_output_folder(output, force)
     work = work or output.with_name(f"{output.name}.work")
     for file in (work / "any", *(() if page is None else (page,))):

@@ -93,6 +93,8 @@ class TuneOptions:
             raise InputError(f"pictures is {self.pictures}; at least 2 are needed, one of them held out. Use 48.")
         if self.rounds < 1:
             raise InputError(f"rounds is {self.rounds}; at least 1 is needed. Use 5.")
+        if any(calls < 1 for calls in self.fitted):
+            raise InputError(f"calls is {min(self.fitted)} of a plan to fit; at least 1 is needed. Use 8.")
         if self.held_out is not None and self.data is None:
             raise InputError("held_out pictures were given without data. Give both, or neither.")
 
