@@ -115,7 +115,8 @@ def command(
         points = [{key: value for key, value in point.items() if key != "png"} for point in document["points"]]
         click.echo(json.dumps({**document, "points": points}))
     if found.chosen.why:
-        status.print(f"error: not even the untouched bundle keeps it: {'; '.join(found.chosen.why)}.", style="red")
+        short = "; ".join(found.chosen.why)
+        status.print(f"error: not even the untouched bundle keeps it: {short}.", style="red", soft_wrap=True)
         ctx.exit(1)
 
 

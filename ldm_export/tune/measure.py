@@ -20,7 +20,7 @@ from ldm_export.bench.machine import machine, versions
 from ldm_export.bench.process import processes_in_turn
 from ldm_export.bench.variants import Variant
 from ldm_export.bundle.atomic import write_whole
-from ldm_export.errors import CancelledError, InputError, LdmExportError
+from ldm_export.errors import CancelledError, InputError, LdmExportError, NumericalError, ParityError
 from ldm_export.reading.documents import MalformedError, read_json
 from ldm_export.recipe.stages import hash_of
 from ldm_export.tune.candidates import Configuration
@@ -53,7 +53,8 @@ class Pictures:
 class Records:
     """Records by their keys, in one file that is written whole after each.
 
-    A record with ``failed`` says in a sentence why there is no other.
+    A record with ``failed`` says in a sentence why there is no other. It is written down where the model is why, and
+    tried again by the next run where it may be the machine, such as its disk.
     """
 
     def __init__(self, path: Path):
@@ -64,16 +65,22 @@ class Records:
             found = {}
         fits = isinstance(found, dict) and found.get("format") == FORMAT and isinstance(found.get("records"), dict)
         self._records: dict[str, Record] = found["records"] if fits else {}
+        self._passing: dict[str, Record] = {}
 
     def __call__(self, key: str, make: Callable[[], Record]) -> Record:
         """The record of a key, made if it is not there; what this project refuses is kept as ``failed``."""
+        if key in self._passing:
+            return self._passing[key]
         if key not in self._records:
             try:
                 self._records[key] = make()
             except CancelledError:
                 raise
-            except LdmExportError as error:
+            except (ParityError, NumericalError) as error:
                 self._records[key] = {"failed": str(error)}
+            except LdmExportError as error:
+                self._passing[key] = {"failed": str(error)}
+                return self._passing[key]
             document = {"format": FORMAT, "records": self._records}
             try:
                 write_whole(self._path, json.dumps(document, ensure_ascii=False).encode())

@@ -167,7 +167,8 @@ class TunePage:
             return ""
         conditions = self.document["pictures"]["held_out"]
         cards = []
-        for point in [*self.front, *(() if self.chosen["on_front"] else (self.chosen,))]:
+        shown = [*self.front, *(each for each in (self.chosen, self.points[0]) if not each["on_front"])]
+        for point in {point["name"]: point for point in shown}.values():
             strip = "".join(
                 f'<div><img alt="{escape(str(said))}" src="data:image/png;base64,{escape(png)}">'
                 f'<i title="{escape(str(said))}">{escape(str(said))}</i></div>'

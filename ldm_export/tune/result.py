@@ -54,7 +54,9 @@ def write_result(found: Found, variants: Variants, document: Document, output: P
     """
     point = found.chosen
     chosen = point.configuration
-    made, plan = with_plan(variants.bundle_of(chosen), chosen.sampler, chosen.steps)
+    made = variants.bundle_of(chosen)
+    if not chosen.bundle:  # others are not ours to change
+        made, _ = with_plan(made, chosen.sampler, chosen.steps)
     records = [*(made.manifest.passes or [{"name": UNTOUCHED, "kept": True}]), *variants.records(chosen.passes)]
     held_out = {name: figure["value"] for name, figure in point.held_out.items()}
     budgets = [f"{gate['key']}={gate['limit']:g}" for gate in document["budgets"]]
@@ -65,11 +67,11 @@ def write_result(found: Found, variants: Variants, document: Document, output: P
         build_ort_cpu(bundle)
     conditions = document["pictures"]["tuning"]
     command = generate_command(point, output, conditions)
-    made_for_it = None if chosen.bundle else variants.kept_plan(chosen)
-    files = {beside(output, RECIPE): recipe_text(bundle, command, document, plan_is_file=made_for_it is not None)}
+    plan = None if chosen.bundle else variants.kept_plan(chosen)
+    files = {beside(output, RECIPE): recipe_text(bundle, command, document, plan_is_file=plan is not None)}
     if bundle.roles.text_encoders:
         files[beside(output, PROMPTS)] = "".join(f"{text}\n" for text in dict.fromkeys(conditions))
-    if made_for_it is not None:
+    if plan is not None:
         files[beside(output, PLAN)] = plan.to_json()
     for file, text in files.items():
         try:

@@ -163,7 +163,11 @@ class Search:
 
     def run(self) -> Found:
         untouched = self._point(self._truth, ())
-        untouched.faster, untouched.ms = 1.0, self._measure.latency(self._truth, self._truth)["ms"]
+        made, timed = self._measure.made(self._truth), self._measure.latency(self._truth, self._truth)
+        if failed := made.get("failed") or timed.get("failed"):
+            raise InputError(f"The untouched bundle could not be measured: {failed}")
+        untouched.bytes, untouched.calls = made["bytes"], made["calls"]
+        untouched.faster, untouched.ms = 1.0, timed["ms"]
         if self._halves is not None:
             self._judge(untouched)
         base = self._free(untouched)
@@ -267,9 +271,6 @@ class Search:
 
     def _judge(self, point: Point) -> None:
         assert self._halves is not None
-        if not point.bytes:
-            made = self._measure.made(point.configuration)
-            point.bytes, point.calls = made["bytes"], made["calls"]
         found = self._measure.quality(point.configuration, self._halves[0])
         point.tuning = self._figures(point, found)
         if point.tuning:

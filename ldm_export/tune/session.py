@@ -109,7 +109,8 @@ class Tuning:
     """
 
     def __init__(self, path: Path, checkpoint: LatentDiffusion | None, options: TuneOptions, work: Path):
-        self.bundle, self.options, self._work = Bundle.open(path, verify=True), options, work
+        Bundle.open(path, verify=True)
+        self.bundle, self.options, self._work = Bundle.open(path), options, work
         check_drawable(self.bundle)
         if checkpoint is not None:
             _check_same_weights(self.bundle, checkpoint)
@@ -280,7 +281,8 @@ def _check_same_weights(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
 
 def _other(path: Path, ours: BundleImageGenerator) -> Configuration:
     """Another bundle, as it says it is drawn; raises InputError if it draws other pictures than ours does."""
-    bundle = Bundle.open(path, verify=True)
+    Bundle.open(path, verify=True)
+    bundle = Bundle.open(path)
     check_drawable(bundle)
     theirs = BundleImageGenerator(bundle)
     facts = [(each.condition, each.channels, each.pixels) for each in (theirs, ours)]
