@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.plans import add_fitted, read_plan
-from ldm_export.errors import InputError
+from ldm_export.bundle.plans import add_fitted
 from ldm_export.tune.fit import FitOptions, fit_plan
 from ldm_export.verify.fidelity import FidelityJudge, real_pictures
 from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
@@ -30,8 +29,8 @@ from ldm_export.verify.image_text_alignment import open_pictures
 from ldm_export.verify.quality import choose_prompts, draw_pictures
 
 STEPS = 50
-CALLS = (5, 6, 8, 10, 12, 16)
-TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc", "deis")
+CALLS = (6, 8, 10, 12, 16)
+TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc")
 DEEPCACHE = (2, 3, 5)
 FIGURES = ("psnr_db", "psnr_worst_db", "ssim", "frechet_distance", "frechet_ratio", "retrieval_at_5")
 
@@ -42,9 +41,7 @@ def variants(bundle: Bundle, sampler: str, pictures: FitOptions, work: Path) -> 
     yield f"{sampler}, 20 steps", 20, lambda: (bundle, replace(plain, steps=20), {})
     for calls in CALLS:
         for name in TEXTBOOK:
-            try:
-                read_plan(bundle, name, calls)
-            except InputError:
+            if name == ("ddim" if sampler == "euler" else "euler"):  # the same method, for another kind of noise
                 continue
             yield name, calls, lambda name=name, calls=calls: (bundle, replace(plain, sampler=name, steps=calls), {})
         forecast = replace(plain, sampler=f"{sampler}-calls{calls}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_export.plan import SAMPLERS
+from ldm_export.plan import CALLS, SAMPLERS
 from ldm_export.plan.samplers import FLOW_SAMPLERS
 from ldm_export.plan.scheduler_classes import OF_THE_SAME_KIND, PARALLEL
 
@@ -215,3 +215,38 @@ def far_shifts(count: int, seed: int = 4) -> Iterator[Case]:
         config |= {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": choose.choice((True, 1))}
         config[TOKENS] = choose.choice((1, 16, 60, 256, 4096, 4097, 10**6, 2**40))
         yield config, choose.choice(sorted(FLOW_SAMPLERS.keys() - {"heun"})), choose.choice((1, 2, 3, 7))
+
+
+NO_CALLS = ("", "-5", "+5", "1e1", " 5", "5 ", "0x5", "\u0663", "5-calls3", "12345678", "99999999999999999999")
+"""What no number of calls is."""
+
+
+def forecasts(count: int, seed: int = 5) -> Iterator[Case]:
+    """Random configs of both kinds of networks, of which only some calls are made, and numbers of calls that are none.
+
+    Betas up to 0.3 are left out: from noise of 1e12 and more down to an image, folded rows lose all their digits.
+    """
+    choose = random.Random(seed)
+    cases = itertools.chain(*zip(drawn(count, seed), flows(count, seed), strict=True))
+    for config, sampler, steps in itertools.islice((case for case in cases if case[0].get("beta_end") != 0.3), count):
+        calls: Any = choose.randint(1, steps)
+        if choose.random() < 0.1:
+            calls = choose.choice((0, steps, steps + 1, 2 * steps, 2 * steps + 1, 1_000_000, f"0{calls}", *NO_CALLS))
+        yield config, f"{sampler}{CALLS}{calls}", steps
+
+
+def long_forecasts() -> Iterator[Case]:
+    """Dozens and hundreds of steps, of which a few, some, or all but a few are calls."""
+    for config, sampler, steps in long():
+        if steps < 100 or (steps == 333 and config["timestep_spacing"] == "linspace" and sampler in ("heun", "unipc")):
+            for calls in (1, 2, 5, 16, steps // 2, steps - 1) if steps < 100 else (16, 111):
+                yield config, f"{sampler}{CALLS}{calls}", steps
+    yield {**STABLE_DIFFUSION, "num_train_timesteps": 3000, "steps_offset": 0}, f"ddim{CALLS}6", 2600  # too far apart
+
+
+def wrong_forecasts(count: int, seed: int = 6) -> Iterator[Case]:
+    """Configs of which some values are not meant, of which only some calls are made."""
+    choose = random.Random(seed)
+    cases = [*wrong(count, seed), *wrong_flows(count, seed), *far_shifts(count, seed)]
+    for config, sampler, steps in choose.sample(cases, count):
+        yield config, f"{sampler}{CALLS}{choose.randint(1, max(steps, 1))}", steps

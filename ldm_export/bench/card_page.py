@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from ldm_export.bench.blocks import checks_list, figure, interval, ratio, table
+from ldm_export.bench.blocks import checks_list, figure, ratio, table
 from ldm_export.bench.card import value_of
 from ldm_export.bench.charts import Point, scatter
 from ldm_export.bench.formatting import megabytes, milliseconds, times
@@ -17,11 +17,11 @@ IDENTICAL_DB = 100.0
 """What equal pictures have."""
 FIGURES = {
     "psnr_db": ("PSNR", "median, dB", 1),
-    "psnr_worst_db": ("worst PSNR", "dB", 1),
+    "psnr_worst_db": ("worst", "dB", 1),
     "ssim": ("SSIM", "median", 4),
-    "perceptual_distance": ("perceptual", "median, 0 is equal", 4),
-    "frechet_distance": ("Fréchet", "to the reference", 1),
-    "frechet_ratio": ("Fréchet", "times the truth's", 3),
+    "perceptual_distance": ("perceptual", "median", 4),
+    "frechet_distance": ("Fréchet", "distance", 1),
+    "frechet_ratio": ("Fréchet", "ratio to truth", 3),
     "retrieval_at_5": ("R@5", "share", 3),
     "alignment": ("alignment", "cosine", 3),
 }
@@ -103,12 +103,11 @@ class CardPage:
     # --- quality ----------------------------------------------------------------------------------------------------
 
     def _quality(self) -> str:
-        heads = [("", ""), *(FIGURES[name][:2] for name in self.names), ("passes", "")]
+        heads = [("", ""), *(FIGURES[name][:2] for name in self.names)]
         rows = [
             [
-                self._name(row),
+                self._name(row) + (f"<br><small>{escape(self._passes(row))}</small>" if row in self.rows else ""),
                 *(self._cell(row, name) for name in self.names),
-                escape(self._passes(row)) if row in self.rows else "",
             ]
             for row in (*self.truths, *self.rows)
         ]
@@ -119,7 +118,7 @@ class CardPage:
             "of each picture to the truth's; perceptual and Fréchet distances are in "
             f"{escape(self.document['features'])}, so comparable with no published LPIPS or FID. "
             "A rerun gives the same figures to the last digit.</p>"
-            f"<div class='card'>{table(heads, rows, text=(0, len(heads) - 1))}</div>{listed}"
+            f"<div class='card'>{table(heads, rows)}</div>{listed}"
         )
 
     def _cell(self, row: Values, name: str) -> str:
@@ -128,7 +127,8 @@ class CardPage:
             return ""
         digits = FIGURES[name][2]
         plain = found["low"] == found["value"] == found["high"]
-        return f"{found['value']:.{digits}f}" if plain else interval(found, digits)
+        value, low, high = (f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
+        return value if plain else f"{value}<br><small>{low}–{high}</small>"
 
     def _charts(self) -> str:
         if len(self.rows) < 2:
@@ -199,8 +199,7 @@ class CardPage:
             total = latency["stages"]["total"]
             rows.append(
                 [
-                    self._name(row),
-                    escape(row["backend"] + ("" if row["threads"] is None else f", {row['threads']} threads")),
+                    f"{self._name(row)}<br><small>{escape(self._ran(row))}</small>",
                     escape(str(latency["calls"])),
                     f"<b>{milliseconds(total['median_ms'])}</b>",
                     milliseconds(total["p90_ms"]),
@@ -211,7 +210,7 @@ class CardPage:
                 ]
             )
         heads = [
-            ("", ""), ("run by", ""), ("calls", ""), ("a picture", "ms"), ("p90", "ms"),
+            ("", ""), ("calls", ""), ("a picture", "ms"), ("p90", "ms"),
             ("against the truth", "times as fast"), ("peak memory", "MB"),
             *([("on the GPU", "MB")] if on_gpu else []), ("cold start", "s"),
         ]  # fmt: skip
@@ -221,12 +220,17 @@ class CardPage:
             f"<h2>How fast, on this machine</h2><p class='soft'>{escape(where)}. All rows are timed in turn, one "
             "picture at a time; the ratio is the median over the rounds, each against the truth of the same round. "
             "Memory is of a process of its own that draws two pictures. These figures are the machine's: a rerun "
-            f"elsewhere gives others.</p><div class='card'>{table(heads, rows, text=(0, 1))}</div>"
+            f"elsewhere gives others.</p><div class='card'>{table(heads, rows)}</div>"
         )
+
+    @staticmethod
+    def _ran(row: Values) -> str:
+        return str(row["backend"]) + ("" if row["threads"] is None else f", threads: {row['threads']}")
 
     def _commands(self) -> str:
         listed = "".join(
-            f"<h3>{self._name(row)}</h3><pre tabindex='0'>{escape(row['command'])}</pre>" for row in self.rows
+            f"<h3 style='margin-top:1rem'>{self._name(row)}</h3><pre tabindex='0'>{escape(row['command'])}</pre>"
+            for row in self.rows
         )
         return (
             "<h2>Run it again</h2><p class='soft'>All of this card:</p>"

@@ -64,7 +64,7 @@ th{font-weight:560;color:var(--soft);font-size:.82rem;vertical-align:bottom}
 th small{display:block;font-weight:400}
 tr:last-child td{border-bottom:0}
 .n{text-align:right}
-td.n small{color:var(--soft);font-size:.86em}
+td small{color:var(--soft);font-size:.86em}
 .chip{display:inline-block;padding:.05rem .5rem;border-radius:99px;font-size:.8rem;font-weight:560;
 background:var(--fill);color:var(--soft)}
 .chip.good{background:var(--good-bg);color:var(--good)}.chip.bad{background:var(--bad-bg);color:var(--bad)}

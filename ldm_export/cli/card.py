@@ -35,12 +35,10 @@ COLUMNS = {
     "psnr_worst": ("worst\ndB", 1),
     "ssim": ("SSIM", 4),
     "perceptual": ("percep-\ntual", 4),
-    "frechet": ("Fréchet", 1),
-    "frechet_ratio": ("times\ntruth's", 3),
+    "frechet_ratio": ("Fréchet\nratio", 3),
     "retrieval": ("R@5", 3),
-    "alignment": ("align-\nment", 3),
 }
-"""Key of a limit -> head of its column and digits after the point."""
+"""Key of a limit -> head of its column, of as many as fit 80 characters, and digits after the point."""
 
 
 @click.command()
@@ -136,18 +134,16 @@ def _print(document: Document) -> None:
     values = {key: [value_of(document, row, key) for row in rows] for key in COLUMNS}
     shown = [key for key, column in values.items() if any(value is not None for value in column)]
     table.add_column("", min_width=12)
-    for head in (*(COLUMNS[key][0] for key in shown), "ms", "faster", "RSS\nMB"):
+    for head in (*(COLUMNS[key][0] for key in shown), "ms", "faster"):
         table.add_column(head, justify="right", no_wrap=True)
     for k, row in enumerate(rows):
         latency = document["performance"]["latency"][row["name"]]
         found = [(values[key][k], COLUMNS[key][1]) for key in shown]
-        memory = value_of(document, row, "memory_mb")
         table.add_row(
             row["name"],
             *("" if value is None else f"{value:.{digits}f}" for value, digits in found),
             milliseconds(latency["stages"]["total"]["median_ms"]),
             times(latency["faster"]),
-            "" if memory is None else f"{memory:.0f}",
         )
     console.print(table)
     for name, why in document["left_out"].items():

@@ -97,6 +97,8 @@ def command(
         for name, score in fit.report["psnr_db"].items():
             table.add_row(name, f"{score['median']:.1f}", f"{score['worst']:.1f}")
         console.print(table)
+        if fit.pays:
+            console.print(f"added; use it with --sampler {fit.plan.sampler} --steps {calls}")
     if not fit.pays:
         status.print(
             f"error: {fit.best_textbook} is as good as the fitted plan, which was not added. Use more --pictures, "
@@ -105,4 +107,3 @@ def command(
             soft_wrap=True,
         )
         ctx.exit(1)
-    console.print(f"use it: --sampler {fit.plan.sampler} --steps {calls}")

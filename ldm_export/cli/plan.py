@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.plans import add_plan
+from ldm_export.bundle.plans import add_plan, plan_in
 from ldm_export.cli.options import bundle_argument, console, json_option, parity_line, print_json, stages, was_given
 from ldm_export.errors import InputError
-from ldm_export.plan import SAMPLERS, Forecast
+from ldm_export.plan import SAMPLERS, Forecast, forecast_of
 
 
 def _forecast(calls: int | None, at: str | None, order: int) -> Forecast | None:
@@ -59,7 +59,12 @@ def command(
     With --loop, loops/SAMPLER-STEPS.onnx goes from token ids and noise to pictures by this plan, in any language that
     has ONNX Runtime. It is compared with the runtime before it is added; exit code 1 if it differs.
     """
-    opened, plan = add_plan(Bundle.open(bundle), sampler, steps, eta=eta, forecast=_forecast(calls, at, order))
+    opened, forecast = Bundle.open(bundle), _forecast(calls, at, order)
+    path = f"plans/{sampler}-{steps}.json"
+    if path in opened.manifest.files and forecast_of(sampler)[0] not in SAMPLERS and not (eta or forecast):
+        plan = plan_in(opened, path)  # that nothing compiles, such as a fitted one
+    else:
+        opened, plan = add_plan(opened, sampler, steps, eta=eta, forecast=forecast)
     document = {"plan": f"plans/{plan.file_name}", "rows": len(plan.rows)}
     if plan.tokens:
         document["size"] = f"{opened.manifest.model['height']}x{opened.manifest.model['width']}"

@@ -15,7 +15,7 @@ numpy and the standard library only.
 
 from ldm_export.plan.compiler import compile_plan
 from ldm_export.plan.flow import picture_tokens, shifts_dynamically
-from ldm_export.plan.forecast import CALLS, Forecast
+from ldm_export.plan.forecast import CALLS, Forecast, forecast_of
 from ldm_export.plan.samplers import SAMPLERS
 from ldm_export.plan.scheduler_classes import sampler_of
 from ldm_export.plan.table import FORMAT_VERSION, MAX_HISTORY, Entry, Plan, Row, Stepper, Trajectory
@@ -32,6 +32,7 @@ __all__ = [
     "Stepper",
     "Trajectory",
     "compile_plan",
+    "forecast_of",
     "picture_tokens",
     "sampler_of",
     "shifts_dynamically",

@@ -34,6 +34,8 @@ OUTPUT: Form = (0.0, 1.0)
 CALLS = "-calls"
 """What stands between a sampler and a number of calls in the name of a forecast plan's sampler."""
 MOST_ORDER = 3
+MOST_LEAD = 3
+"""Calls that are made without a gap at the start, however many there are: outputs change most there."""
 LARGEST_CONDITION = 1e3
 """Largest condition number of a forecast: it costs float32 three of its seven digits."""
 
@@ -79,21 +81,22 @@ class Forecast:
 def forecast_of(name: str) -> tuple[str, Forecast | None]:
     """The sampler and the forecast that a name stands for: ``ddim-calls16`` is ``ddim`` with 16 calls."""
     sampler, mark, calls = name.rpartition(CALLS)
-    if not (sampler and mark and calls.isascii() and calls.isdigit() and len(calls) < 6):
+    if not (sampler and mark and calls.isascii() and calls.isdigit() and len(calls) < 8):
         return name, None
     return sampler, Forecast(int(calls))
 
 
 def spaced_calls(rows: int, calls: int) -> tuple[int, ...]:
-    """Numbers of ``calls`` rows out of ``rows``: the first third of them, at most 3, the last, and evenly between."""
-    first = max(1, min(3, calls // 3))
+    """Numbers of ``calls`` rows out of ``rows``: the first third, at most `MOST_LEAD`, the last, and evenly between."""
+    first = max(1, min(MOST_LEAD, calls // 3))
     return (*range(first - 1), *(round(at) for at in np.linspace(first - 1, rows - 1, calls - first + 1).tolist()))
 
 
 def forecast_plan(plan: Plan, forecast: Forecast, denoised: Sequence[Form]) -> Plan:
     """The plan with only some of its network calls, of the same steps.
 
-    An entry from an image makes its first calls without a gap, as many as the whole does, and then the same calls.
+    An entry from an image makes its first calls without a gap, as many as the whole does and at most `MOST_LEAD`, and
+    then the same calls.
 
     Parameters
     ----------
@@ -107,7 +110,7 @@ def forecast_plan(plan: Plan, forecast: Forecast, denoised: Sequence[Form]) -> P
     rows, made = plan.rows, forecast.numbers(len(plan.rows))
     if len(made) == len(rows):
         return plan
-    lead = next((k for k, at in enumerate(made) if k != at), len(made))
+    lead = next((k for k, at in enumerate(made[:MOST_LEAD]) if k != at), min(len(made), MOST_LEAD))
     folded = fold(rows, denoised, frozenset(made), forecast.order)
 
     def entry(step: int) -> Entry:

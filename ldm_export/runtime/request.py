@@ -215,8 +215,8 @@ def checked_request(
         )
     size = int(height), int(width)
     plan = read_plan(bundle, sampler, steps, size)
-    if whole:
-        check_loop_size(bundle, sampler, steps, size)
+    if whole:  # by the plan's own name: one of all calls is that of its sampler
+        check_loop_size(bundle, plan.sampler, steps, size)
     request = Request(
         prompts=texts,
         negative_prompts=negatives_for(negatives, batch) if reads_text else (),
@@ -230,7 +230,7 @@ def checked_request(
         if sample is None
         else plan.for_strength(0.6 if strength is None else strength, rounds_up=model.get("strength_rounds_up", False)),
         deepcache=deepcache,
-        loop=f"{sampler}-{steps}" if whole else None,
+        loop=f"{plan.sampler}-{steps}" if whole else None,
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request

@@ -34,6 +34,7 @@ from ldm_export.runtime.graph import Array
 from ldm_export.tune.timesteps import Matrix, choose_calls, inner_products, least_squares, regressors
 from ldm_export.tune.trajectories import (
     Batch,
+    Kept,
     Pictures,
     Progress,
     Trajectories,
@@ -47,7 +48,7 @@ FITTED = "fitted"
 TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc", "deis")
 """Samplers that a fit is compared with at as many calls, as far as the model's scheduler config has them."""
 CALIBRATION_SEED, HELD_OUT_SEED = 1_000_000, 2_000_000
-GAIN_PICTURES = 32
+GAIN_PICTURES = 16
 GAIN_AT = (0.08, 0.2, 0.34, 0.5, 0.68, 0.86)
 """Shares of the steps after which gains are measured."""
 CHANGE = 1e-2
@@ -63,7 +64,7 @@ class FitOptions:
     Attributes
     ----------
     calls : network calls of the fitted plan
-    conditions : prompts or classes, of which a third is held out; none for unconditional models
+    conditions : prompts, of which a third is held out; or classes; none for unconditional models
     sampler, teacher_steps : the plan that is followed; the bundle's own sampler by default
     guidance : the scale; the bundle's own by default
     pictures, held_out : how many are fitted to, and how many are judged
@@ -90,7 +91,7 @@ class FitOptions:
         """Pictures to fit to and to judge by: other prompts where there are enough, and always other seeds."""
         order = np.random.default_rng(0).permutation(len(self.conditions)).tolist()
         apart = len(order) // 3
-        sets = (order[apart:], order[:apart]) if apart >= min(self.held_out, 8) else (order, order)
+        sets = (order[apart:], order[:apart]) if apart and isinstance(self.conditions[0], str) else (order, order)
         counts, seeds = (self.pictures, self.held_out), (CALIBRATION_SEED, HELD_OUT_SEED)
         ours, theirs = (
             Pictures(
@@ -147,13 +148,13 @@ def fit_plan(bundle: Bundle, options: FitOptions, work: Path, progress: Progress
     guidance = bundle.roles.guidance.scale if options.guidance is None else options.guidance
     guided = bundle.roles.guidance.takes_two_rows(guidance)
     ours, theirs = replace(options, guidance=options.guidance).drawn()
-    key = key_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs))
+    kept = Kept(work, key_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs)))
     batches = open_batches(pipeline, ours)
     trajectory = teacher.from_noise()
-    found = sample_trajectories(batches, trajectory, "calibration", key, work, progress)
+    found = sample_trajectories(batches, trajectory, "calibration", kept, progress)
     judged = open_batches(pipeline, theirs)
-    truth = sample_trajectories(judged, trajectory, "held-out", key, work, progress)
-    gains = measured_gains(batches, teacher, found, progress)
+    truth = sample_trajectories(judged, trajectory, "held-out", kept, progress)
+    gains = kept.made("gains", lambda: {"gains": measured_gains(batches, teacher, found, progress)})["gains"]
     products = inner_products(found)
     calls = choose_calls(products, gains, options.calls)
     rows = fitted_rows(batches, teacher, found, calls, progress)
@@ -264,7 +265,7 @@ def _row(call: Row, coefficients: Array) -> Row:
 
 
 def _entry(teacher: Plan, products: Matrix, calls: Sequence[int], rows: Sequence[Row], number: int) -> Entry:
-    """From an image into call ``number``: rows of what is remembered by then, fitted to the teacher's trajectories, and
+    """Entry from an image into call ``number``: rows of what is remembered by then, fitted to the trajectories, and
     then the plan's own."""
     steps, own = len(teacher.rows), teacher.entries[calls[number]]
     warmup: list[Row] = []

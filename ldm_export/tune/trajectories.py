@@ -10,7 +10,9 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -102,60 +104,66 @@ class Trajectories:
 
 
 def sample_trajectories(
-    batches: Sequence[Batch], trajectory: Trajectory, name: str, key: str, work: Path, progress: Progress
+    batches: Sequence[Batch], trajectory: Trajectory, name: str, kept: Kept, progress: Progress
 ) -> Trajectories:
-    """Sample all pictures, each batch once: what ``work`` has of the same ``key`` is taken from there.
+    """Sample all pictures, each batch once: what is kept under the same name is taken from there.
 
     Raises
     ------
     InputError
-        If ``work`` cannot be written, or a file there is damaged.
+        If a file of theirs is damaged or cannot be written.
     """
-    parts: list[Trajectories] = []
     calls = len(trajectory.rows)
-    for number, batch in enumerate(batches):
-        file = work / f"{name}-{key[:12]}-{number:04d}.npz"
-        found = _read(file)
-        if found is None:
-            latents: list[Array] = []
-            outputs: list[Array] = []
 
-            def watch(
-                before: Array, output: Array, latents: list[Array] = latents, outputs: list[Array] = outputs
-            ) -> None:
-                progress(f"{name} trajectories", number * calls + len(latents), len(batches) * calls)  # noqa: B023
-                latents.append(before.copy())
-                outputs.append(output)
+    def sampled(batch: Batch) -> dict[str, Array]:
+        latents: list[Array] = []
+        outputs: list[Array] = []
 
-            end = batch.run(trajectory, batch.noise * np.float32(trajectory.noise_scale), watch)
-            found = Trajectories(np.stack([*latents, end]), np.stack(outputs))
-            _write(file, found)
-        parts.append(found)
-    return Trajectories(
-        *(np.concatenate([getattr(part, what) for part in parts], 1) for what in ("latents", "outputs"))
-    )
+        def watch(before: Array, output: Array) -> None:
+            done = batch.part.start // (batch.part.stop - batch.part.start) * calls + len(latents)
+            progress(f"{name} trajectories", min(done, len(batches) * calls - 1), len(batches) * calls)
+            latents.append(before.copy())
+            outputs.append(output)
+
+        end = batch.run(trajectory, batch.noise * np.float32(trajectory.noise_scale), watch)
+        return {"latents": np.stack([*latents, end]), "outputs": np.stack(outputs)}
+
+    parts = [kept.made(f"{name}-{batch.part.start:04d}", partial(sampled, batch)) for batch in batches]
+    return Trajectories(*(np.concatenate([part[what] for part in parts], 1) for what in ("latents", "outputs")))
 
 
-def _read(file: Path) -> Trajectories | None:
-    if not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as kept:
-            return Trajectories(kept["latents"], kept["outputs"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{file} is damaged ({error}). Delete it, and it is made anew.") from error
+@dataclass(frozen=True)
+class Kept:
+    """Arrays that are made once, in files of a folder; ``key`` says what they are made of."""
 
+    folder: Path
+    key: str
 
-def _write(file: Path, made: Trajectories) -> None:
-    content = io.BytesIO()
-    np.savez(content, latents=made.latents, outputs=made.outputs)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, content.getvalue())
-    except OSError as error:
-        raise InputError(
-            f"{file} cannot be written ({error.strerror}). Free some space, or choose another --work folder."
-        ) from error
+    def made(self, name: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        """The arrays of this name, from their file or made now.
+
+        Raises
+        ------
+        InputError
+            If the file is damaged or cannot be written.
+        """
+        file = self.folder / f"{name}-{self.key[:12]}.npz"
+        if file.is_file():
+            try:
+                with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
+                    return dict(found)
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                raise InputError(f"{file} is damaged ({error}). Delete it, and it is made anew.") from error
+        arrays, content = make(), io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, content.getvalue())
+        except OSError as error:
+            raise InputError(
+                f"{file} cannot be written ({error.strerror}). Free some space, or choose another --work folder."
+            ) from error
+        return arrays
 
 
 def key_of(*parts: object) -> str:

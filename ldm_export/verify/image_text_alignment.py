@@ -77,6 +77,14 @@ def _bytes(pictures: torch.Tensor) -> Array:
     return np.asarray(((pictures + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
+def _pixels(images: Array) -> torch.Tensor:
+    """Pictures uint8 (B, H, W, C) -> (B, C, H, W) in [-1, 1].
+
+    They lie in memory in one order, whatever the array's: a convolution rounds otherwise in another.
+    """
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+
+
 def features_of(images: Array, progress: Callable[[int, int], None] = lambda done, of: None) -> Array:
     """EfficientNet-Lite0 features of pictures uint8 (N, H, W, C): (N, 1280), float64. Those of the last few sets are
     remembered: models that are compared are judged by the same real pictures.
@@ -91,9 +99,8 @@ def features_of(images: Array, progress: Callable[[int, int], None] = lambda don
         return np.array(_remembered[key])
     parts = []
     for start in range(0, len(images), CHUNK):
-        pixels = torch.from_numpy(images[start : start + CHUNK]).permute(0, 3, 1, 2)
         try:
-            parts.append(picture_features(pixels.float() / 127.5 - 1.0, AT_ONCE).double().numpy())
+            parts.append(picture_features(_pixels(images[start : start + CHUNK]), AT_ONCE).double().numpy())
         except ConfigError as error:
             raise InputError(f"{error}.") from error
         progress(min(start + CHUNK, len(images)), len(images))
@@ -130,10 +137,7 @@ def perceptual_distances(ours: Array, theirs: Array) -> Array:
         If the package with the weights is not installed.
     """
     network = open_feature_network()
-    pairs = (
-        [torch.from_numpy(image[None]).permute(0, 3, 1, 2).float() / 127.5 - 1.0 for image in pair]
-        for pair in zip(ours, theirs, strict=True)
-    )
+    pairs = ([_pixels(image[None]) for image in pair] for pair in zip(ours, theirs, strict=True))
     return np.array([float(perceptual_distance(network, *pair)) for pair in pairs])
 
 

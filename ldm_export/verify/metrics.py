@@ -86,7 +86,7 @@ def ssim(ours: Array, theirs: Array) -> Array:
 
 
 def _luma(images: Array) -> Array:
-    values = images.astype(np.float64)
+    values = images.astype(np.float64, order="C")  # sums round by the order in memory
     return values[..., 0] if images.shape[-1] == 1 else values @ np.array(LUMA)
 
 

@@ -40,11 +40,13 @@ void print(const std::vector<Row> &rows) {
 }
 
 void print(const Plan &plan) {
+    std::vector<Entry> entries;  // of which some may be refused
+    for (std::size_t step = 0; step < plan.num_inference_steps; ++step) entries.push_back(plan.entry(step));
     std::printf("{\"sampler\":\"%s\",\"steps\":%zu,\"init_scale\":%.17g,\"rows\":", plan.sampler.c_str(),
                 plan.num_inference_steps, plan.init_scale);
     print(plan.rows);
     std::fputs(",\"entries\":", stdout);
-    print(plan.entries, [](const Entry &entry) {
+    print(entries, [](const Entry &entry) {
         std::printf("[%.17g,%.17g,%zu,", entry.image_scale, entry.noise_scale, entry.resume);
         print(entry.warmup);
         std::fputs("]", stdout);

@@ -120,9 +120,9 @@ def open_cpp(binding: ModuleType, ldm: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_bundle` with its target for this machine and two loops, of which one draws noise on its way."""
+    """`tiny_bundle` with its target for this machine and loops: one draws noise on its way, one forecasts."""
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("cpp") / "bundle")
-    for loop in ("ddim-10", "euler-ancestral-10"):
+    for loop in ("ddim-10", "euler-ancestral-10", "ddim-calls4-10"):
         add_loop(Bundle.open(folder), loop)
     build_ort_cpu(Bundle.open(folder))
     return folder

@@ -49,10 +49,12 @@ void run(const Plan &plan) {
     }
 }
 
-// Compile a scheduler config for the sampler and the number of steps that the first two bytes say.
+// Compile a scheduler config for the sampler, with a number of calls or with all, and the number of steps that the first two bytes
+// say.
 void compile(std::string_view text) {
     if (text.size() < 2) return;
-    const std::string &sampler = samplers()[static_cast<unsigned char>(text[0]) % samplers().size()].name;
+    const std::size_t first = static_cast<unsigned char>(text[0]), calls = first / samplers().size();
+    const std::string sampler = samplers()[first % samplers().size()].name + (calls == 0 ? "" : join(CALLS, calls));
     const std::int64_t steps = static_cast<unsigned char>(text[1]);
     text.remove_prefix(2);
     if (!is_utf8(text)) throw MalformedError("not UTF-8 text");

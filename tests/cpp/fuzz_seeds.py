@@ -57,7 +57,7 @@ def write_seeds(bundle: Path, folder: Path) -> None:
     ]
     scheduler = (bundle / "scheduler" / "scheduler_config.json").read_bytes()
     seeds += [(PLAN, compile_plan(json.loads(scheduler), *plan).to_json().encode()) for plan in PLANS]
-    seeds += [(SCHEDULER, bytes([number, 5]) + scheduler) for number in range(len(SAMPLERS))]
+    seeds += [(SCHEDULER, bytes([number, 5]) + scheduler) for number in range(5 * len(SAMPLERS))]  # of 0 to 4 calls
     for number, (config, _, _) in enumerate(itertools.islice(wrong(0), 0, 1500, 37)):
         seeds.append((SCHEDULER, bytes([number % len(SAMPLERS), 9]) + json.dumps(config).encode()))
     seeds += [(ONNX, path.read_bytes()) for path in target.glob("unet.*.onnx")]

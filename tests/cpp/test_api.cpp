@@ -142,6 +142,8 @@ TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
     refused([](auto &o) { o.sampler = "../ddim"; }, "no plan");
     refused([](auto &o) { o.sampler = "\xff"; }, "UTF-8");
     refused([](auto &o) { o.steps = 1001; }, "it must be 1 to 1000, the number of timesteps");
+    refused([](auto &o) { o.calls = 11; }, "calls is 11; the plan makes 10, of which 1 to 10 can be kept");
+    refused([](auto &o) { o.calls = (1 << 20) + 1; }, "calls is 1048577; give a whole number from 1 to 1048576");
     refused([](auto &o) { o.guidance = -1; }, "guidance is -1");
     refused([](auto &o) { o.guidance = 1e308; }, "a number from 0 to 1000000");
     refused([](auto &o) { o.height = o.width = 1 << 19; }, "GB of memory");

@@ -191,6 +191,11 @@ TEST_CASE("A plan is checked whole") {
                                     plan("[1e39]"), plan("[]", "-1"), plan("[]", "0", "2"), plan("[]", "0", "0"), plan("[]", "0", "1e3"),
                                     std::string("{}"), std::string("[]"), std::string("x")})
         CHECK_THROWS_AS(plan_from_json(text), InputError);
+    std::string of_fewer_calls = plan("[]", "1", "2");
+    of_fewer_calls.insert(of_fewer_calls.rfind(']'), R"(, {"image_scale": 1, "noise_scale": 1, "warmup": [], "resume": 0})");
+    CHECK_THROWS_AS(plan_from_json(of_fewer_calls), InputError);  // its first entry runs nothing
+    of_fewer_calls.replace(of_fewer_calls.find(R"("resume": 1)"), 11, R"("resume": 0)");
+    CHECK(plan_from_json(of_fewer_calls).starting_at(1).rows.size() == 1);
     CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(0), InputError);
     CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(std::nan("")), InputError);
     CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(1.5), InputError);

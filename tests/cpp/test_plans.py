@@ -16,7 +16,20 @@ import pytest
 from ldm_export.errors import InputError
 from ldm_export.plan import Plan, compile_plan
 from ldm_export.plan.table import Row
-from tests.plan_cases import TOKENS, Case, drawn, far_shifts, flows, grid, long, wrong, wrong_flows
+from tests.plan_cases import (
+    TOKENS,
+    Case,
+    drawn,
+    far_shifts,
+    flows,
+    forecasts,
+    grid,
+    long,
+    long_forecasts,
+    wrong,
+    wrong_flows,
+    wrong_forecasts,
+)
 
 TOLERANCE = 1e-12
 """Largest difference of a number from Python's, as a share of the largest of its column in the plan, or of 1."""
@@ -84,6 +97,9 @@ KINDS = {
     "what is not meant of flow matching": lambda: wrong_flows(1500),
     "shifts beyond what there is": lambda: far_shifts(1500),
     "what is not meant": lambda: wrong(1500),
+    "forecasts": lambda: forecasts(1500),
+    "forecasts of many steps": long_forecasts,
+    "forecasts of what is not meant": lambda: wrong_forecasts(1500),
 }
 
 

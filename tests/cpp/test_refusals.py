@@ -12,9 +12,11 @@ from typing import Any
 
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.bundle.plans import SCHEDULER
+from ldm_export.cli.main import main
 from ldm_export.errors import BundleError, InputError
 from ldm_export.runtime import Pipeline
 from tests.bundle.test_bundle import DEEP_LIES, LIES, make
@@ -98,7 +100,11 @@ def test_another_model_is_refused(
     assert caught.value.status == STATUS_INPUT
 
 
-ASKED = [("magic", 10), ("it's", 10), ("x" * 70, 10), ("ddim", 1001), ("ddim", 1 << 20), ("unipc", 1000), ("lcm", 51)]
+ASKED = [
+    *(("magic", 10), ("it's", 10), ("x" * 70, 10), ("ddim", 1001), ("ddim", 1 << 20), ("unipc", 1000), ("lcm", 51)),
+    *(("ddim-calls", 10), ("ddim-calls0", 10), ("ddim-calls11", 10), ("heun-calls20", 10), ("plms-calls15", 20)),
+    ("ddim-calls1234567", 10),
+]
 CONFIGS: dict[str, Any] = {
     "its own": {},
     "no class": {"_class_name": "FlowMatchLCMScheduler"},
@@ -133,6 +139,33 @@ def test_what_cannot_be_compiled_is_refused_in_the_same_words(
         assert caught.value.status == (STATUS_INPUT if expected.type is InputError else STATUS_BUNDLE)
         assert str(caught.value) == str(expected.value)
         assert "plan" in str(caught.value) or "JSON object" in str(caught.value)
+
+
+@pytest.mark.parametrize("calls", [21, 1 << 20, (1 << 20) + 1])
+@pytest.mark.parametrize("whole", [False, True])
+def test_calls_that_there_are_not_are_refused_in_the_same_words(
+    open_cpp: Callable[..., Any], binding: ModuleType, bundle: Path, calls: int, whole: bool
+) -> None:
+    with pytest.raises(InputError) as expected:
+        Pipeline.open(bundle, backend="cpu").generate(PROMPT, steps=20, calls=calls, whole=whole)
+    with pytest.raises(binding.LdmError) as caught:
+        open_cpp(bundle).draw([PROMPT], steps=20, calls=calls, whole=whole)
+    assert caught.value.status == STATUS_INPUT
+    assert str(caught.value) == str(expected.value)
+
+
+def test_a_loop_of_other_calls_is_told(
+    open_cpp: Callable[..., Any], binding: ModuleType, bundle: Path, tmp_path: Path
+) -> None:
+    command = re.escape(f"ldm-export plan {bundle} --sampler ddim-calls5 --steps 10 --loop")
+    with pytest.raises(InputError, match=command):
+        Pipeline.open(bundle, backend="cpu").generate(PROMPT, steps=10, calls=5, whole=True)
+    with pytest.raises(binding.LdmError, match=command):
+        open_cpp(bundle).draw([PROMPT], steps=10, calls=5, whole=1)
+    with_loop = shutil.copytree(bundle, tmp_path / "bundle")
+    done = CliRunner().invoke(main, ["plan", str(with_loop), "--sampler", "ddim-calls5", "--steps", "10", "--loop"])
+    assert done.exit_code == 0, done.output
+    assert len(open_cpp(with_loop).draw([PROMPT], steps=10, calls=5, whole=1)) == 16 * 16 * 3
 
 
 UNET = """<ir_version: 9, opset_import: ["" : 18]>

@@ -138,6 +138,34 @@ def test_any_number_of_steps(
     assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=steps, seed=SEEDS, **for_python))
 
 
+CALLS: dict[str, tuple[int, int]] = {
+    "ddim": (20, 7),
+    "ddpm": (20, 12),
+    "euler-ancestral": (12, 5),
+    "heun": (8, 9),
+    "plms": (25, 20),
+    "dpmpp-2m-sde": (15, 15),
+    "unipc": (13, 1),
+}
+"""Steps and calls of each sampler."""
+
+
+@pytest.mark.parametrize("sampler", CALLS)
+@pytest.mark.parametrize("strength", [None, 1.0, 0.45])
+def test_fewer_calls_than_steps(cpp: Any, python: Pipeline, sampler: str, strength: float | None) -> None:
+    steps, calls = CALLS[sampler]
+    image = np.random.default_rng(2).integers(0, 256, (16, 16, 3), np.uint8)
+    for_cpp = {} if strength is None else {"image": image.tobytes(), "height": 16, "width": 16, "strength": strength}
+    for_python = {} if strength is None else {"image": image, "strength": strength}
+    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=steps, calls=calls, seeds=seeds(), **for_cpp)
+    expected = python.generate(PROMPTS, sampler=sampler, steps=steps, calls=calls, seed=SEEDS, **for_python)
+    assert len(expected.timings.denoiser_ms) == calls or strength is not None
+    assert_same(result, expected)
+    if calls < steps:
+        whole = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=steps, seeds=seeds(), **for_cpp)
+        assert np.abs(whole[1] - result[1]).max() > 1e-3
+
+
 def test_a_plans_file_is_what_is_drawn_with(open_cpp: Callable[..., Any], tiny_bundle: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     opened = Bundle.open(folder)
@@ -172,10 +200,10 @@ def test_options(cpp: Any, python: Pipeline, name: str) -> None:
     assert_same(drawn(cpp, PROMPTS, steps=10, **for_cpp), python.generate(PROMPTS, steps=10, **for_python))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
-def test_a_loop_graph_draws_the_same(cpp: Any, python: Pipeline, sampler: str) -> None:
-    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=10, whole=1)
-    assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=10))
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", None), ("euler-ancestral", None), ("ddim", 4), ("ddim", 10)])
+def test_a_loop_graph_draws_the_same(cpp: Any, python: Pipeline, sampler: str, calls: int | None) -> None:
+    result = drawn(cpp, PROMPTS, sampler=sampler.encode(), steps=10, calls=calls or 0, whole=1)
+    assert_same(result, python.generate(PROMPTS, sampler=sampler, steps=10, calls=calls))
 
 
 def test_plain_graphs(open_cpp: Callable[..., Any], tiny_bundle: Path) -> None:

@@ -237,6 +237,16 @@ def test_a_forecast_plan_reads_back() -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "deis", "dpmpp-2m", "unipc"])
+@pytest.mark.parametrize(
+    "forecast", [Forecast(27), Forecast(20), Forecast(22, 3, (*range(16), *range(17, 27, 2), 27)), Forecast(1, 0)]
+)
+def test_entries_have_few_rows_of_their_own(sampler: str, forecast: Forecast) -> None:
+    """However many calls are made, so that a file of the plan can be read."""
+    plan = compile_plan(base_config(), sampler, 28, forecast=forecast)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
 def test_every_sampler_can_be_forecast() -> None:
     for sampler in SAMPLERS:
         config = base_config(clip_sample=False, original_inference_steps=50)
@@ -246,6 +256,8 @@ def test_every_sampler_can_be_forecast() -> None:
 def test_a_name_says_the_calls() -> None:
     config = base_config()
     assert compile_plan(config, "ddim-calls16", 50) == compile_plan(config, "ddim", 50, forecast=Forecast(16))
+    with pytest.raises(InputError, match="calls is 1048576; the plan makes 50"):
+        compile_plan(config, "ddim-calls1048576", 50)
     for name in ("ddim-calls", "-calls5", "ddim-calls-5", "ddim-calls1e1", "ddim-calls٣"):
         with pytest.raises(InputError, match="is not known"):
             compile_plan(config, name, 50)

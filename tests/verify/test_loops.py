@@ -12,11 +12,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.plans import loop_of, read_plan
+from ldm_export.cli.main import main
 from ldm_export.contract import Guidance
 from ldm_export.errors import BundleError, ExportError, InputError, ParityError
 from ldm_export.export import loop as export_loop
@@ -92,6 +94,39 @@ def assert_same(bundle: Bundle, name: str, wishes: dict[str, Any], drawn_with: d
 def test_every_sampler(text: Bundle, sampler: str) -> None:
     name = f"{sampler}-{STEPS.get(sampler, 10)}"
     assert_same(add_loop(text, name), name, WISHES)
+
+
+@pytest.mark.parametrize("name", ["ddim-calls4-10", "euler-ancestral-calls5-12", "heun-calls7-5", "unipc-calls1-3"])
+def test_fewer_calls_than_steps(text: Bundle, name: str) -> None:
+    made = add_loop(text, name)
+    assert_same(made, name, WISHES)
+    sampler, steps = loop_of(name)
+    of_all, _, calls = sampler.rpartition("-calls")
+    whole = Pipeline(made, "cpu").generate(sampler=of_all, steps=steps, calls=int(calls), whole=True, **WISHES)
+    images, latents = run_loop(made, name, WISHES)
+    np.testing.assert_array_equal(whole.images, images)
+    np.testing.assert_array_equal(whole.latents, latents)
+
+
+def test_a_loop_of_fewer_calls_on_the_command_line(bundle: Bundle, tmp_path: Path) -> None:
+    def run(*command: str) -> None:
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+
+    drawn_with = ("--steps", "10", "--calls", "4")
+    run("plan", str(bundle.path), "--sampler", "ddim", *drawn_with, "--loop")
+    assert {"plans/ddim-calls4-10.json", "loops/ddim-calls4-10.onnx"} <= Bundle.open(bundle.path).manifest.files.keys()
+    for name, whole in {"whole": ["--whole"], "steps": []}.items():
+        files = ["-o", str(tmp_path / f"{name}.png"), "--latents", str(tmp_path / f"{name}.npy")]
+        run("generate", str(bundle.path), "a red circle", *drawn_with, *files, *whole)
+    latents, expected = (np.load(tmp_path / f"{name}.npy") for name in ("whole", "steps"))
+    assert np.abs(latents - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def test_a_plan_of_all_calls_draws_with_the_loop_of_its_sampler(text: Bundle) -> None:
+    pipeline = Pipeline(text, "cpu")
+    drawn, expected = (pipeline.generate(**WISHES, steps=20, calls=calls, whole=True) for calls in (20, None))
+    np.testing.assert_array_equal(drawn.latents, expected.latents)
 
 
 @pytest.mark.parametrize("guidance", [0.5, 1.0, 9.0])

@@ -205,7 +205,7 @@ def test_the_command(bundle: Path, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (("--prompts", "13"), "13 prompts are asked for and the data has 12 pictures; lower --prompts."),
+        (("--prompts", "13"), "13 prompts are asked for and the data has 12 pictures; ask for fewer."),
         (("--prompts", "9"), "9 prompts are too few to measure anything; use at least 10."),
         (("--prompts", "10", "--held-out", "EMPTY"), "has no metadata.jsonl"),
         (("--prompts", "10", "--sampler", "best"), "sampler 'best' is not known; known are"),

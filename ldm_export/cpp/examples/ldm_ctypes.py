@@ -57,6 +57,7 @@ class DrawOptions(ctypes.Structure):
         ("whole", c_int32),
         ("step", StepCallback),
         ("step_user", c_void_p),
+        ("calls", c_uint32),
     )
 
 

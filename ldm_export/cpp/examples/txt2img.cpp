@@ -18,9 +18,10 @@
 namespace {
 
 constexpr const char *USAGE =
-    "usage: txt2img BUNDLE PROMPT... -o OUT.png [--sampler S] [--steps N] [--guidance W] [--negative TEXT] [--seed N]\n"
-    "               [--image IN.png] [--strength X] [--size HxW] [--class-label N]... [--count N] [--deepcache N]\n"
-    "               [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt] [--threads N] [--latents OUT.npy]\n";
+    "usage: txt2img BUNDLE PROMPT... -o OUT.png [--sampler S] [--steps N] [--calls N] [--guidance W] [--negative TEXT]\n"
+    "               [--seed N] [--image IN.png] [--strength X] [--size HxW] [--class-label N]... [--count N]\n"
+    "               [--deepcache N] [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt]\n"
+    "               [--threads N] [--latents OUT.npy]\n";
 
 struct UsageError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -39,7 +40,7 @@ struct Arguments {
 Arguments parsed(int argc, char **argv) {
     static const char *known[] = {"-o",     "--sampler", "--steps",       "--guidance", "--negative",  "--seed",    "--image",
                                   "--size", "--strength", "--class-label", "--count",    "--deepcache", "--backend", "--threads",
-                                  "--latents"};
+                                  "--latents", "--calls"};
     Arguments arguments;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
@@ -116,6 +117,7 @@ int run(const Arguments &arguments) {
         const std::string &value = values.back();
         if (name == "--sampler") draw.sampler = value;
         if (name == "--steps") draw.steps = positive(name, value);
+        if (name == "--calls") draw.calls = positive(name, value);
         if (name == "--guidance") draw.guidance = number(name, value);
         if (name == "--negative") draw.negative_prompts = {value};
         if (name == "--seed") draw.seed = whole(name, value);

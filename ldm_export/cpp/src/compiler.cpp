@@ -1,26 +1,17 @@
 #include "compiler.hpp"
 
 #include "error.hpp"
+#include "forecast.hpp"
 #include "repr.hpp"
 #include "samplers.hpp"
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <memory>
 
 namespace ldm::runtime {
 
 namespace {
-
-bool is_float32(double number) { return std::abs(number) <= std::numeric_limits<float>::max(); }  // false for NaN
-
-bool is_sound(const Row &row) {
-    const double numbers[] = {row.timestep, row.input_scale, row.from_sample, row.from_output,
-                              row.clip,     row.keep,        row.direct,      row.noise};
-    return std::all_of(std::begin(numbers), std::end(numbers), is_float32) &&
-           std::all_of(row.weights.begin(), row.weights.end(), is_float32) && row.timestep >= 0 &&
-           static_cast<float>(row.input_scale) > 0;
-}
 
 bool operator==(const Row &a, const Row &b) {
     return a.timestep == b.timestep && a.input_scale == b.input_scale && a.from_sample == b.from_sample &&
@@ -47,13 +38,17 @@ SchedulerConfig options_of(const Json &config, const Sampler &sampler) {
     return options;
 }
 
-class Compiler {
+class Compiler : public std::enable_shared_from_this<Compiler> {
   public:
     Compiler(const Sampler &sampler, const SchedulerConfig &options, std::size_t steps)
         : sampler_(sampler), options_(options), grid_(sampler.grid(options, steps)) {
-        for (std::size_t step = 0; step < steps; ++step) steps_.push_back(rows(step, step));
+        for (std::size_t step = 0; step < steps; ++step) {
+            steps_.push_back(rows(step, step));
+            firsts_.push_back(firsts_.back() + steps_.back().size());
+        }
     }
 
+    // The plan of all calls, whose entries this goes on making.
     Plan plan() const {
         Plan plan;
         plan.sampler = sampler_.name;
@@ -63,26 +58,35 @@ class Compiler {
         const double first = grid_.here[0].ratio();
         if (sampler_.edm_scale) plan.init_scale = options_.timestep_spacing != "leading" ? first : std::hypot(first, 1);
         check(is_float32(plan.init_scale));
-        std::vector<std::size_t> firsts{0};  // the number of the first row of each step, and of one more
-        for (const std::vector<Row> &step : steps_) {
-            plan.rows.insert(plan.rows.end(), step.begin(), step.end());
-            firsts.push_back(plan.rows.size());
-        }
-        for (std::size_t start = 0; start < steps_.size(); ++start) plan.entries.push_back(entry(start, firsts));
+        for (const std::vector<Row> &step : steps_) plan.rows.insert(plan.rows.end(), step.begin(), step.end());
+        plan.entry = [self = shared_from_this()](std::size_t step) { return self->entry(step); };
         return plan;
+    }
+
+    // What gives the predicted x0 at each row, if rows that remember nothing add noise.
+    std::vector<Form> denoised() const {
+        const auto is_noisy = [](const Row &row) { return row.noise != 0 && row.weights.empty(); };
+        const auto any_noisy = [&](const std::vector<Row> &step) { return std::any_of(step.begin(), step.end(), is_noisy); };
+        std::vector<Form> forms;
+        if (std::none_of(steps_.begin(), steps_.end(), any_noisy)) return forms;
+        for (std::size_t step = 0; step < steps_.size(); ++step)
+            for (std::size_t k = 0; k < steps_[step].size(); ++k) {
+                const Form form = x0_form(options_, k == 0 ? grid_.here[step] : grid_.there[step]);
+                forms.push_back({form.sample * steps_[step][k].input_scale, form.output});
+            }
+        return forms;
     }
 
   private:
     std::vector<Row> rows(std::size_t step, std::size_t age) const {
-        constexpr std::size_t MAX_HISTORY = 5;  // older values are forgotten
-        const std::vector<Row> found = sampler_.rows(options_, grid_, step, std::min(age, MAX_HISTORY));
+        const std::vector<Row> found = sampler_.rows(options_, grid_, step, std::min(age, MAX_HISTORY));  // older are forgotten
         check(std::all_of(found.begin(), found.end(), is_sound));
         return found;
     }
 
     // Start at a step with an empty history, until its rows are those of the whole run, as all after them then are.
-    Entry entry(std::size_t start, const std::vector<std::size_t> &firsts) const {
-        const Level level = grid_.here[start];
+    Entry entry(std::size_t start) const {
+        const Level level = grid_.here.at(start);
         Entry entry{level.alpha, level.sigma, {}, 0};
         if (sampler_.edm_scale) entry = {1.0, level.ratio(), {}, 0};
         check(is_float32(entry.image_scale) && is_float32(entry.noise_scale));
@@ -92,26 +96,23 @@ class Compiler {
             if (same(fresh, steps_[resume])) break;
             entry.warmup.insert(entry.warmup.end(), fresh.begin(), fresh.end());
         }
-        entry.resume = firsts[resume];
+        entry.resume = firsts_[resume];
         return entry;
     }
 
-    void check(bool holds) const {
-        if (holds) return;
-        throw InputError(join(sampler_.name, " with ", grid_.timesteps.size(),
-                              " steps of this scheduler config has numbers that float32 does not hold. Use another sampler or "
-                              "number of steps, or the config that the network was trained with."));
-    }
+    void check(bool holds) const { check_float32(holds, sampler_.name, grid_.timesteps.size()); }
 
     const Sampler &sampler_;
-    const SchedulerConfig &options_;
+    const SchedulerConfig options_;
     Grid grid_;
     std::vector<std::vector<Row>> steps_;
+    std::vector<std::size_t> firsts_{0};  // the number of the first row of each step, and of one more
 };
 
 }  // namespace
 
-Plan compile_plan(const Json &config, const std::string &sampler, std::int64_t num_inference_steps, std::int64_t tokens) {
+Plan compile_plan(const Json &config, const std::string &name, std::int64_t num_inference_steps, std::int64_t tokens) {
+    const auto [sampler, calls] = forecast_of(name);
     if (named_of(samplers(), sampler) == nullptr)
         throw InputError(join("sampler ", short_repr(sampler), " is not known; known are ", names_of(samplers()),
                               ". Use one of them."));
@@ -128,7 +129,8 @@ Plan compile_plan(const Json &config, const std::string &sampler, std::int64_t n
                               most == trained ? "the number of timesteps that the model was trained with"
                                               : "the most that a plan may have",
                               ". Choose one of those."));
-    return Compiler(*spec, options, static_cast<std::size_t>(num_inference_steps)).plan();
+    const auto compiler = std::make_shared<const Compiler>(*spec, options, static_cast<std::size_t>(num_inference_steps));
+    return calls ? forecast_plan(compiler->plan(), *calls, compiler->denoised()) : compiler->plan();
 }
 
 }  // namespace ldm::runtime

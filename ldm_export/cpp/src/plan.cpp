@@ -5,14 +5,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <set>
+#include <utility>
 
 namespace ldm::runtime {
 
 namespace {
 
 constexpr std::int64_t FORMAT_VERSION = 1;
-constexpr std::size_t MAX_HISTORY = 5, MOST_WARMUP_ROWS = 2 * MAX_HISTORY;
+constexpr std::size_t MOST_WARMUP_ROWS = 2 * MAX_HISTORY;
 
 [[noreturn]] void refuse(const std::string &what) { throw InputError(what + ". Compile the plan again."); }
 
@@ -110,16 +112,16 @@ void check(const std::vector<Row> &warmup, const std::vector<Row> &rows, std::si
     }
 }
 
-void check(const Plan &plan) {
+void check(const Plan &plan, const std::vector<Entry> &entries) {
     const std::size_t steps = plan.num_inference_steps, rows = plan.rows.size();
     if (steps > static_cast<std::size_t>(MOST_STEPS)) refuse(join("a plan has ", steps, " steps; it may have ", MOST_STEPS));
-    if (steps < 1 || rows < steps || rows / 2 > steps || rows > 2 * steps)
-        refuse(join("a plan of ", steps, " steps has ", rows, " rows; a step is one or two network calls"));
-    if (plan.entries.size() != steps)
-        refuse(join("a plan of ", steps, " steps has ", plan.entries.size(), " entries; it needs one a step"));
+    if (steps < 1 || rows < 1 || rows > 2 * steps)
+        refuse(join("a plan of ", steps, " steps has ", rows, " rows; a step is at most two network calls"));
+    if (entries.size() != steps)
+        refuse(join("a plan of ", steps, " steps has ", entries.size(), " entries; it needs one a step"));
     check({}, plan.rows, 0);
     for (std::size_t start = 0; start < steps; ++start) {
-        const Entry &entry = plan.entries[start];
+        const Entry &entry = entries[start];
         if (entry.resume > rows)
             refuse(join("entry ", start, " of a plan resumes at row ", entry.resume, "; it has rows 0 to ", rows));
         if (entry.warmup.size() > MOST_WARMUP_ROWS)
@@ -131,12 +133,28 @@ void check(const Plan &plan) {
 
 }  // namespace
 
+bool is_float32(double number) { return std::abs(number) <= std::numeric_limits<float>::max(); }  // false for NaN
+
+bool is_sound(const Row &row) {
+    const double numbers[] = {row.timestep, row.input_scale, row.from_sample, row.from_output,
+                              row.clip,     row.keep,        row.direct,      row.noise};
+    return std::all_of(std::begin(numbers), std::end(numbers), is_float32) &&
+           std::all_of(row.weights.begin(), row.weights.end(), is_float32) && row.timestep >= 0 &&
+           static_cast<float>(row.input_scale) > 0;
+}
+
+void check_float32(bool holds, const std::string &sampler, std::size_t steps) {
+    if (holds) return;
+    throw InputError(join(sampler, " with ", steps, " steps of this scheduler config has numbers that float32 does not hold. Use "
+                          "another sampler or number of steps, or the config that the network was trained with."));
+}
+
 Trajectory Plan::from_noise() const { return {0.0, init_scale, rows}; }
 
 Trajectory Plan::starting_at(std::size_t step) const {
-    const Entry &entry = entries.at(step);
-    Trajectory run{entry.image_scale, entry.noise_scale, entry.warmup};
-    run.rows.insert(run.rows.end(), rows.begin() + static_cast<std::ptrdiff_t>(entry.resume), rows.end());
+    Entry found = entry(step);
+    Trajectory run{found.image_scale, found.noise_scale, std::move(found.warmup)};
+    run.rows.insert(run.rows.end(), rows.begin() + static_cast<std::ptrdiff_t>(found.resume), rows.end());
     return run;
 }
 
@@ -173,11 +191,13 @@ Plan plan_from_json(std::string_view text) {
     plan.num_inference_steps = record.index("num_inference_steps");
     plan.init_scale = record.number("init_scale");
     plan.rows = rows_of(record.list("rows"));
-    for (const Json &value : record.list("entries")) plan.entries.push_back(entry_of(value));
+    std::vector<Entry> entries;
+    for (const Json &value : record.list("entries")) entries.push_back(entry_of(value));
     if (of_one_size) plan.tokens = static_cast<std::int64_t>(record.index("tokens"));
     if (of_one_size && (plan.tokens < 1 || plan.tokens > MOST_TOKENS))
         refuse(join("a plan is of pictures of ", plan.tokens, " tokens; they have 1 to ", MOST_TOKENS));
-    check(plan);
+    check(plan, entries);
+    plan.entry = [entries = std::move(entries)](std::size_t step) { return entries.at(step); };
     return plan;
 }
 

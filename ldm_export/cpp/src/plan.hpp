@@ -14,6 +14,7 @@
 namespace ldm::runtime {
 
 constexpr std::int64_t MOST_STEPS = 10'000;
+constexpr std::size_t MAX_HISTORY = 5;  // values that a row may remember
 constexpr std::int64_t MOST_TOKENS = std::int64_t{1} << 40;  // of the largest picture, one a pixel
 
 // One network call and the update that follows it.
@@ -25,9 +26,15 @@ struct Row {
     double clip = 0;
     double keep = 0;
     double direct = 0;
-    std::vector<double> weights;  // newest first, at most 5
+    std::vector<double> weights;  // newest first, at most MAX_HISTORY
     double noise = 0;
 };
+
+bool is_float32(double number);  // whether it is finite once it is a float32, which latents are
+bool is_sound(const Row &row);   // whether all its numbers are, and in their ranges
+
+// Throws InputError for what a sampler's formulas gave, unless it is sound.
+void check_float32(bool holds, const std::string &sampler, std::size_t steps);
 
 // A run of the sampler: x = image_scale * image_latents + noise_scale * z, then the rows in order.
 struct Trajectory {
@@ -44,12 +51,14 @@ struct Entry {
     std::size_t resume = 0;
 };
 
+// There are as many rows as network calls: one or two a step, and fewer where outputs are forecast. Each entry is made when it is
+// asked for, which may throw InputError: most runs start from noise.
 struct Plan {
     std::string sampler;
     std::size_t num_inference_steps = 0;
     double init_scale = 0;
     std::vector<Row> rows;
-    std::vector<Entry> entries;
+    std::function<Entry(std::size_t step)> entry;
     std::int64_t tokens = 0;  // of the pictures that it draws; 0 for any size
 
     Trajectory from_noise() const;

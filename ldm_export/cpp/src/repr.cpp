@@ -92,11 +92,11 @@ std::string short_repr(const Json &value) {
     return text;
 }
 
-std::string brief(double number) {
+std::string brief(double number, int digits) {
     if (!std::isfinite(number)) return repr(number);
     std::ostringstream text;
     text.imbue(std::locale::classic());
-    text << std::setprecision(3) << number;
+    text << std::setprecision(digits) << number;
     return text.str();
 }
 

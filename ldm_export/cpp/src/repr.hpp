@@ -10,7 +10,7 @@ namespace ldm::runtime {
 // A value as Python's repr, such as 'euler', 0.5, True or [None], cut after 60 characters.
 std::string short_repr(const Json &value);
 
-// A number with three digits, as Python's format .3g.
-std::string brief(double number);
+// A number with so many digits, as Python's format .3g.
+std::string brief(double number, int digits = 3);
 
 }  // namespace ldm::runtime

@@ -2,6 +2,7 @@
 
 #include "compiler.hpp"
 #include "error.hpp"
+#include "forecast.hpp"
 #include "memory.hpp"
 #include "repr.hpp"
 #include "unicode.hpp"
@@ -234,9 +235,12 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     }
     if (facts.takes_classes) request.class_labels = labels(bundle, facts, options.class_labels, count);
     request.guidance = guidance(facts, options.guidance, request.negative_prompts);
-    const std::string sampler = options.sampler == nullptr ? facts.default_sampler : options.sampler;
+    std::string sampler = options.sampler == nullptr ? facts.default_sampler : options.sampler;
     if (!is_utf8(sampler)) throw InputError("The sampler's name is not UTF-8 text. Use one of the bundle's.");
     const std::uint32_t steps = options.steps == 0 ? facts.default_steps : options.steps;
+    if (options.calls > LARGEST_SIDE)
+        throw InputError(join("calls is ", options.calls, "; give a whole number from 1 to ", LARGEST_SIDE, "."));
+    if (options.calls != 0) sampler += join(CALLS, options.calls);
     if (options.whole != 0 && (options.image != nullptr || options.deepcache > 1))
         throw InputError("The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from "
                          "noise, and all of the denoiser each time. Leave one of them out.");
@@ -248,9 +252,9 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
                               "most ", largest, " pixels a side. Use ", std::min(request.height, largest), "x",
                               std::min(request.width, largest), "."));
     const Plan plan = read_plan(bundle, sampler, steps, facts.tokens(request.height, request.width));
-    if (options.whole != 0) {
-        check_loop_size(bundle, facts, sampler, steps, request);
-        request.loop = loop(bundle, sampler, steps);
+    if (options.whole != 0) {  // of the plan's own name, since one of all calls is that of its sampler
+        check_loop_size(bundle, facts, plan.sampler, steps, request);
+        request.loop = loop(bundle, plan.sampler, steps);
     }
     request.seeds = seeds(options, count);
     check_memory(facts, request);

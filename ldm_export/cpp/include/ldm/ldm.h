@@ -108,6 +108,7 @@ typedef struct ldm_draw_options {
     int32_t whole;                       /* 1: by the plan's loop graph, all in one call; 0 */
     ldm_step_callback step;
     void *step_user;
+    uint32_t calls;                      /* of the network, outputs of the other steps being forecast; 0: all */
 } ldm_draw_options;
 
 /* What a bundle draws; the texts live as long as the pipeline. */

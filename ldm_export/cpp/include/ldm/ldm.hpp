@@ -101,6 +101,7 @@ struct DrawOptions {
     std::vector<std::int64_t> class_labels = {};
     std::uint32_t deepcache = 1;
     bool whole = false;
+    std::uint32_t calls = 0;
 };
 
 // An opened bundle. Moves, does not copy; clone() gives another on the same weights, for another thread.
@@ -206,6 +207,7 @@ class Pipeline {
         chosen.class_labels = options.class_labels.empty() ? nullptr : options.class_labels.data();
         chosen.deepcache = options.deepcache;
         chosen.whole = options.whole;
+        chosen.calls = options.calls;
         chosen.step = step ? watch : nullptr;
         chosen.step_user = &watched;
         const ldm_info model = info();
