@@ -27,7 +27,7 @@ from ldm_export.cli.options import (
 )
 from ldm_export.families import open_checkpoint
 from ldm_export.tune.candidates import GOALS
-from ldm_export.tune.page import tune_page
+from ldm_export.tune.page import fastest_first, tune_page
 from ldm_export.tune.result import write_result
 from ldm_export.tune.session import Document, TuneOptions, Tuning
 from ldm_export.verify.fidelity import KINDS
@@ -131,7 +131,7 @@ def _checkpoint(bundle: Path, against: str | None) -> LatentDiffusion | None:
 def _print(document: Document) -> None:
     points = document["points"]
     shown = [point for point in points if point["on_front"] or point["chosen"]] if document["judged"] else points
-    shown = sorted((point for point in shown if point["ms"]), key=lambda point: float(point["ms"]))
+    shown = sorted((point for point in shown if point["faster"]), key=fastest_first)
     figures = [name for name in FIGURES if any(name in point["held_out"] for point in shown)]
     figures = [name for name in figures if name in {KINDS[gate["key"]].figure for gate in document["budgets"]}]
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)

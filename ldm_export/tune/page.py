@@ -18,8 +18,15 @@ CHOSEN, FRONT, OTHER = 2, 1, 0
 ABOVE = 0.08
 """Share of the scale by which pictures equal to the truth's are drawn above the best that are not, in decibels."""
 IDENTICAL_DB = 100.0
+BEYOND = "changes pictures by more than rounding"
+"""Why something is not chosen where no pictures are judged."""
 
 Values = Mapping[str, Any]
+
+
+def fastest_first(point: Values) -> float:
+    """Key to sort points by: ratios were timed in turn, milliseconds of two points perhaps not in the same minute."""
+    return -float(point["faster"])
 
 
 class TunePage:
@@ -29,7 +36,7 @@ class TunePage:
         self.document = document
         self.points: Sequence[Values] = document["points"]
         self.chosen = next(point for point in self.points if point["chosen"])
-        self.front = sorted((point for point in self.points if point["on_front"]), key=lambda point: point["ms"])
+        self.front = sorted((point for point in self.points if point["on_front"]), key=fastest_first)
         asked = [KINDS[gate["key"]].figure for gate in document["budgets"]]
         self.names = [name for name in FIGURES if any(name in point["held_out"] for point in self.points)]
         self.charted = [name for name in dict.fromkeys(asked) if name in self.names] or self.names[:1]
@@ -64,7 +71,7 @@ class TunePage:
 
     def _panel(self) -> str:
         point, first = self.chosen, self.points[0]
-        was = f"{milliseconds(point['ms'])} ms a picture; the untouched bundle {milliseconds(first['ms'])} ms"
+        was = f"than the untouched bundle, timed in turn: {milliseconds(point['ms'])} ms a picture"
         parts = [ratio(point["faster"], ("faster", "slower"), was)]
         parts.append(
             ratio(first["bytes"] / point["bytes"], ("smaller", "larger"), f"{megabytes(point['bytes'])} MB on disk")
@@ -104,12 +111,14 @@ class TunePage:
         kind = next(kind for kind in KINDS.values() if getattr(kind, "figure", "") == name)
         better = "higher" if kind.at_least else "lower"
         line = self._envelope(line, at_least=kind.at_least)
-        return scatter([*drawn.values()], "ms for one picture", f"{head}, {unit}; {better} is better", line)
+        return scatter(
+            [*drawn.values()], "times as fast as the untouched bundle", f"{head}, {unit}; {better} is better", line
+        )
 
     def _mark(self, point: Values, value: float) -> Point:
         colour = CHOSEN if point["chosen"] else FRONT if point["on_front"] else OTHER
         return Point(
-            point["ms"], value, self.numbers.get(point["name"], ""), colour, bool(point["why"]), title=point["name"]
+            point["faster"], value, self.numbers.get(point["name"], ""), colour, bool(point["why"]), title=point["name"]
         )
 
     @staticmethod
@@ -122,7 +131,7 @@ class TunePage:
         return [Point(each.x, each.y, "", FRONT) for each in found]
 
     def _judged(self) -> list[Values]:
-        return [point for point in self.points if point["tuning"] and point["ms"] and not point["failed"]]
+        return [point for point in self.points if point["tuning"] and point["faster"] and not point["failed"]]
 
     def _front(self) -> str:
         if not self.front:
@@ -144,7 +153,8 @@ class TunePage:
         ]
         return (
             "<h2>What is on it</h2><p class='soft'>On prompts and seeds that nothing was chosen by, each with its 95 % "
-            f"interval; timed in turn with the untouched bundle.</p><div class='card'>"
+            "interval; timed in turn with the untouched bundle: the ratio is the one to quote, milliseconds are of their "
+            f"minute.</p><div class='card'>"
             f"{table(heads, rows, text=(0, 1, len(heads) - 1))}</div>"
         )
 
@@ -196,13 +206,18 @@ class TunePage:
             [
                 escape(point["name"]),
                 *(self._cost(point) if point["ms"] else [""] * 4),
-                escape(point["why_not"] if judged or point["failed"] else "changes pictures by more than rounding"),
+                self._words(point["why_not"] if judged or point["failed"] else BEYOND),
             ]
-            for point in sorted(others, key=lambda point: point["ms"] or float("inf"))
+            for point in sorted(others, key=fastest_first)
         ]
-        rows += [[escape(name), "", "", "", "", escape(why)] for name, why in self.document["left_out"].items()]
+        rows += [[escape(name), "", "", "", "", self._words(why)] for name, why in self.document["left_out"].items()]
         heads = [("", ""), ("a picture", "ms"), ("as fast", "times"), ("calls", ""), ("files", "MB"), ("why not", "")]
         return f"<h2>What else was tried</h2><div class='card'>{table(heads, rows, text=(0, 5))}</div>" if rows else ""
+
+    @staticmethod
+    def _words(sentence: str) -> str:
+        """A cell that may be of several lines."""
+        return f'<div style="white-space:normal;min-width:20rem">{escape(sentence)}</div>'
 
     def _made(self) -> str:
         machine, count = self.document["machine"], self.document["pictures"]

@@ -230,19 +230,22 @@ class Search:
         within = sorted((p for p in self._points.values() if not p.failed and not p.why), key=self._budget.cost)
         outside = [p for p in self._points.values() if not p.failed and p.why and p.tuning]
         front = on_front([*within, *outside], self._budget, lambda point: point.tuning)[:MOST_ON_FRONT]
-        queue = list({id(point): point for point in (untouched, *front, *within)}.values())
-        finalists: list[Point] = []
-        for number, point in enumerate(queue):
-            if point not in front and point is not untouched and len(finalists) >= FINALISTS:
+        self._progress(f"held out: {untouched.name}", 0, len(front))
+        self._hold_out(untouched, untouched)
+        kept = 0
+        for number, point in enumerate([*within, *front]):
+            if point.held_out or (point not in front and kept >= FINALISTS):
                 continue
-            self._progress(f"held out: {point.name}", number, len(queue))
+            self._progress(f"held out: {point.name}", number, len(within) + len(front))
             self._hold_out(point, untouched)
-            if not point.why and point is not untouched:
-                finalists.append(point)
+            kept += not point.why
+        finalists = [point for point in within if point.held_out and not point.why]
         cheaper = [point for point in finalists if self._budget.cost(point) < self._budget.cost(untouched)]
         chosen = min(cheaper, key=self._budget.cost, default=untouched)
         chosen.chosen = True
-        for point in on_front([p for p in queue if p.held_out], self._budget, lambda point: point.held_out):
+        for point in on_front(
+            [p for p in self._points.values() if p.held_out], self._budget, lambda point: point.held_out
+        ):
             point.on_front = True
         return chosen
 

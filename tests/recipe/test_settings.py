@@ -101,7 +101,10 @@ def step(name: str, options: str = "") -> str:
 BAD = {
     "not TOML": ("target = ", r"recipe\.toml is no readable TOML \(Invalid value"),
     "no passes": ('target = "cpu"', r"has no \[\[pass\]\]; export without --recipe, or add one\."),
-    "unknown key": (f"speed = 1\n{WEIGHTS}", "has the unknown key 'speed'; known are budget, pass, plan, prompts, target,"),
+    "unknown key": (
+        f"speed = 1\n{WEIGHTS}",
+        "has the unknown key 'speed'; known are budget, pass, plan, prompts, target,",
+    ),
     "target of a wrong type": (f"target = 1\n{WEIGHTS}", "target = 1 must be text"),
     "unknown target": (f'target = "tpu"\n{WEIGHTS}', "target = 'tpu' is not supported; allowed are 'cpu', 'gpu'"),
     "teacher of a wrong type": (f"teacher = 50\n{WEIGHTS}", "teacher = 50 must be a table"),
