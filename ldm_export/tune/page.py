@@ -153,8 +153,8 @@ class TunePage:
         ]
         return (
             "<h2>What is on it</h2><p class='soft'>On prompts and seeds that nothing was chosen by, each with its 95 % "
-            "interval; timed in turn with the untouched bundle: the ratio is the one to quote, milliseconds are of their "
-            f"minute.</p><div class='card'>"
+            "interval; timed in turn with the untouched bundle: the ratio is the one to quote, milliseconds are of "
+            "their minute.</p><div class='card'>"
             f"{table(heads, rows, text=(0, 1, len(heads) - 1))}</div>"
         )
 
