@@ -17,13 +17,15 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Point:
-    """``colour`` is the number of a colour of the page; hollow points are of what was undone."""
+    """``colour`` is the number of a colour of the page; hollow points are of what was undone; ``title`` is what a
+    pointer over it shows, in place of the label."""
 
     x: float
     y: float
     label: str
     colour: int
     hollow: bool = False
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Axis:
         return [value for value in values if self.low * 0.999 <= value <= self.high * 1.001]
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Points with their labels; the x axis is logarithmic where values are far apart."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, line: Sequence[Point] = ()) -> str:
+    """Points with their labels, those of ``line`` joined; the x axis is logarithmic where values are far apart."""
     xs, ys = [point.x for point in points], [point.y for point in points]
     log = max(xs) / min(xs) > 4
     wide = (max(xs) / min(xs)) ** 0.12 if log else 0.0
@@ -82,10 +84,12 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
     for point in sorted(points, key=lambda point: -point.y):  # from the top, where labels move away from
         at = x(point.x), y(point.y)
         kind = f'class="hollow" stroke="var(--c{point.colour})"' if point.hollow else f'fill="var(--c{point.colour})"'
-        title = f"{point.label}: {point.x:.4g}, {point.y:.4g}"
-        labels.append(_label(point.label, at, taken))
+        title = f"{point.title or point.label}: {point.x:.4g}, {point.y:.4g}"
+        labels += [_label(point.label, at, taken)] if point.label else []
         marks.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="5" {kind}><title>{escape(title)}</title></circle>')
-    return _chart([*_axes(x, y, x_label, y_label), *labels, *marks], f"{y_label} against {x_label}")
+    joined = _points([(x(point.x), y(point.y)) for point in line])
+    path = [f'<polyline points="{joined}" stroke="var(--c{line[0].colour})" class="curve"/>'] if line else []
+    return _chart([*_axes(x, y, x_label, y_label), *path, *labels, *marks], f"{y_label} against {x_label}")
 
 
 def curves(lines: Sequence[Curve], x_label: str, y_label: str) -> str:

@@ -35,7 +35,7 @@ def opened(request: dict[str, Any]) -> Callable[[], object]:
     if "bundle" in request:
         from ldm_export.runtime import Pipeline
 
-        pipeline = Pipeline.open(request["bundle"], backend=request["backend"])
+        pipeline = Pipeline.open(request["bundle"], backend=request["backend"], threads=request.get("threads"))
         return lambda: pipeline.generate(**given)
     from ldm_export.families import open_checkpoint, read_family
     from ldm_export.verify.torch_reference import TorchReference

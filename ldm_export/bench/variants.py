@@ -99,7 +99,8 @@ class Variant:
         """Request for :mod:`ldm_export.bench.child` to draw one picture in a process of its own."""
         given = self.image_generator.given([condition], [seed], self.settings)
         if isinstance(self.image_generator, BundleImageGenerator):
-            return {"bundle": self.target, "backend": self.image_generator.requested_backend, "given": given}
+            opened = {"backend": self.image_generator.requested_backend, "threads": self.image_generator.threads}
+            return {"bundle": self.target, **opened, "given": given}
         return {"checkpoint": self.target, "families": read_files(), "given": given}
 
     def facts(self) -> dict[str, Any]:

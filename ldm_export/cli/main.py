@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
     "bench": "Measure bundles, and PyTorch beside them: latency, likeness, memory, quality; an HTML report.",
     "card": "Measure how true a bundle is to its checkpoint, and how fast: one page, one JSON.",
+    "tune": "Search what can be done to a bundle on this machine within a budget of quality.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
     "inspect": "Show what a bundle holds.",
     "plan": "Add a sampling plan to a bundle.",

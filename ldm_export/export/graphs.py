@@ -112,13 +112,26 @@ def graphs_of(bundle: Bundle, step: GraphPass) -> list[str]:
     return [name for name in named if name in bundle.manifest.graphs]
 
 
-def copy_bundle(bundle: Bundle, output: Path, *, passes: Sequence[Mapping[str, Any]], force: bool) -> Bundle:
-    """The same bundle elsewhere, with a record of what was done to it."""
+def copy_bundle(
+    bundle: Bundle,
+    output: Path,
+    *,
+    passes: Sequence[Mapping[str, Any]],
+    force: bool,
+    drawing: tuple[str, int] | None = None,
+) -> Bundle:
+    """The same bundle elsewhere, with a record of what was done to it.
+
+    Parameters
+    ----------
+    drawing : sampler and steps that it is drawn with by default from now on; by default, as it was
+    """
     with create_bundle(output, force=force, needed_bytes=bundle.size_bytes) as writer:
         copy_files(bundle, writer.path)
         manifest = bundle.manifest
+        drawn = {} if drawing is None else dict(zip(("default_sampler", "default_steps"), drawing, strict=True))
         return writer.seal(
-            model=manifest.model,
+            model={**manifest.model, **drawn},
             graphs=manifest.graphs,
             source=manifest.source,
             passes=passes,

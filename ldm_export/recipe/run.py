@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.bundle import check_output_folder
+from ldm_export.bundle.plans import with_plan
 from ldm_export.checkpoint import LatentDiffusion, SamplingDefaults
 from ldm_export.checkpoint.networks import UNET
 from ldm_export.contract import NONE
@@ -89,6 +90,8 @@ def run_recipe(
     material = Material(teacher, recipe.teacher, conditions, pictures, latents, progress)
     try:
         plain = _plain_bundle(work / TEACHER / BUNDLE, teacher, progress)
+        if recipe.plan is not None:  # refused before any pass runs, if it cannot be
+            _with_default_plan(plain, recipe)
         if data is None:
             data, held_out = draw_gallery(plain, conditions, recipe.budget.pictures, work / "pictures", progress)
         judge = Judge(data, held_out or data, alignment, recipe.budget.pictures, progress)
@@ -98,7 +101,8 @@ def run_recipe(
         passes: list[Pass] = [*recipe.torch_passes, *recipe.graph_passes]
         for number, step in enumerate(passes, 1):
             stage = run.after(stage, step, number)
-        return copy_bundle(stage.bundle, output, passes=stage.records, force=force), list(stage.records)
+        made, drawn = (stage.bundle, None) if recipe.plan is None else _with_default_plan(stage.bundle, recipe)
+        return copy_bundle(made, output, passes=stage.records, force=force, drawing=drawn), list(stage.records)
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         raise InputError(
             f"{work} cannot be written ({error}). Free some space, or choose another --work folder; the recipe goes on."
@@ -176,6 +180,16 @@ def _plain_bundle(folder: Path, teacher: LatentDiffusion, progress: Progress) ->
         except (BundleError, KeyError):
             pass
     return export_bundle(teacher, folder, force=True, progress=lambda what: progress(f"teacher: {what}", 0, 1))
+
+
+def _with_default_plan(bundle: Bundle, recipe: Recipe) -> tuple[Bundle, tuple[str, int]]:
+    """The bundle with the file of the recipe's plan, and the plan's name."""
+    assert recipe.plan is not None
+    chosen, plan = recipe.plan
+    drawing = chosen.sampler, chosen.steps
+    if plan is not None:
+        return bundle.add_file(f"plans/{plan.file_name}", plan.to_json().encode()), drawing
+    return with_plan(bundle, *drawing)[0], drawing
 
 
 def _pictures(checkpoint: LatentDiffusion, recipe: Recipe, data: Path | None) -> Pictures | None:

@@ -15,6 +15,11 @@ retrieval_drop = 0.05              # share of pictures that are no longer among 
 [[pass]]                           # applied in this order; the keys are the options of the pass
 name = "distill-guidance"
 updates = 1000
+
+[plan]                             # what the bundle is drawn with by default; without it, as the passes leave it
+sampler = "ddim-calls16"
+steps = 50
+file = "my-plan.json"              # beside this file, of a plan that is not compiled; none by default
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.distill_student import DistillStudent
 from ldm_export.passes.prune_channels import PruneChannels
 from ldm_export.passes.prune_weights import PruneWeights
+from ldm_export.plan import Plan
 from ldm_export.reading.options import check_between, check_least, check_one_of, options_from_table
 
 if sys.version_info >= (3, 11):
@@ -107,6 +113,23 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class DefaultPlan:
+    """What the bundle is drawn with by default; its passes are judged as the teacher is drawn.
+
+    Attributes
+    ----------
+    file : of a plan that no sampler compiles to, read with the recipe; empty for others
+    """
+
+    sampler: str
+    steps: int
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        check_least("steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that was checked.
 
@@ -115,6 +138,7 @@ class Recipe:
     name : of its file
     prompts : what the teacher draws; empty for models that read no text
     torch_passes, graph_passes : in order; all of the first run before the first of the second
+    plan : what the bundle is drawn with by default, and the plan itself if that is a file's
     """
 
     name: str
@@ -124,6 +148,7 @@ class Recipe:
     prompts: tuple[str, ...]
     torch_passes: tuple[TorchPass, ...]
     graph_passes: tuple[GraphPass, ...]
+    plan: tuple[DefaultPlan, Plan | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +159,7 @@ class _Table:
     prompts: str = ""
     teacher: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -174,7 +200,7 @@ def read_recipe(given: str | Path, prompts: Path | None = None) -> Recipe:
     target = table.get("target", "cpu")
     check_one_of(f"{where}: target", target, TARGETS)
     passes = [_pass(entry, f"{where}, pass {number}") for number, entry in enumerate(table.get("pass", []), 1)]
-    if not passes:
+    if not passes and "plan" not in table:
         raise InputError(f"{where} has no [[pass]]; export without --recipe, or add one.")
     _check_order(passes, target, where)
     return Recipe(
@@ -185,7 +211,24 @@ def read_recipe(given: str | Path, prompts: Path | None = None) -> Recipe:
         prompts=_prompts(file, table.get("prompts") if prompts is None else prompts.absolute()),
         torch_passes=tuple(step for step in passes if step.name in TORCH_PASSES),
         graph_passes=tuple(step for step in passes if step.name in GRAPH_PASSES),
+        plan=_plan(file, table["plan"]) if "plan" in table else None,
     )
+
+
+def _plan(recipe: Path, table: Mapping[str, Any]) -> tuple[DefaultPlan, Plan | None]:
+    chosen = options_from_table(DefaultPlan, table, f"{recipe.name}, [plan]")
+    if not chosen.file:
+        return chosen, None
+    try:
+        plan = Plan.from_json((recipe.parent / chosen.file).read_bytes())
+    except (OSError, InputError) as error:
+        raise InputError(f"{recipe.name}, [plan]: file = {chosen.file!r} cannot be read ({error}).") from error
+    if (plan.sampler, plan.num_inference_steps) != (chosen.sampler, chosen.steps):
+        raise InputError(
+            f"{recipe.name}, [plan]: {chosen.file} has the plan {plan.file_name.removesuffix('.json')}, and sampler = "
+            f"{chosen.sampler!r}, steps = {chosen.steps}. Name the plan that it has."
+        )
+    return chosen, plan
 
 
 def _pass(entry: object, where: str) -> Any:

@@ -1,1 +1,1 @@
-"""Plans that are made for one model, by what its network gives."""
+"""What one model on one machine is drawn with: a search within a budget of quality, and plans made for that model."""

@@ -102,6 +102,15 @@ class Reference:
     images: Array
     says: str
 
+    @cached_property
+    def features(self) -> Array:
+        return features_of(self.images)
+
+    @cached_property
+    def gallery_features(self) -> Array:
+        assert self.gallery is not None
+        return features_of(self.gallery.images)
+
 
 def real_pictures(
     data: Path, held_out: Path | None, size: tuple[int, int], channels: int, condition: str | None
@@ -204,21 +213,12 @@ class FidelityJudge:
         return pictures_of_own(self.conditions, self.reference.gallery)
 
     @cached_property
-    def _of_reference(self) -> Array:
-        return features_of(self.reference.images)
-
-    @cached_property
-    def _of_gallery(self) -> Array:
-        assert self.reference.gallery is not None
-        return features_of(self.reference.gallery.images)
-
-    @cached_property
     def _of_truth(self) -> tuple[float, Array]:
         """The truth's Fréchet distance to the reference, and without a fifth of either."""
         return self._distances(features_of(self.truth))
 
     def _distances(self, features: Array) -> tuple[float, Array]:
-        sets = features, self._of_reference
+        sets = features, self.reference.features
         return frechet_distance(*sets), jackknifes(frechet_distance, *sets)
 
     def figures(self, images: Array) -> dict[str, Figure]:
@@ -256,7 +256,7 @@ class FidelityJudge:
             ratio = value / max(own, SMALLEST)
             found["frechet_ratio"] = over_jackknifes(ratio, without / np.maximum(own_without, SMALLEST))
         if "retrieval_at_5" not in self.missing:
-            found["retrieval_at_5"] = over_hits(recalled(features, self._of_gallery, self._own, NEAREST))
+            found["retrieval_at_5"] = over_hits(recalled(features, self.reference.gallery_features, self._own, NEAREST))
         if self.alignment is not None:
             found["alignment"] = over_pictures(self.alignment.score(features, [str(said) for said in self.conditions]))
         return found

@@ -168,8 +168,9 @@ class TorchImageGenerator:
 class BundleImageGenerator:
     """A bundle, without PyTorch; ``options`` are further ones of how the pipeline draws."""
 
-    def __init__(self, bundle: Bundle, backend: str = "cpu", **options: Any):
-        self._pipeline, self._options = Pipeline(bundle, backend), options
+    def __init__(self, bundle: Bundle, backend: str = "cpu", *, threads: int | None = None, **options: Any):
+        self._pipeline, self._options = Pipeline(bundle, backend, threads=threads), options
+        self.threads = threads
         model, graphs, roles = bundle.manifest.model, bundle.manifest.graphs, bundle.roles
         self.name = f"bundle {bundle.path.resolve().name}"
         self.defaults = SamplingSettings(
@@ -191,6 +192,10 @@ class BundleImageGenerator:
     def check(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> None:
         """Raise InputError if the bundle cannot draw these pictures so, and run nothing."""
         checked_request(self._pipeline.bundle, **self.given(conditions, seeds, settings))
+
+    def close(self) -> None:
+        """Give back its graphs; it cannot draw anymore."""
+        self._pipeline.close()
 
     @property
     def requested_backend(self) -> str:

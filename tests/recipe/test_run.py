@@ -329,3 +329,14 @@ def test_an_interrupted_judging_of_the_teacher(tiny_checkpoint: Path, cheap_judg
     assert not told.heard("teacher: unet")
     assert not told.heard("teacher draws")
     assert told.heard("drawing")
+
+
+def test_the_default_plan_is_the_recipe_s(make: Make, tmp_path: Path) -> None:
+    bundle, _ = make(WEIGHTS + '[plan]\nsampler = "ddim-calls3"\nsteps = 6\n')
+    model = bundle.manifest.model
+    assert (model["default_sampler"], model["default_steps"]) == ("ddim-calls3", 6)
+    assert "plans/ddim-calls3-6.json" in bundle.manifest.files
+    drawn = Pipeline(bundle, "cpu").generate("a red circle", seed=1)
+    assert len(drawn.timings.denoiser_ms) == 3
+    with pytest.raises(InputError, match="no plan for 'magic' with 6 steps"):
+        make(WEIGHTS + '[plan]\nsampler = "magic"\nsteps = 6\n')

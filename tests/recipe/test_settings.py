@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ldm_export.errors import InputError
+from ldm_export.plan import compile_plan
 from ldm_export.reading.options import KINDS
 from ldm_export.recipe import Recipe, read_recipe
-from ldm_export.recipe.settings import GRAPH_PASSES, TORCH_PASSES, Budget, Teacher, shipped_recipes
+from ldm_export.recipe.settings import GRAPH_PASSES, TORCH_PASSES, Budget, DefaultPlan, Teacher, shipped_recipes
 from tests.recipe.tiny import PROMPTS, write_recipe
 
 WEIGHTS = '[[pass]]\nname = "quantize-weights"\n'
@@ -100,7 +101,10 @@ def step(name: str, options: str = "") -> str:
 BAD = {
     "not TOML": ("target = ", r"recipe\.toml is no readable TOML \(Invalid value"),
     "no passes": ('target = "cpu"', r"has no \[\[pass\]\]; export without --recipe, or add one\."),
-    "unknown key": (f"speed = 1\n{WEIGHTS}", "has the unknown key 'speed'; known are budget, pass, prompts, target,"),
+    "unknown key": (
+        f"speed = 1\n{WEIGHTS}",
+        "has the unknown key 'speed'; known are budget, pass, plan, prompts, target,",
+    ),
     "target of a wrong type": (f"target = 1\n{WEIGHTS}", "target = 1 must be text"),
     "unknown target": (f'target = "tpu"\n{WEIGHTS}', "target = 'tpu' is not supported; allowed are 'cpu', 'gpu'"),
     "teacher of a wrong type": (f"teacher = 50\n{WEIGHTS}", "teacher = 50 must be a table"),
@@ -205,3 +209,40 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no readable TOML"):
         read_recipe(tmp_path)
+
+
+# --- the default plan -----------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_may_be_a_plan_alone(tmp_path: Path) -> None:
+    recipe = read(tmp_path, '[plan]\nsampler = "ddim-calls16"\nsteps = 50\n')
+    assert recipe.plan is not None
+    assert (recipe.plan[0].sampler, recipe.plan[0].steps, recipe.plan[1]) == ("ddim-calls16", 50, None)
+    assert (recipe.torch_passes, recipe.graph_passes) == ((), ())
+
+
+def test_a_plan_of_a_file_is_read_with_the_recipe(tmp_path: Path) -> None:
+    plan = compile_plan({"_class_name": "DDIMScheduler"}, "ddim", 4)
+    (tmp_path / "mine.json").write_text(plan.to_json())
+    text = '[plan]\nsampler = "ddim"\nsteps = 4\nfile = "mine.json"\n'
+    assert read(tmp_path, text).plan == (DefaultPlan("ddim", 4, "mine.json"), plan)
+    with pytest.raises(InputError, match=r"mine.json has the plan ddim-4, and sampler = 'ddim', steps = 5"):
+        read(tmp_path, text.replace("steps = 4", "steps = 5"))
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(InputError, match=r"\[plan\]: file = 'mine.json' cannot be read"):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('sampler = "ddim"', r"\[plan\] lacks 'steps'"),
+        ("steps = 4", r"\[plan\] lacks 'sampler'"),
+        ('sampler = "ddim"\nsteps = 0', "steps = 0 must be at least 1"),
+        ('sampler = "ddim"\nsteps = 4\neta = 1', "unknown key 'eta'"),
+        ('sampler = "ddim"\nsteps = 4\nfile = "absent.json"', "file = 'absent.json' cannot be read"),
+    ],
+)
+def test_plans_that_are_refused(tmp_path: Path, table: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, f"[plan]\n{table}\n")
