@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import add_fitted
@@ -97,27 +98,30 @@ def main() -> None:
     reference = real_pictures(arguments.data, arguments.held_out, size, generator.channels, generator.condition)
     judge = FidelityJudge(np.load(kept, allow_pickle=False), tuple(conditions), reference, None)
 
-    def add(name: str, calls: int, draws: BundleImageGenerator, settings: SamplingSettings) -> None:
-        figures = judge.figures(draw_pictures(draws, conditions, settings, progress))
+    def add(name: str, calls: int, images: npt.NDArray[Any]) -> None:
+        figures = judge.figures(images)
         values = {key: figures[key]._asdict() for key in FIGURES if key in figures}
         rows.append({"name": name, "calls": calls, **values})
         document = {"bundle": arguments.bundle.name, "truth": f"{sampler}, {STEPS} steps", "guidance": guidance}
         document |= {"pictures": arguments.pictures, "notes": list(judge.notes), "rows": rows}
         arguments.result.write_text(json.dumps(document, indent=1) + "\n")
-        arguments.result.with_suffix(".svg").write_text(chart(rows))
+        if len(rows) > 2:
+            arguments.result.with_suffix(".svg").write_text(chart(rows))
         print(f"\r{name:24} {calls:3} " + " ".join(f"{key} {value['value']:.4g}" for key, value in values.items()))
 
     known = {(row["name"], row["calls"]) for row in rows}
     if ("truth", STEPS) not in known:
-        add("truth", STEPS, generator, truth)
+        add("truth", STEPS, judge.truth)
     pictures = FitOptions(calls=1, conditions=others)
     for name, calls, made in variants(bundle, sampler, pictures, work):
         if (name, calls) not in known:
             drawn, settings, options = made()
-            add(name, calls, BundleImageGenerator(drawn, **options), replace(settings, **common))
+            draws = BundleImageGenerator(drawn, **options)
+            add(name, calls, draw_pictures(draws, conditions, replace(settings, **common), progress))
     if arguments.student and not any(row["name"] == "student" for row in rows):
         student = BundleImageGenerator(Bundle.open(arguments.student))
-        add("student", student.defaults.steps, student, replace(student.defaults, **{**common, "guidance": 1.0}))
+        settings = replace(student.defaults, **{**common, "guidance": student.defaults.guidance})
+        add("student", settings.steps, draw_pictures(student, conditions, settings, progress))
     print(json.dumps(rows))
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ldm_export.cli.options import (
     folder,
     json_option,
     print_json,
+    size_from_text,
     steps_bar,
     write_output,
 )
@@ -26,15 +26,6 @@ from ldm_export.runtime.backends import BACKENDS
 from ldm_export.runtime.pipeline import MOST_THREADS
 from ldm_export.runtime.request import picture_channels
 from ldm_export.runtime.values import MOST_ITEMS
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    found = re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", text)
-    if found is None:
-        raise InputError(f"--size {text[:40]} is not a size; it is HEIGHTxWIDTH in pixels, such as 64x64.")
-    return int(found[1]), int(found[2])
 
 
 def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: int | None, seed: int) -> dict[str, Any]:
@@ -102,7 +93,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Draw one picture a PROMPT from BUNDLE, without PyTorch."""
-    height, width = _size(size)
+    height, width = (None, None) if size is None else size_from_text(size)
     check_writable(output)
     if latents is not None:
         check_output(latents)

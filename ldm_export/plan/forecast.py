@@ -149,23 +149,29 @@ def fold(rows: Sequence[Row], denoised: Sequence[Form], made: Set[int], order: i
     InputError
         If a row would need what the table does not remember, or a forecast is too far.
     """
-    axes = np.eye(2 + len(rows) + len(made))
-    noises, memories = axes[2 : 2 + len(rows)], axes[2 + len(rows) :]
-    x, output, folded = axes[0], axes[1], list[Row]()
+    noises, memories = 2, 2 + len(rows)  # the first coordinate of each
+
+    def axis(number: int) -> Vector:
+        value = np.zeros(2 + len(rows) + len(made))
+        value[number] = 1.0
+        return value
+
+    x, output, folded = axis(0), axis(1), list[Row]()
     known: dict[float, Vector] = {}  # what is extrapolated, by timestep, the newest last
     remembered: list[Vector] = []  # by the rows before they are folded, the newest first
     for number, row in enumerate(rows):
         form = _form(row, denoised[number] if denoised else OUTPUT)
         if number in made:
-            value, output, x = memories[len(folded)], axes[1], axes[0]
+            value, output, x = axis(memories + len(folded)), axis(1), axis(0)
             known.pop(row.timestep, None)
-            known[row.timestep] = value
+            known = dict([*known.items(), (row.timestep, value)][-MOST_ORDER - 1 :])
             called = row, form
         else:
             value = _extrapolated(known, row.timestep, order)
             output = (value - form[0] * x) / form[1]
         remembered = [value, *remembered[: MAX_HISTORY - 1]]
-        x = row.keep * x + row.direct * output + row.noise * noises[number]
+        x = row.keep * x + row.direct * output
+        x[noises + number] += row.noise
         for weight, h in zip(row.weights, remembered, strict=False):
             x = x + weight * h
         if number + 1 in made or number + 1 == len(rows):

@@ -1,6 +1,7 @@
 // What a bundle or a caller may hold that this library parses itself: no input may crash it. The first byte chooses.
 #include "compiler.hpp"
 #include "engines.hpp"
+#include "forecast.hpp"
 #include "json.hpp"
 #include "onnx_wire.hpp"
 #include "request.hpp"
@@ -49,7 +50,7 @@ void run(const Plan &plan) {
     }
 }
 
-// Compile a scheduler config for the sampler, with a number of calls or with all, and the number of steps that the first two bytes
+// Compile a scheduler config for the sampler, with some of its calls or all, and the number of steps that the first two bytes
 // say.
 void compile(std::string_view text) {
     if (text.size() < 2) return;

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,12 +116,12 @@ def test_example_in_cpp(examples: Path, bundle: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(picture)
     prompts = ["a red circle", "a blue square", "two green triangles"]
-    options = ["--sampler", "euler", "--steps", "10", "--guidance", "3", "--negative", "blue", "--seed", "5"]
-    options += ["--image", str(picture), "--strength", "0.7", "--latents", str(tmp_path / "out.npy")]
+    options = ["--sampler", "euler", "--steps", "10", "--calls", "6", "--guidance", "3", "--negative", "blue"]
+    options += ["--seed", "5", "--image", str(picture), "--strength", "0.7", "--latents", str(tmp_path / "out.npy")]
     run(examples / "txt2img", bundle, *prompts, "-o", tmp_path / "out.png", *options)
-    expected = Pipeline.open(bundle, backend="cpu").generate(
-        prompts, sampler="euler", steps=10, guidance=3.0, negative_prompt="blue", seed=5, image=pixels, strength=0.7
-    )
+    asked: dict[str, Any] = {"sampler": "euler", "steps": 10, "calls": 6, "guidance": 3.0, "negative_prompt": "blue"}
+    pipeline = Pipeline.open(bundle, backend="cpu")
+    expected = pipeline.generate(prompts, **asked, seed=5, image=pixels, strength=0.7)
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected.latents, rtol=0, atol=1e-4)
     sheet = np.asarray(Image.open(tmp_path / "out.png")).astype(int)
     assert sheet.shape == (32, 32, 3)
@@ -136,6 +137,7 @@ def test_example_in_cpp(examples: Path, bundle: Path, tmp_path: Path) -> None:
         (("/nowhere", "x", "-o", "x.png"), "there is no such folder"),
         (("BUNDLE", "x", "-o", "x.png", "--sampler", "magic"), "no plan for 'magic'"),
         (("BUNDLE", "x", "-o", "x.png", "--steps", "-3"), "--steps is -3"),
+        (("BUNDLE", "x", "-o", "x.png", "--steps", "10", "--calls", "11"), "calls is 11; the plan makes 10"),
         (("BUNDLE", "x", "-o", "x.png", "--image", "/nowhere.png"), "cannot be read as a PNG"),
     ],
 )

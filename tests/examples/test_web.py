@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "web"
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 SAME_PICTURE_DB = 40.0
-LOOPS = ("ddim-20", "euler-ancestral-10")
-"""One that draws no noise on its way, and one that does."""
+LOOPS = ("ddim-20", "euler-ancestral-10", "ddim-calls4-10")
+"""One that draws no noise on its way, one that does, and one of fewer network calls than steps."""
 PROMPTS = (
     "red apple",
     "a smiling face, with sunglasses!",

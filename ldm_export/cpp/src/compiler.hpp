@@ -10,9 +10,9 @@
 
 namespace ldm::runtime {
 
-// The plan of a sampler, or of some of its calls, as ddim-calls16 asks; `config` is an object, `tokens` how many a picture has, which are read where the config shifts dynamically.
-// Throws InputError for an unknown sampler, a number of steps, a scheduler class or a config value that cannot be used, and for a
-// forecast that cannot be made.
+// The plan of a sampler, or with only some of its network calls, as ddim-calls16 asks; `config` is an object, `tokens` how many
+// a picture has, which are read where the config shifts dynamically. Throws InputError for an unknown sampler, a number of
+// steps, a scheduler class or a config value that cannot be used, and for a forecast that cannot be made.
 Plan compile_plan(const Json &config, const std::string &name, std::int64_t num_inference_steps, std::int64_t tokens = 0);
 
 }  // namespace ldm::runtime

@@ -145,8 +145,8 @@ bool is_sound(const Row &row) {
 
 void check_float32(bool holds, const std::string &sampler, std::size_t steps) {
     if (holds) return;
-    throw InputError(join(sampler, " with ", steps, " steps of this scheduler config has numbers that float32 does not hold. Use "
-                          "another sampler or number of steps, or the config that the network was trained with."));
+    throw InputError(join(sampler, " with ", steps, " steps of this scheduler config has numbers that float32 does not hold. "
+                          "Use another sampler or number of steps, or the config that the network was trained with."));
 }
 
 Trajectory Plan::from_noise() const { return {0.0, init_scale, rows}; }

@@ -51,8 +51,8 @@ struct Entry {
     std::size_t resume = 0;
 };
 
-// There are as many rows as network calls: one or two a step, and fewer where outputs are forecast. Each entry is made when it is
-// asked for, which may throw InputError: most runs start from noise.
+// There are as many rows as network calls: one or two a step, and fewer where outputs are forecast. Each entry is made when it
+// is asked for, which may throw InputError: most runs start from noise.
 struct Plan {
     std::string sampler;
     std::size_t num_inference_steps = 0;

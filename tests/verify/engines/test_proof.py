@@ -45,7 +45,7 @@ def test_a_plain_graph_is_what_the_bundle_says(tiny_bundle: Path, tmp_path: Path
     ("name", "precision"),
     [
         *(("ddim-10", precision) for precision in ("fp32", "fp16", "int8")),
-        *((name, "fp32") for name in ("euler-ancestral-10", "dpmpp-2m-10")),
+        *((name, "fp32") for name in ("euler-ancestral-10", "dpmpp-2m-10", "ddim-calls4-10")),
     ],
 )
 def test_loops_are_as_their_graphs(tiny_bundle: Path, tmp_path: Path, name: str, precision: str) -> None:
