@@ -1,1 +1,1 @@
-"""What one model on one machine is drawn with: a search within a budget of quality, and plans made for that model."""
+"""What is made for one model on one machine: plans fitted to its trajectories, and a search for the best within a budget."""
