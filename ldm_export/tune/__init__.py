@@ -1,1 +1,1 @@
-"""What is made for one model on one machine: plans fitted to its trajectories, and a search for the best within a budget."""
+"""Plans that are fitted to a model's own trajectories, and a search for the best within a budget of quality."""
