@@ -17,8 +17,9 @@ A fit is for one guidance scale and one size of pictures: the trajectories are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import read_plan
+from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.plan import MAX_HISTORY, Entry, Plan, Row, Trajectory
 from ldm_export.reading.options import check_least
@@ -119,14 +121,17 @@ class Fit:
 
     @property
     def best_textbook(self) -> str:
+        """Name of the textbook sampler with the best median; empty where the model has none of so few steps."""
         scores = self.report["psnr_db"]
         others: list[str] = [name for name in scores if name != self.plan.sampler]
-        return max(others, key=lambda name: float(scores[name]["median"]))
+        return max(others, key=lambda name: float(scores[name]["median"]), default="")
 
     @property
     def pays(self) -> bool:
         """Whether the fitted plan is better than the best textbook sampler, in the median and in the worst picture."""
         scores = self.report["psnr_db"]
+        if not self.best_textbook:
+            return True
         ours, theirs = scores[self.plan.sampler], scores[self.best_textbook]
         return bool(ours["median"] > theirs["median"] and ours["worst"] > theirs["worst"])
 
@@ -143,40 +148,33 @@ def fit_plan(bundle: Bundle, options: FitOptions, work: Path, progress: Progress
     InputError
         If the teacher's plan adds noise or makes two calls a step, or the prompts do not suit the model.
     """
-    pipeline = Pipeline(bundle, "cpu")
-    teacher = _teacher(bundle, options)
-    guidance = bundle.roles.guidance.scale if options.guidance is None else options.guidance
-    guided = bundle.roles.guidance.takes_two_rows(guidance)
-    ours, theirs = replace(options, guidance=options.guidance).drawn()
+    teacher, (ours, theirs) = _teacher(bundle, options), options.drawn()
     kept = Kept(work, key_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs)))
-    batches = open_batches(pipeline, ours)
-    trajectory = teacher.from_noise()
-    found = sample_trajectories(batches, trajectory, "calibration", kept, progress)
-    judged = open_batches(pipeline, theirs)
-    truth = sample_trajectories(judged, trajectory, "held-out", kept, progress)
-    gains = kept.made("gains", lambda: {"gains": measured_gains(batches, teacher, found, progress)})["gains"]
-    products = inner_products(found)
-    calls = choose_calls(products, gains, options.calls)
-    rows = fitted_rows(batches, teacher, found, calls, progress)
-    plan = Plan(
-        sampler=f"{FITTED}-guidance{guidance:g}" if guided else FITTED,
-        num_inference_steps=len(calls),
-        init_scale=teacher.init_scale,
-        rows=rows,
-        entries=tuple(_entry(teacher, products, calls, rows, number) for number in range(len(calls))),
-        tokens=teacher.tokens,
-    )
-    images = _decoded(pipeline, judged, truth.latents[-1])
-    scores = {plan.sampler: _score(pipeline, judged, plan, images, progress)}
-    for name in TEXTBOOK:
-        try:
-            textbook = read_plan(bundle, name, options.calls)
-        except InputError:  # this scheduler config has no such sampler, or not so few steps
-            continue
-        scores[name] = _score(pipeline, judged, textbook, images, progress)
+    with Pipeline(bundle, "cpu") as pipeline:
+        batches, judged = open_batches(pipeline, ours), open_batches(pipeline, theirs)
+        found = sample_trajectories(batches, teacher.from_noise(), "calibration", kept, progress)
+        truth = sample_trajectories(judged, teacher.from_noise(), "held-out", kept, progress)
+        gains = kept.made("gains", lambda: {"gains": measured_gains(batches, teacher, found, progress)})["gains"]
+        products = inner_products(found)
+        calls = choose_calls(products, gains, options.calls)
+        rows = fitted_rows(batches, teacher, found, calls, progress)
+        guidance = None
+        if bundle.roles.guidance.kind != NONE:
+            guidance = bundle.roles.guidance.scale if options.guidance is None else options.guidance
+        plan = Plan(
+            sampler=FITTED if guidance is None else f"{FITTED}-guidance{guidance:g}",
+            num_inference_steps=len(calls),
+            init_scale=teacher.init_scale,
+            rows=rows,
+            entries=tuple(_entry(teacher, products, calls, number) for number in range(len(calls))),
+            tokens=teacher.tokens,
+        )
+        images = _decoded(pipeline, judged, truth.latents[-1])
+        plans = [plan, *_textbook(bundle, options.calls)]
+        scores = {each.sampler: _score(pipeline, judged, each, images, progress) for each in plans}
     report = {
         "teacher": teacher.file_name.removesuffix(".json"),
-        "guidance": guidance if guided else None,
+        "guidance": guidance,
         "calls_of_teacher": calls,
         "pictures": len(ours.seeds),
         "held_out": len(theirs.seeds),
@@ -186,8 +184,16 @@ def fit_plan(bundle: Bundle, options: FitOptions, work: Path, progress: Progress
 
 
 def _hashes(bundle: Bundle) -> list[str]:
-    """Hashes of all graphs and of what belongs to them."""
-    return sorted(file.sha256 for path, file in bundle.manifest.files.items() if not path.startswith("plans/"))
+    """Hashes of all graphs and of what belongs to them, but for what is made of plans."""
+    files = bundle.manifest.files.items()
+    return sorted(file.sha256 for path, file in files if not path.startswith(("plans/", "fits/", "loops/")))
+
+
+def _textbook(bundle: Bundle, calls: int) -> Iterator[Plan]:
+    """Plans of so many calls of the samplers that the bundle's scheduler config has."""
+    for name in TEXTBOOK:
+        with suppress(InputError):
+            yield read_plan(bundle, name, calls)
 
 
 def _teacher(bundle: Bundle, options: FitOptions) -> Plan:
@@ -264,7 +270,7 @@ def _row(call: Row, coefficients: Array) -> Row:
     return Row(call.timestep, call.input_scale, from_output=1.0, keep=keep, direct=direct, weights=weights)
 
 
-def _entry(teacher: Plan, products: Matrix, calls: Sequence[int], rows: Sequence[Row], number: int) -> Entry:
+def _entry(teacher: Plan, products: Matrix, calls: Sequence[int], number: int) -> Entry:
     """Entry from an image into call ``number``: rows of what is remembered by then, fitted to the trajectories, and
     then the plan's own."""
     steps, own = len(teacher.rows), teacher.entries[calls[number]]

@@ -72,13 +72,13 @@ def test_what_judges_was_not_fitted_to() -> None:
     assert (len(ours.seeds), len(theirs.seeds)) == (8, 8)
 
 
-def test_the_same_fit_goes_on(tiny_bundle: Path, work: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_fit_goes_on(bundle: Bundle, work: Path, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.stat().st_mtime_ns for file in work.iterdir()}
     assert len(before) == 3
     runs = []
     run = fitting.Batch.run
     monkeypatch.setattr(fitting.Batch, "run", lambda self, *given: runs.append(len(given)) or run(self, *given))
-    again = fit_plan(Bundle.open(tiny_bundle), OPTIONS, work, quiet)
+    again = fit_plan(add_fitted(bundle, fit.plan, fit.report), OPTIONS, work, quiet)
     assert again.plan == fit.plan
     assert again.report == fit.report
     assert {file: file.stat().st_mtime_ns for file in work.iterdir()} == before
