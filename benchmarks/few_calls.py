@@ -30,7 +30,7 @@ from ldm_export.verify.image_text_alignment import open_pictures
 from ldm_export.verify.quality import choose_prompts, draw_pictures
 
 STEPS = 50
-CALLS = (6, 8, 10, 12, 16)
+CALLS = (8, 10, 16, 12, 6)
 TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc")
 DEEPCACHE = (2, 3, 5)
 FIGURES = ("psnr_db", "psnr_worst_db", "ssim", "frechet_distance", "frechet_ratio", "retrieval_at_5")
