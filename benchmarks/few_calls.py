@@ -129,7 +129,7 @@ PANELS = (
     *(("psnr_db", "PSNR, dB, median"), ("psnr_worst_db", "PSNR, dB, worst")),
     *(("frechet_distance", "Fréchet distance"), ("retrieval_at_5", "R@5")),
 )
-COLOURS = ("#888", "#b58", "#2a6fbb", "#999922", "#7a4", "#c60", "#d22", "#444", "#080")
+COLOURS = ("#888", "#b58", "#2a6fbb", "#c90", "#d22", "#7a4", "#444", "#080")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 230, 250, 40, 26, 14
 
 
