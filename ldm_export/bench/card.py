@@ -127,16 +127,16 @@ class Card:
         return FidelityJudge(images, tuple(self.conditions), reference, self._alignment)
 
     def _drawn(self, variant: Variant, name: str, progress: Progress) -> npt.NDArray[Any]:
-        def told(what: str, done: int, of: int) -> None:
+        def report(what: str, done: int, of: int) -> None:
             progress(f"{name}, {what} {done} of {of}")
 
-        return draw_pictures(variant.image_generator, self.conditions, variant.settings, told)
+        return draw_pictures(variant.image_generator, self.conditions, variant.settings, report)
 
     def _others(self, truth: Variant, progress: Progress) -> Reference:
-        def told(what: str, done: int, of: int) -> None:
+        def report(what: str, done: int, of: int) -> None:
             progress(f"the truth with other seeds, {what} {done} of {of}")
 
-        return own_pictures(truth.image_generator, self.conditions, truth.settings, told)
+        return own_pictures(truth.image_generator, self.conditions, truth.settings, report)
 
     def _kept(self, truth: Variant, what: str, draw: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
         return self._keep(_hash([what, self._of_truth(truth)]), draw)

@@ -101,7 +101,7 @@ def command(
             console.print(f"added; use it with --sampler {fit.plan.sampler} --steps {calls}")
     if not fit.pays:
         status.print(
-            f"error: {fit.best_textbook} is as good as the fitted plan, which was not added. Use more --pictures, "
+            f"error: {fit.rivals[0]} is as good as the fitted plan, which was not added. Use more --pictures, "
             "other --calls, or that sampler.",
             style="red",
             soft_wrap=True,

@@ -120,20 +120,17 @@ class Fit:
     report: dict[str, Any]
 
     @property
-    def best_textbook(self) -> str:
-        """Name of the textbook sampler with the best median; empty where the model has none of so few steps."""
+    def rivals(self) -> list[str]:
+        """Names of the textbook samplers that are as good in the median or in the worst picture."""
         scores = self.report["psnr_db"]
-        others: list[str] = [name for name in scores if name != self.plan.sampler]
-        return max(others, key=lambda name: float(scores[name]["median"]), default="")
+        ours = scores[self.plan.sampler]
+        others = ((name, score) for name, score in scores.items() if name != self.plan.sampler)
+        return [name for name, score in others if score["median"] >= ours["median"] or score["worst"] >= ours["worst"]]
 
     @property
     def pays(self) -> bool:
-        """Whether the fitted plan is better than the best textbook sampler, in the median and in the worst picture."""
-        scores = self.report["psnr_db"]
-        if not self.best_textbook:
-            return True
-        ours, theirs = scores[self.plan.sampler], scores[self.best_textbook]
-        return bool(ours["median"] > theirs["median"] and ours["worst"] > theirs["worst"])
+        """Whether the fitted plan is better than every textbook sampler, in the median and in the worst picture."""
+        return not self.rivals
 
 
 def fit_plan(bundle: Bundle, options: FitOptions, work: Path, progress: Progress) -> Fit:

@@ -152,7 +152,7 @@ class Measure:
         return {"ms": spent["total"], "stages": spent, "faster": times_as_fast(runs["beside"], runs["this"])}
 
     def memory(self, configuration: Configuration) -> Record:
-        """Peak resident memory, in bytes, of a process of its own that draws two pictures; None if it is not told."""
+        """Peak resident memory, in bytes, of a process that draws two pictures; None where it cannot be measured."""
         return self._records(hash_of("memory", self._key(configuration)), lambda: self._memory(configuration))
 
     def _memory(self, configuration: Configuration) -> Record:

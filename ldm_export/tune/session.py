@@ -130,18 +130,20 @@ class Tuning:
         """Search; gives what was found, the bundles that it made, and the document."""
         started = time.perf_counter()
 
-        def told(what: str) -> None:
+        def report(what: str) -> None:
             progress(what, 0, 1)
 
         generator, options = self._generator, self.options
         known = [] if generator.condition is None else self.halves[0]
-        variants = Variants(self.bundle, self._checkpoint, known, self._work, told)
+        variants = Variants(self.bundle, self._checkpoint, known, self._work, report)
         records = Records(self._work / RECORDS)
         measure = Measure(variants, records, generator.defaults.guidance, self.halves[0], options.rounds)
         halves = None
         if not options.latency_only:
             keep = Keep(self._work / TRUTH, load=True)
-            tuning, held_out = (self._half(number, measure, variants, keep, told) for number in range(len(self.halves)))
+            tuning, held_out = (
+                self._half(number, measure, variants, keep, report) for number in range(len(self.halves))
+            )
             halves = tuning, held_out
         space = self._space()
         budget = Budget(options.budgets, options.goal)
@@ -184,14 +186,14 @@ class Tuning:
             notes.append("There is one prompt: what is held out differs from the rest by its seeds alone.")
         return halves, notes
 
-    def _half(self, number: int, measure: Measure, variants: Variants, keep: Keep, told: Any) -> Pictures:
+    def _half(self, number: int, measure: Measure, variants: Variants, keep: Keep, report: Any) -> Pictures:
         name = ("tuning", "held-out")[number]
         conditions = self.halves[number]
         seed = self.options.seed + number * len(self.halves[0])
         key = hash_of(variants.key, asdict(self.truth), conditions, seed, machine(), versions())
 
         def draw(what: str, first: int) -> Any:
-            told(f"the truth of the {name} half{what}")
+            report(f"the truth of the {name} half{what}")
             return keep(hash_of(key, first), lambda: measure.draw(self.truth, conditions, first))
 
         images, reference = draw("", seed), self._reference
@@ -287,9 +289,9 @@ def _other(path: Path, ours: BundleImageGenerator) -> Configuration:
     theirs = BundleImageGenerator(bundle)
     facts = [(each.condition, each.channels, each.pixels) for each in (theirs, ours)]
     if facts[0] != facts[1]:
-        told = [f"{kind or 'no'} condition, {c} channels, {h}x{w}" for kind, c, (h, w) in facts]
+        kinds = [f"{kind or 'no'} condition, {c} channels, {h}x{w}" for kind, c, (h, w) in facts]
         raise InputError(
-            f"The candidate {path} draws other pictures ({told[0]}) than the bundle ({told[1]}). Give one of the same "
-            "prompts and size."
+            f"The candidate {path} draws other pictures ({kinds[0]}) than the bundle ({kinds[1]}). Give one "
+            "of the same prompts and size."
         )
     return Configuration(theirs.defaults.sampler, theirs.defaults.steps, bundle=str(path))
