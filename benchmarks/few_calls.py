@@ -3,8 +3,8 @@ textbook samplers, forecast and fitted plans, DeepCache and a distilled student.
 
 few_calls.py BUNDLE DATA HELD_OUT RESULT.json [--student BUNDLE] [--pictures 200] [--guidance 4]
 
-RESULT.json gets a row at a time, and what it holds is not measured again; RESULT.svg shows it. The truth is BUNDLE with
-its own sampler, 50 steps. Fits are to prompts that are not judged, or to other seeds of the classes.
+RESULT.json gets a row at a time, and what it holds is not measured again; RESULT.svg shows it, and the tables of
+docs/few-calls.md are printed. The truth is BUNDLE with its own sampler, 50 steps. Fits are to prompts that are not judged, or to other seeds of the classes.
 """
 
 from __future__ import annotations
@@ -122,7 +122,28 @@ def main() -> None:
         student = BundleImageGenerator(Bundle.open(arguments.student))
         settings = replace(student.defaults, **{**common, "guidance": student.defaults.guidance})
         add("student", settings.steps, draw_pictures(student, conditions, settings, progress))
-    print(json.dumps(rows))
+    print(f"\r{table(rows)}")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: calls down, plans across; median and worst PSNR, and below it Fréchet distance and R@5 where there is one."""
+    cells = {(row["calls"], row["name"].split(",")[0]): row for row in rows if row["name"] != "truth"}
+    names = list(dict.fromkeys(name for _, name in cells))
+    truth = next(row for row in rows if row["name"] == "truth")
+    second = [figure for figure in ("frechet_distance", "retrieval_at_5") if figure in truth]
+
+    def figures(row: dict[str, Any] | None, keys: list[str]) -> str:
+        shown = (f"{row[key]['value']:.{3 if key == 'retrieval_at_5' else 1}f}" for key in keys) if row else ()
+        return " / ".join(shown)
+
+    parts = []
+    for title, keys in (("PSNR: median / worst, dB", ["psnr_db", "psnr_worst_db"]), ("Fréchet distance / R@5", second)):
+        title = title if len(keys) == 2 else "Fréchet distance"
+        lines = [f"| {title}; calls | " + " | ".join(names) + " |", "|---:" * (1 + len(names)) + "|"]
+        for calls in sorted({calls for calls, _ in cells}, reverse=True):
+            lines.append(f"| {calls} | " + " | ".join(figures(cells.get((calls, name)), keys) for name in names) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + f"\n\nThe truth itself: {figures(truth, second)}."
 
 
 PANELS = (

@@ -118,7 +118,7 @@ def command(
             raise InputError(
                 f"{json_file} lacks figures that a card has, or has other ones. Delete it, and measure anew."
             ) from error
-    console.print(f"look at {output}; the figures are in {json_file}", soft_wrap=True)
+    console.print(f"look at {output}; the figures are in {json_file}")
     if as_json:
         rows = [{key: value for key, value in row.items() if key != "png"} for row in document["rows"]]
         click.echo(json.dumps({**document, "rows": rows}))
@@ -147,6 +147,6 @@ def _print(document: Document) -> None:
         )
     console.print(table)
     for name, why in document["left_out"].items():
-        console.print(f"{name} is left out: {why}", soft_wrap=True)
+        console.print(f"{name} is left out: {why}")
     for note in dict.fromkeys(note for row in document["rows"] for note in row["notes"]):
-        console.print(note, soft_wrap=True)
+        console.print(note)

@@ -149,10 +149,10 @@ def _print(document: Document) -> None:
         console.print("Nothing that was tried is cheaper and within the budget: the untouched bundle is the result.")
     for point in points:
         if point["configuration"]["bundle"] and not point["chosen"]:
-            console.print(f"{point['name']} is not chosen: {point['why_not']}", soft_wrap=True, markup=False)
+            console.print(f"{point['name']} is not chosen: {point['why_not']}")
     for name, why in document["left_out"].items():
-        console.print(f"{name} is left out: {why}", soft_wrap=True, markup=False)
+        console.print(f"{name} is left out: {why}")
     for note in document["notes"]:
-        console.print(note, soft_wrap=True, markup=False)
-    console.print(f"{document['output']} and {document['recipe']}; {document['seconds']:.0f} s", soft_wrap=True)
-    console.print(document["generate"], soft_wrap=True, markup=False)
+        console.print(note)
+    console.print(f"{document['output']} and {document['recipe']}; {document['seconds']:.0f} s")
+    console.print(document["generate"])

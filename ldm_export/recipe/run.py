@@ -78,14 +78,7 @@ def run_recipe(
     _check_network(checkpoint, recipe)
     _check_guidance(checkpoint, recipe)
     pictures = _pictures(checkpoint, recipe, data)
-    conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
-    sampler = checkpoint.drawing.sampler if is_flow(checkpoint.scheduler) else "ddim"
-    guided = family_of(checkpoint).roles.guidance.kind != NONE or checkpoint.reads_text
-    drawing = SamplingDefaults(sampler, recipe.teacher.steps, recipe.teacher.guidance if guided else 1.0)
-    teacher = replace(checkpoint, drawn_with=drawing)
-    weights = [teacher.sha256(name) for name in teacher.components]
-    learned = [] if pictures is None else [hashlib.sha256(pictures.images.tobytes()).hexdigest()]
-    key = hash_of(weights, asdict(recipe.teacher), list(conditions), *learned)
+    teacher, conditions, key = teacher_of(checkpoint, recipe, pictures)
     latents = work / "teacher" / f"latents-{key[:8]}.safetensors"
     material = Material(teacher, recipe.teacher, conditions, pictures, latents, progress)
     try:
@@ -107,6 +100,20 @@ def run_recipe(
         raise InputError(
             f"{work} cannot be written ({error}). Free some space, or choose another --work folder; the recipe goes on."
         ) from error
+
+
+def teacher_of(
+    checkpoint: LatentDiffusion, recipe: Recipe, pictures: Pictures | None
+) -> tuple[LatentDiffusion, list[str | int], str]:
+    """The teacher as the recipe draws it, what it is asked for, and the key of its stage: all that students depend on."""
+    conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
+    sampler = checkpoint.drawing.sampler if is_flow(checkpoint.scheduler) else "ddim"
+    guided = family_of(checkpoint).roles.guidance.kind != NONE or checkpoint.reads_text
+    drawing = SamplingDefaults(sampler, recipe.teacher.steps, recipe.teacher.guidance if guided else 1.0)
+    teacher = replace(checkpoint, drawn_with=drawing)
+    weights = [teacher.sha256(name) for name in teacher.components]
+    learned = [] if pictures is None else [hashlib.sha256(pictures.images.tobytes()).hexdigest()]
+    return teacher, conditions, hash_of(weights, asdict(recipe.teacher), list(conditions), *learned)
 
 
 @dataclass(frozen=True)

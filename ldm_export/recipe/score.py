@@ -56,7 +56,7 @@ class Score:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Score:
-        return cls(**{**values, "latency": Latency(**values["latency"])})
+        return cls(**{**values, "latency": Latency.from_dict(values["latency"])})
 
 
 @dataclass(frozen=True)

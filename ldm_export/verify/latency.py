@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends.auto import SETTLE_S
@@ -24,6 +25,12 @@ class Latency:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Latency:
+        """Of a record; older ones, in checkpoints and work folders, have ``unet_ms``."""
+        renamed = {"unet_ms": "denoiser_ms"}
+        return cls(**{renamed.get(name, name): value for name, value in values.items()})
 
 
 Draw = Callable[[int], Timings]

@@ -16,11 +16,26 @@ from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.recipe import change as recipe_change
 from ldm_export.recipe import run_recipe, score
+from ldm_export.recipe.run import teacher_of
+from ldm_export.recipe.score import Score
+from ldm_export.recipe.settings import read_recipe
 from ldm_export.verify.latency import Latency
 from tests.recipe.conftest import Make
 from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, judge_cheaply, plain, recipe_of
 
 TRAINED = DECODER + GUIDANCE
+
+
+def test_cpu_fast_takes_what_ships() -> None:
+    """The recipe needs no training on emoji64, and what it reads of emoji64-fast are scores."""
+    recipe = read_recipe("cpu-fast")
+    _, _, key = teacher_of(open_checkpoint("emoji64"), recipe, None)
+    adopted = recipe_change.adoptable(key, list(recipe.torch_passes))
+    assert adopted is not None
+    assert [record["name"] for record in adopted.passes] == ["teacher", "distill-guidance", "distill-steps"]
+    scores = [Score.from_dict(record["score"]) for record in adopted.passes]
+    assert [found.latency.calls for found in scores] == [50, 50, 4]
+    assert all(0 < found.latency.denoiser_ms < found.latency.total_ms for found in scores)
 
 
 @pytest.fixture(scope="module")
