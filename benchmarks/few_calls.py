@@ -1,10 +1,11 @@
 """Pictures of few network calls against the model's own 50 steps, at shared noise, on conditions that no fit has seen:
 textbook samplers, forecast and fitted plans, DeepCache and a distilled student.
 
-few_calls.py BUNDLE DATA HELD_OUT RESULT.json [--student BUNDLE] [--pictures 200] [--guidance 4]
+few_calls.py BUNDLE DATA HELD_OUT RESULT.json [--student BUNDLE] [--pictures 200] [--latency]
 
 RESULT.json gets a row at a time, and what it holds is not measured again; RESULT.svg shows it, and the tables of
-docs/few-calls.md are printed. The truth is BUNDLE with its own sampler, 50 steps. Fits are to prompts that are not judged, or to other seeds of the classes.
+docs/few-calls.md are printed. The truth is BUNDLE with its own sampler, 50 steps. Fits are to prompts that are not
+judged, or to other seeds of the classes. --latency times every row in turn with the truth, where the rest is done.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ import numpy.typing as npt
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import add_fitted
+from ldm_export.runtime.results import Timings
 from ldm_export.tune.fit import FitOptions, fit_plan
 from ldm_export.verify.fidelity import FidelityJudge, real_pictures
 from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
 from ldm_export.verify.image_text_alignment import open_pictures
+from ldm_export.verify.latency import Draw, runs_in_turn, times_as_fast
 from ldm_export.verify.quality import choose_prompts, draw_pictures
 
 STEPS = 50
 CALLS = (8, 10, 16, 12, 6)
 TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc")
 DEEPCACHE = (2, 3, 5)
+ROUNDS = 9
 FIGURES = ("psnr_db", "psnr_worst_db", "ssim", "frechet_distance", "frechet_ratio", "retrieval_at_5")
 
 
-def variants(bundle: Bundle, sampler: str, pictures: FitOptions, work: Path) -> Iterator[tuple[str, int, Any]]:
+def variants(
+    bundle: Bundle, sampler: str, pictures: FitOptions, work: Path, student: Path | None
+) -> Iterator[tuple[str, int, Any]]:
     """Name, calls, and what draws it, each made when it is its turn: a bundle, settings and options."""
     plain = SamplingSettings(sampler=sampler, steps=STEPS)
     yield f"{sampler}, 20 steps", 20, lambda: (bundle, replace(plain, steps=20), {})
@@ -50,6 +56,20 @@ def variants(bundle: Bundle, sampler: str, pictures: FitOptions, work: Path) -> 
         yield "fitted", calls, lambda calls=calls: fitted(bundle, replace(pictures, calls=calls), work)
     for every in DEEPCACHE:
         yield "DeepCache", -(-STEPS // every), lambda every=every: (bundle, plain, {"deepcache": every})
+    if student is not None:
+        taught = Bundle.open(student)
+        yield "student", taught.manifest.model["default_steps"], lambda: (taught, plain, {})
+
+
+def draw_of(generator: BundleImageGenerator, conditions: list[Any], settings: SamplingSettings) -> Draw:
+    """One picture, condition after condition; texts are new ones, as the cache makes known ones free."""
+
+    def draw(seed: int) -> Timings:
+        condition = conditions[seed % len(conditions)]
+        given = f"{condition} {seed}" if isinstance(condition, str) else condition
+        return generator.sample([given], [seed], settings).timings
+
+    return draw
 
 
 def fitted(bundle: Bundle, options: FitOptions, work: Path) -> tuple[Bundle, SamplingSettings, dict[str, Any]]:
@@ -71,6 +91,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--latency", action="store_true")
     arguments = parser.parse_args()
 
     bundle = Bundle.open(arguments.bundle)
@@ -98,52 +119,69 @@ def main() -> None:
     reference = real_pictures(arguments.data, arguments.held_out, size, generator.channels, generator.condition)
     judge = FidelityJudge(np.load(kept, allow_pickle=False), tuple(conditions), reference, None)
 
-    def add(name: str, calls: int, images: npt.NDArray[Any]) -> None:
-        figures = judge.figures(images)
-        values = {key: figures[key]._asdict() for key in FIGURES if key in figures}
-        rows.append({"name": name, "calls": calls, **values})
+    def keep() -> None:
         document = {"bundle": arguments.bundle.name, "truth": f"{sampler}, {STEPS} steps", "guidance": guidance}
         document |= {"pictures": arguments.pictures, "notes": list(judge.notes), "rows": rows}
         arguments.result.write_text(json.dumps(document, indent=1) + "\n")
         if len(rows) > 2:
             arguments.result.with_suffix(".svg").write_text(chart(rows))
+
+    def add(name: str, calls: int, images: npt.NDArray[Any]) -> None:
+        figures = judge.figures(images)
+        values = {key: figures[key]._asdict() for key in FIGURES if key in figures}
+        rows.append({"name": name, "calls": calls, **values})
+        keep()
         print(f"\r{name:24} {calls:3} " + " ".join(f"{key} {value['value']:.4g}" for key, value in values.items()))
 
     known = {(row["name"], row["calls"]) for row in rows}
     if ("truth", STEPS) not in known:
         add("truth", STEPS, judge.truth)
     pictures = FitOptions(calls=1, conditions=others)
-    for name, calls, made in variants(bundle, sampler, pictures, work):
+    drawn: dict[tuple[str, int], Draw] = {("truth", STEPS): draw_of(generator, conditions, truth)}
+    for name, calls, made in variants(bundle, sampler, pictures, work, arguments.student):
+        if (name, calls) in known and not arguments.latency:
+            continue
+        variant, settings, options = made()
+        draws = BundleImageGenerator(variant, **options)
+        settings = (
+            replace(settings, **common) if name != "student" else replace(draws.defaults, prompts=len(conditions))
+        )
+        drawn[name, calls] = draw_of(draws, conditions, settings)
         if (name, calls) not in known:
-            drawn, settings, options = made()
-            draws = BundleImageGenerator(drawn, **options)
-            add(name, calls, draw_pictures(draws, conditions, replace(settings, **common), progress))
-    if arguments.student and not any(row["name"] == "student" for row in rows):
-        student = BundleImageGenerator(Bundle.open(arguments.student))
-        settings = replace(student.defaults, **{**common, "guidance": student.defaults.guidance})
-        add("student", settings.steps, draw_pictures(student, conditions, settings, progress))
+            add(name, calls, draw_pictures(draws, conditions, settings, progress))
+    if arguments.latency:
+        times = runs_in_turn(drawn, ROUNDS, progress=lambda done: progress("round", done, ROUNDS))
+        for row in rows:
+            row["times_as_fast"] = {"value": times_as_fast(times["truth", STEPS], times[row["name"], row["calls"]])}
+        keep()
     print(f"\r{table(rows)}")
 
 
+TABLES = (
+    ("PSNR: median / worst, dB", {"psnr_db": ".1f", "psnr_worst_db": ".1f"}),
+    ("Fréchet distance / R@5", {"frechet_distance": ".1f", "retrieval_at_5": ".3f"}),
+    ("Times as fast", {"times_as_fast": ".1f"}),
+)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: calls down, plans across; median and worst PSNR, and below it Fréchet distance and R@5 where there is one."""
+    """Markdown: calls down, plans across, a table for each group of figures."""
     cells = {(row["calls"], row["name"].split(",")[0]): row for row in rows if row["name"] != "truth"}
     names = list(dict.fromkeys(name for _, name in cells))
     truth = next(row for row in rows if row["name"] == "truth")
-    second = [figure for figure in ("frechet_distance", "retrieval_at_5") if figure in truth]
 
-    def figures(row: dict[str, Any] | None, keys: list[str]) -> str:
-        shown = (f"{row[key]['value']:.{3 if key == 'retrieval_at_5' else 1}f}" for key in keys) if row else ()
-        return " / ".join(shown)
+    def figures(row: dict[str, Any] | None, kinds: dict[str, str]) -> str:
+        return " / ".join(format(row[key]["value"], kind) for key, kind in kinds.items()) if row else ""
 
     parts = []
-    for title, keys in (("PSNR: median / worst, dB", ["psnr_db", "psnr_worst_db"]), ("Fréchet distance / R@5", second)):
-        title = title if len(keys) == 2 else "Fréchet distance"
-        lines = [f"| {title}; calls | " + " | ".join(names) + " |", "|---:" * (1 + len(names)) + "|"]
-        for calls in sorted({calls for calls, _ in cells}, reverse=True):
-            lines.append(f"| {calls} | " + " | ".join(figures(cells.get((calls, name)), keys) for name in names) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + f"\n\nThe truth itself: {figures(truth, second)}."
+    for title, kinds in TABLES:
+        if kinds.keys() <= truth.keys():
+            lines = [f"| {title}; calls | " + " | ".join(names) + " |", "|---:" * (1 + len(names)) + "|"]
+            for calls in sorted({calls for calls, _ in cells}, reverse=True):
+                shown = (figures(cells.get((calls, name)), kinds) for name in names)
+                lines.append(f"| {calls} | " + " | ".join(shown) + " |")
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + f"\n\n{STEPS} steps themselves: {figures(truth, TABLES[1][1])}."
 
 
 PANELS = (

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from ldm_export.cli.options import console
+from ldm_export.verify.latency import Latency
 
 COLUMNS = ("pass", "", "steps", "call\nms", "picture\nms", "faster", "MB", "Fréchet", "R@5", "PSNR")
 
@@ -31,12 +32,12 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     score = record.get("score")
     if score is None:
         return [""] * (len(COLUMNS) - 2)
-    latency, faster = score["latency"], record.get("faster")
+    latency, faster = Latency.from_dict(score["latency"]), record.get("faster")
     recalled, psnr_db = score["retrieval_at_5"], score["psnr_to_teacher_db"]
     return [
-        str(latency["calls"]),
-        f"{latency['denoiser_ms']:.2f}",
-        f"{latency['total_ms']:.1f}",
+        str(latency.calls),
+        f"{latency.denoiser_ms:.2f}",
+        f"{latency.total_ms:.1f}",
         "" if faster is None else f"{faster:.2f}x",
         f"{score['bytes'] / 1e6:.1f}",
         f"{score['frechet_distance']:.1f}",

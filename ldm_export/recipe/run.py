@@ -105,7 +105,7 @@ def run_recipe(
 def teacher_of(
     checkpoint: LatentDiffusion, recipe: Recipe, pictures: Pictures | None
 ) -> tuple[LatentDiffusion, list[str | int], str]:
-    """The teacher as the recipe draws it, what it is asked for, and the key of its stage: all that students depend on."""
+    """The teacher as the recipe draws it, what it is asked for, and its stage's key: a hash of all of that."""
     conditions = [said for _, said in pictures.conditions] if pictures else _conditions(checkpoint, recipe)
     sampler = checkpoint.drawing.sampler if is_flow(checkpoint.scheduler) else "ddim"
     guided = family_of(checkpoint).roles.guidance.kind != NONE or checkpoint.reads_text

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from ldm_export.bench.process import processes_in_turn
 from ldm_export.bench.variants import Variant
 from ldm_export.bundle.atomic import write_whole
 from ldm_export.errors import CancelledError, InputError, LdmExportError, NumericalError, ParityError
+from ldm_export.plan.forecast import forecast_of
 from ldm_export.reading.documents import MalformedError, read_json
 from ldm_export.recipe.stages import hash_of
+from ldm_export.runtime.results import Timings
 from ldm_export.tune.candidates import Configuration
+from ldm_export.tune.latency import FEW_CALLS, WHOLE_S, calculated
 from ldm_export.tune.variants import Variants
 from ldm_export.verify.fidelity import FidelityJudge
 from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
@@ -94,14 +98,21 @@ class Measure:
 
     Parameters
     ----------
-    guidance : the scale of the truth, and so of all configurations but other bundles
+    truth : how the untouched bundle is drawn
+    guidance : its scale, and that of all configurations but other bundles
     rounds : timed rounds, after one that is not
     """
 
     def __init__(
-        self, variants: Variants, records: Records, guidance: float, conditions: Sequence[str | int], rounds: int
+        self,
+        variants: Variants,
+        records: Records,
+        truth: Configuration,
+        guidance: float,
+        conditions: Sequence[str | int],
+        rounds: int,
     ):
-        self._variants, self._records = variants, records
+        self._variants, self._records, self._truth = variants, records, truth
         self._guidance, self._conditions, self._rounds = guidance, conditions, rounds
         self._machine = hash_of(machine(), versions())
         self._hashes: dict[str, str] = {}
@@ -134,22 +145,72 @@ class Measure:
 
     def latency(self, configuration: Configuration, beside: Configuration) -> Record:
         """Median milliseconds of a picture, and how many times as fast as ``beside``, timed in turn with it."""
+        if self.picture_s > WHOLE_S:
+            return self._calculated(configuration, beside)
         key = hash_of("latency", self._key(configuration), self._key(beside), self._rounds)
         return self._records(key, lambda: self._latency(configuration, beside))
 
+    @cached_property
+    def picture_s(self) -> float:
+        """About how many seconds a picture of the truth takes; 0 where that cannot be told."""
+
+        def probe() -> Record:
+            run = self._runs({"this": self._shortened(self._truth)}, 1, 0)["this"][0]
+            return {"s": calculated(run, self.made(self._truth)["calls"]).total_ms / 1e3}
+
+        seconds: float = self._records(hash_of("seconds", self._key(self._truth)), probe).get("s", 0.0)
+        return seconds
+
     def _latency(self, configuration: Configuration, beside: Configuration) -> Record:
+        return _compared(self._runs({"beside": beside, "this": configuration}, self._rounds))
+
+    def _calculated(self, configuration: Configuration, beside: Configuration) -> Record:
+        """Likewise, from pictures of few calls; what differs in its plan alone takes no more timing."""
+        asked = {"beside": beside, "this": configuration}
+        short = {name: self._shortened(each) for name, each in asked.items()}
+        if short["this"] == short["beside"]:
+            del short["beside"]
+        key = hash_of("parts", [self._key(each) for each in short.values()], self._rounds)
+
+        def timed() -> Record:
+            return {name: [asdict(run) for run in runs] for name, runs in self._runs(short, self._rounds).items()}
+
+        found = self._records(key, timed)
+        if "failed" in found:
+            return found
+        runs = {}
+        for name, each in asked.items():
+            made = self.made(each)
+            if "failed" in made:
+                return made
+            few = [Timings(**run) for run in found[name if name in short else "this"]]
+            runs[name] = [calculated(run, made["calls"], each.deepcache) for run in few]
+        return _compared(runs)
+
+    def _shortened(self, configuration: Configuration) -> Configuration:
+        """The same graphs on the same machine with few steps; as it is where its sampler has no such plan."""
+        if configuration.bundle:
+            return configuration
+        sampler, steps = forecast_of(self._truth.sampler)[0], max(FEW_CALLS, configuration.deepcache)
+        short = replace(configuration, sampler=sampler, steps=steps)
+        try:
+            self._variants.plan_of(short)
+        except InputError:
+            return configuration
+        return short
+
+    def _runs(
+        self, configurations: Mapping[str, Configuration], rounds: int, warm_up: int = 1
+    ) -> dict[str, list[Timings]]:
         variants: dict[str, Variant] = {}
         try:
-            for name, each in (("beside", beside), ("this", configuration)):
+            for name, each in configurations.items():
                 variants[name] = self._variant(each, 0)
             draws = {name: variant.timed(self._conditions, 0) for name, variant in variants.items()}
-            runs = runs_in_turn(draws, self._rounds)
+            return runs_in_turn(draws, rounds, warm_up)
         finally:
             for variant in variants.values():
                 _close(variant)
-        found = stages(runs["this"])
-        spent = {name: found[name]["median_ms"] for name in ("text", "denoiser", "loop", "decode", "total")}
-        return {"ms": spent["total"], "stages": spent, "faster": times_as_fast(runs["beside"], runs["this"])}
 
     def memory(self, configuration: Configuration) -> Record:
         """Peak resident memory, in bytes, of a process that draws two pictures; None where it cannot be measured."""
@@ -188,6 +249,13 @@ class Measure:
             files = {name: entry.sha256 for name, entry in manifest.files.items()}
             self._hashes[path] = hash_of(os.path.abspath(path), files)
         return self._hashes[path]
+
+
+def _compared(runs: Mapping[str, list[Timings]]) -> Record:
+    """Median milliseconds by stage of ``this``, and how many times as fast as ``beside`` it is, round by round."""
+    found = stages(runs["this"])
+    spent = {name: found[name]["median_ms"] for name in ("text", "denoiser", "loop", "decode", "total")}
+    return {"ms": spent["total"], "stages": spent, "faster": times_as_fast(runs["beside"], runs["this"])}
 
 
 def _close(variant: Variant) -> None:

@@ -28,6 +28,7 @@ from ldm_export.runtime.backends.base import allowed_threads
 from ldm_export.runtime.facts import check_drawable
 from ldm_export.tune.candidates import Configuration, Space, space_of
 from ldm_export.tune.fit import FitOptions, fit_plan
+from ldm_export.tune.latency import WHOLE_S
 from ldm_export.tune.measure import RECORDS, Measure, Pictures, Records
 from ldm_export.tune.search import Budget, Found, Progress, Search, why_not
 from ldm_export.tune.variants import Variants
@@ -40,6 +41,10 @@ KIND, FORMAT = "tuning", 1
 TRUTH_STEPS = 50
 """Steps of the truth, unless others are asked for or the bundle has more of its own."""
 TRUTH = "truth.npz"
+BY_PARTS = (
+    "A picture takes about {seconds:.0f} s. None was drawn whole to be timed: times are calculated from those of text, "
+    "of network calls and of the decoder, which were timed in turn."
+)
 FIT_HELD_OUT = 8
 """Pictures that a fit judges itself by; it is judged here as all else is."""
 
@@ -137,7 +142,7 @@ class Tuning:
         known = [] if generator.condition is None else self.halves[0]
         variants = Variants(self.bundle, self._checkpoint, known, self._work, report)
         records = Records(self._work / RECORDS)
-        measure = Measure(variants, records, generator.defaults.guidance, self.halves[0], options.rounds)
+        measure = Measure(variants, records, self.truth, generator.defaults.guidance, self.halves[0], options.rounds)
         halves = None
         if not options.latency_only:
             keep = Keep(self._work / TRUTH, load=True)
@@ -153,6 +158,8 @@ class Tuning:
 
         search = Search(measure, space, self.truth, self._others, budget, halves, fit, progress)
         found = search.run()
+        if measure.picture_s > WHOLE_S:
+            self.notes.append(BY_PARTS.format(seconds=measure.picture_s))
         return found, variants, self._document(found, halves, command, time.perf_counter() - started)
 
     # --- pictures ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from ldm_export.checkpoint import PASSES
 from ldm_export.checkpoint import folder as checkpoints
+from ldm_export.cli.passes import print_passes
 from ldm_export.families import open_checkpoint
 from ldm_export.passes.distill_decoder import DistillDecoder
 from ldm_export.passes.distill_guidance import DistillGuidance
@@ -26,8 +27,8 @@ from tests.recipe.tiny import DECODER, GUIDANCE, WEIGHTS, Interrupt, files_of, j
 TRAINED = DECODER + GUIDANCE
 
 
-def test_cpu_fast_takes_what_ships() -> None:
-    """The recipe needs no training on emoji64, and what it reads of emoji64-fast are scores."""
+def test_cpu_fast_takes_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe needs no training on emoji64, and what it reads of emoji64-fast are scores, which can be shown."""
     recipe = read_recipe("cpu-fast")
     _, _, key = teacher_of(open_checkpoint("emoji64"), recipe, None)
     adopted = recipe_change.adoptable(key, list(recipe.torch_passes))
@@ -36,6 +37,9 @@ def test_cpu_fast_takes_what_ships() -> None:
     scores = [Score.from_dict(record["score"]) for record in adopted.passes]
     assert [found.latency.calls for found in scores] == [50, 50, 4]
     assert all(0 < found.latency.denoiser_ms < found.latency.total_ms for found in scores)
+    print_passes(adopted.passes)
+    shown = capsys.readouterr().out
+    assert all(f"{found.latency.denoiser_ms:.2f}" in shown for found in scores)
 
 
 @pytest.fixture(scope="module")
