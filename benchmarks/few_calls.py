@@ -25,40 +25,41 @@ import numpy.typing as npt
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.plans import add_fitted
 from ldm_export.runtime.results import Timings
-from ldm_export.tune.fit import FitOptions, fit_plan
+from ldm_export.tune.fit import FITTED, FitOptions, fit_plan
 from ldm_export.verify.fidelity import FidelityJudge, real_pictures
 from ldm_export.verify.image_generators import BundleImageGenerator, SamplingSettings
 from ldm_export.verify.image_text_alignment import open_pictures
 from ldm_export.verify.latency import Draw, runs_in_turn, times_as_fast
-from ldm_export.verify.quality import choose_prompts, draw_pictures
+from ldm_export.verify.quality import Progress, choose_prompts, draw_pictures
 
 STEPS = 50
 CALLS = (8, 10, 16, 12, 6)
 TEXTBOOK = ("ddim", "euler", "dpmpp-2m", "unipc")
 DEEPCACHE = (2, 3, 5)
 ROUNDS = 9
+FITS = f"plans/{FITTED}*-{{}}.json"
 FIGURES = ("psnr_db", "psnr_worst_db", "ssim", "frechet_distance", "frechet_ratio", "retrieval_at_5")
 
+Drawing = tuple[Bundle, SamplingSettings, dict[str, int]]
 
-def variants(
-    bundle: Bundle, sampler: str, pictures: FitOptions, work: Path, student: Path | None
-) -> Iterator[tuple[str, int, Any]]:
-    """Name, calls, and what draws it, each made when it is its turn: a bundle, settings and options."""
+
+def variants(bundle: Bundle, sampler: str, student: Bundle | None) -> Iterator[tuple[str, int, Drawing]]:
+    """Name, calls, and how it is drawn: the bundle, settings and options."""
     plain = SamplingSettings(sampler=sampler, steps=STEPS)
-    yield f"{sampler}, 20 steps", 20, lambda: (bundle, replace(plain, steps=20), {})
+    yield f"{sampler}, 20 steps", 20, (bundle, replace(plain, steps=20), {})
     for calls in CALLS:
         for name in TEXTBOOK:
-            if name == ("ddim" if sampler == "euler" else "euler"):  # the same method, for another kind of noise
-                continue
-            yield name, calls, lambda name=name, calls=calls: (bundle, replace(plain, sampler=name, steps=calls), {})
-        forecast = replace(plain, sampler=f"{sampler}-calls{calls}")
-        yield f"{sampler} {STEPS} forecast", calls, lambda forecast=forecast: (bundle, forecast, {})
-        yield "fitted", calls, lambda calls=calls: fitted(bundle, replace(pictures, calls=calls), work)
+            if name != ("ddim" if sampler == "euler" else "euler"):  # the same method, for another kind of noise
+                yield name, calls, (bundle, replace(plain, sampler=name, steps=calls), {})
+        yield f"{sampler} {STEPS} forecast", calls, (bundle, replace(plain, sampler=f"{sampler}-calls{calls}"), {})
+        fitted = next(bundle.path.glob(FITS.format(calls))).stem.rpartition("-")[0]
+        yield "fitted", calls, (bundle, replace(plain, sampler=fitted, steps=calls), {})
     for every in DEEPCACHE:
-        yield "DeepCache", -(-STEPS // every), lambda every=every: (bundle, plain, {"deepcache": every})
+        yield "DeepCache", -(-STEPS // every), (bundle, plain, {"deepcache": every})
     if student is not None:
-        taught = Bundle.open(student)
-        yield "student", taught.manifest.model["default_steps"], lambda: (taught, plain, {})
+        model = student.manifest.model
+        own = SamplingSettings(sampler=model["default_sampler"], steps=model["default_steps"])
+        yield "student", own.steps, (student, own, {})
 
 
 def draw_of(generator: BundleImageGenerator, conditions: list[Any], settings: SamplingSettings) -> Draw:
@@ -66,20 +67,26 @@ def draw_of(generator: BundleImageGenerator, conditions: list[Any], settings: Sa
 
     def draw(seed: int) -> Timings:
         condition = conditions[seed % len(conditions)]
-        given = f"{condition} {seed}" if isinstance(condition, str) else condition
-        return generator.sample([given], [seed], settings).timings
+        for again in ("", " again"):  # the first brings the weights back into the caches
+            given = f"{condition} {seed}{again}" if isinstance(condition, str) else condition
+            timings = generator.sample([given], [seed], settings).timings
+        return timings
 
     return draw
 
 
-def fitted(bundle: Bundle, options: FitOptions, work: Path) -> tuple[Bundle, SamplingSettings, dict[str, Any]]:
-    """A copy of the bundle with the plan, however well it does."""
-    fit = fit_plan(bundle, options, work, lambda what, done, of: None)
-    copy = work / f"{options.calls}.bundle"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(bundle.path, copy)
-    with_plan = add_fitted(Bundle.open(copy), fit.plan, fit.report)
-    return with_plan, SamplingSettings(sampler=fit.plan.sampler, steps=fit.plan.num_inference_steps), {}
+def with_fits(bundle: Bundle, options: FitOptions, work: Path, progress: Progress) -> Bundle:
+    """A copy of the bundle with a fitted plan of each number of calls, however well it does; what is there stays."""
+    folder = work / "fitted.bundle"
+    if not folder.is_dir():
+        shutil.copytree(bundle.path, work / "copied")
+        (work / "copied").rename(folder)
+    copy = Bundle.open(folder)
+    for calls in CALLS:
+        if not any(folder.glob(FITS.format(calls))):
+            fit = fit_plan(copy, replace(options, calls=calls), work, progress)
+            copy = add_fitted(copy, fit.plan, fit.report)
+    return copy
 
 
 def main() -> None:
@@ -97,8 +104,8 @@ def main() -> None:
     bundle = Bundle.open(arguments.bundle)
     generator = BundleImageGenerator(bundle)
     sampler, guidance = generator.defaults.sampler, generator.defaults.guidance
-    common = {"prompts": arguments.pictures, "guidance": guidance, "batch": arguments.batch}
-    truth = SamplingSettings(sampler=sampler, steps=STEPS, **common)
+    common = {"prompts": arguments.pictures, "batch": arguments.batch}
+    truth = SamplingSettings(sampler=sampler, steps=STEPS, guidance=guidance, **common)
     data = open_pictures(arguments.data, generator.size, generator.channels, generator.condition)
     chosen = choose_prompts(data, truth, generator.condition)
     conditions = [condition for _, condition in chosen]
@@ -136,16 +143,15 @@ def main() -> None:
     known = {(row["name"], row["calls"]) for row in rows}
     if ("truth", STEPS) not in known:
         add("truth", STEPS, judge.truth)
-    pictures = FitOptions(calls=1, conditions=others)
-    drawn: dict[tuple[str, int], Draw] = {("truth", STEPS): draw_of(generator, conditions, truth)}
-    for name, calls, made in variants(bundle, sampler, pictures, work, arguments.student):
-        if (name, calls) in known and not arguments.latency:
-            continue
-        variant, settings, options = made()
-        draws = BundleImageGenerator(variant, **options)
-        settings = (
-            replace(settings, **common) if name != "student" else replace(draws.defaults, prompts=len(conditions))
-        )
+    fitted = with_fits(bundle, FitOptions(calls=1, conditions=others), work, progress)
+    student = None if arguments.student is None else Bundle.open(arguments.student)
+    generators: dict[tuple[Any, ...], BundleImageGenerator] = {}
+    drawn: dict[tuple[str, int], Draw] = {}
+    plain = ("truth", STEPS, (fitted, truth, {}))
+    for name, calls, (variant, settings, options) in (plain, *variants(fitted, sampler, student)):
+        opened = str(variant.path), *options.items()
+        draws = generators[opened] = generators.get(opened) or BundleImageGenerator(variant, **options)
+        settings = replace(settings, **common, guidance=draws.defaults.guidance)
         drawn[name, calls] = draw_of(draws, conditions, settings)
         if (name, calls) not in known:
             add(name, calls, draw_pictures(draws, conditions, settings, progress))

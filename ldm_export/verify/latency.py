@@ -28,7 +28,7 @@ class Latency:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Latency:
-        """Of a record; older ones, in checkpoints and work folders, have ``unet_ms``."""
+        """Reads a record; older ones, in checkpoints and work folders, have ``unet_ms``."""
         renamed = {"unet_ms": "denoiser_ms"}
         return cls(**{renamed.get(name, name): value for name, value in values.items()})
 
