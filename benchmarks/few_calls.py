@@ -227,7 +227,9 @@ def chart(rows: list[dict[str, Any]]) -> str:
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
             width = 2.4 if name == "fitted" or "forecast" in name else 1.3
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width:.1f}" fill="{colour}"/>' for x, y in points]
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{max(width, 2.2):.1f}" fill="{colour}"/>' for x, y in points
+            ]
     x = LEFT
     for name, colour in zip(names, COLOURS, strict=False):
         parts.append(f'<circle cx="{x}" cy="{HEIGHT + 4}" r="4" fill="{colour}"/>')
