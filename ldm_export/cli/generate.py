@@ -42,8 +42,8 @@ from ldm_export.runtime.values import MOST_ITEMS
     "--output",
     required=True,
     metavar="FILE|FOLDER/|PATTERN",
-    help="A PNG, JPEG or WebP, in which several pictures are a grid; or one file a picture: a folder, or a pattern such "
-    "as out/{number:04}-{seed}-{prompt}.webp. Each file has its request inside.",
+    help="A PNG, JPEG or WebP, in which several pictures are a grid; or one file a picture: a folder, or a pattern "
+    "such as out/{number:04}-{seed}-{prompt}.webp. Each file has its request inside.",
 )
 @click.option(
     "-f",

@@ -106,11 +106,12 @@ def test_a_grid_has_all_of_its_pictures() -> None:
 
 
 def test_the_text_of_another_tool() -> None:
-    text = 'a cat\non a mat\nNegative prompt: dog\nhorse\nSteps: 30, Sampler: Euler a, Seed: 1, Size: 8x8, Lora hashes: "a: b, c"'
+    lines = ["a cat", "on a mat", "Negative prompt: dog", "horse"]
+    text = "\n".join([*lines, 'Steps: 30, Sampler: Euler a, Seed: 1, Size: 8x8, Lora hashes: "a: b, c"'])
     found = parameters_from(text)
     assert (found.prompt, found.negative_prompt) == ("a cat\non a mat", "dog\nhorse")
     assert found.settings["Lora hashes"] == "a: b, c"
-    with pytest.raises(InputError, match=r"not a request of ldm_export \(it lacks CFG scale\)\. Type"):
+    with pytest.raises(InputError, match=r"not a request of ldm_export \(it lacks Plan\)\. Type"):
         requests_from(text)
 
 
