@@ -60,7 +60,8 @@ def format_of(path: Path) -> str:
     name = Image.registered_extensions().get(path.suffix.lower(), "")
     if name not in FORMATS:
         raise InputError(
-            f"{path} cannot be written: it is not the name of a picture file in PNG, JPEG or WebP. Name a .png, .jpg or .webp."
+            f"{path} cannot be written: it is not the name of a picture file in PNG, JPEG or WebP. "
+            "Name a .png, .jpg or .webp."
         )
     return name
 
