@@ -49,7 +49,12 @@ SAMPLER_NAMES: Mapping[str, str] = {
     "unipc": "UniPC",
 }
 """AUTOMATIC1111's name of each sampler that it has; others keep their name here."""
-OWN = {"prompt": (str, type(None)), "negative_prompt": (str, type(None)), "seed": (int,), "class_label": (int,)}
+OWN: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str, type(None)),
+    "negative_prompt": (str, type(None)),
+    "seed": (int,),
+    "class_label": (int,),
+}
 """Fields that pictures of one grid may have each of their own, and their types."""
 _NEGATIVE = "Negative prompt:"
 _FEWEST_SETTINGS = 3
