@@ -187,7 +187,12 @@ def test_what_is_there_is_not_replaced(tiny_bundle: Path, tmp_path: Path) -> Non
 def test_ctrl_c_leaves_whole_files(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [*LDM_EXPORT, "generate", tiny_bundle, "red", "--count", 4000, "-o", f"{out}/", "--backend", "cpu"]
-    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True}
+
+    def heed_ctrl_c() -> None:  # a job in the background of a shell inherits that it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen([*map(str, command)], preexec_fn=heed_ctrl_c, **options) as process:
         deadline = time.monotonic() + 120
         while not (out / "0001.png").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
