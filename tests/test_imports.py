@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "processes": set(),
     "bundle": BASE,
     "runtime": BUNDLE,
+    "pictures": BUNDLE | {"runtime"},
     "checkpoint": BASE,
     "families": BUNDLE | {"checkpoint", "runtime"},
     "passes": BUNDLE | {"checkpoint"},
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench"},
     "cpp": set(),
     "cli": BUNDLE
-    | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench", "tune"},
+    | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench", "tune"}
+    | {"pictures"},
 }
 """What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
 
@@ -162,6 +164,11 @@ def test_diffusers_and_transformers_are_judges_only() -> None:
 @pytest.mark.parametrize("module", [module for module in TOOLCHAIN if part_of(module) in BUNDLE | {"runtime", ""}])
 def test_what_an_application_loads_is_light(module: str) -> None:
     assert packages(TOOLCHAIN[module], top=True) <= LIGHT | {"ldm_export"}
+
+
+@pytest.mark.parametrize("module", [module for module in TOOLCHAIN if part_of(module) == "pictures"])
+def test_picture_files_need_pillow_besides(module: str) -> None:
+    assert packages(TOOLCHAIN[module], top=True) <= LIGHT | {"ldm_export", "PIL"}
 
 
 @pytest.mark.parametrize("module", ["ldm_export", "ldm_export.runtime", "ldm_export.plan", "ldm_export.bundle"])

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ldm_export.errors import InputError
+
 _unfinished: set[Path] = set()
 """What this process is making."""
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<what>partial|old)-(?P<pid>\d+)-[0-9a-f]+")
@@ -85,6 +87,25 @@ def write_whole(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
         _unfinished.discard(partial)
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError unless a file can be written to ``path``, before hours are spent on it; makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not path.is_dir() and os.access(path.parent, os.W_OK)  # a name that is too long raises
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
+    if not whole:
+        raise InputError(f"{path} cannot be written: it is a folder, or in one that cannot be. Name another file.")
+
+
+def write_output(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all, under just this name; raises InputError where it cannot be."""
+    try:
+        write_whole(path, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file, or make room.") from error
 
 
 def remove_unfinished() -> None:

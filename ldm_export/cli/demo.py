@@ -11,9 +11,9 @@ from ldm_export.bench.image_similarity import pictures_of
 from ldm_export.bench.report import page
 from ldm_export.cli.figures import print_bench, without_pictures
 from ldm_export.cli.options import console, folder, json_option, print_json, stages, status, write_output
-from ldm_export.cli.pictures import save_grid
 from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
+from ldm_export.pictures.files import save_grid
 
 
 @click.command()

@@ -17,8 +17,8 @@ from ldm_export.cli.options import (
     was_given,
     write_output,
 )
-from ldm_export.cli.pictures import check_writable, save_grid
 from ldm_export.errors import InputError
+from ldm_export.pictures.files import check_writable, save_grid
 from ldm_export.verify.image_generators import SamplingSettings, open_image_generator
 from ldm_export.verify.metrics import Figure
 from ldm_export.verify.quality import FEATURES, QualityReport, evaluate, open_judge

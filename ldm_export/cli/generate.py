@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from ldm_export.cli.options import (
     steps_bar,
     write_output,
 )
-from ldm_export.cli.pictures import check_writable, read_picture, save_grid
+from ldm_export.cli.pictures import read_picture
 from ldm_export.errors import InputError
+from ldm_export.pictures.drawing import draw_files
+from ldm_export.pictures.files import check_text, check_writable, save_grid
+from ldm_export.pictures.lists import checked_requests, pictures_from_file, pictures_from_prompts
+from ldm_export.pictures.names import Names, names_from, paths_of
+from ldm_export.pictures.text import PictureRequest, options_of, parameters_text
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import BACKENDS
 from ldm_export.runtime.pipeline import MOST_THREADS
@@ -28,20 +34,26 @@ from ldm_export.runtime.request import picture_channels
 from ldm_export.runtime.values import MOST_ITEMS
 
 
-def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: int | None, seed: int) -> dict[str, Any]:
-    """What decides the number of pictures; ``count`` repeats one prompt or class, or counts where there is neither."""
-    given = max(len(prompts), len(class_labels))
-    if count is not None and given > 1 and count != given:
-        raise InputError(f"--count {count} was given with {given} prompts or classes, of which each is one picture.")
-    times = 1 if count is None or given > 1 else count
-    several: dict[str, Any] = {"seed": seed} if given else {"seed": [seed + k for k in range(times)]}
-    return several | {"prompts": list(prompts) * times or None, "class_labels": list(class_labels) * times or None}
-
-
 @click.command()
 @bundle_argument
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
-@click.option("-o", "--output", type=folder, required=True, help="The PNG; several pictures become a grid.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE|FOLDER/|PATTERN",
+    help="A PNG, JPEG or WebP, in which several pictures are a grid; or one file a picture: a folder, or a pattern "
+    "such as out/{number:04}-{seed}-{prompt}.webp. Each file has its request inside.",
+)
+@click.option(
+    "-f",
+    "--file",
+    "listing",
+    type=folder,
+    default=None,
+    help="Draw what this file lists, one JSON object a line (docs/pictures.md); what is there already is kept.",
+)
+@click.option("--force", is_flag=True, help="Replace files of a folder or pattern that hold something else.")
 @click.option("--sampler", default=None, help="A sampler, such as euler; the bundle's own (ddim) by default.")
 @click.option("--steps", type=int, default=None, help="Denoising steps; the bundle's own number (20) by default.")
 @click.option("--calls", type=int, default=None, help="Network calls; outputs of the other steps are forecast.")
@@ -58,7 +70,7 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
     "--count",
     type=click.IntRange(1, MOST_ITEMS),
     default=None,
-    help="Pictures, of the one PROMPT if any.  [default: 1]",
+    help="Pictures of each PROMPT, class or line.  [default: 1]",
 )
 @click.option(
     "--deepcache", default=1, metavar="N", help="The whole denoiser in every N-th step only: faster, rougher."
@@ -73,7 +85,9 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
 def command(
     bundle: Path,
     prompts: tuple[str, ...],
-    output: Path,
+    output: str,
+    listing: Path | None,
+    force: bool,
     sampler: str | None,
     steps: int | None,
     calls: int | None,
@@ -92,32 +106,89 @@ def command(
     latents: Path | None,
     as_json: bool,
 ) -> None:
-    """Draw one picture a PROMPT from BUNDLE, without PyTorch."""
+    """Draw one picture a PROMPT from BUNDLE, or as many as --count says, without PyTorch."""
     height, width = (None, None) if size is None else size_from_text(size)
-    check_writable(output)
-    if latents is not None:
-        check_output(latents)
-        if latents.resolve() == output.resolve():
-            raise InputError(f"--latents and --output both name {output}. Name two files.")
-    requested = _requested(prompts, class_labels, count, seed)
+    names = names_from(output)
+    _check_outputs(output, names, listing, latents)
+    if listing is not None and (prompts or class_labels):
+        raise InputError("-f was given with prompts or classes, which its lines have. Give one or the other.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    start = None if image is None else read_picture(image, picture_channels(pipeline.bundle))
+    options: dict[str, Any] = {
+        "sampler": sampler,
+        "steps": steps,
+        "calls": calls,
+        "guidance": guidance,
+        "negative_prompt": negative,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "image": start,
+        "strength": strength,
+        "deepcache": deepcache,
+        "whole": whole,
+    }
+    if listing is None:
+        wanted = pictures_from_prompts(prompts, class_labels, count or 1, options)
+    else:
+        wanted = pictures_from_file(listing, options, count or 1)
+    requests = checked_requests(pipeline.bundle, wanted)
+    if names is None:
+        _draw_one_file(pipeline, requests, Path(output), latents, as_json, image=start, whole=whole)
+        return
+    paths = paths_of(names, requests)
+    with steps_bar("drawing") as advance:
+        drawn = draw_files(pipeline, requests, paths, force=force, progress=advance, image=start, whole=whole)
+    if as_json:
+        print_json(
+            {
+                "output": output,
+                "files": [str(path) for path in paths],
+                "drawn": [str(path) for path in drawn],
+                "seeds": [request.seed for request in requests],
+                "requested_backend": pipeline.requested_backend,
+                "backend": pipeline.backend,
+            }
+        )
+        return
+    kept = f", {len(paths) - len(drawn)} were there" if len(drawn) < len(paths) else ""
+    console.print(
+        f"{output}: {len(drawn)} drawn{kept}, on {pipeline.backend} (asked for: {pipeline.requested_backend})"
+    )
+
+
+def _check_outputs(output: str, names: Names | None, listing: Path | None, latents: Path | None) -> None:
+    """Refuse outputs that cannot be written, or that do not go together."""
+    if names is None and listing is not None:
+        raise InputError(f"{output} is one file, and -f draws one file a picture. Name a folder, such as out/.")
+    if names is None:
+        check_writable(Path(output))
+    if latents is None:
+        return
+    if names is not None:
+        raise InputError(
+            f"--latents is one file, and {output} is one a picture. Name one picture file, or leave it out."
+        )
+    check_output(latents)
+    if latents.resolve() == Path(output).resolve():
+        raise InputError(f"--latents and --output both name {output}. Name two files.")
+
+
+def _draw_one_file(
+    pipeline: Pipeline,
+    requests: Sequence[PictureRequest],
+    output: Path,
+    latents: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Draw all pictures at once into one file, and say so."""
+    check_text(output, parameters_text(requests))
     with steps_bar("drawing") as advance:
         result = pipeline.generate(
-            sampler=sampler,
-            steps=steps,
-            calls=calls,
-            guidance=guidance,
-            negative_prompt=negative,
-            height=height,
-            width=width,
-            image=None if image is None else read_picture(image, picture_channels(pipeline.bundle)),
-            strength=strength,
-            deepcache=deepcache,
-            whole=whole,
-            callback=lambda step: advance(step.index + 1, step.count),
-            **requested,
+            **options_of(requests), **options, callback=lambda step: advance(step.index + 1, step.count)
         )
-    save_grid(result.images, output)
+    save_grid(result.images, output, requests)
     if latents is not None:
         content = io.BytesIO()
         np.save(content, result.latents, allow_pickle=False)

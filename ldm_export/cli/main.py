@@ -38,7 +38,7 @@ COMMANDS = {
     "card": "Measure how true a bundle is to its checkpoint, and how fast: one page, one JSON.",
     "tune": "Search what can be done to a bundle on this machine within a budget of quality.",
     "verify": "Check a bundle's hashes and contract, and with --against its numbers.",
-    "inspect": "Show what a bundle holds.",
+    "inspect": "Show what a bundle holds, or how a picture was generated.",
     "plan": "Add a sampling plan to a bundle.",
     "fit": "Fit a plan of few network calls to what a bundle generates in many.",
     "cmake-dir": "Show where the sources of the C and C++ runtime are.",

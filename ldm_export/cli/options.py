@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +14,12 @@ import click
 from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ldm_export.bundle.atomic import write_whole
+from ldm_export.bundle.atomic import check_output, write_output
 from ldm_export.cli.terminal import console, printable, status
 from ldm_export.errors import InputError
 from ldm_export.reading.documents import MalformedError, read_text
 
-__all__ = ["console", "status"]
+__all__ = ["check_output", "console", "status", "write_output"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -72,25 +71,6 @@ def parity_line(record: Mapping[str, Any]) -> str:
 def was_given(option: str) -> bool:
     """Whether an option of the command that runs was typed, by its parameter's name."""
     return click.get_current_context().get_parameter_source(option) is ParameterSource.COMMANDLINE
-
-
-def check_output(path: Path) -> None:
-    """Raise InputError unless a file can be written to ``path``, before hours are spent on it; makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = not path.is_dir() and os.access(path.parent, os.W_OK)  # a name that is too long raises
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file.") from error
-    if not whole:
-        raise InputError(f"{path} cannot be written: it is a folder, or in one that cannot be. Name another file.")
-
-
-def write_output(path: Path, data: bytes | str) -> None:
-    """Write a file whole or not at all, under just this name; raises InputError where it cannot be."""
-    try:
-        write_whole(path, data.encode() if isinstance(data, str) else data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}). Name another file, or make room.") from error
 
 
 def prompts_from(file: Path | None, texts: tuple[str, ...]) -> tuple[str, ...]:

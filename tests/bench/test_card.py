@@ -23,9 +23,9 @@ from ldm_export.bench.card_page import card_page
 from ldm_export.bench.card_rows import CardOptions, open_rows
 from ldm_export.bench.image_similarity import pictures_of
 from ldm_export.cli import main
-from ldm_export.cli.pictures import grid
 from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
+from ldm_export.pictures.files import grid
 from ldm_export.verify import latency
 from ldm_export.verify.gates import Gate
 from ldm_export.verify.image_generators import TorchImageGenerator

@@ -1,0 +1,294 @@
+"""The request of a picture as the ``parameters`` text that other tools read, and back.
+
+The form is that of AUTOMATIC1111's stable-diffusion-webui, which most galleries and other tools read:
+
+    a lighthouse at dusk
+    Negative prompt: people
+    Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7, Size: 512x768, Model hash: 0123456789, Model: my-model,
+    Plan: dpmpp-2m, Version: ldm_export 0.1.0                                                       (one line with that)
+
+The prompt and the negative prompt have as many lines as they have; a model that reads no text has neither. Size is
+WIDTHxHEIGHT. A value with other signs than letters, digits and a few is quoted as JSON. Model hash is the first 10 of
+the 64 hex digits of the SHA-256 of the bundle's manifest.json, which lists the SHA-256 of every file of the bundle but
+its targets. Beside the fields of that tool:
+
+    Denoising strength, Init image hash    from a picture: the strength; SHA-256 of its pixels, shortened likewise
+    Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
+    Calls, DeepCache, Class label          as they were asked for; absent where they were not
+    Exact                                  JSON object of the prompts that the lines above do not give to the letter:
+                                           those with spaces at an end of a line, control characters, or a line that
+                                           begins with "Negative prompt:"
+    Grid                                   JSON array, one object a further picture of a grid, row by row, of what it
+                                           has otherwise than the first, whose request is the rest of the text
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ldm_export import __version__
+from ldm_export.errors import InputError
+
+HASH_DIGITS = 10
+"""Hex digits of a hash in the text, as many as AUTOMATIC1111 has."""
+SAMPLER_NAMES: Mapping[str, str] = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "lcm": "LCM",
+    "euler": "Euler",
+    "euler-ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp-2m": "DPM++ 2M",
+    "dpmpp-2m-sde": "DPM++ 2M SDE",
+    "unipc": "UniPC",
+}
+"""AUTOMATIC1111's name of each sampler that it has; others keep their name here."""
+OWN: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str, type(None)),
+    "negative_prompt": (str, type(None)),
+    "seed": (int,),
+    "class_label": (int,),
+}
+"""Fields that pictures of one grid may have each of their own, and their types."""
+_NEGATIVE = "Negative prompt:"
+_FEWEST_SETTINGS = 3
+"""Settings without which the last line is taken for one of the prompt, as AUTOMATIC1111 does."""
+_NAME = re.compile(r"\w[\w \-/]{0,60}")
+_PLAIN = re.compile(r"[\w.+()#/-]([\w .+()#/-]*[\w.+()#/-])?")
+_QUOTED = re.compile(r'"(?:\\.|[^\\"])*"')
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters but for tab and line feed, and halves of surrogate pairs, which no encoding has."""
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """What decides the pixels of one picture, no default left open.
+
+    Attributes
+    ----------
+    prompt : None for a model that reads no text
+    negative_prompt : None where none was given, which is not the empty text
+    seed, steps, height, width : of this picture; sizes in pixels
+    sampler : name of the sampler or of the plan, such as ``ddim``
+    guidance : the scale; 1 is off
+    model_hash : first 10 hex digits of the SHA-256 of the bundle's manifest.json
+    model : name of the checkpoint that was exported
+    calls, class_label : None where they were not given
+    strength, image_hash : None unless it starts from a picture, whose pixels have this SHA-256, shortened likewise
+    deepcache : the whole denoiser ran in every so many steps
+    """
+
+    prompt: str | None
+    negative_prompt: str | None
+    seed: int
+    sampler: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    model_hash: str
+    model: str
+    calls: int | None = None
+    class_label: int | None = None
+    strength: float | None = None
+    image_hash: str | None = None
+    deepcache: int = 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A ``parameters`` text in its parts, whoever wrote it; the prompts are None where there is no line of theirs."""
+
+    prompt: str | None
+    negative_prompt: str | None
+    settings: Mapping[str, str]
+
+
+def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
+    """Arguments of `ldm_export.runtime.Pipeline.generate` for pictures that differ in the fields of `OWN` alone, but
+    for the image that they start from."""
+    first = requests[0]
+    names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "deepcache")
+    negatives = None if first.negative_prompt is None else [request.negative_prompt for request in requests]
+    return {name: getattr(first, name) for name in names} | {
+        "prompts": None if first.prompt is None else [request.prompt for request in requests],
+        "negative_prompt": negatives,
+        "seed": [request.seed for request in requests],
+        "class_labels": None if first.class_label is None else [request.class_label for request in requests],
+    }
+
+
+def parameters_text(requests: Sequence[PictureRequest]) -> str:
+    """The text of one picture, or of a grid of several, which differ in the fields of `OWN` alone."""
+    first = requests[0]
+    lines = [] if first.prompt is None else [_UNSAFE.sub("\ufffd", first.prompt)]
+    if first.negative_prompt is not None:
+        lines.append(f"{_NEGATIVE} " + _UNSAFE.sub("\ufffd", first.negative_prompt))
+    settings = _settings_of(first)
+    read = parameters_from("\n".join([*lines, _line(settings)]))
+    prompts = {"prompt": first.prompt, "negative_prompt": first.negative_prompt}
+    if exact := {name: text for name, text in prompts.items() if text != getattr(read, name)}:
+        settings["Exact"] = json.dumps(exact)
+    if len(requests) > 1:
+        differing = [
+            {name: getattr(other, name) for name in OWN if getattr(other, name) != getattr(first, name)}
+            for other in requests[1:]
+        ]
+        settings["Grid"] = json.dumps(differing)
+    return "\n".join([*lines, _line(settings | {"Version": f"ldm_export {__version__}"})])
+
+
+def _settings_of(request: PictureRequest) -> dict[str, str]:
+    found = {
+        "Steps": request.steps,
+        "Sampler": SAMPLER_NAMES.get(request.sampler, request.sampler),
+        "CFG scale": _number(request.guidance),
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": request.model_hash,
+        "Model": request.model,
+        "Denoising strength": None if request.strength is None else _number(request.strength),
+        "Init image hash": request.image_hash,
+        "Plan": request.sampler,
+        "Calls": request.calls,
+        "DeepCache": request.deepcache if request.deepcache > 1 else None,
+        "Class label": request.class_label,
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _number(value: float) -> str:
+    """Shortest text that is read as the same float64: ``4`` of 4.0."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def _line(settings: Mapping[str, str]) -> str:
+    return ", ".join(
+        f"{name}: {value if _PLAIN.fullmatch(value) else json.dumps(value)}" for name, value in settings.items()
+    )
+
+
+def parameters_from(text: str) -> Parameters:
+    """Take a ``parameters`` text apart; one without a line of settings is all prompt.
+
+    Lines lose the spaces at their ends, and quoted settings their quotes. Takes time in proportion to the text.
+    """
+    *lines, last = text.rstrip().split("\n")
+    settings = _settings_from(last)
+    if len(settings) < _FEWEST_SETTINGS:
+        lines, settings = [*lines, last], {}
+    lines = [line.strip() for line in lines]
+    start = next((k for k, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = lines[start:]
+    if negative:
+        negative[0] = negative[0].removeprefix(_NEGATIVE).strip()
+    return Parameters(
+        prompt="\n".join(lines[:start]) if start else None,
+        negative_prompt="\n".join(negative) if negative else None,
+        settings=settings,
+    )
+
+
+def _settings_from(line: str) -> dict[str, str]:
+    """``Steps: 20, Model: "a, b"`` as names and values, up to what is none."""
+    settings: dict[str, str] = {}
+    position = 0
+    while (colon := line.find(":", position)) >= 0:
+        name = line[position:colon].strip()
+        if not _NAME.fullmatch(name):
+            break
+        position = colon + 1 + (len(line[colon + 1 : colon + 2]) - len(line[colon + 1 : colon + 2].lstrip()))
+        quoted = _QUOTED.match(line, position)
+        comma = line.find(",", quoted.end() if quoted else position)
+        end = len(line) if comma < 0 else comma
+        settings[name] = _unquoted(quoted[0]) if quoted else line[position:end].strip()
+        position = end + 1
+    return settings
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
+def requests_from(text: str) -> tuple[PictureRequest, ...]:
+    """The requests that `parameters_text` was given.
+
+    Raises
+    ------
+    InputError
+        If the text is not of this package, or was changed so that it says no request.
+    """
+    found = parameters_from(text)
+    try:
+        first = _request_from(found)
+        further = _json(found.settings.get("Grid", "[]"))
+        if not isinstance(further, list):
+            raise ValueError("Grid is no JSON array")
+        return first, *(replace(first, **_own(values, "Grid")) for values in further)
+    except KeyError as error:
+        raise _no_request(f"it lacks {error.args[0]}") from error
+    except ValueError as error:
+        raise _no_request(str(error)) from error
+
+
+def _no_request(why: str) -> InputError:
+    return InputError(f"The text in this picture is not a request of ldm_export ({why[:200]}). Type the request anew.")
+
+
+def _request_from(found: Parameters) -> PictureRequest:
+    settings = found.settings
+    width, _, height = settings["Size"].partition("x")
+    strength, calls, label = (settings.get(name) for name in ("Denoising strength", "Calls", "Class label"))
+    request = PictureRequest(
+        prompt=found.prompt,
+        negative_prompt=found.negative_prompt,
+        seed=int(settings["Seed"]),
+        sampler=settings["Plan"],
+        steps=int(settings["Steps"]),
+        guidance=_finite(settings["CFG scale"]),
+        height=int(height),
+        width=int(width),
+        model_hash=settings["Model hash"],
+        model=settings["Model"],
+        calls=None if calls is None else int(calls),
+        class_label=None if label is None else int(label),
+        strength=None if strength is None else _finite(strength),
+        image_hash=settings.get("Init image hash"),
+        deepcache=int(settings.get("DeepCache", "1")),
+    )
+    return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
+
+
+def _json(text: str) -> Any:
+    """JSON, in which texts may have halves of surrogate pairs, as prompts may; raises ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deep") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _own(values: Any, where: str) -> dict[str, Any]:
+    """What a JSON object says of one picture; raises ValueError unless it has fields of `OWN` of their types."""
+    if not isinstance(values, dict) or not all(type(value) in OWN.get(name, ()) for name, value in values.items()):
+        raise ValueError(f"{where} has something else than {', '.join(OWN)}")
+    return values
+
+
+def request_document(request: PictureRequest) -> dict[str, Any]:
+    """A request as a JSON object, without what is None."""
+    return {name: value for name, value in asdict(request).items() if value is not None}
