@@ -8,12 +8,14 @@ from typing import Any
 import click
 import numpy as np
 
+from ldm_export.bundle import Bundle
 from ldm_export.cli.options import (
     bundle_argument,
     check_output,
     console,
     folder,
     json_option,
+    margins_from_text,
     print_json,
     size_from_text,
     steps_bar,
@@ -23,6 +25,7 @@ from ldm_export.cli.pictures import check_writable, read_picture, save_grid
 from ldm_export.errors import InputError
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import BACKENDS
+from ldm_export.runtime.inpainting import Margins, outpainted
 from ldm_export.runtime.pipeline import MOST_THREADS
 from ldm_export.runtime.request import picture_channels
 from ldm_export.runtime.values import MOST_ITEMS
@@ -38,6 +41,15 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
     return several | {"prompts": list(prompts) * times or None, "class_labels": list(class_labels) * times or None}
 
 
+def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Margins | None) -> dict[str, Any]:
+    """What is started from and what of it is drawn anew, with the room of ``--outpaint``."""
+    picture = None if image is None else read_picture(image, picture_channels(bundle))
+    white = None if mask is None else read_picture(mask, 1)[..., 0]
+    if picture is not None and margins is not None:
+        picture, white = outpainted(picture, white, margins, bundle.manifest.model["pixels_per_latent"])
+    return {"image": picture, "mask": white}
+
+
 @click.command()
 @bundle_argument
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
@@ -49,7 +61,12 @@ def _requested(prompts: tuple[str, ...], class_labels: tuple[int, ...], count: i
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
 @click.option("--image", type=folder, default=None, help="A picture to start from.")
-@click.option("--strength", type=float, help="Share of the steps that is redone on --image.  [default: 0.6]")
+@click.option("--mask", type=folder, default=None, help="White is drawn anew in --image, black is kept.")
+@click.option(
+    "--outpaint", default=None, metavar="SIDE=PIXELS,...", help="Draw beyond --image: left, top, right, bottom."
+)
+@click.option("--keep-pixels", is_flag=True, help="What is black in --mask is --image to the bit.")
+@click.option("--strength", type=float, help="Share of the steps redone on --image.  [default: 0.6; with a mask 1]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option(
     "--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable."
@@ -81,6 +98,9 @@ def command(
     negative: str | None,
     seed: int,
     image: Path | None,
+    mask: Path | None,
+    outpaint: str | None,
+    keep_pixels: bool,
     strength: float | None,
     size: str | None,
     class_labels: tuple[int, ...],
@@ -100,7 +120,11 @@ def command(
         if latents.resolve() == output.resolve():
             raise InputError(f"--latents and --output both name {output}. Name two files.")
     requested = _requested(prompts, class_labels, count, seed)
+    margins = None if outpaint is None else margins_from_text(outpaint)
+    if image is None and margins is not None:
+        raise InputError(f"--outpaint {outpaint} was given without --image, around which it draws. Name the picture.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
+    requested |= _pictures(pipeline.bundle, image, mask, margins)
     with steps_bar("drawing") as advance:
         result = pipeline.generate(
             sampler=sampler,
@@ -110,8 +134,8 @@ def command(
             negative_prompt=negative,
             height=height,
             width=width,
-            image=None if image is None else read_picture(image, picture_channels(pipeline.bundle)),
             strength=strength,
+            keep_pixels=keep_pixels,
             deepcache=deepcache,
             whole=whole,
             callback=lambda step: advance(step.index + 1, step.count),
