@@ -94,7 +94,8 @@ def checked_mask(mask: Array, image: Array, factor: int, *, hard: bool = False) 
         raise InputError(f"mask is {shown(mask)}; uint8 (H, W) is needed. Convert it.") from error
     batch, _, height, width = image.shape
     masks = given[None] if given.ndim == 2 else given
-    if masks.dtype != np.uint8 or masks.ndim != 3:
+    coloured = masks.shape[:2] == (height, width) and masks.shape[1:] != (height, width)
+    if masks.dtype != np.uint8 or masks.ndim != 3 or coloured:
         raise InputError(
             f"mask has shape {given.shape} and dtype {given.dtype}; uint8 (H, W), or one of those a picture, is "
             "needed: 255 where the picture is drawn anew, 0 where it is kept. Convert it to grey."

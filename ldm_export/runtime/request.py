@@ -203,7 +203,7 @@ def checked_request(
     if whole and (image is not None or deepcache > 1):
         raise InputError(
             f"The whole loop was asked for at once, with {'an image' if mask is None else 'an image and a mask'} or "
-            "with deepcache; a loop graph draws all from noise, and all of the denoiser each time. Leave one of them out."
+            "with deepcache; a loop graph draws all of it from noise, by all of the denoiser. Leave one of them out."
         )
     if strength is not None:
         strength = real_number("strength", strength, 0.0, 1.0)
