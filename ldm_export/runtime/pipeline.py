@@ -273,11 +273,7 @@ class Pipeline:
             return
         with self._interruptible():
             sampling, latents = self._begin(request, timings)
-        rows, image, mask = request.trajectory.rows, request.image, request.mask
-        decode = self._decode
-        if request.keep_pixels and image is not None and mask is not None:
-            own = pixels_of(image)
-            decode = lambda latents: blended(self._decode(latents), own, mask)  # noqa: E731
+        rows, decode = request.trajectory.rows, self._decoder(request)
         try:
             for index, row in enumerate(rows):
                 started = time.perf_counter()
@@ -364,6 +360,14 @@ class Pipeline:
 
     def _encoder(self) -> PictureEncoder:
         return PictureEncoder(self._graph(self._roles.vae_encoder), self.bundle.manifest.model["pixels_per_latent"])
+
+    def _decoder(self, request: Request) -> Callable[[Array], Array]:
+        """What makes pictures of latents, with those pixels of a request's image that it keeps."""
+        image, mask = request.image, request.mask
+        if not request.keep_pixels or image is None or mask is None:
+            return self._decode
+        own = pixels_of(image)
+        return lambda latents: blended(self._decode(latents), own, mask)
 
     def _decode(self, latents: Array) -> Array:
         sample = self._graph(self._roles.vae_decoder).run({"latent_sample": latents})["sample"]

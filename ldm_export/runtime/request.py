@@ -231,14 +231,11 @@ def checked_request(
             f"Use {min(height, largest)}x{min(width, largest)}."
         )
     size = int(height), int(width)
-    masks = (
-        None
-        if mask is None or sample is None
-        else checked_mask(mask, sample, model["pixels_per_latent"], hard=inpaints)
-    )
-    plan = read_plan(bundle, sampler, steps, size)
-    trajectory, levels = plan.from_noise(), ()
+    masks, levels, plan = None, tuple[Scales, ...](), read_plan(bundle, sampler, steps, size)
+    trajectory = plan.from_noise()
     if sample is not None:
+        if mask is not None:
+            masks = checked_mask(mask, sample, model["pixels_per_latent"], hard=inpaints)
         strength = (0.6 if masks is None else 1.0) if strength is None else strength
         start = plan.first_step(strength, rounds_up=model.get("strength_rounds_up", False))
         if masks is None or strength < 1:
