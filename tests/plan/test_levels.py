@@ -48,11 +48,15 @@ def test_levels_of_a_forecast_are_those_of_the_calls_that_are_made(sampler: str)
 
 def test_a_level_that_the_table_does_not_tell() -> None:
     plan = compile_plan(base_config(), "ddim", 4)
-    odd = replace(plan, rows=(*plan.rows[:-1], replace(plan.rows[-1], timestep=7.5)), entries=tuple(plan.entries)[:4])
+    own = tuple(
+        replace(entry, warmup=(row,), resume=k + 1)
+        for k, (entry, row) in enumerate(zip(plan.entries, plan.rows, strict=True))
+    )
+    odd = replace(plan, rows=(*plan.rows[:-1], replace(plan.rows[-1], timestep=7.5)), entries=own)
     with pytest.raises(
         InputError, match=r"plan ddim with 4 steps has no noise levels at timestep 7\.5; .* Use another"
     ):
-        row_levels(replace(odd, entries=tuple(replace(entry, resume=0) for entry in odd.entries)), 0)
+        row_levels(odd, 0)
     karras = compile_plan(base_config(use_karras_sigmas=True), "dpmpp-2m-calls30", 60)
     with pytest.raises(InputError, match="has 2 noise levels at timestep 0; "):
         row_levels(karras, 0)
