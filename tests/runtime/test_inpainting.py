@@ -64,7 +64,10 @@ def pipeline(tiny_bundle: Path) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def judge(tiny_checkpoint: Path) -> Any:
-    return opened(diffusers.StableDiffusionInpaintPipeline, tiny_checkpoint)
+    parts = opened(diffusers.StableDiffusionPipeline, tiny_checkpoint).components
+    pipe = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="module")
