@@ -71,7 +71,8 @@ REQUEST_SOURCES: Mapping[str, tuple[TensorSpec, ...]] = {
 }
 """What a request gives to graphs, of which kinds, by name: the picture's sizes in pixels; the guidance scale, and that
 less 1; for each row 1 if a text was given and 0 if none was; 1 if the row is of the prediction without the prompt, else
-0; classes, as numbers or as features; further channels of latents that the denoiser reads beside the sample."""
+0; classes, as numbers or as features; further channels that the denoiser reads beside the sample: the latents of a
+picture, or before them, one channel more, a mask, 1 where the picture is drawn anew and its latents are of grey."""
 TWO_ROWS, INPUT, NONE = "two_rows", "input", "none"
 GUIDANCE_KINDS = (TWO_ROWS, INPUT, NONE)
 

@@ -71,7 +71,7 @@ def assert_same(result: Made, latents: torch.Tensor, vae: Any) -> None:
     """Compare latents and pictures of ours with diffusers' latents, decoded by diffusers."""
     error = relative_error(result.latents, latents.numpy())
     assert error < LATENT_TOLERANCE, error
-    decoded = vae.decode(latents / vae.config.scaling_factor).sample
+    decoded = vae.decode(latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).sample
     pixels = diffusers.image_processor.VaeImageProcessor().postprocess(decoded, output_type="np")
     assert len(result.images) == len(latents)
     for ours, theirs in zip(result.images, (pixels * 255).round().astype(np.uint8), strict=True):

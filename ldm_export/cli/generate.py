@@ -9,12 +9,14 @@ from typing import Any
 import click
 import numpy as np
 
+from ldm_export.bundle import Bundle
 from ldm_export.cli.options import (
     bundle_argument,
     check_output,
     console,
     folder,
     json_option,
+    margins_from_text,
     print_json,
     size_from_text,
     steps_bar,
@@ -29,9 +31,19 @@ from ldm_export.pictures.names import Names, names_from, paths_of
 from ldm_export.pictures.text import PictureRequest, options_of, parameters_text
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.backends import BACKENDS
+from ldm_export.runtime.inpainting import Margins, outpainted
 from ldm_export.runtime.pipeline import MOST_THREADS
 from ldm_export.runtime.request import picture_channels
 from ldm_export.runtime.values import MOST_ITEMS
+
+
+def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Margins | None) -> dict[str, Any]:
+    """What is started from and what of it is drawn anew, with the room of ``--outpaint``."""
+    picture = None if image is None else read_picture(image, picture_channels(bundle))
+    white = None if mask is None else read_picture(mask, 1)[..., 0]
+    if picture is not None and margins is not None:
+        picture, white = outpainted(picture, white, margins, bundle.manifest.model["pixels_per_latent"])
+    return {"image": picture, "mask": white}
 
 
 @click.command()
@@ -61,7 +73,12 @@ from ldm_export.runtime.values import MOST_ITEMS
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
 @click.option("--image", type=folder, default=None, help="A picture to start from.")
-@click.option("--strength", type=float, help="Share of the steps that is redone on --image.  [default: 0.6]")
+@click.option("--mask", type=folder, default=None, help="White is drawn anew in --image, black is kept.")
+@click.option(
+    "--outpaint", default=None, metavar="SIDE=PIXELS,...", help="Draw beyond --image: left, top, right, bottom."
+)
+@click.option("--keep-pixels", is_flag=True, help="What is black in --mask is --image to the bit.")
+@click.option("--strength", type=float, help="Share of the steps redone on --image.  [default: 0.6; with a mask 1]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option(
     "--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable."
@@ -95,6 +112,9 @@ def command(
     negative: str | None,
     seed: int,
     image: Path | None,
+    mask: Path | None,
+    outpaint: str | None,
+    keep_pixels: bool,
     strength: float | None,
     size: str | None,
     class_labels: tuple[int, ...],
@@ -112,8 +132,11 @@ def command(
     _check_outputs(output, names, listing, latents)
     if listing is not None and (prompts or class_labels):
         raise InputError("-f was given with prompts or classes, which its lines have. Give one or the other.")
+    margins = None if outpaint is None else margins_from_text(outpaint)
+    if image is None and margins is not None:
+        raise InputError(f"--outpaint {outpaint} was given without --image, around which it draws. Name the picture.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
-    start = None if image is None else read_picture(image, picture_channels(pipeline.bundle))
+    given = _pictures(pipeline.bundle, image, mask, margins) | {"keep_pixels": keep_pixels, "whole": whole}
     options: dict[str, Any] = {
         "sampler": sampler,
         "steps": steps,
@@ -123,10 +146,9 @@ def command(
         "seed": seed,
         "height": height,
         "width": width,
-        "image": start,
         "strength": strength,
         "deepcache": deepcache,
-        "whole": whole,
+        **given,
     }
     if listing is None:
         wanted = pictures_from_prompts(prompts, class_labels, count or 1, options)
@@ -134,11 +156,11 @@ def command(
         wanted = pictures_from_file(listing, options, count or 1)
     requests = checked_requests(pipeline.bundle, wanted)
     if names is None:
-        _draw_one_file(pipeline, requests, Path(output), latents, as_json, image=start, whole=whole)
+        _draw_one_file(pipeline, requests, Path(output), latents, as_json, **given)
         return
     paths = paths_of(names, requests)
     with steps_bar("drawing") as advance:
-        drawn = draw_files(pipeline, requests, paths, force=force, progress=advance, image=start, whole=whole)
+        drawn = draw_files(pipeline, requests, paths, force=force, progress=advance, **given)
     if as_json:
         print_json(
             {

@@ -110,6 +110,23 @@ def size_from_text(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def margins_from_text(text: str) -> tuple[int, int, int, int]:
+    """``left=64,right=64``, a value of ``--outpaint``, as pixels on the left, at the top, on the right, at the
+    bottom."""
+    margins = dict.fromkeys(("left", "top", "right", "bottom"), 0)
+    for part in text.split(","):
+        found = re.fullmatch(r" *(left|top|right|bottom)=([0-9]{1,6}) *", part)
+        if found is None or margins[found[1]]:
+            raise InputError(
+                f"--outpaint {text[:60]} is none; it is sides with their pixels, each once, such as left=64,right=64."
+            )
+        margins[found[1]] = int(found[2])
+    if not any(margins.values()):
+        raise InputError(f"--outpaint {text[:60]} adds nothing. Give at least one side some pixels, or leave it out.")
+    left, top, right, bottom = margins.values()
+    return left, top, right, bottom
+
+
 @contextmanager
 def stages(title: str) -> Iterator[Callable[[str], None]]:
     """A spinner that shows what is being done; gives the function to call with each new stage."""

@@ -120,10 +120,11 @@ class StableDiffusion:
         like = "StableDiffusionXLPipeline" if "text_encoder_2" in self._encoders else "StableDiffusionPipeline"
         said = common_notes(self._checkpoint, like)
         if self._image_channels:
-            use = "inpainting" if self._image_channels > self._vae["latent_channels"] else "editing a picture"
+            takes = f"The UNet takes {self._unet['in_channels']} channels, as for"
             said.append(
-                f"The UNet takes {self._unet['in_channels']} channels, as for {use}; the runtime "
-                "generates from text and images only, so this bundle's graphs are for a loop of your own."
+                f"{takes} inpainting; the Python runtime wants an image and a mask, and the C++ runtime refuses it."
+                if self._image_channels > self._vae["latent_channels"]
+                else f"{takes} editing a picture, which no runtime does, so its graphs are for a loop of your own."
             )
         return said
 

@@ -169,8 +169,8 @@ def _checked_request(
         seed=[seed],
         **options,
     )
-    facts, guidance, image = bundle.manifest.model, bundle.roles.guidance, options.get("image")
-    sampler, steps, strength = (options.get(name) for name in ("sampler", "steps", "strength"))
+    facts, guidance = bundle.manifest.model, bundle.roles.guidance
+    sampler, steps = options.get("sampler"), options.get("steps")
     return PictureRequest(
         prompt=prompt,
         negative_prompt=options.get("negative_prompt"),
@@ -182,13 +182,17 @@ def _checked_request(
         width=checked.width,
         calls=options.get("calls"),
         class_label=class_label,
-        strength=None if image is None else 0.6 if strength is None else strength,
-        image_hash=None if image is None else _image_hash(image),
+        strength=checked.strength,
+        image_hash=_image_hash(options.get("image")),
+        mask_hash=_image_hash(options.get("mask")),
+        keep_pixels=checked.keep_pixels,
         deepcache=options.get("deepcache", 1),
         **model,
     )
 
 
-def _image_hash(image: Any) -> str:
-    """SHA-256 of a picture's pixels, uint8 (H, W, C), row by row, shortened."""
+def _image_hash(image: Any) -> str | None:
+    """SHA-256 of a picture's pixels, uint8 (H, W, C), or of a mask's (H, W), row by row, shortened; None of none."""
+    if image is None:
+        return None
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:HASH_DIGITS]

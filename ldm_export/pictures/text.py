@@ -13,6 +13,7 @@ the 64 hex digits of the SHA-256 of the bundle's manifest.json, which lists the 
 its targets. Beside the fields of that tool:
 
     Denoising strength, Init image hash    from a picture: the strength; SHA-256 of its pixels, shortened likewise
+    Mask hash, Keep pixels                 of a part drawn anew: SHA-256 of the mask's pixels; True if the rest was kept
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
     Exact                                  JSON object of the prompts that the lines above do not give to the letter:
@@ -80,6 +81,8 @@ class PictureRequest:
     model : name of the checkpoint that was exported
     calls, class_label : None where they were not given
     strength, image_hash : None unless it starts from a picture, whose pixels have this SHA-256, shortened likewise
+    mask_hash : None unless a part of that picture alone is drawn anew; of the mask's pixels, likewise
+    keep_pixels : whether the other pixels are that picture's
     deepcache : the whole denoiser ran in every so many steps
     """
 
@@ -97,6 +100,8 @@ class PictureRequest:
     class_label: int | None = None
     strength: float | None = None
     image_hash: str | None = None
+    mask_hash: str | None = None
+    keep_pixels: bool = False
     deepcache: int = 1
 
 
@@ -111,7 +116,7 @@ class Parameters:
 
 def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
     """Arguments of `ldm_export.runtime.Pipeline.generate` for pictures that differ in the fields of `OWN` alone, but
-    for the image that they start from."""
+    for the image that they start from, its mask, and whether the rest of its pixels is kept."""
     first = requests[0]
     names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "deepcache")
     negatives = None if first.negative_prompt is None else [request.negative_prompt for request in requests]
@@ -154,6 +159,8 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Model": request.model,
         "Denoising strength": None if request.strength is None else _number(request.strength),
         "Init image hash": request.image_hash,
+        "Mask hash": request.mask_hash,
+        "Keep pixels": request.keep_pixels or None,
         "Plan": request.sampler,
         "Calls": request.calls,
         "DeepCache": request.deepcache if request.deepcache > 1 else None,
@@ -262,6 +269,8 @@ def _request_from(found: Parameters) -> PictureRequest:
         class_label=None if label is None else int(label),
         strength=None if strength is None else _finite(strength),
         image_hash=settings.get("Init image hash"),
+        mask_hash=settings.get("Mask hash"),
+        keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))

@@ -9,13 +9,14 @@
         stepper.advance(network(buffer, row.timestep), draw)
 
 `table` has the format and its executor, `schedule` the noise levels, `onestep` and `multistep` the samplers' formulas,
-`samplers` the list of samplers, `compiler` what makes a plan of one, `forecast` what leaves network calls out of it.
-numpy and the standard library only.
+`samplers` the list of samplers, `compiler` what makes a plan of one, `forecast` what leaves network calls out of it,
+`levels` reads the noise levels off a plan. numpy and the standard library only.
 """
 
 from ldm_export.plan.compiler import compile_plan
 from ldm_export.plan.flow import picture_tokens, shifts_dynamically
 from ldm_export.plan.forecast import CALLS, Forecast, forecast_of
+from ldm_export.plan.levels import Scales, row_levels
 from ldm_export.plan.samplers import SAMPLERS
 from ldm_export.plan.scheduler_classes import sampler_of
 from ldm_export.plan.table import FORMAT_VERSION, MAX_HISTORY, Entry, Plan, Row, Stepper, Trajectory
@@ -29,11 +30,13 @@ __all__ = [
     "Forecast",
     "Plan",
     "Row",
+    "Scales",
     "Stepper",
     "Trajectory",
     "compile_plan",
     "forecast_of",
     "picture_tokens",
+    "row_levels",
     "sampler_of",
     "shifts_dynamically",
 ]

@@ -207,7 +207,11 @@ class Plan:
         return Trajectory(entry.image_scale, entry.noise_scale, entry.warmup + self.rows[entry.resume :])
 
     def for_strength(self, strength: float, *, rounds_up: bool = False) -> Trajectory:
-        """The image-to-image run that redoes the last ``strength`` of the steps, as diffusers counts them.
+        """The image-to-image run that redoes the last ``strength`` of the steps; see `first_step`."""
+        return self.starting_at(self.first_step(strength, rounds_up=rounds_up))
+
+    def first_step(self, strength: float, *, rounds_up: bool = False) -> int:
+        """The step from which the last ``strength`` of the steps is redone, as diffusers counts them.
 
         Parameters
         ----------
@@ -222,7 +226,7 @@ class Plan:
                 f"strength {strength} of {self.num_inference_steps} steps leaves nothing to run; it must lie in "
                 f"[{1 / self.num_inference_steps:.3g}, 1]. Raise the strength or the number of steps."
             )
-        return self.starting_at(self.num_inference_steps - redone)
+        return steps - redone
 
     def to_json(self) -> str:
         """The plan file: the same plan gives the same text, and every number reads back to the last bit."""

@@ -48,8 +48,13 @@ class Conditioning:
         ]
         self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
 
-    def __call__(self, request: Request, guided: bool) -> dict[str, Array]:
-        """The denoiser's conditions for a request, with rows for negative prompts where it is ``guided``."""
+    def __call__(self, request: Request, guided: bool, image_latents: Array | None = None) -> dict[str, Array]:
+        """The denoiser's conditions for a request, with rows for negative prompts where it is ``guided``.
+
+        Parameters
+        ----------
+        image_latents : float32 (B, n, h, w), what it reads beside its latents, if it does
+        """
         negatives = request.negative_prompts if guided else ()
         sources = request_sources(
             self._read,
@@ -59,6 +64,7 @@ class Conditioning:
             guidance=request.guidance,
             has_negative_prompt=[prompt is not None for prompt in negatives] if guided else None,
             class_labels=request.class_labels,
+            image_latents=image_latents,
         )
         for encoder in self._encoders:
             encoded = encoder.encode(request.prompts)
@@ -113,13 +119,14 @@ def request_sources(
     guidance: float,
     has_negative_prompt: Sequence[bool] | None,
     class_labels: Array | None,
+    image_latents: Array | None = None,
 ) -> dict[str, Array]:
     """What a request gives to graphs (`ldm_export.contract.REQUEST_SOURCES`), as far as it is ``read``.
 
     Parameters
     ----------
     has_negative_prompt : for each picture whether a negative text was given; None where there are no rows for it
-    class_labels : a row a picture, or None
+    class_labels, image_latents : a row a picture, or None
 
     Raises
     ------
@@ -136,8 +143,9 @@ def request_sources(
         "has_prompt": np.concatenate([np.asarray(has_negative_prompt, np.float32), ones]) if guided else ones,
         "is_negative": np.concatenate([ones, zeros]) if guided else zeros,
     }
-    if class_labels is not None:
-        made["class_labels"] = np.concatenate([class_labels] * (1 + guided))
+    for name, rows in (("class_labels", class_labels), ("image_latents", image_latents)):
+        if rows is not None:
+            made[name] = np.concatenate([rows] * (1 + guided))
     unknown = {source for source in read if "." not in source} - made.keys()
     if unknown:
         raise BundleError(f"The denoiser reads {min(unknown)}, which nothing gives it here. Run its graphs yourself.")

@@ -25,20 +25,18 @@ from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import Conditioning
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.inpainting import blended
 from ldm_export.runtime.loop_inputs import check_results, loop_inputs
 from ldm_export.runtime.request import Options, Request, check_size, checked_request, latents_image, picture_channels
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import GuidedDenoiser, Sampling, SamplingTask
+from ldm_export.runtime.start import REMEDY, PictureEncoder, start_of
 from ldm_export.runtime.values import flag, shown, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MOST_THREADS = 1024
-_REMEDY = (
-    "The bundle's graphs overflow or are damaged: compare them with `ldm-export verify BUNDLE --against CHECKPOINT`, "
-    "and where they are in half precision (fp16) use the bundle without that."
-)
 
 
 class Pipeline:
@@ -114,8 +112,8 @@ class Pipeline:
         ----------
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
-        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, strength, class_labels; see
-            :class:`ldm_export.runtime.request.Options`
+        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, class_labels;
+            see :class:`ldm_export.runtime.request.Options`
 
         Raises
         ------
@@ -237,7 +235,7 @@ class Pipeline:
         check_size(sample.shape[2], sample.shape[3], self.bundle.manifest.model["pixels_per_latent"])
         self._interrupted = False
         with self._interruptible():
-            return self._decode(self._distribution(sample)[0])
+            return self._decode(self._encoder().distribution(sample)[0])
 
     def _request(self, prompts: str | Sequence[str] | None, options: Options) -> Request:
         """The checked request; with it a new generation begins, so earlier interruptions are forgotten."""
@@ -275,14 +273,14 @@ class Pipeline:
             return
         with self._interruptible():
             sampling, latents = self._begin(request, timings)
-        rows = request.trajectory.rows
+        rows, decode = request.trajectory.rows, self._decoder(request)
         try:
             for index, row in enumerate(rows):
                 started = time.perf_counter()
                 with self._interruptible():
                     timings.denoiser_ms.append(sampling.step())
                 timings.loop_ms += _since(started) - timings.denoiser_ms[-1]
-                step = Step(index, len(rows), row.timestep, latents, self._decode)
+                step = Step(index, len(rows), row.timestep, latents, decode)
                 self._check_latents(step, request)
                 yield step
         finally:
@@ -293,8 +291,7 @@ class Pipeline:
         started = time.perf_counter()
         self.load()
         denoiser = self._graph(self._roles.denoiser)
-        if request.image is not None:
-            self._graph(self._roles.vae_encoder)
+        encoder = None if request.image is None else self._encoder()
         timings.load_ms = _since(started)
         if request.deepcache > 1 and not denoiser.can_skip:
             raise InputError(
@@ -307,29 +304,25 @@ class Pipeline:
         self._backend.check_shapes(self._roles.vae_decoder, {"latent_sample": (request.batch, *shape)})  # it comes last
 
         started = time.perf_counter()
+        draw = request.noise(shape)
+        start = start_of(request, encoder, draw)
+        timings.encode_ms = 0.0 if encoder is None else encoder.spent_ms
+        timings.loop_ms += _since(started) - timings.encode_ms
+
+        started = time.perf_counter()
         assert self._conditioning is not None
         guided = self._roles.guidance.takes_two_rows(request.guidance)
-        conditions = self._conditioning(request, guided)
+        conditions = self._conditioning(request, guided, start.beside)
         timings.text_ms = _since(started)
 
         started = time.perf_counter()
-        draw = request.noise(shape)
-        trajectory = request.trajectory
-        image_latents = None if request.image is None else self._encode(request.image, draw)
-        timings.encode_ms = _since(started)
-
-        started = time.perf_counter()
-        latents = draw() * np.float32(trajectory.noise_scale)
-        if image_latents is not None:
-            latents += image_latents * np.float32(trajectory.image_scale)
-        timings.loop_ms += _since(started)
-        started = time.perf_counter()
         scale = request.guidance if guided else None
-        run = SamplingTask(trajectory.rows, latents, conditions, scale, draw, request.deepcache)
+        rows = request.trajectory.rows
+        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept)
         sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here
-        return sampling, latents
+        return sampling, start.latents
 
     def _check_latents(self, step: Step, request: Request) -> None:
         """Raise NumericalError unless all latents are finite numbers."""
@@ -339,7 +332,7 @@ class Pipeline:
         lower = f"Lower the guidance, which is {request.guidance:g} (the bundle's own is {own:g})"
         raise NumericalError(
             f"After step {step.index + 1} of {step.count} the latents are no finite numbers, so there is no picture. "
-            + (f"{lower}." if request.guidance > max(own, 1.0) else _REMEDY)
+            + (f"{lower}." if request.guidance > max(own, 1.0) else REMEDY)
         )
 
     def _run_loop_graph(self, request: Request, plan: str, timings: Timings) -> Step:
@@ -365,35 +358,23 @@ class Pipeline:
         timings.whole_ms = _since(started)
         return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
 
-    def _encode(self, image: Array, draw: Callable[[], Array]) -> Array:
-        """A picture's latents, drawn from the encoder's distribution with the pictures' own noise."""
-        mean, logvar = self._distribution(image)
-        if logvar is None:  # they are certain, and take no noise
-            return mean
-        deviation = np.exp(0.5 * logvar.astype(np.float64))  # the same on every processor
-        latents: Array = mean + deviation.astype(np.float32) * draw()
-        return latents
+    def _encoder(self) -> PictureEncoder:
+        return PictureEncoder(self._graph(self._roles.vae_encoder), self.bundle.manifest.model["pixels_per_latent"])
 
-    def _distribution(self, image: Array) -> tuple[Array, Array | None]:
-        """Mean and log variance of a picture's latents; no variance where they are certain."""
-        results = self._graph(self._roles.vae_encoder).run({"sample": image})
-        certain = "latent_sample" in results
-        latents = results["latent_sample" if certain else "latent_parameters"]
-        factor = self.bundle.manifest.model["pixels_per_latent"]
-        check_pictures(image.shape, latents.shape, factor, self.bundle.manifest.graphs[self._roles.vae_encoder])
-        if not np.isfinite(latents).all():
-            raise NumericalError(f"The VAE encoder gives values that are no finite numbers. {_REMEDY}")
-        if certain:
-            return latents, None
-        mean, logvar = np.split(latents, 2, axis=1)
-        return mean, logvar
+    def _decoder(self, request: Request) -> Callable[[Array], Array]:
+        """What makes pictures of latents, with those pixels of a request's image that it keeps."""
+        image, mask = request.image, request.mask
+        if not request.keep_pixels or image is None or mask is None:
+            return self._decode
+        own = pixels_of(image)
+        return lambda latents: blended(self._decode(latents), own, mask)
 
     def _decode(self, latents: Array) -> Array:
         sample = self._graph(self._roles.vae_decoder).run({"latent_sample": latents})["sample"]
         factor = self.bundle.manifest.model["pixels_per_latent"]
         check_pictures(sample.shape, latents.shape, factor, self.bundle.manifest.graphs[self._roles.vae_decoder])
         if not np.isfinite(sample).all():
-            raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {_REMEDY}")
+            raise NumericalError(f"The VAE decoder gives pixels that are no finite numbers. {REMEDY}")
         return pixels_of(sample)
 
 

@@ -13,9 +13,10 @@ from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
-from ldm_export.plan import CALLS, Trajectory
+from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
+from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
@@ -40,7 +41,11 @@ class Options(TypedDict, total=False):
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
     image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
-    strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6
+    mask : uint8 (H, W), or (B, H, W), of the size of ``image``, which must be given: 255 (white) is drawn anew, 0 is
+        kept, and what is between is a blend of both; models that were trained to inpaint take 128 and more for white
+    strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6, and with a mask
+        1, which starts from noise
+    keep_pixels : whether pixels where ``mask`` is 0 are those of ``image`` to the bit, and blended where it is between
     class_labels : one a picture, for class-conditional models
     deepcache : run the whole denoiser in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
@@ -57,7 +62,9 @@ class Options(TypedDict, total=False):
     height: int | None
     width: int | None
     image: Array | None
+    mask: Array | None
     strength: float | None
+    keep_pixels: bool
     class_labels: Sequence[int] | None
     deepcache: int
     whole: bool
@@ -76,6 +83,10 @@ class Request:
     height, width : pixels
     guidance : the scale; 1 is off
     image : (B, C, H, W) float32 in [-1, 1] to start from, or None
+    mask : (B, H, W) float32 in [0, 1], 1 where the image is drawn anew, or None
+    levels : of the latents before each row, where the image's are put back after it; else none
+    strength : share of the steps that is redone on the image; None without one
+    keep_pixels : whether pixels that are not drawn anew are the image's
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
@@ -89,6 +100,10 @@ class Request:
     width: int
     guidance: float
     image: Array | None
+    mask: Array | None
+    levels: tuple[Scales, ...]
+    strength: float | None
+    keep_pixels: bool
     trajectory: Trajectory
     deepcache: int
     loop: str | None
@@ -130,7 +145,9 @@ def checked_request(
     height: int | None = None,
     width: int | None = None,
     image: Array | None = None,
+    mask: Array | None = None,
     strength: float | None = None,
+    keep_pixels: bool = False,
     class_labels: Sequence[int] | None = None,
     deepcache: int = 1,
     whole: bool = False,
@@ -145,11 +162,9 @@ def checked_request(
     model = bundle.manifest.model
     roles, graphs = bundle.roles, bundle.manifest.graphs
     sources = roles.sources(graphs)
-    if "image_latents" in sources:
-        raise InputError(
-            "This bundle's denoiser also reads the latents of another picture; this runtime "
-            "generates from text and from an image to start from. Run its graphs yourself."
-        )
+    inpaints = "image_latents" in sources
+    if inpaints:
+        check_reads_mask(bundle, given=image is not None and mask is not None)
     reads_text, has_classes = bool(roles.text_encoders), "class_labels" in sources
     texts = texts_for("prompt", prompts)
     given_labels = None if class_labels is None else listed("class_labels", class_labels)
@@ -182,11 +197,15 @@ def checked_request(
     steps = model["default_steps"] if steps is None else whole_number("steps", steps, 1, MOST_STEPS)
     if calls is not None:
         sampler += f"{CALLS}{whole_number('calls', calls, 1, MOST_STEPS)}"
+    if image is None and mask is not None:
+        raise InputError("A mask was given without an image, of which it says what is drawn anew. Give the image, too.")
+    if flag("keep_pixels", keep_pixels) and mask is None:
+        raise InputError("keep_pixels was given without a mask, which says what is kept. Leave it out, or give a mask.")
     deepcache, whole = whole_number("deepcache", deepcache, 1, MOST_STEPS), flag("whole", whole)
     if whole and (image is not None or deepcache > 1):
         raise InputError(
-            "The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from noise, and "
-            "all of the denoiser each time. Leave one of them out."
+            f"The whole loop was asked for at once, with {'an image' if mask is None else 'an image and a mask'} or "
+            "with deepcache; a loop graph draws all of it from noise, by all of the denoiser. Leave one of them out."
         )
     if strength is not None:
         strength = real_number("strength", strength, 0.0, 1.0)
@@ -214,7 +233,16 @@ def checked_request(
             f"Use {min(height, largest)}x{min(width, largest)}."
         )
     size = int(height), int(width)
-    plan = read_plan(bundle, sampler, steps, size)
+    masks, levels, plan = None, tuple[Scales, ...](), read_plan(bundle, sampler, steps, size)
+    trajectory = plan.from_noise()
+    if sample is not None:
+        if mask is not None:
+            masks = checked_mask(mask, sample, model["pixels_per_latent"], hard=inpaints)
+        strength = (0.6 if masks is None else 1.0) if strength is None else strength
+        start = plan.first_step(strength, rounds_up=model.get("strength_rounds_up", False))
+        if masks is None or strength < 1:
+            trajectory = plan.starting_at(start)
+        levels = () if masks is None or inpaints else row_levels(plan, start)
     if whole:  # by the plan's own name: one of all calls is that of its sampler
         check_loop_size(bundle, plan.sampler, steps, size)
     request = Request(
@@ -226,9 +254,11 @@ def checked_request(
         width=size[1],
         guidance=scale,
         image=sample,
-        trajectory=plan.from_noise()
-        if sample is None
-        else plan.for_strength(0.6 if strength is None else strength, rounds_up=model.get("strength_rounds_up", False)),
+        mask=masks,
+        levels=levels,
+        strength=strength,
+        keep_pixels=bool(keep_pixels),
+        trajectory=trajectory,
         deepcache=deepcache,
         loop=f"{plan.sampler}-{steps}" if whole else None,
     )

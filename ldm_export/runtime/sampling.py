@@ -17,6 +17,7 @@ import numpy as np
 
 from ldm_export.plan import Row, Stepper
 from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.inpainting import KeptArea
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class SamplingTask:
     guidance : how the prediction with the prompt is weighed against that without; None where each picture has one row
     draw : gives N(0, I) noise, float32 (B, C, h, w)
     every : the whole denoiser runs in every so many steps (DeepCache)
+    kept : what of the latents is put back after each row, or None
     """
 
     rows: Sequence[Row]
@@ -39,6 +41,7 @@ class SamplingTask:
     guidance: float | None
     draw: Callable[[], Array]
     every: int = 1
+    kept: KeptArea | None = None
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -121,7 +124,7 @@ class HostSampling:
 
     def __init__(self, denoiser: Graph, run: SamplingTask):
         self._run = run
-        self._rows = iter(run.rows)
+        self._rows, self._done = iter(run.rows), 0
         self._stepper = Stepper(run.rows, run.latents)
         self._denoiser = GuidedDenoiser(denoiser, run.latents.shape, run.conditions, run.guidance, run.every)
 
@@ -130,6 +133,9 @@ class HostSampling:
         out, call_ms = self._denoiser(next(self._rows).timestep)
         with np.errstate(over="ignore", invalid="ignore"):  # who asked for the step looks at what it gave
             self._stepper.advance(out, self._run.draw)
+            self._done += 1
+            if self._run.kept is not None:
+                self._run.kept.restore(self._run.latents, self._done)
         return call_ms
 
     def close(self) -> None:

@@ -214,6 +214,63 @@ def test_generate_from_an_image(run: Run, tiny_bundle: Path, tmp_path: Path) -> 
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), expected)
 
 
+def test_generate_a_part_of_an_image(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    mask = np.zeros((16, 24), np.uint8)
+    mask[:, 10:] = 255
+    Image.fromarray(image).save(tmp_path / "in.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    given = ["--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png", "--keep-pixels", "--steps", 10]
+    done = run("generate", tiny_bundle, "red", "-o", tmp_path / "p.png", *given, "--strength", 0.8)
+    assert done.exit_code == 0, done.output
+    wishes = {"steps": 10, "image": image, "mask": mask, "keep_pixels": True}
+    expected = Pipeline.open(tiny_bundle).generate("red", strength=0.8, **wishes).images[0]
+    drawn = np.asarray(Image.open(tmp_path / "p.png"))
+    np.testing.assert_array_equal(drawn, expected)
+    np.testing.assert_array_equal(drawn[mask == 0], image[mask == 0])
+
+
+def test_generate_beyond_an_image(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "in.png")
+    given = ["--image", tmp_path / "in.png", "--outpaint", "left=4,bottom=8", "--keep-pixels", "--steps", 10]
+    done = run("generate", tiny_bundle, "red", "-o", tmp_path / "p.png", *given)
+    assert done.exit_code == 0, done.output
+    drawn = np.asarray(Image.open(tmp_path / "p.png"))
+    assert drawn.shape == (24, 28, 3)
+    np.testing.assert_array_equal(drawn[:16, 4:], image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mask", "small.png"], "A mask was given without an image"),
+        (["--image", "in.png", "--mask", "small.png"], "The mask is 8x8 and the image 16x16; .* Resize the mask"),
+        (["--image", "in.png", "--mask", "black.png"], "Mask 0 is black everywhere"),
+        (["--image", "in.png", "--mask", "absent.png"], "absent.png does not exist"),
+        (
+            ["--image", "in.png", "--mask", "in.png", "--whole"],
+            "The whole loop was asked for at once, with an image and",
+        ),
+        (["--image", "in.png", "--keep-pixels"], "keep_pixels was given without a mask"),
+        (["--outpaint", "left=4"], "--outpaint left=4 was given without --image"),
+        (["--image", "in.png", "--outpaint", "left=5"], r"5 pixels were asked for \(left\) .* a multiple of 2"),
+        (["--image", "in.png", "--outpaint", "left=4,left=4"], "it is sides with their pixels, each once"),
+        (["--image", "in.png", "--outpaint", "up=4"], "it is sides with their pixels"),
+        (["--image", "in.png", "--outpaint", "left=0"], "--outpaint left=0 adds nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_generate_with_wrong_masks(
+    run: Run, tiny_bundle: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    for name, size, colour in (("in", 16, "white"), ("small", 8, "white"), ("black", 16, "black")):
+        Image.new("RGB", (size, size), colour).save(tmp_path / f"{name}.png")
+    given = [tmp_path / word if word.endswith(".png") else word for word in options]
+    assert_refused(run("generate", tiny_bundle, "red", "-o", tmp_path / "p.png", *given), message)
+    assert not (tmp_path / "p.png").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "seeds"),
     [("unconditional", ["--count", "3"], [0, 1, 2]), ("class-conditional", ["--class-label", "4"], [0])],

@@ -126,6 +126,10 @@ def test_a_request_from_a_picture(tiny_bundle: Path) -> None:
     (found,) = checked_requests(Bundle.open(tiny_bundle), [Wanted("", options)])
     assert (found.strength, found.height, found.width) == (0.6, 16, 24)
     assert found.image_hash == hashlib.sha256(bytes(16 * 24 * 3)).hexdigest()[:10]
+    mask = np.full((16, 24), 255, np.uint8)
+    (found,) = checked_requests(Bundle.open(tiny_bundle), [Wanted("", options | {"mask": mask, "keep_pixels": True})])
+    assert (found.strength, found.keep_pixels) == (1.0, True)
+    assert found.mask_hash == hashlib.sha256(mask.tobytes()).hexdigest()[:10]
 
 
 @pytest.mark.parametrize(

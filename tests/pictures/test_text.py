@@ -83,6 +83,8 @@ TEXTS = st.text(max_size=60) | st.lists(
         class_label=st.none() | st.integers(0, 1000),
         strength=st.none() | st.floats(0, 1),
         image_hash=st.none() | st.just("00ff"),
+        mask_hash=st.none() | st.just("0e11"),
+        keep_pixels=st.booleans(),
         deepcache=st.integers(1, 9),
     )
 )
@@ -152,7 +154,7 @@ def test_no_class_of_requests_differs_unseen() -> None:
     changed: dict[str, Any] = {
         **{"prompt": "x", "negative_prompt": None, "seed": 8, "sampler": "plms", "steps": 21, "guidance": 4.5},
         **{"height": 128, "width": 128, "model_hash": "1", "model": "m", "calls": 3, "class_label": 1},
-        **{"strength": 0.5, "image_hash": "1", "deepcache": 2},
+        **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
     }
     assert changed.keys() == vars(REQUEST).keys()
     texts = {parameters_text([replace(REQUEST, **{name: value})]) for name, value in changed.items()}

@@ -361,7 +361,7 @@ def test_a_prompt_is_text(pipeline: Pipeline) -> None:
         ("class-conditional", None, {"class_labels": [0, CLASSES]}, f"class label {CLASSES}.* 0 to {CLASSES - 1}"),
         ("class-conditional", None, {"class_labels": [-1]}, f"class label -1.* 0 to {CLASSES - 1}"),
         ("class-conditional", None, {"class_labels": [0.5]}, "class label"),
-        ("inpainting", None, {}, "reads the latents of another picture"),
+        ("inpainting", None, {}, r"reads a picture and a mask of what is drawn anew .* Give both: image and mask"),
     ],
 )
 def test_models_of_other_kinds_say_what_they_take(

@@ -71,7 +71,7 @@ def pipeline(tiny_bundle: Path) -> Pipeline:
 def test_any_value_of_any_option_is_taken_or_refused_with_a_sentence(pipeline: Pipeline, option: str) -> None:
     said = []
     for name, value in STRANGE.items():
-        options = {"prompts": ["a", "b"], "steps": STEPS, **({"image": GREY} if option == "strength" else {})}
+        options = {"prompts": ["a", "b"], "steps": STEPS, **({"image": GREY} if option in ("strength", "mask") else {})}
         try:
             pipeline.steps(**{**options, option: value})
         except InputError as error:
