@@ -173,8 +173,9 @@ def delta(factors: Factors, shape: Shape) -> npt.NDArray[np.float64]:
         product = _product(each, "hada_w1", "hada_t1") * _product(each, "hada_w2", "hada_t2")
     else:
         first, second = _product(each, "lokr_w1", "lokr_t1"), _product(each, "lokr_w2", "lokr_t2")
-        product = np.kron(first.reshape(*first.shape, *(1,) * (second.ndim - 2)), second)
-    return factors.scale * product.reshape(shape)
+        outer = first.reshape(*first.shape, *(1,) * (second.ndim - 2))
+        product = np.asarray(np.kron(outer, second), np.float64)
+    return np.asarray(factors.scale * product.reshape(shape), np.float64)
 
 
 def _product(each: Mapping[str, npt.NDArray[np.float64]], name: str, core: str) -> npt.NDArray[np.float64]:
@@ -187,7 +188,7 @@ def _product(each: Mapping[str, npt.NDArray[np.float64]], name: str, core: str) 
 def _tucker_product(
     core: npt.NDArray[np.float64], out: npt.NDArray[np.float64], into: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    return np.einsum("pqhw,po,qi->oihw", core, out, into, optimize=True)
+    return np.asarray(np.einsum("pqhw,po,qi->oihw", core, out, into, optimize=True), np.float64)
 
 
 def merged(weight: Array, factors: Factors, strength: float) -> npt.NDArray[np.float64]:
@@ -198,11 +199,12 @@ def merged(weight: Array, factors: Factors, strength: float) -> npt.NDArray[np.f
     weight : (out, in) or (out, in, kh, kw)
     strength : the change's factor; 0 leaves the weight as it is, but for DoRA's magnitudes
     """
-    changed = np.asarray(weight, np.float64) + strength * delta(factors, weight.shape)
+    changed: npt.NDArray[np.float64] = np.asarray(weight, np.float64) + strength * delta(factors, weight.shape)
     if factors.magnitude is None:
         return changed
     axis = factors.magnitude_axis
     others = tuple(k for k in range(changed.ndim) if k != axis)
-    norms = np.sqrt((changed**2).sum(axis=others, keepdims=True))
+    norms: npt.NDArray[np.float64] = np.sqrt((changed**2).sum(axis=others, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):  # of a row of zeros: whoever merges checks
-        return changed * (np.asarray(factors.magnitude, np.float64).reshape(norms.shape) / norms)
+        changed *= np.asarray(factors.magnitude, np.float64).reshape(norms.shape) / norms
+    return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def read_adapter(path: Path, networks: Networks) -> Adapter:
 def _groups(
     file: Path, arrays: Mapping[str, Array], networks: Networks, settings: Callable[[str, str], Settings | None]
 ) -> tuple[dict[Place, _Group], set[str]]:
-    places, groups, unmatched = places_of(networks), {}, set()
+    places, unmatched = places_of(networks), set()
+    groups: dict[Place, _Group] = {}
     for name, array in arrays.items():
         layer, role = split(name) or (name, "")
         place = _place(file, layer, places) if role else None
@@ -136,7 +138,7 @@ def _settings(
         for component in sorted({key.partition(".")[0] for key in found if key.endswith(".r")}):
             start = f"{component}."
             own = {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}
-            inside[component] = _read(where, lambda own=own: own)
+            inside[component] = _read(where, partial(dict, own))
     return lambda layer, component: beside if layer.startswith(PEFT) else inside.get(component)
 
 

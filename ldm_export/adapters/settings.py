@@ -45,7 +45,7 @@ class Settings:
         rank, alpha = _matching(self.rank_pattern, path, self.rank), _matching(self.alpha_pattern, path, self.alpha)
         if found not in (None, rank):
             raise MalformedError(f"has the rank {found}; its config says {rank}")
-        return alpha / (math.sqrt(rank) if self.by_root else rank)
+        return float(alpha / (math.sqrt(rank) if self.by_root else rank))
 
 
 def settings_of(config: object) -> Settings:

@@ -53,5 +53,5 @@ def _array(file: Path, name: str, facts: Mapping[str, Any], content: npt.NDArray
             f"{file}: {name!r} is of {kind}; float32, float16 and bfloat16 are read. Save the adapter unquantized."
         )
     raw = content[start:end].tobytes() if start % 8 else content[start:end]  # numpy wants aligned views
-    found = np.frombuffer(raw, np.dtype({**FLOATS, **WHOLES}[kind])).reshape(shape)
+    found: npt.NDArray[Any] = np.frombuffer(raw, np.dtype({**FLOATS, **WHOLES}[kind])).reshape(shape)
     return (found.astype("<u4") << 16).view("<f4") if kind == "BF16" else found
