@@ -42,7 +42,8 @@ def opened(request: dict[str, Any]) -> Callable[[], object]:
 
     for file in request.get("families", ()):
         read_family(Path(file))
-    reference = TorchReference(open_checkpoint(request["checkpoint"]))
+    adapters = [(Path(file), scale) for file, scale in request["adapters"]]
+    reference = TorchReference(open_checkpoint(request["checkpoint"], adapters=adapters))
     return lambda: reference.draw_as(given)
 
 

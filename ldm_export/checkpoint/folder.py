@@ -20,21 +20,19 @@ from ldm_reference.config import ConfigError, UnsupportedError
 from ldm_reference.layout import save_component, write_json
 
 from ldm_export.checkpoint.kind import CheckpointKind, kind_of, names_part
+from ldm_export.checkpoint.merging import Merge, layers_of, merged_sha256, merged_weights, read_merges
 from ldm_export.checkpoint.networks import Network
 from ldm_export.checkpoint.sampling_defaults import FEW, SamplingDefaults
 from ldm_export.checkpoint.shipped import shipped_checkpoints
 from ldm_export.checkpoint.single_file import SingleFile
 from ldm_export.checkpoint.single_file_sd3 import BLOCKS, SingleFileSD3
 from ldm_export.checkpoint.weights import (
-    HOW_TO_CONVERT,
-    PICKLES,
     WeightFiles,
     check_tensors,
     current_names,
     find_weights,
     opened,
     read_tensors,
-    remedy_of,
     shared_tensors,
 )
 from ldm_export.errors import CheckpointError, InputError
@@ -42,6 +40,7 @@ from ldm_export.plan import compile_plan, picture_tokens, sampler_of, shifts_dyn
 from ldm_export.plan.scheduler_classes import FLOW_MATCHING
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
 from ldm_export.reading.hashes import sha256_of
+from ldm_export.reading.weight_files import HOW_TO_CONVERT, PICKLES, remedy_of
 
 
 def open_single_file(path: Path, prediction_type: str | None = None) -> SingleFile:
@@ -69,6 +68,7 @@ class LatentDiffusion:
     drawn_with : how to draw it, where that is not what its files say
     sampler : the sampler to use by default in place of the scheduler's own, or None
     prediction_type : what the UNet predicts, where its files do not say or say it wrongly, or None
+    merges : adapters that are merged into its networks when they are loaded
     """
 
     name: str
@@ -79,6 +79,7 @@ class LatentDiffusion:
     drawn_with: SamplingDefaults | None = None
     sampler: str | None = None
     prediction_type: str | None = None
+    merges: tuple[Merge, ...] = ()
 
     @classmethod
     def open(
@@ -124,6 +125,12 @@ class LatentDiffusion:
         kind = kind_of(path / "model_index.json", index, kinds)
         kind.check_parts(path / "model_index.json", index)
         return cls(path.resolve().name, path, kind, index, sampler=sampler, prediction_type=prediction_type)
+
+    def with_adapters(self, given: Sequence[tuple[Path, float]]) -> LatentDiffusion:
+        """This checkpoint with adapters merged, each a file and its strength; raises as `read_merges` does."""
+        changed = (name for name in self.components if name != "vae")
+        layers = {name: layers_of(name, self._skeleton(name), self.configs[name]) for name in changed}
+        return replace(self, merges=read_merges(given, layers))
 
     @cached_property
     def components(self) -> tuple[str, ...]:
@@ -248,10 +255,9 @@ class LatentDiffusion:
         return find_weights(self.path / component, self.kind.components[component].weights)
 
     def sha256(self, component: str) -> str:
-        """SHA-256 of the component's weight files, in name order, hex."""
-        if self.file is not None:
-            return self.file.sha256
-        return sha256_of(*self.weight_files(component))
+        """SHA-256 of the component's weight files, in name order, hex; with adapters in it, of their hashes too."""
+        files = self.file.sha256 if self.file is not None else sha256_of(*self.weight_files(component))
+        return merged_sha256(files, component, self.merges)
 
     def load(self, component: str) -> Network:
         """The network with its weights, float32, in evaluation mode, without gradients.
@@ -272,6 +278,7 @@ class LatentDiffusion:
         tensors = {**tensors, **shared_tensors(network, tensors)}
         check_tensors(place, tensors, expected)
         tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
+        tensors |= merged_weights(component, tensors, self.merges)
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
 

@@ -21,11 +21,8 @@ from torch import Tensor, nn
 
 from ldm_export.errors import CheckpointError
 from ldm_export.reading.documents import MalformedError, parsed, read_bytes
+from ldm_export.reading.weight_files import HOW_TO_CONVERT, PICKLES, remedy_of
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-HOW_TO_CONVERT = (
-    "Load it where you trust it and save it with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)."
-)
 OF_DIFFUSERS, OF_TRANSFORMERS = "diffusion_pytorch_model", "model"
 WEIGHT_FILE = re.compile(
     rf"(?P<base>{OF_DIFFUSERS}|{OF_TRANSFORMERS})(?:\.(?P<variant>\w+))?"
@@ -124,26 +121,6 @@ def _without_an_index(folder: Path, found: list[re.Match[str]]) -> WeightFiles:
             "which belong together. Remove those that do not belong there."
         )
     return WeightFiles(tuple(folder / match.string for match in found))
-
-
-def remedy_of(file: Path) -> str:
-    """What to do about a file that cannot be read, by how it begins."""
-    if not file.is_file():
-        return "A regular file is needed."
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(64)
-    except OSError:
-        return "Make it readable."
-    if start.startswith(b"version https://git-lfs"):
-        return "It is a pointer of Git LFS, not the file itself: run `git lfs pull` in the folder."
-    if start.lstrip()[:1] == b"<":
-        return "It is a web page, not the file itself: download the file."
-    if start.startswith(b"GGUF"):
-        return "It is a GGUF file, whose weights are quantized: use the model that it was made from."
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return f"It is a pickle, which is never opened. {HOW_TO_CONVERT}"
-    return "It is damaged or was not downloaded whole: download it again."
 
 
 def read_tensors(weights: WeightFiles) -> dict[str, Tensor]:

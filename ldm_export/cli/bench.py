@@ -11,11 +11,13 @@ from ldm_export.bench.harness import Bench, BenchOptions, results_by_variant
 from ldm_export.bench.report import page
 from ldm_export.cli.figures import print_bench, without_pictures
 from ldm_export.cli.options import (
+    adapters_from,
     check_output,
     command_line,
     console,
     family_option,
     folder,
+    lora_option,
     prompts_from,
     stages,
     status,
@@ -64,6 +66,7 @@ KEPT = Gate("parity", 1.0)
     "smaller=2. At most: drift=1e-3, parity=1 (times a graph's tolerance). All against the checkpoint or else the "
     "first bundle. Repeatable.",
 )
+@lora_option
 @family_option
 @click.option("--resume", is_flag=True, help="Measure nothing that REPORT.json holds, even if it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the document, without pictures, as the last line.")
@@ -77,6 +80,7 @@ def command(
     prompts: Path | None,
     texts: tuple[str, ...],
     asked: tuple[str, ...],
+    loras: tuple[str, ...],
     resume: bool,
     as_json: bool,
     **options: Any,
@@ -91,12 +95,14 @@ def command(
     gates = [gate_from_text(text, KINDS) for text in asked]
     if options["data"] is None and was_given("pictures"):
         raise InputError("--pictures is how many are drawn for --data, which was not given. Give both, or neither.")
+    if loras and against is None:
+        raise InputError("--lora changes the checkpoint of --against, which was not given. Give both, or neither.")
     json_file = output.with_suffix(".json")
     if json_file == output:
         raise InputError(f"{output} is where the figures go; the report is a page. Name a .html.")
     for file in (output, json_file):
         check_output(file)
-    checkpoint = None if against is None else open_checkpoint(against)
+    checkpoint = None if against is None else open_checkpoint(against, adapters=adapters_from(loras))
     settings = BenchOptions(prompts=prompts_from(prompts, texts), **options)
     with stages("bench") as progress:
         progress("opening")

@@ -13,11 +13,13 @@ from ldm_export.bench.card_page import card_page
 from ldm_export.bench.card_rows import CardOptions
 from ldm_export.bench.formatting import milliseconds, times
 from ldm_export.cli.options import (
+    adapters_from,
     check_output,
     command_line,
     console,
     family_option,
     folder,
+    lora_option,
     prompts_from,
     size_from_text,
     stages,
@@ -66,6 +68,7 @@ COLUMNS = {
     "ssim=0.98, retrieval=0.85, alignment=0.3. At most: perceptual=0.05, frechet=160, frechet_ratio=1.05, "
     "latency_ms=500, memory_mb=500. Repeatable.",
 )
+@lora_option
 @family_option
 @click.option("--resume", is_flag=True, help="Measure no row that CARD.json holds, even if it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the document, without pictures, as the last line.")
@@ -80,6 +83,7 @@ def command(
     texts: tuple[str, ...],
     sizes: tuple[str, ...],
     asked: tuple[str, ...],
+    loras: tuple[str, ...],
     resume: bool,
     as_json: bool,
     **options: Any,
@@ -98,7 +102,7 @@ def command(
     for file in (output, json_file):
         check_output(file)
     settings = CardOptions(prompts=prompts_from(prompts, texts), sizes=tuple(map(size_from_text, sizes)), **options)
-    checkpoint = open_checkpoint(against)
+    checkpoint = open_checkpoint(against, adapters=adapters_from(loras))
     with stages("card") as progress:
         progress("opening")
         card = Card(bundles, checkpoint, settings)

@@ -8,10 +8,12 @@ import click
 from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.cli.build import print_target
 from ldm_export.cli.options import (
+    adapters_from,
     console,
     family_option,
     folder,
     json_option,
+    lora_option,
     parity_line,
     print_json,
     stages,
@@ -61,6 +63,7 @@ TARGETS = ("cpu", "none")
     help="What the denoiser predicts, where the checkpoint's files do not say, or say it wrongly.",
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@lora_option
 @family_option
 @json_option
 def command(
@@ -77,6 +80,7 @@ def command(
     sampler: str | None,
     prediction_type: str | None,
     force: bool,
+    loras: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
@@ -90,7 +94,8 @@ def command(
             raise InputError(
                 f"--{name.replace('_', '-')} is about the passes of a recipe. Give --recipe too, or leave it."
             )
-    model = open_checkpoint(checkpoint, sampler=sampler, prediction_type=prediction_type)
+    adapters = adapters_from(loras)
+    model = open_checkpoint(checkpoint, sampler=sampler, prediction_type=prediction_type, adapters=adapters)
     if loops:
         from ldm_export.verify.loops import add_loop, check_loops
 

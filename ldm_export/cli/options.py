@@ -53,6 +53,31 @@ def family_option(function: Function) -> Function:
     )(function)
 
 
+def lora_option(function: Function) -> Function:
+    """Add ``--lora FILE[=SCALE]``, as texts for `adapters_from`."""
+    return click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="FILE[=SCALE]",
+        help="LoRA, LoHa, LoKr or DoRA, to merge into the checkpoint; the scale is 1 by default; repeatable.",
+    )(function)
+
+
+def adapters_from(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
+    """Files and strengths of ``--lora``; raises InputError for a strength that is no number."""
+    found = []
+    for text in loras:
+        name, equals, scale = text.rpartition("=")
+        if not equals or Path(text).exists():
+            name, scale = text, "1"
+        try:
+            found.append((Path(name), float(scale)))
+        except ValueError:
+            raise InputError(f"--lora {text}: {scale!r} is no number. Give FILE=SCALE, such as {name}=0.8.") from None
+    return found
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, sort_keys=True))
 

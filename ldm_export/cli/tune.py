@@ -124,7 +124,8 @@ def _checkpoint(bundle: Path, against: str | None) -> LatentDiffusion | None:
     """The checkpoint that was given, or the shipped one that the bundle was exported from."""
     if against is not None:
         return open_checkpoint(against)
-    name = str(Bundle.open(bundle).manifest.source.get("checkpoint", ""))
+    source = Bundle.open(bundle).manifest.source
+    name = "" if source.get("adapters") else str(source.get("checkpoint", ""))
     return open_checkpoint(name) if name in shipped_checkpoints() else None
 
 

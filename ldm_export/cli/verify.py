@@ -9,8 +9,17 @@ from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.plans import check_plans
 from ldm_export.bundle.targets.base import kinds_of, sound_target
 from ldm_export.bundle.targets.engines import engine_targets, sound_engine_target
-from ldm_export.cli.options import bundle_argument, console, family_option, json_option, print_json, stages
-from ldm_export.errors import BundleError
+from ldm_export.cli.options import (
+    adapters_from,
+    bundle_argument,
+    console,
+    family_option,
+    json_option,
+    lora_option,
+    print_json,
+    stages,
+)
+from ldm_export.errors import BundleError, InputError
 from ldm_export.runtime.backends import open_backend
 from ldm_export.runtime.conditioning import Conditioning
 from ldm_export.runtime.facts import check_drawable
@@ -19,14 +28,17 @@ from ldm_export.runtime.facts import check_drawable
 @click.command()
 @bundle_argument
 @click.option("--against", metavar="CHECKPOINT", default=None, help="Also compare every graph with this PyTorch model.")
+@lora_option
 @family_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool) -> None:
+def command(ctx: click.Context, bundle: Path, against: str | None, loras: tuple[str, ...], as_json: bool) -> None:
     """Check BUNDLE: every file's hash, graphs, plans and tokenizers, and with --against the graphs' numbers.
 
     Exit code 1 if the numbers differ or what is under targets/ is damaged, 2 if the bundle is damaged.
     """
+    if loras and against is None:
+        raise InputError("--lora changes the checkpoint of --against, which was not given. Give both, or neither.")
     with stages("verify") as progress:
         progress("hashes")
         opened = Bundle.open(bundle, verify=True)
@@ -57,7 +69,9 @@ def command(ctx: click.Context, bundle: Path, against: str | None, as_json: bool
             from ldm_export.families import open_checkpoint
             from ldm_export.verify.parity import compare_with_checkpoint
 
-            compared = compare_with_checkpoint(opened, open_checkpoint(against), progress)
+            compared = compare_with_checkpoint(
+                opened, open_checkpoint(against, adapters=adapters_from(loras)), progress
+            )
             records = [record.to_dict() for record in compared]
     passed = not faults and all(record["passed"] for record in records)
     if as_json:

@@ -187,11 +187,12 @@ def parity_runs(checkpoint: LatentDiffusion, graph: ModelGraph, calls: Sequence[
 
 
 def _source_facts(checkpoint: LatentDiffusion) -> dict[str, Any]:
-    """What the checkpoint's own files do not say, and which of its parts are left out."""
+    """What the checkpoint's own files do not say: choices, adapters that are merged, and parts that are left out."""
     return {
         "sampler": checkpoint.sampler,
         "prediction_type": checkpoint.prediction_type,
         "left_out": checkpoint.kind.left_out(checkpoint.index),
+        "adapters": [merge.facts for merge in checkpoint.merges],
     }
 
 

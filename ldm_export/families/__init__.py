@@ -30,25 +30,33 @@ _read: dict[str, type[Family]] = {}
 
 
 def open_checkpoint(
-    checkpoint: str | Path, *, sampler: str | None = None, prediction_type: str | None = None
+    checkpoint: str | Path,
+    *,
+    sampler: str | None = None,
+    prediction_type: str | None = None,
+    adapters: Sequence[tuple[Path, float]] = (),
 ) -> LatentDiffusion:
     """Open a checkpoint of any family: a folder, a single file, or a shipped one by its name.
 
     Parameters
     ----------
     sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
+    adapters : files of LoRA and its kin, each with its strength, to merge into the networks
 
     Raises
     ------
     CheckpointError
         If there is no such checkpoint, it is a pickle, of a family that is not known, or a component is missing.
+    InputError
+        If an adapter cannot be used with it.
     """
     families = [*_read.values(), *FAMILIES]
     try:
-        return LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
+        model = LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
     except UnknownFamilyError:
         families += installed_families()
-        return LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
+        model = LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
+    return model.with_adapters(adapters) if adapters else model
 
 
 def family_of(checkpoint: LatentDiffusion) -> Family:

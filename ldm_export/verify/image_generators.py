@@ -120,6 +120,7 @@ class TorchImageGenerator:
         encoder = next(graph.spec for graph in family.graphs if graph.spec.name == roles.vae_encoder)
         self.channels = int(encoder.inputs[0].shape[1])
         self.name = f"checkpoint {checkpoint.name}"
+        self.adapters = [(str(merge.adapter.file), merge.scale) for merge in checkpoint.merges]
         self.pixels = checkpoint.picture_size
         self._tokenizers = [tokenizer.open() for tokenizer in family.tokenizers.values()]
 

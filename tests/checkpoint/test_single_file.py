@@ -392,6 +392,22 @@ def test_a_single_file_goes_through_the_chain(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_an_adapter_is_merged_into_a_single_file(tmp_path: Path) -> None:
+    file, _ = write(tmp_path, "sdxl")
+    down, up, style = torch.randn(2, 64), torch.randn(64, 2), tmp_path / "style.safetensors"
+    name = "lora_te2_text_model_encoder_layers_1_self_attn_v_proj"  # a third of a weight in OpenCLIP's layout
+    save_file(
+        {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}, style
+    )
+    bare, changed = open_checkpoint(file), open_checkpoint(file, adapters=[(style, 0.5)])
+    weight = "text_model.encoder.layers.1.self_attn.v_proj.weight"
+    plain, found = (model.load("text_encoder_2").state_dict() for model in (bare, changed))
+    assert torch.allclose(found[weight], plain[weight] + 0.25 * up @ down, atol=1e-6)
+    assert [name for name in plain if not torch.equal(plain[name], found[name])] == [weight]
+    same = {name: bare.sha256(name) == changed.sha256(name) for name in bare.components}
+    assert same == {"text_encoder": True, "text_encoder_2": False, "unet": True, "vae": True}
+
+
 def damage(tensors: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
     if fault.startswith("no "):
         prefix = {"no UNet": "model.diff", "no autoencoder": "first_stage", "no text": "cond_stage"}[fault]
