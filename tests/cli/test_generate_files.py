@@ -93,6 +93,18 @@ def test_a_picture_from_a_picture_can_be_drawn_again(tiny_bundle: Path, tmp_path
     np.testing.assert_array_equal(images[0], pixels(tmp_path / "p.png"))
 
 
+def test_deepcache_is_in_the_text(variants: Callable[[str], Path], tmp_path: Path) -> None:
+    bundle = variants("target")
+    options = [bundle, "red", "-o", tmp_path / "p.png", "--steps", 6, "--backend", "cpu"]
+    drawn(*options)
+    plain = pixels(tmp_path / "p.png")
+    drawn(*options, "--deepcache", 3)
+    assert "DeepCache: 3" in (read_picture_file(tmp_path / "p.png").parameters or "")
+    assert (pixels(tmp_path / "p.png") != plain).any()
+    images = redrawn(Pipeline.open(bundle, backend="cpu"), tmp_path / "p.png")
+    np.testing.assert_array_equal(images[0], pixels(tmp_path / "p.png"))
+
+
 @pytest.mark.parametrize(
     ("kind", "options"), [("unconditional", ["--count", 2]), ("class-conditional", ["--class-label", 4])]
 )

@@ -29,8 +29,8 @@ spacings = st.sampled_from(["leading", "trailing", "linspace"])
 
 
 def test_the_public_surface() -> None:
-    names = "CALLS Entry FORMAT_VERSION Forecast MAX_HISTORY Plan Row SAMPLERS Stepper Trajectory"
-    functions = "compile_plan forecast_of picture_tokens sampler_of shifts_dynamically"
+    names = "CALLS Entry FORMAT_VERSION Forecast MAX_HISTORY Plan Row SAMPLERS Scales Stepper Trajectory"
+    functions = "compile_plan forecast_of picture_tokens row_levels sampler_of shifts_dynamically"
     assert sorted(public.__all__) == [*names.split(), *functions.split()]
 
 
