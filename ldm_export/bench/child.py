@@ -42,7 +42,7 @@ def opened(request: dict[str, Any]) -> Callable[[], object]:
 
     for file in request.get("families", ()):
         read_family(Path(file))
-    adapters = [(Path(file), scale) for file, scale in request["adapters"]]
+    adapters = [(Path(file), scale) for file, scale in request.get("adapters", ())]
     reference = TorchReference(open_checkpoint(request["checkpoint"], adapters=adapters))
     return lambda: reference.draw_as(given)
 
