@@ -16,9 +16,10 @@ from ldm_export.families import open_checkpoint
 from ldm_export.graph.base import GraphPass
 from ldm_export.passes.base import PassContext, TorchPass, learns_from_noise
 from ldm_export.passes.teacher import TeacherData
+from ldm_export.reading.hashes import hash_of
 from ldm_export.recipe.material import Material
 from ldm_export.recipe.settings import GRAPH_PASSES
-from ldm_export.recipe.stages import BUNDLE, CHECKPOINT, Record, Stage, hash_of
+from ldm_export.recipe.stages import BUNDLE, CHECKPOINT, Record, Stage
 
 Pass = TorchPass | GraphPass
 

@@ -30,12 +30,13 @@ from ldm_export.passes.distill_guidance import DistillGuidance
 from ldm_export.passes.distill_steps import DistillSteps
 from ldm_export.passes.prune_weights import PruneWeights
 from ldm_export.plan.scheduler_classes import is_flow
+from ldm_export.reading.hashes import hash_of
 from ldm_export.recipe.change import Pass, adoptable, changed
 from ldm_export.recipe.material import Material
 from ldm_export.recipe.pictures import draw_gallery
 from ldm_export.recipe.score import Judge, Score, verdict
 from ldm_export.recipe.settings import Recipe
-from ldm_export.recipe.stages import BUNDLE, CHECKPOINT, PICTURES, Record, Stage, StageCache, hash_of
+from ldm_export.recipe.stages import BUNDLE, CHECKPOINT, PICTURES, Record, Stage, StageCache
 from ldm_export.verify.image_text_alignment import AlignmentJudge, Pictures, open_pictures
 from ldm_export.verify.quality import Progress
 

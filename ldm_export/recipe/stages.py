@@ -6,7 +6,6 @@ networks), its bundle, its pictures and, last, ``stage.json``: what is there und
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from ldm_export.bundle.atomic import write_whole
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
+from ldm_export.reading.hashes import hash_of
 from ldm_export.recipe.score import Score
 
 STAGE, PICTURES = "stage.json", "pictures.npy"
@@ -111,8 +111,3 @@ class StageCache:
                 f"{folder} cannot be written ({error.strerror}). Free some space; the recipe goes on."
             ) from error
         return record
-
-
-def hash_of(*parts: Any) -> str:
-    """SHA-256 of values that JSON can hold, hex."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -30,6 +30,7 @@ from ldm_export.bundle.plans import read_plan
 from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.plan import MAX_HISTORY, Entry, Plan, Row, Trajectory
+from ldm_export.reading.hashes import hash_of
 from ldm_export.reading.options import check_least
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.graph import Array
@@ -40,7 +41,6 @@ from ldm_export.tune.trajectories import (
     Pictures,
     Progress,
     Trajectories,
-    key_of,
     open_batches,
     sample_trajectories,
 )
@@ -146,7 +146,7 @@ def fit_plan(bundle: Bundle, options: FitOptions, work: Path, progress: Progress
         If the teacher's plan adds noise or makes two calls a step, or the prompts do not suit the model.
     """
     teacher, (ours, theirs) = _teacher(bundle, options), options.drawn()
-    kept = Kept(work, key_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs)))
+    kept = Kept(work, hash_of(_hashes(bundle), teacher.to_json(), asdict(ours), asdict(theirs)))
     with Pipeline(bundle, "cpu") as pipeline:
         batches, judged = open_batches(pipeline, ours), open_batches(pipeline, theirs)
         found = sample_trajectories(batches, teacher.from_noise(), "calibration", kept, progress)

@@ -24,7 +24,7 @@ from ldm_export.bundle.atomic import write_whole
 from ldm_export.errors import CancelledError, InputError, LdmExportError, NumericalError, ParityError
 from ldm_export.plan.forecast import forecast_of
 from ldm_export.reading.documents import MalformedError, read_json
-from ldm_export.recipe.stages import hash_of
+from ldm_export.reading.hashes import hash_of
 from ldm_export.runtime.results import Timings
 from ldm_export.tune.candidates import Configuration
 from ldm_export.tune.latency import FEW_CALLS, WHOLE_S, calculated
@@ -152,7 +152,7 @@ class Measure:
 
     @cached_property
     def picture_s(self) -> float:
-        """About how many seconds a picture of the truth takes; 0 where that cannot be told."""
+        """Estimated seconds of a picture of the untouched bundle, from few network calls; 0 where those fail."""
 
         def probe() -> Record:
             run = self._runs({"this": self._shortened(self._truth)}, 1, 0)["this"][0]

@@ -22,7 +22,7 @@ from ldm_export.contract import NONE
 from ldm_export.errors import InputError
 from ldm_export.export.chain import check_same_graphs
 from ldm_export.plan import Plan
-from ldm_export.recipe.stages import hash_of
+from ldm_export.reading.hashes import hash_of
 from ldm_export.runtime.backends import auto
 from ldm_export.runtime.backends.base import allowed_threads
 from ldm_export.runtime.facts import check_drawable

@@ -5,9 +5,7 @@ Made batch by batch and kept in files, so that an interrupted run goes on with t
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -164,8 +162,3 @@ class Kept:
                 f"{file} cannot be written ({error.strerror}). Free some space, or choose another --work folder."
             ) from error
         return arrays
-
-
-def key_of(*parts: object) -> str:
-    """SHA-256 of values that JSON can hold, hex."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

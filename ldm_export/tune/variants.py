@@ -25,7 +25,7 @@ from ldm_export.export.graphs import change_graphs, copy_bundle
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.graph.base import GraphPass, Inputs
 from ldm_export.plan import Plan
-from ldm_export.recipe.stages import hash_of
+from ldm_export.reading.hashes import hash_of
 from ldm_export.tune.candidates import Configuration, merged_passes
 from ldm_export.verify.calibration import calibration_calls, calibration_conditions
 

@@ -151,7 +151,7 @@ def test_what_moves_at_constant_velocity_has_nothing_to_learn(steps: int) -> Non
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @torch.no_grad()
 def test_the_goal_is_the_velocity_between_where_the_teacher_left_and_arrived(shift: float) -> None:
-    """By diffusers: the levels are given to its scheduler, unshifted."""
+    """Diffusers' scheduler, given the levels without a shift, is the judge."""
     steps = 5
     latents, noise, index = randn(steps, 1), randn(steps, 2), torch.arange(steps)
     objective = halving(Denoiser(stirs), steps, shift=shift)
@@ -197,7 +197,7 @@ def test_the_consistency_function() -> None:
     rows = {"latents": one.expand_as(noise), "noise": noise, "index": index}
     assert objective(**rows)["loss"].item() < 1e-5
     objective.student = knows(one + 0.5)  # type: ignore[assignment]
-    scale = 0.00054 * 36**0.5  # all rows agree, but for the last, which is told x0
+    scale = 0.00054 * 36**0.5  # the same in all rows but the last, whose goal is x0
     assert objective(**rows)["loss"].item() == pytest.approx(((9.0 + scale**2) ** 0.5 - scale) / 8, rel=1e-2)
 
 
@@ -206,7 +206,7 @@ def test_the_consistency_function() -> None:
 
 @torch.no_grad()
 def drawn(unet: Any, sigmas: Tensor, data: TeacherData) -> Tensor:
-    """By diffusers at levels that are given to it, from noise that no training sees."""
+    """Latents that diffusers' scheduler reaches over these noise levels, from noise that no training sees."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
     latents = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(5))

@@ -262,7 +262,7 @@ def test_the_consistency_function_of_one_picture_has_no_loss(kind: str) -> None:
     rows = {"latents": one.expand_as(noise), "noise": noise, "index": index}
     assert objective(**rows)["loss"].item() < 1e-5
     objective.student = knows(one + 0.5, kind)  # type: ignore[assignment]
-    loss = objective(**rows)["loss"].item()  # all rows agree, but for the last, which is told x0
+    loss = objective(**rows)["loss"].item()  # the same in all rows but the last, whose goal is x0
     assert loss == pytest.approx(((0.25 * dimension + scale**2) ** 0.5 - scale) / steps, rel=1e-2)
     objective = consistency_objective(knows(one, kind), kind, steps, last=False)
     objective.student = Denoiser(exact)  # type: ignore[assignment]
