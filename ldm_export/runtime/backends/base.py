@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ldm_export.contract import GraphSpec
-from ldm_export.errors import BackendError, BundleError, LdmExportError
+from ldm_export.errors import BackendError, BundleError, InputError, LdmExportError
 from ldm_export.runtime.graph import Graph
 from ldm_export.runtime.sampling import HostSampling, Sampling, SamplingTask
 
@@ -37,6 +37,19 @@ class Backend:
     def load(self, graph: str) -> Graph:
         """Load one of the bundle's graphs, by its name in the manifest."""
         raise NotImplementedError
+
+    def load_adapted(self, graph: str) -> Graph:
+        """Load a graph with branches for adapters, whose inputs are further ones of its ``spec``.
+
+        Raises
+        ------
+        InputError
+            If this backend has none, or the bundle was prepared for no adapter of this graph.
+        """
+        raise InputError(
+            f"Adapters were given, and {self.name} takes none when it draws. Use the backend cpu (ONNX Runtime), or "
+            "merge them: ldm-export export CHECKPOINT -o BUNDLE --lora ADAPTER.safetensors"
+        )
 
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise InputError if a loaded graph cannot take inputs of these shapes; most graphs take any."""

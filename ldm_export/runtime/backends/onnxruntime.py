@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.listed import GraphFiles, MappedFile
-from ldm_export.bundle.targets.base import ORT_CPU, Target, files_in, needs_of, read_target
-from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs
-from ldm_export.errors import BackendError, BundleError, LdmExportError, warn
+from ldm_export.bundle.targets.base import (
+    ADAPTERS,
+    ADAPTERS_ORT_CPU,
+    ORT_CPU,
+    Target,
+    adapters_needs,
+    files_in,
+    needs_of,
+    read_target,
+)
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs, is_branch_input
+from ldm_export.errors import BackendError, BundleError, InputError, LdmExportError, warn
 from ldm_export.reading.documents import MalformedError
 from ldm_export.runtime.backends import providers
 from ldm_export.runtime.backends.base import (
@@ -165,14 +175,34 @@ class OnnxRuntimeBackend(Backend):
         check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
         return OnnxRuntimeGraph(session, spec, self._provider, self._running, mapped)
 
+    def load_adapted(self, graph: str) -> Graph:
+        """Open a session on a graph with branches: of the bundle's target for this CPU, where it is used, or plain."""
+        target = read_target(self._bundle, ADAPTERS, {})
+        prepare = f"Run: ldm-export lora {self._bundle.path} ADAPTER.safetensors -o ADAPTER.ldma"
+        if not isinstance(target, Target) or graph not in target.graphs:
+            why = f", since {target}" if isinstance(target, str) else ""
+            raise InputError(f"{self._bundle.path} takes no adapters of {graph}{why}. {prepare}")
+        if self._target is not None:
+            fast = read_target(self._bundle, ADAPTERS_ORT_CPU, adapters_needs(target, self._library.__version__))
+            if isinstance(fast, Target) and graph in fast.graphs:
+                target = fast
+            else:
+                self._say_passed_over(fast if isinstance(fast, str) else f"it has no {ADAPTERS_ORT_CPU} beside it")
+        try:
+            return self._load_target(target, graph, self._bundle.manifest.graphs[graph])
+        except MalformedError as error:
+            raise InputError(f"targets/{target.folder.name} of {self._bundle.path}: its {error}. {prepare}") from error
+
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
         files = files_in(self._bundle, target)
         opened = {path: self._session(files.graph(path), path) for path in found.paths}
+        branches = _branches_in(opened[found.path][0])
+        spec = replace(spec, inputs=(*spec.inputs, *branches))
         if not found.hoisted and not found.shallow:
             session, mapped = opened[found.path]
             check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-            return OnnxRuntimeGraph(session, spec, None, self._running, mapped)
+            return OnnxRuntimeGraph(session, spec, self._provider, self._running, mapped)
         graphs = {
             path: OnnxRuntimeGraph(session, _spec_of(session, path), None, self._running, mapped)
             for path, (session, mapped) in opened.items()
@@ -232,6 +262,15 @@ class OnnxRuntimeBackend(Backend):
 def _signature(values: Any) -> Signature:
     """The inputs or outputs of a session."""
     return {value.name: (NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
+
+
+def _branches_in(session: Any) -> list[TensorSpec]:
+    """The inputs of a session that are of branches for adapters."""
+    return [
+        TensorSpec(value.name, NUMPY_TYPES.get(value.type, value.type), tuple(value.shape))
+        for value in session.get_inputs()
+        if is_branch_input(value.name)
+    ]
 
 
 def _spec_of(session: Any, path: str) -> GraphSpec:

@@ -1,0 +1,296 @@
+"""Adapters for a bundle, given when a picture is drawn: graphs with branches for them, and files of their factors.
+
+The target ``adapters`` has each graph that an adapter changes once more, with a branch beside every layer that some
+adapter of this bundle changes. An adapter that changes others is added to it; those before stay usable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from onnx_ir.passes.common import ShapeInferencePass
+from safetensors.numpy import save as safetensors_bytes
+
+from ldm_export.adapters import Adapter, Factors, merged, read_adapter
+from ldm_export.adapters.low_rank import low_rank
+from ldm_export.adapters.names import Layer
+from ldm_export.bundle import Bundle, export_error
+from ldm_export.bundle.atomic import check_output, move_into_place, partial_folder, write_whole
+from ldm_export.bundle.parity import TOLERANCE, largest_error
+from ldm_export.bundle.targets.base import (
+    ADAPTERS,
+    ADAPTERS_ORT_CPU,
+    ORT_CPU,
+    Target,
+    TargetGraph,
+    adapters_needs,
+    folder_of,
+    needs_of,
+    read_target,
+    write_target,
+)
+from ldm_export.checkpoint.merging import named_layers
+from ldm_export.contract import GraphSpec, branch_input, branch_layers
+from ldm_export.errors import ExportError, InputError
+from ldm_export.export.ort_cpu import build_adapters_ort_cpu, seeded_calls
+from ldm_export.graph.base import Array
+from ldm_export.graph.branches import add_branches, branch_specs
+from ldm_export.graph.files import check_links, save
+from ldm_export.graph.layers import LayerProduct, layers_of, nameless_products
+from ldm_export.graph.running import session_options
+from ldm_export.runtime.adapters import FORMAT
+
+_log = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+Layers = Mapping[str, Collection[str]]
+"""Names of layers, by graph."""
+
+
+@dataclass(frozen=True)
+class MadeAdapter:
+    """What was made of an adapter's file.
+
+    Attributes
+    ----------
+    path : the file for the bundle
+    layers : number of layers that it changes, by graph
+    largest_rank : of all of them
+    unmatched : names of the file that belong to no layer of the bundle's graphs
+    error : of graphs with the branches, compared with those whose weights have the adapter in them; None where weights
+        are rounded, and can have nothing in them
+    """
+
+    path: Path
+    layers: Mapping[str, int]
+    largest_rank: int
+    unmatched: tuple[str, ...]
+    error: float | None
+
+
+def make_adapter(
+    bundle: Bundle, path: Path, output: Path, *, progress: Progress = lambda stage: None
+) -> MadeAdapter:
+    """Write an adapter's factors for a bundle, and see to it that the bundle has branches for all of them.
+
+    Parameters
+    ----------
+    path : LoRA, LoHa or LoKr, as `ldm_export.adapters.read_adapter` reads them
+    output : the file, ``.ldma``, in the place of one that is there
+
+    Raises
+    ------
+    InputError
+        If the adapter cannot be read, is of another model, or is DoRA, whose change depends on the weights.
+    ExportError
+        If a graph with branches is not the graph without them, or the target cannot be written.
+    """
+    check_output(output)
+    models = {name: _plain(bundle, name) for name in _adaptable(bundle)}
+    products = {name: layers_of(model) for name, model in models.items()}
+    component = {name: str(bundle.manifest.source["components"][name]) for name in models}
+    networks = {component[name]: _named(component[name], products[name]) for name in models}
+    adapter = read_adapter(path, networks)
+    _check(bundle, adapter, {name: nameless_products(model) for name, model in models.items()})
+    changes = {name: adapter.layers[component[name]] for name in models if component[name] in adapter.layers}
+    factors = {
+        name: {layer: low_rank(each, products[name][layer].shape) for layer, each in layers.items()}
+        for name, layers in changes.items()
+    }
+    del models, products
+    target = _with_branches(bundle, {name: set(layers) for name, layers in changes.items()}, progress)
+    arrays = {name: _as_inputs(layers) for name, layers in factors.items()}
+    errors = []
+    for name, layers in changes.items():
+        progress(f"{name}: comparing with merged weights")
+        errors.append(_compared(bundle, target, name, layers, arrays[name]))
+    hashes = bundle.manifest.source["sha256"]
+    metadata = {
+        "format": FORMAT,
+        "name": adapter.file.name,
+        "sha256": adapter.sha256,
+        "networks": json.dumps({name: hashes[component[name]] for name in changes}),
+    }
+    tensors = {f"{name}/{key}": array for name, each in arrays.items() for key, array in each.items()}
+    write_whole(output, safetensors_bytes(tensors, metadata))
+    known = [error for error in errors if error is not None]
+    return MadeAdapter(
+        output,
+        {name: len(layers) for name, layers in changes.items()},
+        max(up.shape[1] for layers in factors.values() for _, up in layers.values()),
+        adapter.unmatched,
+        max(known) if len(known) == len(errors) else None,
+    )
+
+
+def _adaptable(bundle: Bundle) -> list[str]:
+    """Names of the graphs that adapters may change."""
+    return [*(encoder.graph for encoder in bundle.roles.text_encoders), bundle.roles.denoiser]
+
+
+def _plain(bundle: Bundle, name: str) -> ir.Model:
+    file = bundle.file(bundle.manifest.graphs[name].path)
+    check_links(file)
+    return ir.load(file)
+
+
+def _named(component: str, products: Mapping[str, LayerProduct]) -> dict[str, Layer]:
+    blocks = [name for name in products if name.startswith("down_blocks.0.resnets.") and name.endswith(".conv1")]
+    return named_layers(component, {name: product.shape for name, product in products.items()}, len(blocks) or None)
+
+
+def _check(bundle: Bundle, adapter: Adapter, nameless: Mapping[str, int]) -> None:
+    """Refuse what would be applied in part, and say what is left out."""
+    dora = any(each.magnitude is not None for layers in adapter.layers.values() for each in layers.values())
+    if dora:
+        raise InputError(
+            f"{adapter.file} is DoRA, which scales the weights themselves, and these are fixed when a bundle is drawn. "
+            f"Merge it: ldm-export export CHECKPOINT -o BUNDLE --lora {adapter.file}"
+        )
+    if adapter.unmatched and any(nameless.values()):
+        raise InputError(
+            f"{adapter.file} has {adapter.unmatched[0]!r}, and {sum(nameless.values())} weights of {bundle.path} have "
+            "no names by which it could be found; it was exported by an older release. Export the bundle anew."
+        )
+    if adapter.unmatched:
+        _log.warning(
+            f"{adapter.file}: {sum(map(len, adapter.layers.values()))} layers are used; {len(adapter.unmatched)} names "
+            f"are of no layer of this bundle's graphs and left out: {', '.join(adapter.unmatched)}"
+        )
+
+
+def _as_inputs(layers: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]:
+    """Factors by ``<layer>.down`` and ``.up``, in the shapes that branches take."""
+    found = {}
+    for layer, (down, up) in layers.items():
+        linear = down.ndim == 2
+        found[f"{layer}.down"] = np.ascontiguousarray(down.T if linear else down)
+        found[f"{layer}.up"] = np.ascontiguousarray(up.T if linear else up[:, :, None, None])
+    return found
+
+
+def _with_branches(bundle: Bundle, layers: Layers, progress: Progress) -> Target:
+    """The target ``adapters`` with branches at least beside these layers, made or made larger where it must be, and
+    with it the one for this machine's CPU, where the bundle has such a target."""
+    there = read_target(bundle, ADAPTERS, {})
+    known: dict[str, set[str]] = {}
+    if isinstance(there, Target):
+        for name, graph in there.graphs.items():
+            known[name] = set(branch_layers(GraphSpec("", tuple(branch_specs(there.file(graph.path))), ())))
+    wanted = {name: known.get(name, set()) | set(layers.get(name, ())) for name in (*known, *layers)}
+    made = there if isinstance(there, Target) and wanted == known else _build(bundle, wanted, progress)
+    version = onnxruntime.__version__
+    has_cpu = isinstance(read_target(bundle, ORT_CPU, needs_of(version)), Target)
+    if has_cpu and not isinstance(read_target(bundle, ADAPTERS_ORT_CPU, adapters_needs(made, version)), Target):
+        build_adapters_ort_cpu(bundle, made, progress)
+    return made
+
+
+def _build(bundle: Bundle, layers: Layers, progress: Progress) -> Target:
+    target, started = folder_of(bundle, ADAPTERS), time.perf_counter()
+    errors: dict[str, float] = {}
+    try:
+        with partial_folder(target) as folder:
+            graphs = {}
+            for name in layers:
+                progress(f"{name}: branches beside {len(layers[name])} layers")
+                model = _plain(bundle, name)
+                ShapeInferencePass()(model)
+                add_branches(model, layers[name])
+                save(model, folder / f"{name}.onnx")
+                graphs[name] = TargetGraph(f"{name}.onnx", {})
+                errors[name] = _without_effect(bundle, name, folder / f"{name}.onnx")
+            report = {"errors": errors, "seconds": time.perf_counter() - started}
+            write_target(folder, bundle, ADAPTERS, graphs, {}, report)
+            move_into_place(folder, target)
+    except OSError as error:
+        raise export_error(error, target, None) from error
+    made = read_target(bundle, ADAPTERS, {})
+    assert isinstance(made, Target), made
+    return made
+
+
+def _without_effect(bundle: Bundle, name: str, file: Path) -> float:
+    """How far a graph with branches is from the plain one where no adapter has any strength.
+
+    Raises
+    ------
+    ExportError
+        If that is more than rounding.
+    """
+    spec = bundle.manifest.graphs[name]
+    branches = branch_specs(file)
+    calls = seeded_calls(bundle, GraphSpec(spec.path, (*spec.inputs, *branches), spec.outputs))
+    for call in calls:
+        call |= {key: np.zeros_like(value) for key, value in call.items() if key.endswith(".scale")}
+    own = [tensor.name for tensor in spec.inputs]
+    expected = _results(bundle.file(spec.path), spec, [{key: call[key] for key in own} for call in calls])
+    error = largest_error(expected, _results(file, spec, calls))
+    if not error <= TOLERANCE:
+        raise ExportError(f"{name} with branches differs by {error:.1e} without any adapter. Nothing was kept.")
+    return error
+
+
+def _compared(
+    bundle: Bundle, target: Target, name: str, changes: Mapping[str, Factors], arrays: Mapping[str, Array]
+) -> float | None:
+    """How far an adapter in branches is from the same in the weights; None where these are rounded.
+
+    Raises
+    ------
+    ExportError
+        If that is more than an exact graph may be off.
+    """
+    model, spec = _plain(bundle, name), bundle.manifest.graphs[name]
+    products = layers_of(model)
+    weights = {layer: products[layer].node.inputs[1] for layer in changes}
+    if any(value is None or value.const_value is None for value in weights.values()):
+        return None
+    file = target.file(target.graphs[name].path)
+    branches = {tensor.name: tensor for tensor in branch_specs(file)}
+    calls = seeded_calls(bundle, GraphSpec(spec.path, (*spec.inputs, *branches.values()), spec.outputs))
+    own = [tensor.name for tensor in spec.inputs]
+    for call in calls:
+        for layer in branch_layers(GraphSpec("", tuple(branches.values()), ())):
+            scale = branch_input(layer, "scale")
+            if layer in changes:
+                down, up = arrays[f"{layer}.down"], arrays[f"{layer}.up"]
+                rank = down.shape[1 if down.ndim == 2 else 0]
+                sizes = {f"{layer}.rank": rank, "batch": len(call["sample" if "sample" in call else own[0]])}
+                shape = [sizes[size] if isinstance(size, str) else size for size in branches[scale].shape]
+                call |= {branch_input(layer, "down"): down, branch_input(layer, "up"): up}
+                call[scale] = np.ones(shape, np.float32)
+            else:
+                call[scale] = np.zeros_like(call[scale])
+    for layer, factors in changes.items():
+        product, value = products[layer], weights[layer]
+        assert value is not None and value.const_value is not None
+        weight = value.const_value.numpy()
+        turned = product.node.op_type == "MatMul"
+        changed = merged(weight.T if turned else weight, factors, 1.0)
+        value.const_value = ir.tensor(np.ascontiguousarray(changed.T if turned else changed, np.float32))
+    with tempfile.TemporaryDirectory(dir=target.folder.parent) as temporary:
+        ir.save(model, Path(temporary) / "merged.onnx", external_data="merged.onnx_data")
+        expected = _results(Path(temporary) / "merged.onnx", spec, [{key: call[key] for key in own} for call in calls])
+    error = largest_error(expected, _results(file, spec, calls))
+    if not error <= TOLERANCE:
+        raise ExportError(
+            f"{name}: the adapter in branches differs from the same in the weights by {error:.1e}; {TOLERANCE:.0e} is "
+            "allowed. Nothing was kept."
+        )
+    return error
+
+
+def _results(file: Path, spec: GraphSpec, calls: Collection[Mapping[str, Array]]) -> list[Array]:
+    session = onnxruntime.InferenceSession(file, session_options(), ["CPUExecutionProvider"])
+    names = [tensor.name for tensor in spec.outputs]
+    return [array for call in calls for array in session.run(names, dict(call))]

@@ -1,0 +1,107 @@
+"""Branches beside the layers of a graph, for adapters that are given when it runs (LoRA, 2106.09685, equation 3).
+
+    y = W x  becomes  y = W x + up (scale * (down x))
+
+``down``, ``up`` and ``scale`` are inputs of the graph, so that what one session draws changes with what it is given.
+Each row of a call has scales of its own, one for every rank, and so its own mixture of adapters: those of all rows lie
+side by side along the rank. The names of a layer's inputs are `branch_input`'s; their shapes
+
+    of a linear layer   down (in, rank)           up (rank, out)        scale (rows, 1, rank), or (rows, rank)
+    of a convolution    down (rank, in, kh, kw)   up (out, rank, 1, 1)  scale (rows, rank, 1, 1)
+
+where scale has as many axes as what the layer reads. Everything is in standard operators and float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ldm_export.contract import TensorSpec, branch_input, is_branch_input
+from ldm_export.errors import ExportError
+from ldm_export.graph.layers import LayerProduct, layers_of
+
+FLOAT = ir.DataType.FLOAT
+
+
+def add_branches(model: ir.Model, layers: Collection[str]) -> list[TensorSpec]:
+    """Put a branch beside each of these layers, in place; gives the graph's new inputs.
+
+    Raises
+    ------
+    ExportError
+        If one of them is not in the graph, or reads something whose axes are not known.
+    """
+    found = layers_of(model)
+    if missing := sorted(set(layers) - found.keys()):
+        raise ExportError(f"The graph has no layer {missing[0]!r} that a branch can be put beside.")
+    specs = []
+    for name in sorted(layers):
+        specs += _add_branch(model.graph, name, found[name])
+    return specs
+
+
+def branch_specs(file: Path) -> list[TensorSpec]:
+    """The inputs of branches that a graph's file has."""
+    inputs = ir.load(file).graph.inputs
+    return [
+        TensorSpec(
+            str(value.name),
+            "float32",
+            tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ()),
+        )
+        for value in inputs
+        if is_branch_input(str(value.name))
+    ]
+
+
+def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorSpec]:
+    x, y, nodes = layer.x, layer.y, list[ir.Node]()  # branches that were put in before may have changed them
+    if x is None or y is None or x.shape is None:
+        raise ExportError(f"What {name} reads has axes that are not known. Export the bundle anew.")
+    out, into, *kernel = layer.shape
+    rank, axes = f"{name}.rank", len(x.shape)
+    if kernel:
+        shapes = {"down": (rank, into, *kernel), "up": (out, rank, 1, 1), "scale": ("batch", rank, 1, 1)}
+    else:
+        shapes = {"down": (into, rank), "up": (rank, out), "scale": ("batch", *[1] * (axes - 2), rank)}
+    inputs = {role: _input(graph, branch_input(name, role), shape) for role, shape in shapes.items()}
+
+    def node(op_type: str, *values: ir.Value, **attributes: object) -> ir.Value:
+        made = ir.node(op_type, list(values), attributes, name=f"{name}.{op_type}_{len(nodes)}")
+        made.outputs[0].name = f"{made.name}.out"
+        nodes.append(made)
+        return made.outputs[0]
+
+    own_type = x.dtype or FLOAT
+    if own_type != FLOAT:
+        x = node("Cast", x, to=int(FLOAT))
+    if kernel:
+        down = node("Conv", x, inputs["down"])
+        nodes[-1].attributes.update(layer.node.attributes)
+        change = node("Conv", node("Mul", down, inputs["scale"]), inputs["up"])
+    else:
+        change = node("MatMul", node("Mul", node("MatMul", x, inputs["down"]), inputs["scale"]), inputs["up"])
+    if own_type != FLOAT:
+        change = node("Cast", change, to=int(own_type))
+    readers = list(y.uses())
+    total = node("Add", y, change)
+    total.shape, total.type = y.shape, y.type
+    maker = y.producer()
+    assert maker is not None
+    graph.insert_after(maker, nodes)
+    if y.is_graph_output():
+        y.name, total.name = f"{y.name}.before", y.name
+    for reader, index in readers:
+        reader.replace_input_with(index, total)
+    graph.outputs[:] = [total if value is y else value for value in graph.outputs]
+    return [TensorSpec(value.name or "", "float32", tuple(shapes[role])) for role, value in inputs.items()]
+
+
+def _input(graph: ir.Graph, name: str, shape: tuple[int | str, ...]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(FLOAT))
+    graph.inputs.append(value)
+    return value
+

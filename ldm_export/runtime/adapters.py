@@ -1,0 +1,275 @@
+"""Adapters that are given when a picture is drawn: read from their files, and laid out as a graph's branches take them.
+
+A file (``.ldma``) is in the form of safetensors: for each layer of a graph ``<graph>/<layer>.down`` and ``.up``, float32
+in the shapes that the graph takes (:mod:`ldm_export.graph.branches`), and this metadata:
+
+    format      "ldm_export adapter 1"
+    name        of the file that it was made of
+    sha256      of that file
+    networks    JSON object: for each graph the SHA-256 of the network's weights that it was made for, as a bundle's
+                manifest has it
+
+A bundle takes adapters for its own networks alone, whatever its graphs' precision is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm_export.contract import BRANCH, GraphSpec, branch_input, branch_layers
+from ldm_export.errors import InputError
+from ldm_export.reading.documents import MalformedError, parsed
+from ldm_export.reading.hashes import sha256_of
+from ldm_export.reading.json_fields import field
+from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.values import listed, real_number, shown
+
+if TYPE_CHECKING:
+    from ldm_export.bundle import Bundle
+
+FORMAT = "ldm_export adapter 1"
+MOST_HEADER_BYTES = 16 << 20
+LARGEST_STRENGTH = 1e3
+HOW_TO_MAKE = "Make it with: ldm-export lora BUNDLE ADAPTER.safetensors -o ADAPTER.ldma"
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter that was made for a bundle.
+
+    Attributes
+    ----------
+    path : its file
+    sha256 : of the file
+    networks : SHA-256 of the weights that it is for, by graph
+    factors : (down, up), float32, by graph and by layer
+    """
+
+    path: Path
+    sha256: str
+    networks: Mapping[str, str]
+    factors: Mapping[str, Mapping[str, tuple[Array, Array]]]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Adapter:
+        """Read a file whole.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, or is no such file.
+        """
+        file = Path(path)
+        try:
+            return _adapter_from(file, file.read_bytes())
+        except OSError as error:
+            raise InputError(f"The adapter {file} cannot be read ({error.strerror}). {HOW_TO_MAKE}") from error
+        except (MalformedError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is no adapter for bundles ({error}). {HOW_TO_MAKE}") from error
+
+    def check_fits(self, bundle: Bundle) -> None:
+        """Raise InputError unless it was made for the networks of this bundle."""
+        source = bundle.manifest.source
+        hashes, components = source.get("sha256", {}), source.get("components", {})
+        for graph, sha256 in self.networks.items():
+            if hashes.get(components.get(graph, graph)) != sha256:
+                raise InputError(
+                    f"{self.path} was made for another {graph} than that of {bundle.path}. Make it for this bundle: "
+                    f"ldm-export lora {bundle.path} ADAPTER.safetensors -o {self.path}"
+                )
+
+
+Shape = Sequence[int | str]
+Mixture = tuple[tuple[Adapter, float], ...]
+"""What one picture is drawn with: adapters and their strengths."""
+
+
+def _adapter_from(file: Path, content: bytes) -> Adapter:
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or not 2 <= length <= min(MOST_HEADER_BYTES, len(content) - 8):
+        raise MalformedError("it is cut short, or not in the form of safetensors")
+    header = parsed(content[8 : 8 + length].decode().rstrip())
+    metadata = field(header, "__metadata__", dict)
+    if metadata.get("format") != FORMAT:
+        raise MalformedError(f"its format is {shown(metadata.get('format'))}; {FORMAT!r} is read")
+    networks = parsed(field(metadata, "networks", str))
+    if not isinstance(networks, dict) or not all(isinstance(value, str) for value in networks.values()):
+        raise MalformedError("its networks are no texts by name")
+    data = memoryview(content)[8 + length :]
+    arrays = {name: _array(name, header[name], data) for name in header if name != "__metadata__"}
+    factors: dict[str, dict[str, tuple[Array, Array]]] = {graph: {} for graph in networks}
+    for name in arrays:
+        key, _, role = name.rpartition(".")
+        graph, _, layer = key.partition("/")
+        if role not in BRANCH[:2] or graph not in factors:
+            raise MalformedError(f"it has {name!r}, which is no factor of a graph that it names")
+        if role == BRANCH[0]:
+            factors[graph][layer] = arrays[name], arrays[f"{key}.{BRANCH[1]}"]
+    if 2 * sum(map(len, factors.values())) != len(arrays) or not all(factors.values()):
+        raise MalformedError("one of its factors lacks the other, or a graph has none")
+    return Adapter(file, sha256_of(file), networks, factors)
+
+
+def _array(name: str, entry: Any, data: memoryview) -> Array:
+    shape, (start, end) = field(entry, "shape", list), field(entry, "data_offsets", list)
+    whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if entry.get("dtype") != "F32" or not whole or end - start != 4 * math.prod(shape) or end > len(data):
+        raise MalformedError(f"{name!r} is not float32 of the size that it says")
+    found = np.frombuffer(data[start:end], "<f4").reshape(shape)
+    if not np.isfinite(found).all():
+        raise MalformedError(f"{name!r} holds NaN or infinity")
+    return found
+
+
+def mixtures_for(bundle: Bundle, given: Any, batch: int) -> tuple[Mixture, ...]:
+    """What each picture is drawn with, checked against the bundle.
+
+    Parameters
+    ----------
+    given : None; (adapter or its file, strength) pairs for all pictures; or a list of such lists, one a picture
+
+    Raises
+    ------
+    InputError
+        If it is nothing of that kind, an adapter cannot be read or is of another bundle, or a strength is no number
+        from -1000 to 1000.
+    """
+    pairs = [] if given is None else listed("adapters", given)
+    each = bool(pairs) and all(isinstance(pair, list) for pair in pairs)
+    if each and len(pairs) != batch:
+        raise InputError(f"{len(pairs)} lists of adapters were given for {batch} pictures. Give one each, or one list.")
+    opened: dict[str, Adapter] = {}
+    mixtures = tuple(_mixture(bundle, opened, own) for own in (pairs if each else [pairs]))
+    return mixtures if each else mixtures * batch
+
+
+def _mixture(bundle: Bundle, opened: dict[str, Adapter], pairs: Sequence[Any]) -> Mixture:
+    found: dict[Adapter, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], (Adapter, str, os.PathLike)):
+            raise InputError(f"adapters has {shown(pair)}; give pairs such as ('style.ldma', 0.8).")
+        adapter, strength = pair
+        if not isinstance(adapter, Adapter):
+            path = os.fspath(adapter)
+            if path not in opened:
+                opened[path] = Adapter.open(path)
+                opened[path].check_fits(bundle)
+            adapter = opened[path]
+        else:
+            adapter.check_fits(bundle)
+        if adapter in found:
+            raise InputError(f"{adapter.path} was given twice for one picture. Give it once, with the sum.")
+        found[adapter] = real_number("an adapter's strength", strength, -LARGEST_STRENGTH, LARGEST_STRENGTH)
+    return tuple(found.items())
+
+
+def changes(rows: Sequence[Mixture], graph: str) -> bool:
+    """Whether an adapter of any row changes a graph."""
+    return any(graph in adapter.factors for row in rows for adapter, _ in row)
+
+
+def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[str, Array]:
+    """The inputs of a graph's branches, for a call of as many rows.
+
+    The adapters of all rows lie side by side along the rank, and each row has its strengths for its own and 0 for the
+    others. A layer that none of them changes gets one rank of zeros.
+
+    Parameters
+    ----------
+    graph : of an opened graph with branches
+    name : its name in the bundle, and so in adapters
+
+    Raises
+    ------
+    InputError
+        If an adapter changes a layer that has no branch, or has factors of other shapes.
+    """
+    adapters = list(dict.fromkeys(adapter for row in rows for adapter, _ in row))
+    strengths = np.array([[dict(row).get(adapter, 0.0) for adapter in adapters] for row in rows], np.float32)
+    shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
+    layers = branch_layers(graph)
+    for adapter in adapters:
+        if missing := adapter.factors.get(name, {}).keys() - set(layers):
+            raise InputError(
+                f"{adapter.path} changes {min(missing)} of {name}, which this bundle has no branch for. Run ldm-export "
+                "lora with this bundle and the adapter's own file once more."
+            )
+    found: dict[str, Array] = {}
+    for layer in layers:
+        names = [branch_input(layer, role) for role in BRANCH]
+        pairs = [adapter.factors.get(name, {}).get(layer) for adapter in adapters]
+        arrays = _branch_of(*(shapes[each] for each in names), pairs, strengths)
+        if not all(_fits(array, shapes[each]) for each, array in zip(names, arrays, strict=True)):
+            raise InputError(f"An adapter's factors for {layer} of {name} have other shapes than its branch takes.")
+        found |= zip(names, arrays, strict=True)
+    return found
+
+
+def _branch_of(
+    down: Shape, up: Shape, scale: Shape, pairs: Sequence[tuple[Array, Array] | None], strengths: Array
+) -> tuple[Array, Array, Array]:
+    """The three inputs of one branch, of these shapes.
+
+    Parameters
+    ----------
+    pairs : factors of each adapter, or None where it does not change the layer
+    strengths : float32 (rows, adapters)
+    """
+    linear = len(down) == 2
+    places = [place for place, pair in enumerate(pairs) if pair is not None]
+    own = [pair for pair in pairs if pair is not None] or [(_zeros(down), _zeros(up))]
+    joined = [
+        np.ascontiguousarray(sides[0] if len(sides) == 1 else np.concatenate(sides, axis))
+        for sides, axis in zip(zip(*own, strict=True), (1, 0) if linear else (0, 1), strict=True)
+    ]
+    ranks = [first.shape[1 if linear else 0] for first, _ in own]
+    each = strengths[:, places] if places else np.zeros((len(strengths), 1), np.float32)
+    weights = np.repeat(each, ranks, axis=1)  # (rows, rank)
+    between = [1] * (len(scale) - 2)
+    shape = (len(weights), *between, weights.shape[1]) if linear else (*weights.shape, *between)
+    return joined[0], joined[1], weights.reshape(shape)
+
+
+class AdaptedGraph:
+    """A graph with branches, of which every row of every call is drawn with one mixture.
+
+    Parameters
+    ----------
+    graph : with branches, opened
+    name : its name in the bundle
+    plain : what it takes and gives without them
+    """
+
+    can_skip = False
+
+    def __init__(self, graph: Graph, name: str, plain: GraphSpec, mixture: Mixture):
+        self.spec = plain
+        self._graph, self._name, self._mixture = graph, name, mixture
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        rows = len(next(iter(inputs.values())))
+        return self._graph.run({**inputs, **branch_arrays(self._graph.spec, self._name, [self._mixture] * rows)})
+
+    def bind(
+        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], fixed: Collection[str] = (), every: int = 1
+    ) -> Callable[[], None]:
+        rows = len(next(iter(inputs.values())))
+        branches = branch_arrays(self._graph.spec, self._name, [self._mixture] * rows)
+        return self._graph.bind({**inputs, **branches}, outputs, {*fixed, *branches}, every)
+
+
+def _zeros(shape: Shape) -> Array:
+    return np.zeros([1 if isinstance(size, str) else size for size in shape], np.float32)
+
+
+def _fits(array: Array, shape: Shape) -> bool:
+    return array.ndim == len(shape) and all(
+        isinstance(size, str) or size == own for own, size in zip(array.shape, shape, strict=True)
+    )
