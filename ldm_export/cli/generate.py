@@ -11,6 +11,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.cli.options import (
+    adapters_from,
     bundle_argument,
     check_output,
     console,
@@ -90,6 +91,13 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
     help="Pictures of each PROMPT, class or line.  [default: 1]",
 )
 @click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=SCALE]",
+    help="An adapter that ldm-export lora has made for BUNDLE; the scale is 1 by default; repeatable.",
+)
+@click.option(
     "--deepcache", default=1, metavar="N", help="The whole denoiser in every N-th step only: faster, rougher."
 )
 @click.option("--whole", is_flag=True, help="All in one call, by the plan's loop graph or engine.")
@@ -119,6 +127,7 @@ def command(
     size: str | None,
     class_labels: tuple[int, ...],
     count: int | None,
+    loras: tuple[str, ...],
     deepcache: int,
     whole: bool,
     backend: str,
@@ -147,6 +156,7 @@ def command(
         "height": height,
         "width": width,
         "strength": strength,
+        "adapters": adapters_from(loras),
         "deepcache": deepcache,
         **given,
     }

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -77,9 +76,7 @@ class MadeAdapter:
     error: float | None
 
 
-def make_adapter(
-    bundle: Bundle, path: Path, output: Path, *, progress: Progress = lambda stage: None
-) -> MadeAdapter:
+def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress = lambda stage: None) -> MadeAdapter:
     """Write an adapter's factors for a bundle, and see to it that the bundle has branches for all of them.
 
     Parameters
@@ -273,7 +270,8 @@ def _compared(
                 call[scale] = np.zeros_like(call[scale])
     for layer, factors in changes.items():
         product, value = products[layer], weights[layer]
-        assert value is not None and value.const_value is not None
+        assert value is not None
+        assert value.const_value is not None
         weight = value.const_value.numpy()
         turned = product.node.op_type == "MatMul"
         changed = merged(weight.T if turned else weight, factors, 1.0)

@@ -123,9 +123,7 @@ def _build_target(
     return made
 
 
-def _build(
-    bundle: Bundle, name: str, plain: Path, spec: GraphSpec, folder: Path
-) -> tuple[TargetGraph, dict[str, Any]]:
+def _build(bundle: Bundle, name: str, plain: Path, spec: GraphSpec, folder: Path) -> tuple[TargetGraph, dict[str, Any]]:
     check_links(plain)
     model = ir.load(plain)
     model.opset_imports.setdefault(CONTRIB, 1)

@@ -63,13 +63,14 @@ def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorS
         raise ExportError(f"What {name} reads has axes that are not known. Export the bundle anew.")
     out, into, *kernel = layer.shape
     rank, axes = f"{name}.rank", len(x.shape)
+    shapes: dict[str, tuple[int | str, ...]]
     if kernel:
         shapes = {"down": (rank, into, *kernel), "up": (out, rank, 1, 1), "scale": ("batch", rank, 1, 1)}
     else:
         shapes = {"down": (into, rank), "up": (rank, out), "scale": ("batch", *[1] * (axes - 2), rank)}
     inputs = {role: _input(graph, branch_input(name, role), shape) for role, shape in shapes.items()}
 
-    def node(op_type: str, *values: ir.Value, **attributes: object) -> ir.Value:
+    def node(op_type: str, *values: ir.Value, **attributes: int) -> ir.Value:
         made = ir.node(op_type, list(values), attributes, name=f"{name}.{op_type}_{len(nodes)}")
         made.outputs[0].name = f"{made.name}.out"
         nodes.append(made)
@@ -104,4 +105,3 @@ def _input(graph: ir.Graph, name: str, shape: tuple[int | str, ...]) -> ir.Value
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(FLOAT))
     graph.inputs.append(value)
     return value
-

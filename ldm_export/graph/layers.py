@@ -64,7 +64,7 @@ def layers_of(model: ir.Model) -> dict[str, LayerProduct]:
         match = NAME.fullmatch(str(weight.name)) if weight is not None else None
         if weight is None or match is None or match[1] in found or weight.shape is None:
             continue
-        sizes = tuple(int(size) for size in weight.shape)
+        sizes = weight.shape.numpy()
         if ".part_" in match[2] or node.attributes.get_int("group", 1) != 1:
             continue
         if node.op_type in ("MatMul", "MatMulInteger"):
@@ -82,7 +82,7 @@ def nameless_products(model: ir.Model) -> int:
         weight is not None
         and weight.shape is not None
         and len(weight.shape) == 2
-        and min(weight.shape) > 1
+        and min(weight.shape.numpy()) > 1
         and not NAME.fullmatch(str(weight.name))
         for weight in weights
     )

@@ -16,6 +16,7 @@ its targets. Beside the fields of that tool:
     Mask hash, Keep pixels                 of a part drawn anew: SHA-256 of the mask's pixels; True if the rest was kept
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
+    Adapters                               JSON array: file's name, strength and SHA-256 of each, shortened likewise
     Exact                                  JSON object of the prompts that the lines above do not give to the letter:
                                            those with spaces at an end of a line, control characters, or a line that
                                            begins with "Negative prompt:"
@@ -29,7 +30,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ldm_export import __version__
@@ -67,6 +68,24 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
+class AdapterUse:
+    """An adapter that a picture is drawn with.
+
+    Attributes
+    ----------
+    name : of its file, without folders
+    strength : how strongly
+    sha256 : of the file, first 10 hex digits
+    path : the file; not written into pictures, and not compared
+    """
+
+    name: str
+    strength: float
+    sha256: str
+    path: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class PictureRequest:
     """What decides the pixels of one picture, no default left open.
 
@@ -84,6 +103,7 @@ class PictureRequest:
     mask_hash : None unless a part of that picture alone is drawn anew; of the mask's pixels, likewise
     keep_pixels : whether the other pixels are that picture's
     deepcache : the whole denoiser ran in every so many steps
+    adapters : what changed the model, in the order in which they were given
     """
 
     prompt: str | None
@@ -103,6 +123,7 @@ class PictureRequest:
     mask_hash: str | None = None
     keep_pixels: bool = False
     deepcache: int = 1
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +146,7 @@ def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
         "negative_prompt": negatives,
         "seed": [request.seed for request in requests],
         "class_labels": None if first.class_label is None else [request.class_label for request in requests],
+        "adapters": [(adapter.path or adapter.name, adapter.strength) for adapter in first.adapters] or None,
     }
 
 
@@ -165,6 +187,9 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Calls": request.calls,
         "DeepCache": request.deepcache if request.deepcache > 1 else None,
         "Class label": request.class_label,
+        "Adapters": json.dumps([[use.name, use.strength, use.sha256] for use in request.adapters])
+        if request.adapters
+        else None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -272,8 +297,19 @@ def _request_from(found: Parameters) -> PictureRequest:
         mask_hash=settings.get("Mask hash"),
         keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
+        adapters=_adapters_from(settings.get("Adapters", "[]")),
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
+
+
+def _adapters_from(text: str) -> tuple[AdapterUse, ...]:
+    found = _json(text)
+    kinds = (str, float, str)
+    if not isinstance(found, list) or not all(
+        isinstance(each, list) and [type(part) for part in each] == list(kinds) for each in found
+    ):
+        raise ValueError("Adapters is no list of names, strengths and hashes")
+    return tuple(AdapterUse(name, _finite(str(strength)), sha256) for name, strength, sha256 in found)
 
 
 def _json(text: str) -> Any:
@@ -300,4 +336,6 @@ def _own(values: Any, where: str) -> dict[str, Any]:
 
 def request_document(request: PictureRequest) -> dict[str, Any]:
     """A request as a JSON object, without what is None."""
-    return {name: value for name, value in asdict(request).items() if value is not None}
+    found = {name: value for name, value in asdict(request).items() if value is not None}
+    found["adapters"] = [{key: each[key] for key in ("name", "strength", "sha256")} for each in found["adapters"]]
+    return found

@@ -1,7 +1,7 @@
-"""Adapters that are given when a picture is drawn: read from their files, and laid out as a graph's branches take them.
+"""Adapters that are given when a picture is drawn: read from files, and laid out as a graph's branches take them.
 
-A file (``.ldma``) is in the form of safetensors: for each layer of a graph ``<graph>/<layer>.down`` and ``.up``, float32
-in the shapes that the graph takes (:mod:`ldm_export.graph.branches`), and this metadata:
+A file (``.ldma``) is in the form of safetensors: for each layer of a graph ``<graph>/<layer>.down`` and ``.up``, in
+float32 and in the shapes that the graph takes (:mod:`ldm_export.graph.branches`), and this metadata:
 
     format      "ldm_export adapter 1"
     name        of the file that it was made of
@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 FORMAT = "ldm_export adapter 1"
 MOST_HEADER_BYTES = 16 << 20
 LARGEST_STRENGTH = 1e3
+REMEMBERED = 16
+"""Files that are kept in memory after they were read."""
 HOW_TO_MAKE = "Make it with: ldm-export lora BUNDLE ADAPTER.safetensors -o ADAPTER.ldma"
 
 
@@ -122,7 +125,7 @@ def _array(name: str, entry: Any, data: memoryview) -> Array:
     whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
     if entry.get("dtype") != "F32" or not whole or end - start != 4 * math.prod(shape) or end > len(data):
         raise MalformedError(f"{name!r} is not float32 of the size that it says")
-    found = np.frombuffer(data[start:end], "<f4").reshape(shape)
+    found: Array = np.frombuffer(data[start:end], "<f4").reshape(shape).copy()  # libraries want to be able to write
     if not np.isfinite(found).all():
         raise MalformedError(f"{name!r} holds NaN or infinity")
     return found
@@ -145,28 +148,34 @@ def mixtures_for(bundle: Bundle, given: Any, batch: int) -> tuple[Mixture, ...]:
     each = bool(pairs) and all(isinstance(pair, list) for pair in pairs)
     if each and len(pairs) != batch:
         raise InputError(f"{len(pairs)} lists of adapters were given for {batch} pictures. Give one each, or one list.")
-    opened: dict[str, Adapter] = {}
-    mixtures = tuple(_mixture(bundle, opened, own) for own in (pairs if each else [pairs]))
+    mixtures = tuple(_mixture(bundle, own) for own in (pairs if each else [pairs]))
     return mixtures if each else mixtures * batch
 
 
-def _mixture(bundle: Bundle, opened: dict[str, Adapter], pairs: Sequence[Any]) -> Mixture:
+def opened(path: str | os.PathLike[str]) -> Adapter:
+    """A file's adapter; one that was read a moment ago and is as it was is not read again."""
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise InputError(f"The adapter {path} cannot be read ({error.strerror}). {HOW_TO_MAKE}") from error
+    return _opened(os.fspath(path), facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(REMEMBERED)
+def _opened(path: str, *_: int) -> Adapter:
+    return Adapter.open(path)
+
+
+def _mixture(bundle: Bundle, pairs: Sequence[Any]) -> Mixture:
     found: dict[Adapter, float] = {}
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], (Adapter, str, os.PathLike)):
             raise InputError(f"adapters has {shown(pair)}; give pairs such as ('style.ldma', 0.8).")
-        adapter, strength = pair
-        if not isinstance(adapter, Adapter):
-            path = os.fspath(adapter)
-            if path not in opened:
-                opened[path] = Adapter.open(path)
-                opened[path].check_fits(bundle)
-            adapter = opened[path]
-        else:
-            adapter.check_fits(bundle)
+        adapter = pair[0] if isinstance(pair[0], Adapter) else opened(pair[0])
+        adapter.check_fits(bundle)
         if adapter in found:
             raise InputError(f"{adapter.path} was given twice for one picture. Give it once, with the sum.")
-        found[adapter] = real_number("an adapter's strength", strength, -LARGEST_STRENGTH, LARGEST_STRENGTH)
+        found[adapter] = real_number("an adapter's strength", pair[1], -LARGEST_STRENGTH, LARGEST_STRENGTH)
     return tuple(found.items())
 
 
@@ -205,7 +214,8 @@ def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[
     for layer in layers:
         names = [branch_input(layer, role) for role in BRANCH]
         pairs = [adapter.factors.get(name, {}).get(layer) for adapter in adapters]
-        arrays = _branch_of(*(shapes[each] for each in names), pairs, strengths)
+        down, up, scale = (shapes[each] for each in names)
+        arrays = _branch_of(down, up, scale, pairs, strengths)
         if not all(_fits(array, shapes[each]) for each, array in zip(names, arrays, strict=True)):
             raise InputError(f"An adapter's factors for {layer} of {name} have other shapes than its branch takes.")
         found |= zip(names, arrays, strict=True)

@@ -73,9 +73,7 @@ class Conditioning:
         read = [name for name in outputs if f"{encoder.graph}.{name}" in self._read]
         return PromptEncoder(tokenizer_of(self._bundle, encoder), graph, read)
 
-    def _encoded(
-        self, encoder: TextEncoder, prompts: Sequence[str], mixtures: Sequence[Mixture]
-    ) -> dict[str, Array]:
+    def _encoded(self, encoder: TextEncoder, prompts: Sequence[str], mixtures: Sequence[Mixture]) -> dict[str, Array]:
         """What an encoder makes of prompts, each under its picture's adapters."""
         name = encoder.graph
         if not changes(mixtures, name):

@@ -327,7 +327,9 @@ class Pipeline:
 
         started = time.perf_counter()
         scale = request.guidance if guided else None
-        run = SamplingTask(request.trajectory.rows, start.latents, conditions, scale, draw, request.deepcache, start.kept)
+        run = SamplingTask(
+            request.trajectory.rows, start.latents, conditions, scale, draw, request.deepcache, start.kept
+        )
         sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here

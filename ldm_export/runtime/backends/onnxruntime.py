@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.listed import GraphFiles, MappedFile
 from ldm_export.bundle.targets.base import (
-    ADAPTERS,
     ADAPTERS_ORT_CPU,
     ORT_CPU,
     Target,
@@ -20,17 +18,19 @@ from ldm_export.bundle.targets.base import (
     needs_of,
     read_target,
 )
-from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs, is_branch_input
-from ldm_export.errors import BackendError, BundleError, InputError, LdmExportError, warn
+from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs
+from ldm_export.errors import BackendError, BundleError, LdmExportError, warn
 from ldm_export.reading.documents import MalformedError
 from ldm_export.runtime.backends import providers
 from ldm_export.runtime.backends.base import (
     Backend,
     Signature,
+    adapters_target,
     allowed_threads,
     check_contract,
     foreign_errors,
     one_line,
+    with_branches,
 )
 from ldm_export.runtime.backends.hoisted import HoistedGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, RECORDS, Provider
@@ -177,11 +177,7 @@ class OnnxRuntimeBackend(Backend):
 
     def load_adapted(self, graph: str) -> Graph:
         """Open a session on a graph with branches: of the bundle's target for this CPU, where it is used, or plain."""
-        target = read_target(self._bundle, ADAPTERS, {})
-        prepare = f"Run: ldm-export lora {self._bundle.path} ADAPTER.safetensors -o ADAPTER.ldma"
-        if not isinstance(target, Target) or graph not in target.graphs:
-            why = f", since {target}" if isinstance(target, str) else ""
-            raise InputError(f"{self._bundle.path} takes no adapters of {graph}{why}. {prepare}")
+        target = adapters_target(self._bundle, graph)
         if self._target is not None:
             fast = read_target(self._bundle, ADAPTERS_ORT_CPU, adapters_needs(target, self._library.__version__))
             if isinstance(fast, Target) and graph in fast.graphs:
@@ -191,14 +187,16 @@ class OnnxRuntimeBackend(Backend):
         try:
             return self._load_target(target, graph, self._bundle.manifest.graphs[graph])
         except MalformedError as error:
-            raise InputError(f"targets/{target.folder.name} of {self._bundle.path}: its {error}. {prepare}") from error
+            raise BundleError(
+                f"targets/{target.folder.name} of {self._bundle.path} is not sound: its {error}. Delete it, and run "
+                "ldm-export lora with an adapter anew."
+            ) from error
 
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
         files = files_in(self._bundle, target)
         opened = {path: self._session(files.graph(path), path) for path in found.paths}
-        branches = _branches_in(opened[found.path][0])
-        spec = replace(spec, inputs=(*spec.inputs, *branches))
+        spec = with_branches(spec, _signature(opened[found.path][0].get_inputs()))
         if not found.hoisted and not found.shallow:
             session, mapped = opened[found.path]
             check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
@@ -262,15 +260,6 @@ class OnnxRuntimeBackend(Backend):
 def _signature(values: Any) -> Signature:
     """The inputs or outputs of a session."""
     return {value.name: (NUMPY_TYPES.get(value.type, value.type), value.shape) for value in values}
-
-
-def _branches_in(session: Any) -> list[TensorSpec]:
-    """The inputs of a session that are of branches for adapters."""
-    return [
-        TensorSpec(value.name, NUMPY_TYPES.get(value.type, value.type), tuple(value.shape))
-        for value in session.get_inputs()
-        if is_branch_input(value.name)
-    ]
 
 
 def _spec_of(session: Any, path: str) -> GraphSpec:
