@@ -39,15 +39,16 @@ from ldm_export.bundle.targets.base import (
     write_target,
 )
 from ldm_export.checkpoint.merging import named_layers
-from ldm_export.contract import GraphSpec, branch_input, branch_layers
+from ldm_export.contract import BRANCH, GraphSpec, branch_layers
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.ort_cpu import build_adapters_ort_cpu, seeded_calls
 from ldm_export.graph.base import Array
-from ldm_export.graph.branches import add_branches, branch_specs
+from ldm_export.graph.branches import FLOAT, add_branches, branch_specs
 from ldm_export.graph.files import check_links, save
 from ldm_export.graph.layers import LayerProduct, layers_of, nameless_products
 from ldm_export.graph.running import session_options
-from ldm_export.runtime.adapters import FORMAT
+from ldm_export.runtime.adapters import FORMAT, Mixture, branch_arrays, rank_of
+from ldm_export.runtime.adapters import Adapter as BundleAdapter
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -95,35 +96,27 @@ def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress
     models = {name: _plain(bundle, name) for name in _adaptable(bundle)}
     products = {name: layers_of(model) for name, model in models.items()}
     component = {name: str(bundle.manifest.source["components"][name]) for name in models}
-    networks = {component[name]: _named(component[name], products[name]) for name in models}
-    adapter = read_adapter(path, networks)
+    adapter = read_adapter(path, {component[name]: _named(component[name], products[name]) for name in models})
     _check(bundle, adapter, {name: nameless_products(model) for name, model in models.items()})
     changes = {name: adapter.layers[component[name]] for name in models if component[name] in adapter.layers}
     factors = {
-        name: {layer: low_rank(each, products[name][layer].shape) for layer, each in layers.items()}
+        name: {layer: _as_inputs(*low_rank(each, products[name][layer].shape)) for layer, each in layers.items()}
         for name, layers in changes.items()
     }
     del models, products
     target = _with_branches(bundle, {name: set(layers) for name, layers in changes.items()}, progress)
-    arrays = {name: _as_inputs(layers) for name, layers in factors.items()}
+    networks = {name: bundle.manifest.source["sha256"][component[name]] for name in changes}
+    made = BundleAdapter(output, adapter.sha256, networks, factors)
     errors = []
     for name, layers in changes.items():
         progress(f"{name}: comparing with merged weights")
-        errors.append(_compared(bundle, target, name, layers, arrays[name]))
-    hashes = bundle.manifest.source["sha256"]
-    metadata = {
-        "format": FORMAT,
-        "name": adapter.file.name,
-        "sha256": adapter.sha256,
-        "networks": json.dumps({name: hashes[component[name]] for name in changes}),
-    }
-    tensors = {f"{name}/{key}": array for name, each in arrays.items() for key, array in each.items()}
-    write_whole(output, safetensors_bytes(tensors, metadata))
+        errors.append(_compared(bundle, target, name, layers, made))
+    write_whole(output, _content(made, adapter.file.name))
     known = [error for error in errors if error is not None]
     return MadeAdapter(
         output,
         {name: len(layers) for name, layers in changes.items()},
-        max(up.shape[1] for layers in factors.values() for _, up in layers.values()),
+        max(rank_of(down) for layers in factors.values() for down, _ in layers.values()),
         adapter.unmatched,
         max(known) if len(known) == len(errors) else None,
     )
@@ -165,14 +158,24 @@ def _check(bundle: Bundle, adapter: Adapter, nameless: Mapping[str, int]) -> Non
         )
 
 
-def _as_inputs(layers: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]:
-    """Factors by ``<layer>.down`` and ``.up``, in the shapes that branches take."""
-    found = {}
-    for layer, (down, up) in layers.items():
-        linear = down.ndim == 2
-        found[f"{layer}.down"] = np.ascontiguousarray(down.T if linear else down)
-        found[f"{layer}.up"] = np.ascontiguousarray(up.T if linear else up[:, :, None, None])
-    return found
+def _as_inputs(down: Array, up: Array) -> tuple[Array, Array]:
+    """Factors in the shapes that branches take."""
+    if down.ndim == 2:
+        return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)
+    return np.ascontiguousarray(down), np.ascontiguousarray(up[:, :, None, None])
+
+
+def _content(adapter: BundleAdapter, name: str) -> bytes:
+    """A file as `ldm_export.runtime.adapters` reads it; ``name`` is that of the adapter's own file."""
+    tensors = {
+        f"{graph}/{layer}.{role}": array
+        for graph, layers in adapter.factors.items()
+        for layer, pair in layers.items()
+        for role, array in zip(BRANCH, pair, strict=False)
+    }
+    networks = json.dumps(dict(adapter.networks))
+    metadata = {"format": FORMAT, "name": name, "sha256": adapter.sha256, "networks": networks}
+    return bytes(safetensors_bytes(tensors, metadata))
 
 
 def _with_branches(bundle: Bundle, layers: Layers, progress: Progress) -> Target:
@@ -225,10 +228,7 @@ def _without_effect(bundle: Bundle, name: str, file: Path) -> float:
         If that is more than rounding.
     """
     spec = bundle.manifest.graphs[name]
-    branches = branch_specs(file)
-    calls = seeded_calls(bundle, GraphSpec(spec.path, (*spec.inputs, *branches), spec.outputs))
-    for call in calls:
-        call |= {key: np.zeros_like(value) for key, value in call.items() if key.endswith(".scale")}
+    calls = _calls(bundle, spec, file, ())
     own = [tensor.name for tensor in spec.inputs]
     expected = _results(bundle.file(spec.path), spec, [{key: call[key] for key in own} for call in calls])
     error = largest_error(expected, _results(file, spec, calls))
@@ -238,7 +238,7 @@ def _without_effect(bundle: Bundle, name: str, file: Path) -> float:
 
 
 def _compared(
-    bundle: Bundle, target: Target, name: str, changes: Mapping[str, Factors], arrays: Mapping[str, Array]
+    bundle: Bundle, target: Target, name: str, changes: Mapping[str, Factors], adapter: BundleAdapter
 ) -> float | None:
     """How far an adapter in branches is from the same in the weights; None where these are rounded.
 
@@ -250,24 +250,11 @@ def _compared(
     model, spec = _plain(bundle, name), bundle.manifest.graphs[name]
     products = layers_of(model)
     weights = {layer: products[layer].node.inputs[1] for layer in changes}
-    if any(value is None or value.const_value is None for value in weights.values()):
+    if any(value is None or value.const_value is None or value.dtype != FLOAT for value in weights.values()):
         return None
     file = target.file(target.graphs[name].path)
-    branches = {tensor.name: tensor for tensor in branch_specs(file)}
-    calls = seeded_calls(bundle, GraphSpec(spec.path, (*spec.inputs, *branches.values()), spec.outputs))
+    calls = _calls(bundle, spec, file, ((adapter, 1.0),))
     own = [tensor.name for tensor in spec.inputs]
-    for call in calls:
-        for layer in branch_layers(GraphSpec("", tuple(branches.values()), ())):
-            scale = branch_input(layer, "scale")
-            if layer in changes:
-                down, up = arrays[f"{layer}.down"], arrays[f"{layer}.up"]
-                rank = down.shape[1 if down.ndim == 2 else 0]
-                sizes = {f"{layer}.rank": rank, "batch": len(call["sample" if "sample" in call else own[0]])}
-                shape = [sizes[size] if isinstance(size, str) else size for size in branches[scale].shape]
-                call |= {branch_input(layer, "down"): down, branch_input(layer, "up"): up}
-                call[scale] = np.ones(shape, np.float32)
-            else:
-                call[scale] = np.zeros_like(call[scale])
     for layer, factors in changes.items():
         product, value = products[layer], weights[layer]
         assert value is not None
@@ -286,6 +273,13 @@ def _compared(
             "allowed. Nothing was kept."
         )
     return error
+
+
+def _calls(bundle: Bundle, spec: GraphSpec, file: Path, mixture: Mixture) -> list[dict[str, Array]]:
+    """Seeded calls of a graph with branches, drawn with one mixture of adapters."""
+    branches = GraphSpec(spec.path, tuple(branch_specs(file)), ())
+    calls = seeded_calls(bundle, spec)
+    return [call | branch_arrays(branches, spec.name, [mixture] * len(call[spec.inputs[0].name])) for call in calls]
 
 
 def _results(file: Path, spec: GraphSpec, calls: Collection[Mapping[str, Array]]) -> list[Array]:

@@ -115,16 +115,16 @@ def _adapter_from(file: Path, content: bytes) -> Adapter:
             raise MalformedError(f"it has {name!r}, which is no factor of a graph that it names")
         if role == BRANCH[0]:
             down, up = factors[graph][layer] = arrays[name], arrays[f"{key}.{BRANCH[1]}"]
-            if down.ndim != up.ndim or down.ndim not in (2, 4) or _rank(down, 1) != _rank(up, 0):
+            if down.ndim != up.ndim or down.ndim not in (2, 4) or rank_of(down) != up.shape[down.ndim // 4]:
                 raise MalformedError(f"its factors of {layer} have shapes {down.shape} and {up.shape}")
     if 2 * sum(map(len, factors.values())) != len(arrays) or not all(factors.values()):
         raise MalformedError("one of its factors lacks the other, or a graph has none")
     return Adapter(file, sha256_of(file), networks, factors)
 
 
-def _rank(factor: Array, axis: int) -> int:
-    """Rank of a factor, whose axis it is in a linear layer; in a convolution it is the other one."""
-    return int(factor.shape[axis if factor.ndim == 2 else 1 - axis])
+def rank_of(down: Array) -> int:
+    """Rank of a factor ``down``: its last axis of a linear layer, its first of a convolution."""
+    return int(down.shape[1 if down.ndim == 2 else 0])
 
 
 def _array(name: str, entry: Any, data: memoryview) -> Array:
@@ -246,7 +246,7 @@ def _branch_of(
         np.ascontiguousarray(sides[0] if len(sides) == 1 else np.concatenate(sides, axis))
         for sides, axis in zip(zip(*own, strict=True), (1, 0) if linear else (0, 1), strict=True)
     ]
-    ranks = [_rank(first, 1) for first, _ in own]
+    ranks = [rank_of(first) for first, _ in own]
     each = strengths[:, places] if places else np.zeros((len(strengths), 1), np.float32)
     weights = np.repeat(each, ranks, axis=1)  # (rows, rank)
     between = [1] * (len(scale) - 2)

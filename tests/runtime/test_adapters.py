@@ -241,7 +241,7 @@ class TestRefusals:
         model = ir.load(path)
         for number, value in enumerate(list(model.graph.initializers.values())):
             if str(value.name).endswith(".transposed"):
-                value.name = f"val_{number}"
+                value.name = f"unnamed_{number}"
         ir.save(model, path)
         list_anew(bundle.path, "unet/model.onnx")
         old = Bundle.open(bundle.path)
