@@ -1,0 +1,276 @@
+#include "adapters.hpp"
+
+#include "cache.hpp"
+#include "error.hpp"
+#include "repr.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <mutex>
+#include <set>
+#include <system_error>
+
+namespace ldm::runtime {
+
+namespace {
+
+constexpr const char *FORMAT = "ldm_export adapter 1";
+constexpr const char *HOW_TO_MAKE = "Make it with: ldm-export lora BUNDLE ADAPTER.safetensors -o ADAPTER.ldma";
+constexpr const char *BRANCH = "lora.", *DOWN = ".down", *UP = ".up", *SCALE = ".scale";
+constexpr std::uint64_t MOST_HEADER_BYTES = 16 << 20;
+constexpr double LARGEST_STRENGTH = 1000;
+constexpr std::size_t REMEMBERED = 16;  // files that are kept in memory after they were read
+
+bool ends_with(const std::string &text, const std::string &end) {
+    return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// Linear layers have factors of two axes, convolutions of four; this is the axis of the rank.
+std::size_t rank_axis_of_down(const Shape &down) { return down.size() == 2 ? 1 : 0; }
+std::size_t rank_axis_of_up(const Shape &up) { return up.size() == 2 ? 0 : 1; }
+
+Tensor tensor_from(const std::string &name, const Json &entry, std::string_view data) {
+    const MalformedError wrong("'" + name + "' is not float32 of the size that it says");
+    check_kind(entry, Kind::object, "'" + name + "'");
+    Tensor found{"float32", {}, {}};
+    std::vector<std::int64_t> ends;
+    for (const auto &[key, to] : {std::make_pair("shape", &found.shape), std::make_pair("data_offsets", &ends)})
+        for (const Json &size : field(entry, key, Kind::array, name).array()) {
+            check_kind(size, Kind::integer, key);
+            if (size.integer() < 0) throw wrong;
+            to->push_back(size.integer());
+        }
+    if (field(entry, "dtype", Kind::text, name).text() != "F32" || ends.size() != 2 || ends[1] < ends[0]) throw wrong;
+    const auto bytes = static_cast<std::size_t>(ends[1] - ends[0]);
+    if (static_cast<std::size_t>(ends[1]) > data.size() || found.shape.size() > 4 || count_of(found.shape) * sizeof(float) != bytes)
+        throw wrong;
+    found.data.resize(bytes);
+    if (bytes != 0) std::memcpy(found.data.data(), data.data() + ends[0], bytes);
+    const float *values = found.as<float>();
+    if (!std::all_of(values, values + found.count(), [](float value) { return std::isfinite(value); }))
+        throw MalformedError("'" + name + "' holds NaN or infinity");
+    return found;
+}
+
+Adapter adapter_from(std::string_view content) {
+    std::uint64_t length = 0;
+    if (content.size() >= 8)
+        for (int k = 7; k >= 0; --k) length = length << 8 | static_cast<unsigned char>(content[static_cast<std::size_t>(k)]);
+    if (length < 2 || length > MOST_HEADER_BYTES || length > content.size() - 8)
+        throw MalformedError("it is cut short, or not in the form of safetensors");
+    const Json header = parsed(content.substr(8, length), Repeats::refused);
+    const Json &metadata = field(header, "__metadata__", Kind::object);
+    if (!metadata["format"].is(Kind::text) || metadata["format"].text() != FORMAT)
+        throw MalformedError(join("its format is ", short_repr(metadata["format"]), "; '", FORMAT, "' is read"));
+    const Json networks = parsed(field(metadata, "networks", Kind::text).text(), Repeats::refused);
+    Adapter adapter{{}, {}, texts_of(Json(Json::Object{{"networks", networks}}), "networks"), {}};
+    std::map<std::string, Tensor> arrays;
+    for (const auto &[name, entry] : header.object())
+        if (name != "__metadata__") arrays.emplace(name, tensor_from(name, entry, content.substr(8 + length)));
+    for (const auto &[name, tensor] : arrays) {
+        const std::size_t slash = std::min(name.find('/'), name.size()), dot = std::min(name.rfind('.'), name.size());
+        const std::string graph = name.substr(0, slash), role = name.substr(dot);
+        if (adapter.networks.count(graph) == 0 || slash >= dot || (role != DOWN && role != UP))
+            throw MalformedError("it has '" + name + "', which is no factor of a graph that it names");
+        if (role == UP) continue;
+        const std::string layer = name.substr(slash + 1, dot - slash - 1);
+        const auto up = arrays.find(name.substr(0, dot) + UP);
+        if (up == arrays.end()) throw MalformedError("one of its factors lacks the other, or a graph has none");
+        const Shape &first = tensor.shape, &second = up->second.shape;
+        if (first.size() != second.size() || (first.size() != 2 && first.size() != 4) ||
+            first[rank_axis_of_down(first)] != second[rank_axis_of_up(second)])
+            throw MalformedError("its factors of " + layer + " have shapes that do not go together");
+        adapter.factors[graph].emplace(layer, std::make_pair(tensor, up->second));
+    }
+    std::size_t layers = 0;
+    for (const auto &[_, factors] : adapter.factors) layers += factors.size();
+    if (2 * layers != arrays.size() || adapter.factors.size() != adapter.networks.size())
+        throw MalformedError("one of its factors lacks the other, or a graph has none");
+    return adapter;
+}
+
+std::string whole(const fs::path &path) {
+    std::error_code failed;
+    if (!fs::is_regular_file(path, failed)) {
+        const std::string why = failed ? failed.message() : fs::exists(path) ? "no regular file" : "no such file";
+        throw InputError(join("The adapter ", path.string(), " cannot be read (", why, "). ", HOW_TO_MAKE));
+    }
+    std::ifstream stream(path, std::ios::binary);
+    std::string content((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+    if (!stream.good() && !stream.eof())
+        throw InputError(join("The adapter ", path.string(), " cannot be read. ", HOW_TO_MAKE));
+    return content;
+}
+
+// A file's adapter; one that was read a moment ago and is as it was is not read again.
+std::shared_ptr<const Adapter> opened(const fs::path &path) {
+    static std::mutex mutex;
+    static Cache<std::string, std::shared_ptr<const Adapter>> known(REMEMBERED);
+    std::string key = path.string();
+    if (const std::optional<Identity> now = identity_of(path))
+        key = join(key, '\0', now->device, ' ', now->inode, ' ', now->size, ' ', now->seconds, ' ', now->nanoseconds);
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto *found = known.find(key)) return *found;
+    try {
+        Adapter adapter = adapter_from(whole(path));
+        adapter.path = path;
+        adapter.key = key;
+        const auto made = std::make_shared<const Adapter>(std::move(adapter));
+        known.insert(key, made);
+        return made;
+    } catch (const MalformedError &error) {
+        throw InputError(join(path.string(), " is no adapter for bundles (", error.what(), "). ", HOW_TO_MAKE));
+    }
+}
+
+void check_fits(const Adapter &adapter, const Bundle &bundle) {
+    for (const auto &[graph, sha256] : adapter.networks)
+        if (const auto found = bundle.manifest.networks.find(graph); found == bundle.manifest.networks.end() || found->second != sha256)
+            throw InputError(join(adapter.path.string(), " was made for another ", graph, " than that of ",
+                                  bundle.path().string(), ". Make it for this bundle: ldm-export lora ",
+                                  bundle.path().string(), " ADAPTER.safetensors -o ", adapter.path.string()));
+}
+
+bool fits(const Tensor &tensor, const std::vector<Dimension> &shape) {
+    if (tensor.shape.size() != shape.size()) return false;
+    for (std::size_t k = 0; k < shape.size(); ++k)
+        if (!shape[k].is_free() && shape[k].size != tensor.shape[k]) return false;
+    return true;
+}
+
+Tensor zeros(const TensorSpec &spec) {
+    Shape shape;
+    for (const Dimension &size : spec.shape) shape.push_back(size.is_free() ? 1 : size.size);
+    return Tensor::zeros<float>(shape);
+}
+
+// Tensors side by side along an axis.
+Tensor joined(const std::vector<const Tensor *> &parts, std::size_t axis) {
+    if (parts.size() == 1) return *parts[0];
+    Shape shape = parts[0]->shape;
+    shape[axis] = 0;
+    for (const Tensor *part : parts) shape[axis] += part->shape[axis];
+    Tensor whole = Tensor::zeros<float>(shape);
+    std::size_t rows = 1;
+    for (std::size_t k = 0; k < axis; ++k) rows *= static_cast<std::size_t>(shape[k]);
+    float *out = whole.as<float>();
+    for (std::size_t row = 0; row < rows; ++row)
+        for (const Tensor *part : parts) {
+            const std::size_t each = part->count() / rows;
+            out = std::copy_n(part->as<float>() + row * each, each, out);
+        }
+    return whole;
+}
+
+// The strength of each rank in each row, in the shape that the branch's scale has.
+Tensor scale_of(const TensorSpec &spec, const std::vector<Mixture> &rows,
+                const std::vector<std::pair<const Adapter *, std::int64_t>> &ranks, bool linear) {
+    std::int64_t rank = 0;
+    for (const auto &[_, own] : ranks) rank += own;
+    Shape shape(spec.shape.size(), 1);
+    shape[0] = static_cast<std::int64_t>(rows.size());
+    shape[linear ? shape.size() - 1 : 1] = rank;
+    Tensor made = Tensor::zeros<float>(shape);
+    float *out = made.as<float>();
+    for (const Mixture &row : rows)
+        for (const auto &[adapter, own] : ranks) {
+            const auto used = std::find_if(row.begin(), row.end(), [&, a = adapter](const auto &use) { return use.first.get() == a; });
+            out = std::fill_n(out, own, used == row.end() ? 0.0f : used->second);
+        }
+    return made;
+}
+
+}  // namespace
+
+std::vector<Mixture> mixtures_for(const Bundle &bundle, const ldm_draw_options &options, std::size_t count) {
+    std::vector<Mixture> mixtures(count);
+    if (options.adapter_count == 0) return mixtures;
+    if (options.adapters == nullptr)
+        throw InputError(join(options.adapter_count, " adapters were given, and adapters is NULL. Give their files."));
+    if (options.whole != 0)
+        throw InputError("The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out.");
+    for (std::size_t k = 0; k < options.adapter_count; ++k) {
+        if (options.adapters[k] == nullptr) throw InputError(join("Adapter ", k, " is NULL; give its file."));
+        const double strength = options.adapter_strengths == nullptr ? 1.0 : options.adapter_strengths[k];
+        if (!(std::abs(strength) <= LARGEST_STRENGTH))
+            throw InputError(join("an adapter's strength is ", strength, "; give a number from -1000 to 1000."));
+        const std::int64_t picture = options.adapter_pictures == nullptr ? -1 : options.adapter_pictures[k];
+        if (picture < -1 || picture >= static_cast<std::int64_t>(count))
+            throw InputError(join("adapter ", k, " is for picture ", picture, "; there are 0 to ", count - 1, ", and -1 is all."));
+        const std::shared_ptr<const Adapter> adapter = opened(options.adapters[k]);
+        check_fits(*adapter, bundle);
+        for (std::size_t row = 0; row < count; ++row) {
+            if (picture != -1 && static_cast<std::size_t>(picture) != row) continue;
+            for (const auto &[other, _] : mixtures[row])
+                if (other == adapter)
+                    throw InputError(adapter->path.string() + " was given twice for one picture. Give it once, with the sum.");
+            mixtures[row].emplace_back(adapter, static_cast<float>(strength));
+        }
+    }
+    return mixtures;
+}
+
+bool changes(const std::vector<Mixture> &rows, const std::string &graph) {
+    return std::any_of(rows.begin(), rows.end(), [&](const Mixture &row) {
+        return std::any_of(row.begin(), row.end(), [&](const auto &use) { return use.first->factors.count(graph) != 0; });
+    });
+}
+
+bool is_branch_input(const std::string &name) {
+    return name.rfind(BRANCH, 0) == 0 && (ends_with(name, DOWN) || ends_with(name, UP) || ends_with(name, SCALE));
+}
+
+Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std::vector<Mixture> &rows) {
+    std::vector<const Adapter *> adapters;  // in the order in which rows name them
+    for (const Mixture &row : rows)
+        for (const auto &[adapter, _] : row)
+            if (std::find(adapters.begin(), adapters.end(), adapter.get()) == adapters.end()) adapters.push_back(adapter.get());
+    std::set<std::string> layers;
+    for (const TensorSpec &input : graph.inputs)
+        if (is_branch_input(input.name) && ends_with(input.name, DOWN))
+            layers.insert(input.name.substr(std::strlen(BRANCH), input.name.size() - std::strlen(BRANCH) - std::strlen(DOWN)));
+    for (const Adapter *adapter : adapters)
+        if (const auto factors = adapter->factors.find(name); factors != adapter->factors.end())
+            for (const auto &[layer, _] : factors->second)
+                if (layers.count(layer) == 0)
+                    throw InputError(join(adapter->path.string(), " changes ", layer, " of ", name, ", which this bundle has no "
+                                          "branch for. Run ldm-export lora with this bundle and the adapter's own file once more."));
+    Tensors found;
+    for (const std::string &layer : layers) {
+        const auto spec = [&](const char *role) -> const TensorSpec & {
+            const TensorSpec *input = graph.input(BRANCH + layer + role);
+            if (input == nullptr) throw BundleError(join(graph.path, " has a branch without ", role, ". Make it anew."));
+            return *input;
+        };
+        const TensorSpec &down = spec(DOWN), &up = spec(UP), &scale = spec(SCALE);
+        std::vector<const Tensor *> downs, ups;
+        std::vector<std::pair<const Adapter *, std::int64_t>> ranks;
+        for (const Adapter *adapter : adapters) {
+            const auto factors = adapter->factors.find(name);
+            if (factors == adapter->factors.end()) continue;
+            const auto own = factors->second.find(layer);
+            if (own == factors->second.end()) continue;
+            const auto &[first, second] = own->second;
+            if (!fits(first, down.shape) || !fits(second, up.shape))
+                throw InputError(join("An adapter's factors for ", layer, " of ", name, " have other shapes than its branch takes."));
+            downs.push_back(&first);
+            ups.push_back(&second);
+            ranks.emplace_back(adapter, first.shape[rank_axis_of_down(first.shape)]);
+        }
+        const Tensor no_down = zeros(down), no_up = zeros(up);
+        if (downs.empty()) {  // a layer that none of them changes: one rank of zeros
+            downs.push_back(&no_down);
+            ups.push_back(&no_up);
+            ranks.emplace_back(nullptr, 1);
+        }
+        found[scale.name] = scale_of(scale, rows, ranks, down.shape.size() == 2);
+        found[down.name] = joined(downs, rank_axis_of_down(downs[0]->shape));
+        found[up.name] = joined(ups, rank_axis_of_up(ups[0]->shape));
+    }
+    return found;
+}
+
+}  // namespace ldm::runtime
