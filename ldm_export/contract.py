@@ -237,7 +237,7 @@ def labels_of(graphs: Mapping[str, GraphSpec], roles: Roles) -> TensorSpec:
 
 
 BRANCH = ("down", "up", "scale")
-"""Inputs of a layer's branch, in a graph that takes adapters (:mod:`ldm_export.graph.branches`)."""
+"""Inputs of a layer's branch, in a graph that takes adapters (:mod:`ldm_export.graph.branches`); some have no scale."""
 
 
 def branch_input(layer: str, role: str) -> str:

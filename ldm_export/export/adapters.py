@@ -95,7 +95,7 @@ def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress
     check_output(output)
     models = {name: _plain(bundle, name) for name in _adaptable(bundle)}
     products = {name: layers_of(model) for name, model in models.items()}
-    component = {name: str(bundle.manifest.source["components"][name]) for name in models}
+    component = {name: str(bundle.manifest.source.get("components", {}).get(name, name)) for name in models}
     adapter = read_adapter(path, {component[name]: _named(component[name], products[name]) for name in models})
     _check(bundle, adapter, {name: nameless_products(model) for name, model in models.items()})
     changes = {name: adapter.layers[component[name]] for name in models if component[name] in adapter.layers}

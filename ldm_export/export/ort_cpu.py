@@ -225,11 +225,11 @@ def _compared(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bu
 def seeded_calls(bundle: Bundle, spec: GraphSpec) -> list[dict[str, Array]]:
     """Inputs of a graph for calls of the sizes `SIZES`; adapters are of rank 3 and change a layer by a part of it."""
     model, calls = bundle.manifest.model, []
-    ranks = {size: 3 for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+    free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
     for sizes in SIZES:
         tensors = random_inputs(
             spec,
-            {**ranks, **sizes},
+            {**{size: sizes["batch"] if size.endswith(".rows") else 3 for size in free}, **sizes},
             model["pixels_per_latent"],
             int(model.get("class_count") or 2),
             model.get("patch_size", 1),

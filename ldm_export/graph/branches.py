@@ -1,15 +1,21 @@
 """Branches beside the layers of a graph, for adapters that are given when it runs (LoRA, 2106.09685, equation 3).
 
-    y = W x  becomes  y = W x + up (scale * (down x))
+    y = W x  becomes  y = W x + up (down x)
 
-``down``, ``up`` and ``scale`` are inputs of the graph, so that what one session draws changes with what it is given.
-Each row of a call has scales of its own, one for every rank, and so its own mixture of adapters: those of all rows lie
-side by side along the rank. The names of a layer's inputs are `branch_input`'s; their shapes
+The factors are inputs of the graph, so that what one session draws changes with what it is given, and each row of a
+call has its own mixture of adapters. The names of a layer's inputs are `ldm_export.contract.branch_input`'s; their
+shapes
 
-    of a linear layer   down (in, rank)           up (rank, out)        scale (rows, 1, rank), or (rows, rank)
+    of a linear layer   down (rows or 1, ..., in, rank)   up (rows or 1, ..., rank, out)
+
+with as many axes as what the layer reads, the strength being in ``down``. Where that has two axes, and of convolutions,
+which take one weight for all rows, the adapters of all rows lie side by side along the rank, and each row has a scale
+for every rank: y = W x + up (scale * (down x)),
+
+    of a linear layer   down (in, rank)           up (rank, out)        scale (rows, rank)
     of a convolution    down (rank, in, kh, kw)   up (out, rank, 1, 1)  scale (rows, rank, 1, 1)
 
-where scale has as many axes as what the layer reads. Everything is in standard operators and float32.
+Everything is in standard operators and float32.
 """
 
 from __future__ import annotations
@@ -66,8 +72,11 @@ def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorS
     shapes: dict[str, tuple[int | str, ...]]
     if kernel:
         shapes = {"down": (rank, into, *kernel), "up": (out, rank, 1, 1), "scale": ("batch", rank, 1, 1)}
+    elif axes == 2:
+        shapes = {"down": (into, rank), "up": (rank, out), "scale": ("batch", rank)}
     else:
-        shapes = {"down": (into, rank), "up": (rank, out), "scale": ("batch", *[1] * (axes - 2), rank)}
+        leading: tuple[int | str, ...] = (f"{name}.rows", *[1] * (axes - 3))
+        shapes = {"down": (*leading, into, rank), "up": (*leading, rank, out)}
     inputs = {role: _input(graph, branch_input(name, role), shape) for role, shape in shapes.items()}
 
     def node(op_type: str, *values: ir.Value, **attributes: int) -> ir.Value:
@@ -79,12 +88,13 @@ def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorS
     own_type = x.dtype or FLOAT
     if own_type != FLOAT:
         x = node("Cast", x, to=int(FLOAT))
+    product = "Conv" if kernel else "MatMul"
+    change = node(product, x, inputs["down"])
     if kernel:
-        down = node("Conv", x, inputs["down"])
         nodes[-1].attributes.update(layer.node.attributes)
-        change = node("Conv", node("Mul", down, inputs["scale"]), inputs["up"])
-    else:
-        change = node("MatMul", node("Mul", node("MatMul", x, inputs["down"]), inputs["scale"]), inputs["up"])
+    if "scale" in inputs:
+        change = node("Mul", change, inputs["scale"])
+    change = node(product, change, inputs["up"])
     if own_type != FLOAT:
         change = node("Cast", change, to=int(own_type))
     readers = list(y.uses())

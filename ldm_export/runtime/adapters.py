@@ -90,6 +90,8 @@ class Adapter:
 
 
 Shape = Sequence[int | str]
+Uses = Sequence[tuple[tuple[Array, Array], float]]
+"""Factors of one layer, and their strengths."""
 Mixture = tuple[tuple[Adapter, float], ...]
 """What one picture is drawn with: adapters and their strengths."""
 
@@ -194,8 +196,7 @@ def changes(rows: Sequence[Mixture], graph: str) -> bool:
 def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[str, Array]:
     """The inputs of a graph's branches, for a call of as many rows.
 
-    The adapters of all rows lie side by side along the rank, and each row has its strengths for its own and 0 for the
-    others. A layer that none of them changes gets one rank of zeros.
+    A layer that no adapter changes gets one rank of zeros.
 
     Parameters
     ----------
@@ -207,11 +208,9 @@ def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[
     InputError
         If an adapter changes a layer that has no branch, or has factors of other shapes.
     """
-    adapters = list(dict.fromkeys(adapter for row in rows for adapter, _ in row))
-    strengths = np.array([[dict(row).get(adapter, 0.0) for adapter in adapters] for row in rows], np.float32)
     shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
     layers = branch_layers(graph)
-    for adapter in adapters:
+    for adapter in {adapter for row in rows for adapter, _ in row}:
         if missing := adapter.factors.get(name, {}).keys() - set(layers):
             raise InputError(
                 f"{adapter.path} changes {min(missing)} of {name}, which this bundle has no branch for. Run ldm-export "
@@ -219,39 +218,66 @@ def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[
             )
     found: dict[str, Array] = {}
     for layer in layers:
-        names = [branch_input(layer, role) for role in BRANCH]
-        pairs = [adapter.factors.get(name, {}).get(layer) for adapter in adapters]
-        down, up, scale = (shapes[each] for each in names)
-        arrays = _branch_of(down, up, scale, pairs, strengths)
-        if not all(_fits(array, shapes[each]) for each, array in zip(names, arrays, strict=True)):
+        own = [
+            [
+                (adapter.factors[name][layer], strength)
+                for adapter, strength in row
+                if layer in adapter.factors.get(name, {})
+            ]
+            for row in rows
+        ]
+        inputs = {role: shapes[key] for role in BRANCH if (key := branch_input(layer, role)) in shapes}
+        down, up = inputs["down"], inputs["up"]
+        if not all(_fits(first, down) and _fits(second, up) for row in own for (first, second), _ in row):
             raise InputError(f"An adapter's factors for {layer} of {name} have other shapes than its branch takes.")
-        found |= zip(names, arrays, strict=True)
+        arrays = _side_by_side(down, up, inputs["scale"], own) if "scale" in inputs else _by_row(down, up, own)
+        found |= {branch_input(layer, role): array for role, array in zip(inputs, arrays, strict=True)}
     return found
 
 
-def _branch_of(
-    down: Shape, up: Shape, scale: Shape, pairs: Sequence[tuple[Array, Array] | None], strengths: Array
-) -> tuple[Array, Array, Array]:
-    """The three inputs of one branch, of these shapes.
+def _uses(row: Mixture, graph: str, layer: str) -> Uses:
+    found = ((adapter.factors.get(graph, {}).get(layer), strength) for adapter, strength in row)
+    return [(pair, strength) for pair, strength in found if pair is not None]
 
-    Parameters
-    ----------
-    pairs : factors of each adapter, or None where it does not change the layer
-    strengths : float32 (rows, adapters)
-    """
+
+def _by_row(down: Shape, up: Shape, rows: Sequence[Uses]) -> tuple[Array, Array]:
+    """Factors of each row, shapes (rows, ..., in, rank) and (rows, ..., rank, out), with zeros up to the highest rank;
+    of one row for all where all have the same."""
+    same = all(_identities(row) == _identities(rows[0]) for row in rows)
+    each = rows[:1] if same else rows
+    rank = max(1, *(sum(rank_of(first) for (first, _), _ in row) for row in each))
+    into, out = (int(size) for size in (down[-2], up[-1]))  # which a branch fixes
+    between = [1] * (len(down) - 3)
+    firsts = np.zeros((len(each), into, rank), np.float32)
+    seconds = np.zeros((len(each), rank, out), np.float32)
+    for number, row in enumerate(each):
+        at = 0
+        for (first, second), strength in row:
+            end = at + rank_of(first)
+            firsts[number, :, at:end] = first * np.float32(strength)
+            seconds[number, at:end] = second
+            at = end
+    return firsts.reshape(len(each), *between, into, rank), seconds.reshape(len(each), *between, rank, out)
+
+
+def _identities(row: Uses) -> list[tuple[int, float]]:
+    return [(id(first), strength) for (first, _), strength in row]
+
+
+def _side_by_side(down: Shape, up: Shape, scale: Shape, rows: Sequence[Uses]) -> tuple[Array, Array, Array]:
+    """Factors of all rows' adapters along the rank, and each row's strengths for its own, 0 for the others."""
     linear = len(down) == 2
-    places = [place for place, pair in enumerate(pairs) if pair is not None]
-    own = [pair for pair in pairs if pair is not None] or [(_zeros(down), _zeros(up))]
+    pairs = list({id(first): (first, second) for row in rows for (first, second), _ in row}.values())
+    strengths = [dict(_identities(row)) for row in rows]
+    weights = np.array([[own.get(id(first), 0.0) for first, _ in pairs] for own in strengths], np.float32)
+    if not pairs:
+        pairs, weights = [(_zeros(down), _zeros(up))], np.zeros((len(rows), 1), np.float32)
     joined = [
         np.ascontiguousarray(sides[0] if len(sides) == 1 else np.concatenate(sides, axis))
-        for sides, axis in zip(zip(*own, strict=True), (1, 0) if linear else (0, 1), strict=True)
+        for sides, axis in zip(zip(*pairs, strict=True), (1, 0) if linear else (0, 1), strict=True)
     ]
-    ranks = [rank_of(first) for first, _ in own]
-    each = strengths[:, places] if places else np.zeros((len(strengths), 1), np.float32)
-    weights = np.repeat(each, ranks, axis=1)  # (rows, rank)
-    between = [1] * (len(scale) - 2)
-    shape = (len(weights), *between, weights.shape[1]) if linear else (*weights.shape, *between)
-    return joined[0], joined[1], weights.reshape(shape)
+    weights = np.repeat(weights, [rank_of(first) for first, _ in pairs], axis=1)  # (rows, rank)
+    return joined[0], joined[1], weights.reshape(*weights.shape, *[1] * (len(scale) - 2))
 
 
 class AdaptedGraph:
@@ -286,7 +312,9 @@ def _zeros(shape: Shape) -> Array:
     return np.zeros([1 if isinstance(size, str) else size for size in shape], np.float32)
 
 
-def _fits(array: Array, shape: Shape) -> bool:
-    return array.ndim == len(shape) and all(
-        isinstance(size, str) or size == own for own, size in zip(array.shape, shape, strict=True)
+def _fits(factor: Array, shape: Shape) -> bool:
+    """Whether a factor has the sizes that a branch takes: of a linear layer those of its last two axes."""
+    sizes = shape if factor.ndim == 4 else shape[-2:]
+    return factor.ndim <= len(shape) and all(
+        isinstance(size, str) or size == own for own, size in zip(factor.shape, sizes, strict=True)
     )

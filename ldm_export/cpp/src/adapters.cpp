@@ -134,10 +134,12 @@ void check_fits(const Adapter &adapter, const Bundle &bundle) {
                                   bundle.path().string(), " ADAPTER.safetensors -o ", adapter.path.string()));
 }
 
-bool fits(const Tensor &tensor, const std::vector<Dimension> &shape) {
-    if (tensor.shape.size() != shape.size()) return false;
-    for (std::size_t k = 0; k < shape.size(); ++k)
-        if (!shape[k].is_free() && shape[k].size != tensor.shape[k]) return false;
+// Whether a factor has the sizes that a branch takes: of a linear layer those of its last two axes.
+bool fits(const Tensor &factor, const std::vector<Dimension> &shape) {
+    if (factor.shape.size() > shape.size() || (factor.shape.size() == 4 && shape.size() != 4)) return false;
+    const std::size_t skipped = shape.size() - factor.shape.size();
+    for (std::size_t k = 0; k < factor.shape.size(); ++k)
+        if (const Dimension &size = shape[skipped + k]; !size.is_free() && size.size != factor.shape[k]) return false;
     return true;
 }
 
@@ -165,20 +167,89 @@ Tensor joined(const std::vector<const Tensor *> &parts, std::size_t axis) {
     return whole;
 }
 
-// The strength of each rank in each row, in the shape that the branch's scale has.
-Tensor scale_of(const TensorSpec &spec, const std::vector<Mixture> &rows,
-                const std::vector<std::pair<const Adapter *, std::int64_t>> &ranks, bool linear) {
+// The factors of one layer that a row is drawn with, and their strengths.
+struct Use {
+    const Tensor *down, *up;
+    float strength;
+
+    bool operator==(const Use &other) const { return down == other.down && strength == other.strength; }
+    std::int64_t rank() const { return down->shape[rank_axis_of_down(down->shape)]; }
+};
+using Uses = std::vector<Use>;
+
+Uses uses_of(const Mixture &row, const std::string &graph, const std::string &layer) {
+    Uses found;
+    for (const auto &[adapter, strength] : row) {
+        const auto factors = adapter->factors.find(graph);
+        if (factors == adapter->factors.end()) continue;
+        const auto own = factors->second.find(layer);
+        if (own != factors->second.end()) found.push_back({&own->second.first, &own->second.second, strength});
+    }
+    return found;
+}
+
+// Factors of each row, (rows, ..., in, rank) and (rows, ..., rank, out), with zeros up to the highest rank; of one row for all
+// where all have the same.
+std::pair<Tensor, Tensor> by_row(const TensorSpec &down, const TensorSpec &up, const std::vector<Uses> &rows) {
+    const bool same = std::all_of(rows.begin(), rows.end(), [&](const Uses &row) { return row == rows[0]; });
+    const std::size_t count = same ? 1 : rows.size();
+    std::int64_t highest = 1;
+    for (std::size_t k = 0; k < count; ++k) {
+        std::int64_t rank = 0;
+        for (const Use &use : rows[k]) rank += use.rank();
+        highest = std::max(highest, rank);
+    }
+    Shape first(down.shape.size(), 1), second(up.shape.size(), 1);
+    first[0] = second[0] = static_cast<std::int64_t>(count);
+    const std::int64_t in = first[first.size() - 2] = down.shape[down.shape.size() - 2].size;
+    const std::int64_t out = second.back() = up.shape.back().size;
+    first.back() = second[second.size() - 2] = highest;
+    std::pair<Tensor, Tensor> made{Tensor::zeros<float>(first), Tensor::zeros<float>(second)};
+    for (std::size_t k = 0; k < count; ++k) {
+        const auto number = static_cast<std::int64_t>(k);
+        std::int64_t at = 0;
+        for (const Use &use : rows[k]) {
+            const std::int64_t rank = use.rank();
+            for (std::int64_t row = 0; row < in; ++row)
+                for (std::int64_t r = 0; r < rank; ++r)
+                    made.first.as<float>()[(number * in + row) * highest + at + r] =
+                        use.down->as<float>()[row * rank + r] * use.strength;
+            std::copy_n(use.up->as<float>(), rank * out, made.second.as<float>() + (number * highest + at) * out);
+            at += rank;
+        }
+    }
+    return made;
+}
+
+// Factors of all rows' adapters along the rank, and each row's strengths for its own, 0 for the others.
+struct Beside {
+    Tensor down, up, scale;
+};
+
+Beside side_by_side(const TensorSpec &down, const TensorSpec &up, const TensorSpec &scale, const std::vector<Uses> &rows) {
+    Uses all;  // each once, in the order in which rows name them
+    for (const Uses &row : rows)
+        for (const Use &use : row)
+            if (std::none_of(all.begin(), all.end(), [&](const Use &known) { return known.down == use.down; })) all.push_back(use);
+    const Tensor no_down = zeros(down), no_up = zeros(up);
+    if (all.empty()) all.push_back({&no_down, &no_up, 0.0f});
+    std::vector<const Tensor *> downs, ups;
     std::int64_t rank = 0;
-    for (const auto &[_, own] : ranks) rank += own;
-    Shape shape(spec.shape.size(), 1);
+    for (const Use &use : all) {
+        downs.push_back(use.down);
+        ups.push_back(use.up);
+        rank += use.rank();
+    }
+    Shape shape(scale.shape.size(), 1);
     shape[0] = static_cast<std::int64_t>(rows.size());
-    shape[linear ? shape.size() - 1 : 1] = rank;
-    Tensor made = Tensor::zeros<float>(shape);
-    float *out = made.as<float>();
-    for (const Mixture &row : rows)
-        for (const auto &[adapter, own] : ranks) {
-            const auto used = std::find_if(row.begin(), row.end(), [&, a = adapter](const auto &use) { return use.first.get() == a; });
-            out = std::fill_n(out, own, used == row.end() ? 0.0f : used->second);
+    shape[1] = rank;
+    Beside made{joined(downs, rank_axis_of_down(downs[0]->shape)), joined(ups, rank_axis_of_up(ups[0]->shape)),
+                Tensor::zeros<float>(shape)};
+    float *strengths = made.scale.as<float>();
+    for (const Uses &row : rows)
+        for (const Use &use : all) {
+            const auto own = std::find_if(row.begin(), row.end(), [&](const Use &each) { return each.down == use.down; });
+            strengths = std::fill_n(strengths, use.rank(), own == row.end() ? 0.0f : own->strength);
         }
     return made;
 }
@@ -224,51 +295,42 @@ bool is_branch_input(const std::string &name) {
 }
 
 Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std::vector<Mixture> &rows) {
-    std::vector<const Adapter *> adapters;  // in the order in which rows name them
-    for (const Mixture &row : rows)
-        for (const auto &[adapter, _] : row)
-            if (std::find(adapters.begin(), adapters.end(), adapter.get()) == adapters.end()) adapters.push_back(adapter.get());
     std::set<std::string> layers;
     for (const TensorSpec &input : graph.inputs)
         if (is_branch_input(input.name) && ends_with(input.name, DOWN))
             layers.insert(input.name.substr(std::strlen(BRANCH), input.name.size() - std::strlen(BRANCH) - std::strlen(DOWN)));
-    for (const Adapter *adapter : adapters)
-        if (const auto factors = adapter->factors.find(name); factors != adapter->factors.end())
-            for (const auto &[layer, _] : factors->second)
-                if (layers.count(layer) == 0)
-                    throw InputError(join(adapter->path.string(), " changes ", layer, " of ", name, ", which this bundle has no "
-                                          "branch for. Run ldm-export lora with this bundle and the adapter's own file once more."));
+    for (const Mixture &row : rows)
+        for (const auto &[adapter, _] : row)
+            if (const auto factors = adapter->factors.find(name); factors != adapter->factors.end())
+                for (const auto &[layer, __] : factors->second)
+                    if (layers.count(layer) == 0)
+                        throw InputError(join(adapter->path.string(), " changes ", layer, " of ", name, ", which this bundle has "
+                                              "no branch for. Run ldm-export lora with this bundle and the adapter's own file "
+                                              "once more."));
     Tensors found;
     for (const std::string &layer : layers) {
-        const auto spec = [&](const char *role) -> const TensorSpec & {
-            const TensorSpec *input = graph.input(BRANCH + layer + role);
-            if (input == nullptr) throw BundleError(join(graph.path, " has a branch without ", role, ". Make it anew."));
-            return *input;
-        };
-        const TensorSpec &down = spec(DOWN), &up = spec(UP), &scale = spec(SCALE);
-        std::vector<const Tensor *> downs, ups;
-        std::vector<std::pair<const Adapter *, std::int64_t>> ranks;
-        for (const Adapter *adapter : adapters) {
-            const auto factors = adapter->factors.find(name);
-            if (factors == adapter->factors.end()) continue;
-            const auto own = factors->second.find(layer);
-            if (own == factors->second.end()) continue;
-            const auto &[first, second] = own->second;
-            if (!fits(first, down.shape) || !fits(second, up.shape))
-                throw InputError(join("An adapter's factors for ", layer, " of ", name, " have other shapes than its branch takes."));
-            downs.push_back(&first);
-            ups.push_back(&second);
-            ranks.emplace_back(adapter, first.shape[rank_axis_of_down(first.shape)]);
+        const TensorSpec *down = graph.input(BRANCH + layer + DOWN), *up = graph.input(BRANCH + layer + UP);
+        const TensorSpec *scale = graph.input(BRANCH + layer + SCALE);
+        const std::size_t least = scale == nullptr ? 3 : 2;
+        if (up == nullptr || down->shape.size() < least || up->shape.size() < least)
+            throw BundleError(join(graph.path, " has no whole branch beside ", layer, ". Make it anew."));
+        std::vector<Uses> uses;
+        for (const Mixture &row : rows) {
+            uses.push_back(uses_of(row, name, layer));
+            for (const Use &use : uses.back())
+                if (!fits(*use.down, down->shape) || !fits(*use.up, up->shape))
+                    throw InputError(join("An adapter's factors for ", layer, " of ", name, " have other shapes than its branch takes."));
         }
-        const Tensor no_down = zeros(down), no_up = zeros(up);
-        if (downs.empty()) {  // a layer that none of them changes: one rank of zeros
-            downs.push_back(&no_down);
-            ups.push_back(&no_up);
-            ranks.emplace_back(nullptr, 1);
+        if (scale == nullptr) {
+            auto [first, second] = by_row(*down, *up, uses);
+            found[down->name] = std::move(first);
+            found[up->name] = std::move(second);
+            continue;
         }
-        found[scale.name] = scale_of(scale, rows, ranks, down.shape.size() == 2);
-        found[down.name] = joined(downs, rank_axis_of_down(downs[0]->shape));
-        found[up.name] = joined(ups, rank_axis_of_up(ups[0]->shape));
+        Beside beside = side_by_side(*down, *up, *scale, uses);
+        found[down->name] = std::move(beside.down);
+        found[up->name] = std::move(beside.up);
+        found[scale->name] = std::move(beside.scale);
     }
     return found;
 }
