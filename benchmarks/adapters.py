@@ -98,6 +98,19 @@ def measure(bundle: Bundle, case: str, size: int | None, rounds: int) -> dict[st
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """The rows of docs/adapters.md: cost by case, a column a model."""
+    cases = [case for case in CASES if any(case in model["cases"] for model in results.values())]
+    rows = [["adapter, rank", *results], ["---", *("---:" for _ in results)]]
+    for case in cases:
+        found = [model["cases"].get(case) for model in results.values()]
+        layers = next(each["layers"] for each in found if each)
+        cells = [f"{each['with_over_without']:.2f}x" if each else "" for each in found]
+        which, _, rank = case.rpartition("-")
+        rows.append([f"{which}, {rank} ({layers} layers of {next(iter(results))})", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -118,6 +131,7 @@ def main() -> None:
         kept[options.name]["cases"][case] = found
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
         print(f"{options.name}: {case}: {found['with_over_without']:.3f}x, {found['layers']} layers", flush=True)
+    print(table(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":
