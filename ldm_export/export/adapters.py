@@ -24,6 +24,8 @@ from ldm_export.adapters import Adapter, Factors, merged, read_adapter
 from ldm_export.adapters.low_rank import low_rank
 from ldm_export.adapters.names import Layer
 from ldm_export.bundle import Bundle, export_error
+from ldm_export.bundle.adapters import FORMAT, Mixture, branch_arrays, rank_of
+from ldm_export.bundle.adapters import Adapter as BundleAdapter
 from ldm_export.bundle.atomic import check_output, move_into_place, partial_folder, write_whole
 from ldm_export.bundle.parity import TOLERANCE, largest_error
 from ldm_export.bundle.targets.base import (
@@ -47,8 +49,6 @@ from ldm_export.graph.branches import FLOAT, add_branches, branch_specs
 from ldm_export.graph.files import check_links, save
 from ldm_export.graph.layers import LayerProduct, layers_of, nameless_products
 from ldm_export.graph.running import session_options
-from ldm_export.runtime.adapters import FORMAT, Mixture, branch_arrays, rank_of
-from ldm_export.runtime.adapters import Adapter as BundleAdapter
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str], None]

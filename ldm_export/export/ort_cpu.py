@@ -55,7 +55,7 @@ COSTLY = {"Conv", "FusedMatMul", "Gemm", "MatMul"}
 """Operators for whose sake it is worth to call a graph of its own."""
 SMALLEST_OUTSIDE_BYTES = 1024
 SHARE = np.float32(0.1)
-"""Of the size of N(0, I), what branches of adapters are compared with."""
+"""Standard deviation of the factors that graphs with branches are compared with."""
 SIZES = (
     {"batch": 2, "height": 8, "width": 16, "tokens": 7},
     {"batch": 1, "height": 16, "width": 8, "tokens": 5},

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.adapters import Mixture
 from ldm_export.contract import TextEncoder, conditions_of
 from ldm_export.errors import BundleError
-from ldm_export.runtime.adapters import AdaptedGraph, Mixture, changes
+from ldm_export.runtime.adapters import AdaptedGraph, changes
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.graph import Array, Graph

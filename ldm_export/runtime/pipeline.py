@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.adapters import branch_arrays
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.bundle.plans import check_plans
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
-from ldm_export.runtime.adapters import branch_arrays, changes
+from ldm_export.runtime.adapters import changes
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import Conditioning

@@ -9,12 +9,13 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.adapters import Mixture
 from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
 from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
-from ldm_export.runtime.adapters import Mixture, mixtures_for
+from ldm_export.runtime.adapters import mixtures_for
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.adapters import Adapter
 from ldm_export.errors import InputError
 from ldm_export.export.adapters import make_adapter
 from ldm_export.export.ort_cpu import build_ort_cpu
@@ -27,7 +28,6 @@ from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.runtime import Pipeline
-from ldm_export.runtime.adapters import Adapter
 from ldm_export.verify.metrics import psnr_db
 from tests.adapters.peft_files import (
     CONFIGS,

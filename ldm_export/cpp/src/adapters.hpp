@@ -1,5 +1,5 @@
 // Adapters that are given when a picture is drawn: read from their files, and laid out as a graph's branches take them; as
-// ldm_export/runtime/adapters.py, whose docstring has the file's form.
+// ldm_export/bundle/adapters.py, whose docstring has the file's form.
 #pragma once
 
 #include "bundle.hpp"
