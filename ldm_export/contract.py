@@ -236,8 +236,9 @@ def labels_of(graphs: Mapping[str, GraphSpec], roles: Roles) -> TensorSpec:
     return TensorSpec("class_labels", inputs[0].dtype, inputs[0].shape)
 
 
-BRANCH = ("down", "up", "scale")
-"""Inputs of a layer's branch, in a graph that takes adapters (:mod:`ldm_export.graph.branches`); some have no scale."""
+BRANCH = ("down", "up", "scale", "gain")
+"""Inputs of a layer's branch, in a graph that takes adapters (:mod:`ldm_export.graph.branches`); the first two are in
+all."""
 
 
 def branch_input(layer: str, role: str) -> str:

@@ -21,12 +21,14 @@ from onnx_ir.passes.common import ShapeInferencePass
 from safetensors.numpy import save as safetensors_bytes
 
 from ldm_export.adapters import Adapter, Factors, merged, read_adapter
+from ldm_export.adapters.factors import delta
 from ldm_export.adapters.low_rank import low_rank
 from ldm_export.adapters.names import Layer
 from ldm_export.bundle import Bundle, export_error
-from ldm_export.bundle.adapters import FORMAT, Mixture, branch_arrays, rank_of
+from ldm_export.bundle.adapters import FORMAT, NEEDED, OF_DORA, LayerFactors, Mixture
 from ldm_export.bundle.adapters import Adapter as BundleAdapter
 from ldm_export.bundle.atomic import check_output, move_into_place, partial_folder, write_whole
+from ldm_export.bundle.branches import branch_arrays
 from ldm_export.bundle.parity import TOLERANCE, largest_error
 from ldm_export.bundle.targets.base import (
     ADAPTERS,
@@ -41,19 +43,19 @@ from ldm_export.bundle.targets.base import (
     write_target,
 )
 from ldm_export.checkpoint.merging import named_layers
-from ldm_export.contract import BRANCH, GraphSpec, branch_layers
+from ldm_export.contract import GraphSpec, branch_input, branch_layers
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.ort_cpu import build_adapters_ort_cpu, seeded_calls
 from ldm_export.graph.base import Array
-from ldm_export.graph.branches import FLOAT, add_branches, branch_specs
+from ldm_export.graph.branches import add_branches, branch_specs
 from ldm_export.graph.files import check_links, save
 from ldm_export.graph.layers import LayerProduct, layers_of, nameless_products
 from ldm_export.graph.running import session_options
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
-Layers = Mapping[str, Collection[str]]
-"""Names of layers, by graph."""
+Layers = Mapping[str, Mapping[str, bool]]
+"""Names of layers by graph, and whether their branches have a gain."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,13 @@ def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress
 
     Parameters
     ----------
-    path : LoRA, LoHa or LoKr, as `ldm_export.adapters.read_adapter` reads them
+    path : LoRA, LoHa, LoKr or DoRA, as `ldm_export.adapters.read_adapter` reads them
     output : the file, ``.ldma``, in the place of one that is there
 
     Raises
     ------
     InputError
-        If the adapter cannot be read, is of another model, or is DoRA, whose change depends on the weights.
+        If the adapter cannot be read, is of another model, or is DoRA that a branch beside a layer cannot do.
     ExportError
         If a graph with branches is not the graph without them, or the target cannot be written.
     """
@@ -100,11 +102,14 @@ def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress
     _check(bundle, adapter, {name: nameless_products(model) for name, model in models.items()})
     changes = {name: adapter.layers[component[name]] for name in models if component[name] in adapter.layers}
     factors = {
-        name: {layer: _as_inputs(*low_rank(each, products[name][layer].shape)) for layer, each in layers.items()}
+        name: {layer: _for_branch(each, products[name][layer], path) for layer, each in layers.items()}
         for name, layers in changes.items()
     }
     del models, products
-    target = _with_branches(bundle, {name: set(layers) for name, layers in changes.items()}, progress)
+    wanted = {
+        name: {layer: each.magnitude is not None for layer, each in layers.items()} for name, layers in changes.items()
+    }
+    target = _with_branches(bundle, wanted, progress)
     networks = {name: bundle.manifest.source["sha256"][component[name]] for name in changes}
     made = BundleAdapter(output, adapter.sha256, networks, factors)
     errors = []
@@ -116,7 +121,7 @@ def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress
     return MadeAdapter(
         output,
         {name: len(layers) for name, layers in changes.items()},
-        max(rank_of(down) for layers in factors.values() for down, _ in layers.values()),
+        max(each.rank for layers in factors.values() for each in layers.values()),
         adapter.unmatched,
         max(known) if len(known) == len(errors) else None,
     )
@@ -140,12 +145,6 @@ def _named(component: str, products: Mapping[str, LayerProduct]) -> dict[str, La
 
 def _check(bundle: Bundle, adapter: Adapter, nameless: Mapping[str, int]) -> None:
     """Refuse what would be applied in part, and say what is left out."""
-    dora = any(each.magnitude is not None for layers in adapter.layers.values() for each in layers.values())
-    if dora:
-        raise InputError(
-            f"{adapter.file} is DoRA, which scales the weights themselves, and these are fixed when a bundle is drawn. "
-            f"Merge it: ldm-export export CHECKPOINT -o BUNDLE --lora {adapter.file}"
-        )
     if adapter.unmatched and any(nameless.values()):
         raise InputError(
             f"{adapter.file} has {adapter.unmatched[0]!r}, and {sum(nameless.values())} weights of {bundle.path} have "
@@ -158,11 +157,32 @@ def _check(bundle: Bundle, adapter: Adapter, nameless: Mapping[str, int]) -> Non
         )
 
 
-def _as_inputs(down: Array, up: Array) -> tuple[Array, Array]:
-    """Factors in the shapes that branches take."""
+def _for_branch(factors: Factors, product: LayerProduct, file: Path) -> LayerFactors:
+    """What a layer's branch takes of an adapter.
+
+    Raises
+    ------
+    InputError
+        If it is DoRA that scales inputs, or that would scale weights that are rounded.
+    """
+    down, up = low_rank(factors, product.shape)
     if down.ndim == 2:
-        return np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)
-    return np.ascontiguousarray(down), np.ascontiguousarray(up[:, :, None, None])
+        arrays = np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)
+    else:
+        arrays = np.ascontiguousarray(down), np.ascontiguousarray(up[:, :, None, None])
+    if factors.magnitude is None:
+        return LayerFactors(*arrays)
+    weight = product.weight
+    if factors.magnitude_axis != 0 or weight is None:
+        why = "that scales a layer's inputs" if weight is not None else "and this bundle's weights are rounded"
+        raise InputError(
+            f"{file} is DoRA, {why}, which a branch beside the layer cannot do. Merge it: ldm-export export CHECKPOINT "
+            f"-o BUNDLE --lora {file}"
+        )
+    own = weight.reshape(len(weight), -1).astype(np.float64)
+    change = delta(factors, weight.shape).reshape(own.shape)
+    norms = np.stack([(own * own).sum(1), (own * change).sum(1), (change * change).sum(1)])
+    return LayerFactors(*arrays, np.asarray(factors.magnitude, np.float32).reshape(-1), norms.astype(np.float32))
 
 
 def _content(adapter: BundleAdapter, name: str) -> bytes:
@@ -170,8 +190,9 @@ def _content(adapter: BundleAdapter, name: str) -> bytes:
     tensors = {
         f"{graph}/{layer}.{role}": array
         for graph, layers in adapter.factors.items()
-        for layer, pair in layers.items()
-        for role, array in zip(BRANCH, pair, strict=False)
+        for layer, factors in layers.items()
+        for role in (*NEEDED, *OF_DORA)
+        if (array := getattr(factors, role)) is not None
     }
     networks = json.dumps(dict(adapter.networks))
     metadata = {"format": FORMAT, "name": name, "sha256": adapter.sha256, "networks": networks}
@@ -182,11 +203,19 @@ def _with_branches(bundle: Bundle, layers: Layers, progress: Progress) -> Target
     """The target ``adapters`` with branches at least beside these layers, made or made larger where it must be, and
     with it the one for this machine's CPU, where the bundle has such a target."""
     there = read_target(bundle, ADAPTERS, {})
-    known: dict[str, set[str]] = {}
+    known: dict[str, dict[str, bool]] = {}
     if isinstance(there, Target):
         for name, graph in there.graphs.items():
-            known[name] = set(branch_layers(GraphSpec("", tuple(branch_specs(there.file(graph.path))), ())))
-    wanted = {name: known.get(name, set()) | set(layers.get(name, ())) for name in (*known, *layers)}
+            spec = GraphSpec("", tuple(branch_specs(there.file(graph.path))), ())
+            names = {tensor.name for tensor in spec.inputs}
+            known[name] = {layer: branch_input(layer, "gain") in names for layer in branch_layers(spec)}
+    wanted = {
+        name: {
+            layer: known.get(name, {}).get(layer, False) or layers.get(name, {}).get(layer, False)
+            for layer in (*known.get(name, {}), *layers.get(name, {}))
+        }
+        for name in (*known, *layers)
+    }
     made = there if isinstance(there, Target) and wanted == known else _build(bundle, wanted, progress)
     version = onnxruntime.__version__
     has_cpu = isinstance(read_target(bundle, ORT_CPU, needs_of(version)), Target)
@@ -205,7 +234,7 @@ def _build(bundle: Bundle, layers: Layers, progress: Progress) -> Target:
                 progress(f"{name}: branches beside {len(layers[name])} layers")
                 model = _plain(bundle, name)
                 ShapeInferencePass()(model)
-                add_branches(model, layers[name])
+                add_branches(model, layers[name], [layer for layer, gain in layers[name].items() if gain])
                 save(model, folder / f"{name}.onnx")
                 graphs[name] = TargetGraph(f"{name}.onnx", {})
                 errors[name] = _without_effect(bundle, name, folder / f"{name}.onnx")
@@ -249,20 +278,18 @@ def _compared(
     """
     model, spec = _plain(bundle, name), bundle.manifest.graphs[name]
     products = layers_of(model)
-    weights = {layer: products[layer].node.inputs[1] for layer in changes}
-    if any(value is None or value.const_value is None or value.dtype != FLOAT for value in weights.values()):
+    weights = {layer: products[layer].weight for layer in changes}
+    if any(weight is None for weight in weights.values()):
         return None
     file = target.file(target.graphs[name].path)
     calls = _calls(bundle, spec, file, ((adapter, 1.0),))
     own = [tensor.name for tensor in spec.inputs]
     for layer, factors in changes.items():
-        product, value = products[layer], weights[layer]
+        changed = merged(np.asarray(weights[layer]), factors, 1.0)
+        value = products[layer].node.inputs[1]
         assert value is not None
-        assert value.const_value is not None
-        weight = value.const_value.numpy()
-        turned = product.node.op_type == "MatMul"
-        changed = merged(weight.T if turned else weight, factors, 1.0)
-        value.const_value = ir.tensor(np.ascontiguousarray(changed.T if turned else changed, np.float32))
+        stored = changed.T if products[layer].is_transposed else changed
+        value.const_value = ir.tensor(np.ascontiguousarray(stored, np.float32))
     with tempfile.TemporaryDirectory(dir=target.folder.parent) as temporary:
         ir.save(model, Path(temporary) / "merged.onnx", external_data="merged.onnx_data")
         expected = _results(Path(temporary) / "merged.onnx", spec, [{key: call[key] for key in own} for call in calls])

@@ -229,7 +229,7 @@ def seeded_calls(bundle: Bundle, spec: GraphSpec) -> list[dict[str, Array]]:
     for sizes in SIZES:
         tensors = random_inputs(
             spec,
-            {**{size: sizes["batch"] if size.endswith(".rows") else 3 for size in free}, **sizes},
+            {**{size: sizes["batch"] if size.endswith((".rows", ".gains")) else 3 for size in free}, **sizes},
             model["pixels_per_latent"],
             int(model.get("class_count") or 2),
             model.get("patch_size", 1),

@@ -15,6 +15,9 @@ for every rank: y = W x + up (scale * (down x)),
     of a linear layer   down (in, rank)           up (rank, out)        scale (rows, rank)
     of a convolution    down (rank, in, kh, kw)   up (out, rank, 1, 1)  scale (rows, rank, 1, 1)
 
+A layer that some adapter scales (DoRA, 2402.09353) also has an input gain, (rows or 1, ..., out), or of a convolution
+(rows or 1, out, 1, 1), 1 where none does: y' = gain * y, but for the bias.
+
 Everything is in standard operators and float32.
 """
 
@@ -32,8 +35,12 @@ from ldm_export.graph.layers import LayerProduct, layers_of
 FLOAT = ir.DataType.FLOAT
 
 
-def add_branches(model: ir.Model, layers: Collection[str]) -> list[TensorSpec]:
+def add_branches(model: ir.Model, layers: Collection[str], scaled: Collection[str] = ()) -> list[TensorSpec]:
     """Put a branch beside each of these layers, in place; gives the graph's new inputs.
+
+    Parameters
+    ----------
+    scaled : those among them that have a gain
 
     Raises
     ------
@@ -45,7 +52,7 @@ def add_branches(model: ir.Model, layers: Collection[str]) -> list[TensorSpec]:
         raise ExportError(f"The graph has no layer {missing[0]!r} that a branch can be put beside.")
     specs = []
     for name in sorted(layers):
-        specs += _add_branch(model.graph, name, found[name])
+        specs += _add_branch(model.graph, name, found[name], gain=name in scaled)
     return specs
 
 
@@ -63,7 +70,7 @@ def branch_specs(file: Path) -> list[TensorSpec]:
     ]
 
 
-def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorSpec]:
+def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct, *, gain: bool) -> list[TensorSpec]:
     x, y, nodes = layer.x, layer.y, list[ir.Node]()  # branches that were put in before may have changed them
     if x is None or y is None or x.shape is None:
         raise ExportError(f"What {name} reads has axes that are not known. Export the bundle anew.")
@@ -77,6 +84,8 @@ def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorS
     else:
         leading: tuple[int | str, ...] = (f"{name}.rows", *[1] * (axes - 3))
         shapes = {"down": (*leading, into, rank), "up": (*leading, rank, out)}
+    if gain:
+        shapes["gain"] = (f"{name}.gains", out, 1, 1) if kernel else (f"{name}.gains", *[1] * (axes - 2), out)
     inputs = {role: _input(graph, branch_input(name, role), shape) for role, shape in shapes.items()}
 
     def node(op_type: str, *values: ir.Value, **attributes: int) -> ir.Value:
@@ -98,7 +107,16 @@ def _add_branch(graph: ir.Graph, name: str, layer: LayerProduct) -> list[TensorS
     if own_type != FLOAT:
         change = node("Cast", change, to=int(own_type))
     readers = list(y.uses())
-    total = node("Add", y, change)
+    bias = layer.node.inputs[2] if gain and len(layer.node.inputs) > 2 else None
+    if bias is not None and kernel:
+        shape = ir.Value(name=f"{name}.bias_shape", const_value=ir.tensor([1, -1, 1, 1]))
+        graph.register_initializer(shape)
+        bias = node("Reshape", bias, shape)
+    total = node("Add", y if bias is None else node("Sub", y, bias), change)
+    if gain:
+        total = node("Mul", total, inputs["gain"])
+    if bias is not None:
+        total = node("Add", total, bias)
     total.shape, total.type = y.shape, y.type
     maker = y.producer()
     assert maker is not None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from ldm_export.graph.base import Array
+
 TRANSPOSED = ".transposed"
 NAME = re.compile(r"network\.(.+)\.weight((?:\.(?:transposed|part_\d+|integer|quantized|half))*)")
 PRODUCTS = {"Conv", "Gemm", "MatMul", "MatMulInteger"}
@@ -31,6 +33,20 @@ class LayerProduct:
 
     node: ir.Node
     shape: tuple[int, ...]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        return self.node.op_type in ("MatMul", "MatMulInteger")
+
+    @property
+    def weight(self) -> Array | None:
+        """The layer's weight in float32, of ``shape``; None where it is stored otherwise."""
+        value = self.node.inputs[1]
+        if value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+            return None
+        found = value.const_value.numpy()
+        return found.T if self.is_transposed else found
 
     @property
     def x(self) -> ir.Value | None:
@@ -67,7 +83,7 @@ def layers_of(model: ir.Model) -> dict[str, LayerProduct]:
         sizes = weight.shape.numpy()
         if ".part_" in match[2] or node.attributes.get_int("group", 1) != 1:
             continue
-        if node.op_type in ("MatMul", "MatMulInteger"):
+        if LayerProduct(node, sizes).is_transposed:
             sizes = sizes[::-1]
         elif node.op_type == "Gemm" and not node.attributes.get_int("transB", 0):
             continue

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ldm_export.bundle.adapters import HOW_TO_MAKE, Adapter, Mixture, branch_arrays
+from ldm_export.bundle.adapters import HOW_TO_MAKE, Adapter, Mixture
+from ldm_export.bundle.branches import branch_arrays
 from ldm_export.contract import GraphSpec
 from ldm_export.errors import InputError
 from ldm_export.runtime.graph import Array, Graph

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.bundle.adapters import branch_arrays
+from ldm_export.bundle.branches import branch_arrays
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.bundle.plans import check_plans
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ldm_export.bundle import Bundle
 from ldm_export.export.adapters import make_adapter
 from ldm_export.runtime import Pipeline
-from tests.adapters.peft_files import as_diffusers, as_kohya, lora_factors
+from tests.adapters.peft_files import CONFIGS, as_diffusers, as_kohya, lora_factors, peft_adapter
 from tests.cpp.test_same import assert_same, drawn, seeds
 
 pytestmark = [
@@ -74,6 +74,27 @@ def test_same_pictures_with_adapters(
     assert np.abs(expected.latents[0] - python.generate(PROMPTS[:1], seed=7, **options).latents[0]).max() > 0.1
     bare = drawn(cpp, PROMPTS[:1], sampler=b"ddim", steps=10, guidance=4.0, seed=7)
     assert_same(bare, python.generate(PROMPTS[:1], seed=7, **options))
+
+
+def test_same_pictures_with_dora(
+    adapters: tuple[Path, list[Path]],
+    tiny_checkpoint: Path,
+    open_cpp: Callable[..., Any],
+    binding: ModuleType,
+    tmp_path: Path,
+) -> None:
+    bundle, (_, two) = adapters
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    peft_adapter(CONFIGS["dora"](), tiny_checkpoint, tmp_path / "peft", 1.0)
+    dora = make_adapter(Bundle.open(copy), tmp_path / "peft", tmp_path / "dora.ldma").path
+    cpp, python = open_cpp(copy, warn=pytest.fail), Pipeline.open(copy, backend="cpu")
+    options: dict[str, Any] = {"steps": 10, "guidance": 4.0}
+    result = drawn(cpp, PROMPTS[:2], seeds=seeds((7, 8)), **given([dora, two], [0.8, 0.4], [0, 1]), **options)
+    expected = python.generate(PROMPTS[:2], seed=[7, 8], adapters=[[(dora, 0.8)], [(two, 0.4)]], **options)
+    assert_same(result, expected)
+    assert np.abs(expected.latents - python.generate(PROMPTS[:2], seed=[7, 8], **options).latents).max() > 0.1
+    with pytest.raises(binding.LdmError, match="is DoRA and another one change"):
+        drawn(cpp, PROMPTS[:1], **given([dora, two], [0.8, 0.4]))
 
 
 @pytest.mark.parametrize(

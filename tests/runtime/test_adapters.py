@@ -97,7 +97,7 @@ def test_pictures_are_those_of_diffusers(
     assert np.array_equal(pipeline.generate("a red circle", **DRAWN).images, bare)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "dora"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_kinds_of_peft(kind: str, bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
     judge = peft_adapter(CONFIGS[kind](), tiny_checkpoint, tmp_path / "peft", SCALE)
     made = make_adapter(bundle, tmp_path / "peft", tmp_path / "style.ldma")
@@ -175,7 +175,7 @@ def test_branches_beside_rounded_weights(form: str, tiny_bundle: Path, tmp_path:
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     add_branches(model, [layer])
     names = {str(value.name): value for node in model.graph for value in node.outputs}
-    added = next(node for node in model.graph if node.op_type == "Add" and node.name == f"{layer}.Add_3")
+    added = next(node for node in model.graph if node.op_type == "Add" and node.name == f"{layer}.Add_2")
     down = next(node for node in model.graph if node.name == f"{layer}.MatMul_0")
     assert added.inputs[0] is not None
     assert added.inputs[0].name in names
@@ -187,12 +187,12 @@ def test_branches_beside_rounded_weights(form: str, tiny_bundle: Path, tmp_path:
     generator = np.random.default_rng(0)
     given: dict[str, Any] = {"timestep": np.float32([431, 17])}
     for value in session.get_inputs():
-        sizes = {"batch": 2, "height": 8, "width": 8, "tokens": 16, f"{layer}.rank": 3}
+        sizes = {"batch": 2, "height": 8, "width": 8, "tokens": 16, f"{layer}.rank": 3, f"{layer}.rows": 2}
         shape = [sizes.get(size, 16) if isinstance(size, str) else size for size in value.shape]
         given.setdefault(value.name, generator.standard_normal(shape).astype(np.float32))
     x, y, total = session.run(read, given)
     specs = {spec.name.rpartition(".")[2]: given[spec.name] for spec in branch_specs(tmp_path / "branches.onnx")}
-    expected = (x @ specs["down"] * specs["scale"]) @ specs["up"]
+    expected = x @ specs["down"] @ specs["up"]
     assert np.abs(total - y - expected).max() < 1e-4 * np.abs(expected).max()
 
 
@@ -222,10 +222,29 @@ def test_an_int8_bundle_takes_them_too(bundle: Bundle, factors: dict[str, Any], 
 
 
 class TestRefusals:
-    def test_dora(self, bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def test_dora_beside_another(
+        self, bundle: Bundle, tiny_checkpoint: Path, factors: dict[str, Any], tmp_path: Path
+    ) -> None:
         peft_adapter(CONFIGS["dora"](), tiny_checkpoint, tmp_path / "peft", 1.0)
-        with pytest.raises(InputError, match=r"is DoRA.*Merge it: ldm-export export"):
-            make_adapter(bundle, tmp_path / "peft", tmp_path / "style.ldma")
+        save_file(as_diffusers({"unet": factors["unet"]}), tmp_path / "style.safetensors")
+        files = tmp_path / "peft", tmp_path / "style.safetensors"
+        dora, plain = (make_adapter(bundle, file, tmp_path / f"{file.stem}.ldma").path for file in files)
+        pipeline = Pipeline.open(bundle.path, backend="cpu")
+        with pytest.raises(InputError, match=r"is DoRA and another one change .* Give one of them, or merge them"):
+            pipeline.generate("a red circle", adapters=[(dora, 1.0), (plain, 1.0)], **DRAWN)
+        prompts, seeds = ["a red circle"] * 2, [5, 6]
+        batch = pipeline.generate(prompts, adapters=[[(dora, 0.7)], [(plain, 0.7)]], **{**DRAWN, "seed": seeds})
+        for number, adapter in enumerate((dora, plain)):
+            single = pipeline.generate(prompts[0], adapters=[(adapter, 0.7)], **{**DRAWN, "seed": seeds[number]})
+            assert np.abs(single.latents[0] - batch.latents[number]).max() < 1e-4 * np.abs(single.latents).max()
+
+    def test_dora_that_a_branch_cannot_do(self, bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
+        peft_adapter(CONFIGS["dora"](), tiny_checkpoint, tmp_path / "peft", 1.0)
+        path = bundle.file("unet/model.onnx")
+        onnx.save(QuantizeDynamic(smallest=1).apply(onnx.load(path), []).model, path)
+        list_anew(bundle.path, "unet/model.onnx")
+        with pytest.raises(InputError, match=r"is DoRA, and this bundle's weights are rounded.*Merge it"):
+            make_adapter(Bundle.open(bundle.path), tmp_path / "peft", tmp_path / "style.ldma")
         assert not (tmp_path / "style.ldma").exists()
         assert not (bundle.path / "targets").exists()
 

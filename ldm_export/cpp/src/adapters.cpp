@@ -19,7 +19,8 @@ namespace {
 
 constexpr const char *FORMAT = "ldm_export adapter 1";
 constexpr const char *HOW_TO_MAKE = "Make it with: ldm-export lora BUNDLE ADAPTER.safetensors -o ADAPTER.ldma";
-constexpr const char *BRANCH = "lora.", *DOWN = ".down", *UP = ".up", *SCALE = ".scale";
+constexpr const char *BRANCH = "lora.", *DOWN = ".down", *UP = ".up", *SCALE = ".scale", *GAIN = ".gain";
+constexpr const char *MAGNITUDE = ".magnitude", *NORMS = ".norms";
 constexpr std::uint64_t MOST_HEADER_BYTES = 16 << 20;
 constexpr double LARGEST_STRENGTH = 1000;
 constexpr std::size_t REMEMBERED = 16;  // files that are kept in memory after they were read
@@ -28,9 +29,17 @@ bool ends_with(const std::string &text, const std::string &end) {
     return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-// Linear layers have factors of two axes, convolutions of four; this is the axis of the rank.
+// Linear layers have factors of two axes, convolutions of four; this is the axis of the rank, in `up` the other one.
 std::size_t rank_axis_of_down(const Shape &down) { return down.size() == 2 ? 1 : 0; }
 std::size_t rank_axis_of_up(const Shape &up) { return up.size() == 2 ? 0 : 1; }
+
+bool go_together(const LayerFactors &factors) {
+    const Shape &down = factors.down.shape, &up = factors.up.shape;
+    if (down.size() != up.size() || (down.size() != 2 && down.size() != 4) || factors.rank() != up[rank_axis_of_up(up)])
+        return false;
+    const std::int64_t out = up[1 - rank_axis_of_up(up)];
+    return !factors.magnitude || (factors.norms && factors.magnitude->shape == Shape{out} && factors.norms->shape == Shape{3, out});
+}
 
 Tensor tensor_from(const std::string &name, const Json &entry, std::string_view data) {
     const MalformedError wrong("'" + name + "' is not float32 of the size that it says");
@@ -73,22 +82,26 @@ Adapter adapter_from(std::string_view content) {
     for (const auto &[name, tensor] : arrays) {
         const std::size_t slash = std::min(name.find('/'), name.size()), dot = std::min(name.rfind('.'), name.size());
         const std::string graph = name.substr(0, slash), role = name.substr(dot);
-        if (adapter.networks.count(graph) == 0 || slash >= dot || (role != DOWN && role != UP))
-            throw MalformedError("it has '" + name + "', which is no factor of a graph that it names");
-        if (role == UP) continue;
-        const std::string layer = name.substr(slash + 1, dot - slash - 1);
-        const auto up = arrays.find(name.substr(0, dot) + UP);
-        if (up == arrays.end()) throw MalformedError("one of its factors lacks the other, or a graph has none");
-        const Shape &first = tensor.shape, &second = up->second.shape;
-        if (first.size() != second.size() || (first.size() != 2 && first.size() != 4) ||
-            first[rank_axis_of_down(first)] != second[rank_axis_of_up(second)])
-            throw MalformedError("its factors of " + layer + " have shapes that do not go together");
-        adapter.factors[graph].emplace(layer, std::make_pair(tensor, up->second));
+        const bool known = role == DOWN || role == UP || role == MAGNITUDE || role == NORMS;
+        if (adapter.networks.count(graph) == 0 || slash >= dot || !known)
+            throw MalformedError("it has '" + name + "', which is nothing of a graph that it names");
+        if (role != DOWN) continue;
+        const std::string key = name.substr(0, dot), layer = name.substr(slash + 1, dot - slash - 1);
+        const auto part = [&](const char *of) {
+            const auto found = arrays.find(key + of);
+            return found == arrays.end() ? std::nullopt : std::optional<Tensor>(found->second);
+        };
+        const std::optional<Tensor> up = part(UP);
+        if (!up) throw MalformedError("it has no whole factors of " + layer);
+        const LayerFactors factors{tensor, *up, part(MAGNITUDE), part(NORMS)};
+        if (!go_together(factors)) throw MalformedError("what it has of " + layer + " does not go together");
+        adapter.factors[graph].emplace(layer, factors);
     }
-    std::size_t layers = 0;
-    for (const auto &[_, factors] : adapter.factors) layers += factors.size();
-    if (2 * layers != arrays.size() || adapter.factors.size() != adapter.networks.size())
-        throw MalformedError("one of its factors lacks the other, or a graph has none");
+    std::size_t used = 0;
+    for (const auto &[_, factors] : adapter.factors)
+        for (const auto &[__, own] : factors) used += 2 + (own.magnitude ? 1 : 0) + (own.norms ? 1 : 0);
+    if (used != arrays.size()) throw MalformedError("it has parts of a layer without the others");
+    if (adapter.factors.size() != adapter.networks.size()) throw MalformedError("it has nothing of a graph that it names");
     return adapter;
 }
 
@@ -167,15 +180,8 @@ Tensor joined(const std::vector<const Tensor *> &parts, std::size_t axis) {
     return whole;
 }
 
-// The factors of one layer that a row is drawn with, and their strengths.
-struct Use {
-    const Tensor *down, *up;
-    float strength;
-
-    bool operator==(const Use &other) const { return down == other.down && strength == other.strength; }
-    std::int64_t rank() const { return down->shape[rank_axis_of_down(down->shape)]; }
-};
-using Uses = std::vector<Use>;
+// What one row has of a layer: factors and their strengths.
+using Uses = std::vector<std::pair<const LayerFactors *, float>>;
 
 Uses uses_of(const Mixture &row, const std::string &graph, const std::string &layer) {
     Uses found;
@@ -183,7 +189,7 @@ Uses uses_of(const Mixture &row, const std::string &graph, const std::string &la
         const auto factors = adapter->factors.find(graph);
         if (factors == adapter->factors.end()) continue;
         const auto own = factors->second.find(layer);
-        if (own != factors->second.end()) found.push_back({&own->second.first, &own->second.second, strength});
+        if (own != factors->second.end()) found.emplace_back(&own->second, strength);
     }
     return found;
 }
@@ -196,7 +202,7 @@ std::pair<Tensor, Tensor> by_row(const TensorSpec &down, const TensorSpec &up, c
     std::int64_t highest = 1;
     for (std::size_t k = 0; k < count; ++k) {
         std::int64_t rank = 0;
-        for (const Use &use : rows[k]) rank += use.rank();
+        for (const auto &[factors, _] : rows[k]) rank += factors->rank();
         highest = std::max(highest, rank);
     }
     Shape first(down.shape.size(), 1), second(up.shape.size(), 1);
@@ -208,13 +214,13 @@ std::pair<Tensor, Tensor> by_row(const TensorSpec &down, const TensorSpec &up, c
     for (std::size_t k = 0; k < count; ++k) {
         const auto number = static_cast<std::int64_t>(k);
         std::int64_t at = 0;
-        for (const Use &use : rows[k]) {
-            const std::int64_t rank = use.rank();
+        for (const auto &[factors, strength] : rows[k]) {
+            const std::int64_t rank = factors->rank();
             for (std::int64_t row = 0; row < in; ++row)
                 for (std::int64_t r = 0; r < rank; ++r)
                     made.first.as<float>()[(number * in + row) * highest + at + r] =
-                        use.down->as<float>()[row * rank + r] * use.strength;
-            std::copy_n(use.up->as<float>(), rank * out, made.second.as<float>() + (number * highest + at) * out);
+                        factors->down.as<float>()[row * rank + r] * strength;
+            std::copy_n(factors->up.as<float>(), rank * out, made.second.as<float>() + (number * highest + at) * out);
             at += rank;
         }
     }
@@ -227,18 +233,18 @@ struct Beside {
 };
 
 Beside side_by_side(const TensorSpec &down, const TensorSpec &up, const TensorSpec &scale, const std::vector<Uses> &rows) {
-    Uses all;  // each once, in the order in which rows name them
+    std::vector<const LayerFactors *> all;  // each once, in the order in which rows name them
     for (const Uses &row : rows)
-        for (const Use &use : row)
-            if (std::none_of(all.begin(), all.end(), [&](const Use &known) { return known.down == use.down; })) all.push_back(use);
-    const Tensor no_down = zeros(down), no_up = zeros(up);
-    if (all.empty()) all.push_back({&no_down, &no_up, 0.0f});
+        for (const auto &[factors, _] : row)
+            if (std::find(all.begin(), all.end(), factors) == all.end()) all.push_back(factors);
+    const LayerFactors none{zeros(down), zeros(up), {}, {}};
+    if (all.empty()) all.push_back(&none);
     std::vector<const Tensor *> downs, ups;
     std::int64_t rank = 0;
-    for (const Use &use : all) {
-        downs.push_back(use.down);
-        ups.push_back(use.up);
-        rank += use.rank();
+    for (const LayerFactors *factors : all) {
+        downs.push_back(&factors->down);
+        ups.push_back(&factors->up);
+        rank += factors->rank();
     }
     Shape shape(scale.shape.size(), 1);
     shape[0] = static_cast<std::int64_t>(rows.size());
@@ -247,10 +253,40 @@ Beside side_by_side(const TensorSpec &down, const TensorSpec &up, const TensorSp
                 Tensor::zeros<float>(shape)};
     float *strengths = made.scale.as<float>();
     for (const Uses &row : rows)
-        for (const Use &use : all) {
-            const auto own = std::find_if(row.begin(), row.end(), [&](const Use &each) { return each.down == use.down; });
-            strengths = std::fill_n(strengths, use.rank(), own == row.end() ? 0.0f : own->strength);
+        for (const LayerFactors *factors : all) {
+            const auto own = std::find_if(row.begin(), row.end(), [&](const auto &use) { return use.first == factors; });
+            strengths = std::fill_n(strengths, factors->rank(), own == row.end() ? 0.0f : own->second);
         }
+    return made;
+}
+
+// What each row's outputs are multiplied with: DoRA's magnitude / |W + strength D|, or 1.
+Tensor gains(const TensorSpec &gain, const std::vector<Uses> &rows, const std::string &layer) {
+    Shape shape{static_cast<std::int64_t>(rows.size())};
+    for (std::size_t k = 1; k < gain.shape.size(); ++k) shape.push_back(gain.shape[k].size);  // all but the rows are fixed
+    Tensor made = Tensor::zeros<float>(shape);
+    float *out = made.as<float>();
+    const std::size_t count = made.count() / rows.size();
+    for (const Uses &row : rows) {
+        float *const own = out;
+        out = std::fill_n(out, count, 1.0f);
+        const auto dora = std::find_if(row.begin(), row.end(), [](const auto &use) { return use.first->magnitude.has_value(); });
+        if (dora == row.end()) continue;
+        if (row.size() > 1)
+            throw InputError(join("An adapter that is DoRA and another one change ", layer, " of one picture, which depends on "
+                                  "the order. Give one of them, or merge them: ldm-export export CHECKPOINT -o BUNDLE --lora "
+                                  "ADAPTER.safetensors"));
+        const float *magnitude = dora->first->magnitude->as<float>(), *norms = dora->first->norms->as<float>();
+        if (dora->first->magnitude->count() != count)
+            throw InputError(join("An adapter's magnitudes for ", layer, " are not as many as its branch takes."));
+        const double s = dora->second;
+        for (std::size_t k = 0; k < count; ++k) {
+            const double square = norms[k] + 2 * s * norms[count + k] + s * s * norms[2 * count + k];
+            own[k] = static_cast<float>(magnitude[k] / std::sqrt(square));
+            if (!std::isfinite(own[k]))
+                throw InputError(join("An adapter that is DoRA leaves nothing of a row of ", layer, ". Give it another strength."));
+        }
+    }
     return made;
 }
 
@@ -291,7 +327,8 @@ bool changes(const std::vector<Mixture> &rows, const std::string &graph) {
 }
 
 bool is_branch_input(const std::string &name) {
-    return name.rfind(BRANCH, 0) == 0 && (ends_with(name, DOWN) || ends_with(name, UP) || ends_with(name, SCALE));
+    return name.rfind(BRANCH, 0) == 0 && (ends_with(name, DOWN) || ends_with(name, UP) || ends_with(name, SCALE) ||
+                                          ends_with(name, GAIN));
 }
 
 Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std::vector<Mixture> &rows) {
@@ -302,8 +339,8 @@ Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std
     for (const Mixture &row : rows)
         for (const auto &[adapter, _] : row)
             if (const auto factors = adapter->factors.find(name); factors != adapter->factors.end())
-                for (const auto &[layer, __] : factors->second)
-                    if (layers.count(layer) == 0)
+                for (const auto &[layer, own] : factors->second)
+                    if (layers.count(layer) == 0 || (own.magnitude && graph.input(BRANCH + layer + GAIN) == nullptr))
                         throw InputError(join(adapter->path.string(), " changes ", layer, " of ", name, ", which this bundle has "
                                               "no branch for. Run ldm-export lora with this bundle and the adapter's own file "
                                               "once more."));
@@ -317,10 +354,12 @@ Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std
         std::vector<Uses> uses;
         for (const Mixture &row : rows) {
             uses.push_back(uses_of(row, name, layer));
-            for (const Use &use : uses.back())
-                if (!fits(*use.down, down->shape) || !fits(*use.up, up->shape))
+            for (const auto &[own, _] : uses.back())
+                if (!fits(own->down, down->shape) || !fits(own->up, up->shape))
                     throw InputError(join("An adapter's factors for ", layer, " of ", name, " have other shapes than its branch takes."));
         }
+        if (const TensorSpec *gain = graph.input(BRANCH + layer + GAIN); gain != nullptr)
+            found[gain->name] = gains(*gain, uses, layer + " of " + name);
         if (scale == nullptr) {
             auto [first, second] = by_row(*down, *up, uses);
             found[down->name] = std::move(first);

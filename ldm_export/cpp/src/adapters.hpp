@@ -8,14 +8,24 @@
 #include <ldm/ldm.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace ldm::runtime {
 
+// What an adapter has for one layer, float32; of DoRA alone also a magnitude for each output, and the norms of the weight's
+// rows, of their product with the change's, and of those.
+struct LayerFactors {
+    Tensor down, up;
+    std::optional<Tensor> magnitude, norms;
+
+    std::int64_t rank() const { return down.shape[down.shape.size() == 2 ? 1 : 0]; }
+};
+
 struct Adapter {
-    using Factors = std::map<std::string, std::pair<Tensor, Tensor>>;  // down and up, float32, by layer
+    using Factors = std::map<std::string, LayerFactors>;  // by layer
 
     fs::path path;
     std::string key;                              // of this file as it is now: no other has the same
