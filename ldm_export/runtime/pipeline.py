@@ -112,8 +112,8 @@ class Pipeline:
         ----------
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
-        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, class_labels;
-            see :class:`ldm_export.runtime.request.Options`
+        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, image_guidance,
+            class_labels; see :class:`ldm_export.runtime.request.Options`
 
         Raises
         ------
@@ -208,9 +208,9 @@ class Pipeline:
             raise InputError("An image was given; a denoiser of one's own starts from noise. Leave the image out.")
         self.load()
         assert self._conditioning is not None
-        guided = self._roles.guidance.takes_two_rows(request.guidance)
+        each = self._roles.guidance.rows(request.guidance)
         noise = request.noise(request.latents_shape(self.bundle))()
-        conditions, scale = self._conditioning(request, guided), request.guidance if guided else None
+        conditions, scale = self._conditioning(request, each), request.guidance if each > 1 else None
         graph = self._graph(self._roles.denoiser)
         return GuidedDenoiser(graph, noise.shape, conditions, scale, request.deepcache), noise
 
@@ -311,14 +311,14 @@ class Pipeline:
 
         started = time.perf_counter()
         assert self._conditioning is not None
-        guided = self._roles.guidance.takes_two_rows(request.guidance)
-        conditions = self._conditioning(request, guided, start.beside)
+        each = self._roles.guidance.rows(request.guidance, request.image_guidance or 0.0)
+        conditions = self._conditioning(request, each, start.beside)
         timings.text_ms = _since(started)
 
         started = time.perf_counter()
-        scale = request.guidance if guided else None
+        scale, image_scale = request.guidance if each > 1 else None, request.image_guidance if each > 2 else None
         rows = request.trajectory.rows
-        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept)
+        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept, image_scale)
         sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here

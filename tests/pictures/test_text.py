@@ -85,6 +85,7 @@ TEXTS = st.text(max_size=60) | st.lists(
         image_hash=st.none() | st.just("00ff"),
         mask_hash=st.none() | st.just("0e11"),
         keep_pixels=st.booleans(),
+        image_guidance=st.none() | st.floats(0, 1e6),
         deepcache=st.integers(1, 9),
     )
 )
@@ -124,6 +125,7 @@ def test_the_text_of_another_tool() -> None:
         ("Seed: 7", "Seed: " + "7" * 5000),
         ("Size: 96x64", "Size: 96"),
         ("CFG scale: 4", "CFG scale: nan"),
+        ("Plan: ddim", "Plan: ddim, Image CFG scale: inf"),
         ("Plan: ddim", 'Plan: ddim, Exact: "[]"'),
         ("Plan: ddim", 'Plan: ddim, Exact: "{\\"steps\\": 3}"'),
         ("Plan: ddim", 'Plan: ddim, Grid: "{}"'),
@@ -155,6 +157,7 @@ def test_no_class_of_requests_differs_unseen() -> None:
         **{"prompt": "x", "negative_prompt": None, "seed": 8, "sampler": "plms", "steps": 21, "guidance": 4.5},
         **{"height": 128, "width": 128, "model_hash": "1", "model": "m", "calls": 3, "class_label": 1},
         **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
+        "image_guidance": 1.5,
     }
     assert changed.keys() == vars(REQUEST).keys()
     texts = {parameters_text([replace(REQUEST, **{name: value})]) for name, value in changed.items()}
