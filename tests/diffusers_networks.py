@@ -32,7 +32,8 @@ def judge_unet(folder: Path, inputs: Tensors, _: str) -> Tensors:
     sample = inputs["sample"]
     if "image_latents" in inputs:
         beside = inputs["image_latents"]
-        if beside.shape[1] == sample.shape[1]:  # of a picture that is edited: not scaled
+        scaled = json.loads((folder / "model_index.json").read_text()).get("is_cosxl_edit")
+        if beside.shape[1] == sample.shape[1] and not scaled:  # of a picture that is edited
             beside = beside / json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
         sample = torch.cat([sample, beside], dim=1)
     out = unet(sample, inputs["timestep"], text, added_cond_kwargs=added or None, **options)

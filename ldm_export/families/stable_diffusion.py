@@ -127,13 +127,9 @@ class StableDiffusion:
         if self._image_channels:
             takes = f"The UNet takes {self._unet['in_channels']} channels, as for"
             if not self._edits:
-                said.append(
-                    f"{takes} inpainting; the Python runtime wants an image and a mask, and the C++ runtime refuses it."
-                )
+                said.append(f"{takes} inpainting, so the bundle wants an image and a mask with each prompt.")
             elif self.roles.guidance.kind == THREE_ROWS:
-                said.append(
-                    f"{takes} editing a picture; the Python runtime wants the image, and the C++ runtime refuses it."
-                )
+                said.append(f"{takes} editing a picture, so the bundle wants an image with each prompt.")
             else:
                 said.append(
                     f"{takes} editing a picture, which the runtimes do as a prompt says and by two guidances, and this "

@@ -58,6 +58,10 @@ class DrawOptions(ctypes.Structure):
         ("step", StepCallback),
         ("step_user", c_void_p),
         ("calls", c_uint32),
+        ("mask", c_char_p),
+        ("mask_count", c_size_t),
+        ("keep_pixels", c_int32),
+        ("image_guidance", c_double),
     )
 
 
