@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.bundle.plans import read_plan
-from ldm_export.errors import InputError
+from ldm_export.errors import BundleError, InputError
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime import Pipeline
 from tests.cpp.test_same import assert_same, drawn, seeds
@@ -207,6 +209,22 @@ def test_both_refuse_it(open_cpp: OpenCpp, binding: ModuleType, kinds: Kinds, ti
         open_cpp(folder).draw(prompts, count=2, height=16, width=16, **given)
     assert caught.value.status == 1
     assert str(caught.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("change", ["no picture", "a mask, too"])
+def test_a_manifest_that_says_three_rows_of_another_model(
+    open_cpp: OpenCpp, binding: ModuleType, kinds: Kinds, tiny_bundle: Path, tmp_path: Path, change: str
+) -> None:
+    folder = tiny_bundle if change == "no picture" else kinds("inpainting")[1]
+    made = shutil.copytree(folder, tmp_path / "bundle")
+    manifest = json.loads((made / MANIFEST).read_text())
+    manifest["roles"]["guidance"]["kind"] = "three_rows"
+    (made / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="image_latents"):
+        Pipeline.open(made)
+    with pytest.raises(binding.LdmError, match="image_latents") as caught:
+        open_cpp(made)
+    assert caught.value.status == 2
 
 
 def test_a_plan_that_does_not_tell_its_levels(
