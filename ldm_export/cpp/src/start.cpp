@@ -54,7 +54,7 @@ Tensor joined(const Tensor &first, const Tensor &second) {
 
 Start start_of(Model &model, const Request &request, const Shape &shape, Noise &noise) {
     const Trajectory &trajectory = request.trajectory;
-    const bool edits = model.facts().edits, inpaints = request.mask && request.levels.empty();
+    const bool edits = model.facts().edits, inpaints = model.facts().inpaints;
     std::optional<Tensor> image;
     if (request.image && !edits && (!inpaints || trajectory.image_scale != 0))
         image = encode(model, *request.image, shape, &noise);
