@@ -72,9 +72,12 @@ REQUEST_SOURCES: Mapping[str, tuple[TensorSpec, ...]] = {
 """What a request gives to graphs, of which kinds, by name: the picture's sizes in pixels; the guidance scale, and that
 less 1; for each row 1 if a text was given and 0 if none was; 1 if the row is of the prediction without the prompt, else
 0; classes, as numbers or as features; further channels that the denoiser reads beside the sample: the latents of a
-picture, or before them, one channel more, a mask, 1 where the picture is drawn anew and its latents are of grey."""
-TWO_ROWS, INPUT, NONE = "two_rows", "input", "none"
-GUIDANCE_KINDS = (TWO_ROWS, INPUT, NONE)
+picture that is edited, or before them, one channel more, a mask, 1 where the picture is drawn anew and its latents are
+of grey. Both are latents as the sampler has them."""
+THREE_ROWS, TWO_ROWS, INPUT, NONE = "three_rows", "two_rows", "input", "none"
+GUIDANCE_KINDS = (THREE_ROWS, TWO_ROWS, INPUT, NONE)
+IMAGE_GUIDANCE = 1.5
+"""Default scale of the guidance towards the picture that is edited, as diffusers' InstructPix2Pix pipelines have it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Guidance:
 
     Attributes
     ----------
-    kind : ``two_rows``, two predictions are combined, with the prompt and without; ``input``, the denoiser is given the
+    kind : ``two_rows``, two predictions are combined, with the prompt and without; ``three_rows``, of a model that
+        edits a picture, one with neither, one with the picture and one with both; ``input``, the denoiser is given the
         scale; ``none``, there is one prediction, as it is
     scale : the default; with ``none`` what was trained into the denoiser, 1 being nothing, which cannot be changed
     """
@@ -95,6 +99,13 @@ class Guidance:
         """Whether each picture takes two rows of a call, without the prompt and with it; at a scale of 1 and below
         guidance is off."""
         return self.kind == TWO_ROWS and scale > 1
+
+    def rows(self, scale: float = math.inf, image_scale: float = math.inf) -> int:
+        """Rows of a call that each picture takes; three have ``image_scale``, below 1 of which both guidances are off,
+        as in diffusers."""
+        if self.kind == THREE_ROWS:
+            return 3 if scale > 1 and image_scale >= 1 else 1
+        return 1 + self.takes_two_rows(scale)
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,29 @@ def segmind(folder: Path, tiny: Path) -> None:
     perturb(unet).save_pretrained(folder / "unet")
 
 
-def instruct_pix2pix(folder: Path, tiny: Path) -> None:
-    """Eight input channels: latents, and those of the picture that is edited."""
+def eight_channels(folder: Path, tiny: Path) -> None:
+    """Eight input channels, latents and those of the picture that is edited, and no text that would say how."""
     _without_text(folder, tiny, in_channels=8)
+
+
+def instruct_pix2pix(folder: Path, tiny: Path) -> None:
+    """Eight input channels, and text that says how the picture is edited."""
+    torch.manual_seed(0)
+    unet = perturb(diffusers.UNet2DConditionModel(**TEXT_UNET, cross_attention_dim=32, in_channels=8))
+    parts = {**diffusers.StableDiffusionPipeline.from_pretrained(tiny).components, "unet": unet}
+    diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+
+
+def instruct_pix2pix_xl(folder: Path, tiny: Path) -> None:
+    """SDXL of eight input channels, its picture's latents scaled, as CosXL's are."""
+    stable_diffusion_xl(folder, tiny)
+    parts = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False).components
+    torch.manual_seed(0)
+    parts["unet"] = perturb(diffusers.UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8}))
+    kept = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    pipe = diffusers.StableDiffusionXLInstructPix2PixPipeline(**kept, add_watermarker=False, is_cosxl_edit=True)
+    pipe.register_to_config(is_cosxl_edit=True)
+    pipe.save_pretrained(folder)
 
 
 def inpainting(folder: Path, tiny: Path) -> None:
@@ -403,7 +423,9 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "sdxl": stable_diffusion_xl,
     "refiner": refiner,
     "ssd-1b": segmind,
-    "8 channels": instruct_pix2pix,
+    "8 channels": eight_channels,
+    "instruct-pix2pix": instruct_pix2pix,
+    "instruct-pix2pix xl": instruct_pix2pix_xl,
     "flow": flow_matching,
     "sd3": stable_diffusion_3,
     "sd3 with t5": partial(stable_diffusion_3, third=True),
@@ -414,7 +436,7 @@ KINDS: dict[str, Callable[[Path, Path], None]] = {
     "prx with dc-ae": partial(prx, deep=True),
 }
 """How a checkpoint of each kind is written to a folder, given the one of ``tiny_checkpoint``."""
-SLOW_KINDS = ("ssd-1b", "sd3 with t5", "pixart alpha", "prx with dc-ae")
+SLOW_KINDS = ("ssd-1b", "instruct-pix2pix xl", "sd3 with t5", "pixart alpha", "prx with dc-ae")
 """Those that others nearly show, too."""
 
 

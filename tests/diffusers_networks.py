@@ -29,7 +29,13 @@ def judge_unet(folder: Path, inputs: Tensors, _: str) -> Tensors:
     added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     options = {name: inputs[name] for name in ("class_labels", "timestep_cond") if name in inputs}
     text = inputs.get("encoder_hidden_states")
-    sample = torch.cat([inputs[name] for name in ("sample", "image_latents") if name in inputs], dim=1)
+    sample = inputs["sample"]
+    if "image_latents" in inputs:
+        beside = inputs["image_latents"]
+        scaled = json.loads((folder / "model_index.json").read_text()).get("is_cosxl_edit")
+        if beside.shape[1] == sample.shape[1] and not scaled:  # of a picture that is edited
+            beside = beside / json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
+        sample = torch.cat([sample, beside], dim=1)
     out = unet(sample, inputs["timestep"], text, added_cond_kwargs=added or None, **options)
     return {"out_sample": out.sample}
 

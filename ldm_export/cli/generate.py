@@ -73,13 +73,14 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
 @click.option("--guidance", type=float, default=None, help="Guidance scale, 1 is off; the bundle's own (4) by default.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
-@click.option("--image", type=folder, default=None, help="A picture to start from.")
+@click.option("--image", type=folder, default=None, help="A picture to start from, or to edit.")
 @click.option("--mask", type=folder, default=None, help="White is drawn anew in --image, black is kept.")
 @click.option(
     "--outpaint", default=None, metavar="SIDE=PIXELS,...", help="Draw beyond --image: left, top, right, bottom."
 )
 @click.option("--keep-pixels", is_flag=True, help="What is black in --mask is --image to the bit.")
 @click.option("--strength", type=float, help="Share of the steps redone on --image.  [default: 0.6; with a mask 1]")
+@click.option("--image-guidance", type=float, help="Guidance towards --image of models that edit it.  [default: 1.5]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option(
     "--class-label", "class_labels", type=int, multiple=True, help="For class-conditional models; repeatable."
@@ -124,6 +125,7 @@ def command(
     outpaint: str | None,
     keep_pixels: bool,
     strength: float | None,
+    image_guidance: float | None,
     size: str | None,
     class_labels: tuple[int, ...],
     count: int | None,
@@ -157,6 +159,7 @@ def command(
         "width": width,
         "strength": strength,
         "adapters": adapters_from(loras),
+        "image_guidance": image_guidance,
         "deepcache": deepcache,
         **given,
     }

@@ -23,6 +23,7 @@ from ldm_export.contract import (
     INPUT,
     NONE,
     REQUEST_SOURCES,
+    THREE_ROWS,
     TWO_ROWS,
     GraphSpec,
     Guidance,
@@ -92,6 +93,10 @@ KIND = CheckpointKind(
         "StableDiffusionXLPipeline": XL,
         "StableDiffusionXLImg2ImgPipeline": XL_FROM_IMAGE,
         "StableDiffusionXLInpaintPipeline": XL_FROM_IMAGE,
+        "StableDiffusionInstructPix2PixPipeline": PipelineClass(options=CHECKER, guidance=7.5),
+        "StableDiffusionXLInstructPix2PixPipeline": PipelineClass(
+            options={**XL_OPTIONS, "is_cosxl_edit": False}, sample_size=128, guidance=5.0
+        ),
     },
     saved_as=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     default_pipeline=_default_pipeline,
@@ -121,11 +126,15 @@ class StableDiffusion:
         said = common_notes(self._checkpoint, like)
         if self._image_channels:
             takes = f"The UNet takes {self._unet['in_channels']} channels, as for"
-            said.append(
-                f"{takes} inpainting; the Python runtime wants an image and a mask, and the C++ runtime refuses it."
-                if self._image_channels > self._vae["latent_channels"]
-                else f"{takes} editing a picture, which no runtime does, so its graphs are for a loop of your own."
-            )
+            if not self._edits:
+                said.append(f"{takes} inpainting, so the bundle wants an image and a mask with each prompt.")
+            elif self.roles.guidance.kind == THREE_ROWS:
+                said.append(f"{takes} editing a picture, so the bundle wants an image with each prompt.")
+            else:
+                said.append(
+                    f"{takes} editing a picture, which the runtimes do as a prompt says and by two guidances, and this "
+                    "model has none, so its graphs are for a loop of your own."
+                )
         return said
 
     @cached_property
@@ -136,7 +145,8 @@ class StableDiffusion:
         elif self._unet["time_cond_proj_dim"]:
             guidance = Guidance(INPUT, drawing.guidance)
         else:
-            guidance = Guidance(NONE if drawing.guidance_distilled else TWO_ROWS, drawing.guidance)
+            rows = THREE_ROWS if self._edits else TWO_ROWS
+            guidance = Guidance(NONE if drawing.guidance_distilled else rows, drawing.guidance)
         conditioner = self._conditioner
         made = () if conditioner is None else conditioner.outputs
         direct = {"class_labels": "class_labels", "image_latents": "image_latents"}
@@ -169,7 +179,8 @@ class StableDiffusion:
         height, width = self._checkpoint.latent_size
         config = {**self._unet, "sample_size": height if height == width else (height, width)}
         load = self._checkpoint.load
-        graphs.append(ModelGraph(self.denoiser_spec, partial(_denoiser, load, named), "unet", config, classes))
+        network = partial(_denoiser, load, named, self._image_scale)
+        graphs.append(ModelGraph(self.denoiser_spec, network, "unet", config, classes))
         return [*graphs, *autoencoder_graphs(load, self._checkpoint.index["vae"][1], self._vae)]
 
     @cached_property
@@ -246,6 +257,19 @@ class StableDiffusion:
         return int(self._unet["in_channels"] - self._vae["latent_channels"])
 
     @property
+    def _edits(self) -> bool:
+        """Whether the UNet reads the latents of a picture that is edited, without a mask."""
+        return bool(self._image_channels == self._vae["latent_channels"])
+
+    @property
+    def _image_scale(self) -> float:
+        """Factor of the picture's latents that the UNet was trained with: those of a picture that is edited are the
+        autoencoder's, not scaled as the sampler has them, but for CosXL's."""
+        if not self._edits or self.kind.option(self._checkpoint.index, "is_cosxl_edit"):
+            return 1.0
+        return 1.0 / float(self._vae["scaling_factor"])
+
+    @property
     def _pooled_width(self) -> int:
         return int(list(self._encoders.values())[-1]["projection_dim"])
 
@@ -284,6 +308,11 @@ class StableDiffusion:
             faults.append(
                 f"the UNet gives {unet['out_channels']} channels and the autoencoder has {latents} of latents; the "
                 "same number is needed. Models that predict a variance, too, cannot be exported."
+            )
+        if self._edits and (vae.get("shift_factor") or 0.0):
+            faults.append(
+                "the UNet reads the latents of a picture that is edited, and the autoencoder shifts latents. Such "
+                "models cannot be exported: one of their predictions is of no picture, latents of zeros."
             )
         faults += picture_faults(vae)
         return faults
@@ -380,11 +409,13 @@ class Conditioner(nn.Module):
         return torch.cat([sizes, score[:, None]], dim=1)
 
 
-def _denoiser(load: Any, names: Sequence[str]) -> GraphModule:
+def _denoiser(load: Any, names: Sequence[str], image_scale: float) -> GraphModule:
     def call(network: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, inputs, strict=True))
         if "image_latents" in given:
-            given["sample"] = torch.cat([given["sample"], given.pop("image_latents")], dim=1)
+            beside = given.pop("image_latents")
+            beside = beside if image_scale == 1.0 else beside * image_scale
+            given["sample"] = torch.cat([given["sample"], beside], dim=1)
         return (network(**given),)
 
     return GraphModule(load("unet"), call).eval()

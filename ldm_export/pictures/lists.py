@@ -20,7 +20,7 @@ import numpy as np
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import MANIFEST
-from ldm_export.contract import INPUT, TWO_ROWS
+from ldm_export.contract import INPUT, THREE_ROWS, TWO_ROWS
 from ldm_export.errors import InputError
 from ldm_export.pictures.text import HASH_DIGITS, AdapterUse, PictureRequest
 from ldm_export.reading.documents import MalformedError, parsed, read_text
@@ -187,12 +187,13 @@ def _checked_request(
         seed=checked.seeds[0],
         sampler=facts["default_sampler"] if sampler is None else sampler,
         steps=facts["default_steps"] if steps is None else steps,
-        guidance=checked.guidance if guidance.kind in (TWO_ROWS, INPUT) else guidance.scale,
+        guidance=checked.guidance if guidance.kind in (THREE_ROWS, TWO_ROWS, INPUT) else guidance.scale,
         height=checked.height,
         width=checked.width,
         calls=options.get("calls"),
         class_label=class_label,
         strength=checked.strength,
+        image_guidance=checked.image_guidance,
         image_hash=_image_hash(options.get("image")),
         mask_hash=_image_hash(options.get("mask")),
         keep_pixels=checked.keep_pixels,

@@ -13,6 +13,7 @@ the 64 hex digits of the SHA-256 of the bundle's manifest.json, which lists the 
 its targets. Beside the fields of that tool:
 
     Denoising strength, Init image hash    from a picture: the strength; SHA-256 of its pixels, shortened likewise
+    Image CFG scale                        of a picture that was edited: the scale of the guidance towards it
     Mask hash, Keep pixels                 of a part drawn anew: SHA-256 of the mask's pixels; True if the rest was kept
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
@@ -100,6 +101,7 @@ class PictureRequest:
     model : name of the checkpoint that was exported
     calls, class_label : None where they were not given
     strength, image_hash : None unless it starts from a picture, whose pixels have this SHA-256, shortened likewise
+    image_guidance : None unless that picture is edited, which has no strength
     mask_hash : None unless a part of that picture alone is drawn anew; of the mask's pixels, likewise
     keep_pixels : whether the other pixels are that picture's
     deepcache : the whole denoiser ran in every so many steps
@@ -124,6 +126,7 @@ class PictureRequest:
     keep_pixels: bool = False
     deepcache: int = 1
     adapters: tuple[AdapterUse, ...] = ()
+    image_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
     """Arguments of `ldm_export.runtime.Pipeline.generate` for pictures that differ in the fields of `OWN` alone, but
     for the image that they start from, its mask, and whether the rest of its pixels is kept."""
     first = requests[0]
-    names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "deepcache")
+    names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "image_guidance", "deepcache")
     negatives = None if first.negative_prompt is None else [request.negative_prompt for request in requests]
     return {name: getattr(first, name) for name in names} | {
         "prompts": None if first.prompt is None else [request.prompt for request in requests],
@@ -180,6 +183,7 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Model hash": request.model_hash,
         "Model": request.model,
         "Denoising strength": None if request.strength is None else _number(request.strength),
+        "Image CFG scale": None if request.image_guidance is None else _number(request.image_guidance),
         "Init image hash": request.image_hash,
         "Mask hash": request.mask_hash,
         "Keep pixels": request.keep_pixels or None,
@@ -279,6 +283,7 @@ def _request_from(found: Parameters) -> PictureRequest:
     settings = found.settings
     width, _, height = settings["Size"].partition("x")
     strength, calls, label = (settings.get(name) for name in ("Denoising strength", "Calls", "Class label"))
+    image_guidance = settings.get("Image CFG scale")
     request = PictureRequest(
         prompt=found.prompt,
         negative_prompt=found.negative_prompt,
@@ -298,6 +303,7 @@ def _request_from(found: Parameters) -> PictureRequest:
         keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
         adapters=_adapters_from(settings.get("Adapters", "[]")),
+        image_guidance=None if image_guidance is None else _finite(image_guidance),
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
 

@@ -1,7 +1,8 @@
 """What the denoiser is given beside latents and timestep: the prompt, a class label, the picture's sizes, the guidance.
 
 A batch of B pictures becomes B rows of every input, or 2 B with guidance (Ho & Salimans, 2207.12598): first the
-negative prompts', then the prompts', so that one call of the denoiser gives both predictions. Which graph makes which
+negative prompts', then the prompts', so that one call of the denoiser gives both predictions; or, of models that edit a
+picture, 3 B: the negative prompts' without the picture and with it, then the prompts'. Which graph makes which
 input of what is said by the bundle's roles (:class:`ldm_export.contract.Roles`).
 """
 
@@ -43,13 +44,15 @@ class Conditioning:
         self._adapted: dict[str, Graph] = {}
         self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
 
-    def __call__(self, request: Request, guided: bool, image_latents: Array | None = None) -> dict[str, Array]:
-        """The denoiser's conditions for a request, with rows for negative prompts where it is ``guided``.
+    def __call__(self, request: Request, rows: int, image_latents: Array | None = None) -> dict[str, Array]:
+        """The denoiser's conditions for a request.
 
         Parameters
         ----------
+        rows : of each picture: 1 its prompt's, the others before it the negative prompt's
         image_latents : float32 (B, n, h, w), what it reads beside its latents, if it does
         """
+        guided = rows > 1
         negatives = request.negative_prompts if guided else ()
         sources = request_sources(
             self._read,
@@ -57,7 +60,7 @@ class Conditioning:
             height=request.height,
             width=request.width,
             guidance=request.guidance,
-            has_negative_prompt=[prompt is not None for prompt in negatives] if guided else None,
+            has_negative_prompt=[prompt is not None for prompt in negatives] * (rows - 1) if guided else None,
             class_labels=request.class_labels,
             image_latents=image_latents,
         )
@@ -65,7 +68,7 @@ class Conditioning:
             encoded = self._encoded(encoder, request.prompts, request.mixtures)
             if guided:
                 negative = self._encoded(encoder, [prompt or "" for prompt in negatives], request.mixtures)
-                encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
+                encoded = {name: np.concatenate([*[negative[name]] * (rows - 1), encoded[name]]) for name in encoded}
             sources |= {f"{encoder.graph}.{name}": value for name, value in encoded.items()}
         return conditions_of(self._roles, self._graphs, sources, self._run)
 
@@ -143,7 +146,8 @@ def request_sources(
 
     Parameters
     ----------
-    has_negative_prompt : for each picture whether a negative text was given; None where there are no rows for it
+    has_negative_prompt : for each picture whether a negative text was given, and that again where a picture has two
+        rows of it, the first of which is without the picture's image latents; None where there are no rows for it
     class_labels, image_latents : a row a picture, or None
 
     Raises
@@ -151,19 +155,22 @@ def request_sources(
     BundleError
         If something is read that no request gives.
     """
-    guided = has_negative_prompt is not None
+    negative = np.asarray([] if has_negative_prompt is None else has_negative_prompt, np.float32)
+    times = 1 + len(negative) // batch
     ones, zeros = np.ones(batch, np.float32), np.zeros(batch, np.float32)
     made: dict[str, Array] = {
         "height": np.array(height, np.float32),
         "width": np.array(width, np.float32),
         "guidance": np.array(guidance, np.float32),
         "guidance_weight": np.array(guidance - 1.0, np.float32),
-        "has_prompt": np.concatenate([np.asarray(has_negative_prompt, np.float32), ones]) if guided else ones,
-        "is_negative": np.concatenate([ones, zeros]) if guided else zeros,
+        "has_prompt": np.concatenate([negative, ones]),
+        "is_negative": np.concatenate([np.ones_like(negative), zeros]),
     }
     for name, rows in (("class_labels", class_labels), ("image_latents", image_latents)):
         if rows is not None:
-            made[name] = np.concatenate([rows] * (1 + guided))
+            made[name] = np.concatenate([rows] * times)
+    if image_latents is not None and times > 2:
+        made["image_latents"][:batch] = 0
     unknown = {source for source in read if "." not in source} - made.keys()
     if unknown:
         raise BundleError(f"The denoiser reads {min(unknown)}, which nothing gives it here. Run its graphs yourself.")

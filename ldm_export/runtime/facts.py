@@ -21,6 +21,7 @@ other tensor may be an input, and outputs may be more. float32 where nothing els
     vae_decoder     latent_sample (B, C, h, w); sample (B, K, H, W), K being 1 or 3
     vae_encoder     sample (B, K, H, W); latent_parameters (B, 2 C, h, w), mean and log-variance, or latent_sample
                     (B, C, h, w)
+    denoiser        with guidance of three_rows also image_latents (B, C, h, w), under any name
     loops/*         noise, latents (B, C, h, w); images uint8 (B, H, W, K); of these as far as it takes them: step_noise
                     (rows, B, C, h, w), rows being those of its plan that add noise; guidance_scale (); input_ids and
                     negative_input_ids as the text encoder's, with _2, _3 … for further ones; has_negative_prompt (B);
@@ -42,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.bundle.roles import LARGEST_SIZE
-from ldm_export.contract import REQUEST_SOURCES, GraphSpec, Roles, TensorSpec, labels_of, loop_suffixes
+from ldm_export.contract import REQUEST_SOURCES, THREE_ROWS, GraphSpec, Roles, TensorSpec, labels_of, loop_suffixes
 from ldm_export.errors import BundleError
 from ldm_export.reading.documents import MalformedError
 
@@ -185,6 +186,12 @@ def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -
     denoiser.input("timestep", "float32", "B")
     denoiser.output("out_sample", "float32", "B", channels, "h", "w")
     denoiser.no_more_inputs("sample", "timestep", *roles.conditions)
+    if roles.guidance.kind == THREE_ROWS:
+        beside = [name for name, source in roles.conditions.items() if source == "image_latents"]
+        for name in beside:
+            denoiser.input(name, "float32", "B", channels, "h", "w")
+        if not beside:
+            raise MalformedError("guidance of three rows, and a denoiser that reads no image_latents")
     decoder = _Role(graphs[roles.vae_decoder])
     decoder.input("latent_sample", "float32", "B", channels, "h", "w")
     picture = int(decoder.output("sample", "float32", "B", PICTURE_CHANNELS, "H", "W")[1])

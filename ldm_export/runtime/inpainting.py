@@ -64,8 +64,8 @@ def check_reads_mask(bundle: Bundle, *, given: bool) -> None:
     channels = [tensor.shape[1] for tensor in inputs if roles.conditions.get(tensor.name) == "image_latents"]
     if channels != [bundle.manifest.model["latent_channels"] + 1]:
         raise InputError(
-            "This bundle's denoiser reads the latents of another picture without a mask, as for editing it; this "
-            "runtime generates from text, from an image to start from, and inpaints. Run its graphs yourself."
+            "This bundle's denoiser reads the latents of another picture without a mask, as for editing it, and its "
+            "manifest says no guidance of three rows, by which this runtime edits. Run its graphs yourself."
         )
     if not given:
         raise InputError(

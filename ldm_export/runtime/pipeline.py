@@ -114,8 +114,8 @@ class Pipeline:
         ----------
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
-        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, class_labels;
-            see :class:`ldm_export.runtime.request.Options`
+        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, image_guidance,
+            class_labels; see :class:`ldm_export.runtime.request.Options`
 
         Raises
         ------
@@ -210,10 +210,10 @@ class Pipeline:
             raise InputError("An image was given; a denoiser of one's own starts from noise. Leave the image out.")
         self.load()
         assert self._conditioning is not None
-        guided = self._roles.guidance.takes_two_rows(request.guidance)
+        each = self._roles.guidance.rows(request.guidance)
         noise = request.noise(request.latents_shape(self.bundle))()
-        graph, branches = self._denoiser(request, guided)
-        conditions, scale = self._conditioning(request, guided) | branches, request.guidance if guided else None
+        graph, branches = self._denoiser(request, each)
+        conditions, scale = self._conditioning(request, each) | branches, request.guidance if each > 1 else None
         return GuidedDenoiser(graph, noise.shape, conditions, scale, request.deepcache), noise
 
     def decode(self, latents: Array) -> Array:
@@ -267,13 +267,14 @@ class Pipeline:
             self._graphs[key] = self._backend.load_adapted(name) if adapted else self._backend.load(name)
         return self._graphs[key]
 
-    def _denoiser(self, request: Request, guided: bool) -> tuple[Graph, dict[str, Array]]:
-        """The denoiser's graph for a request, and what its branches are given where adapters change it."""
+    def _denoiser(self, request: Request, rows: int) -> tuple[Graph, dict[str, Array]]:
+        """The denoiser's graph for a request of so many rows a picture, and what its branches are given where adapters
+        change it."""
         name = self._roles.denoiser
         if not changes(request.mixtures, name):
             return self._graph(name), {}
         graph = self._graph(name, adapted=True)
-        return graph, branch_arrays(graph.spec, name, request.mixtures * (1 + guided))
+        return graph, branch_arrays(graph.spec, name, request.mixtures * rows)
 
     def _sample(self, request: Request, timings: Timings) -> Generator[Step, None, None]:
         if request.loop is not None:
@@ -301,8 +302,8 @@ class Pipeline:
         """The loop of a request, about to make its first step, and the latents that it will change."""
         started = time.perf_counter()
         self.load()
-        guided = self._roles.guidance.takes_two_rows(request.guidance)
-        denoiser, branches = self._denoiser(request, guided)
+        each = self._roles.guidance.rows(request.guidance, request.image_guidance or 0.0)
+        denoiser, branches = self._denoiser(request, each)
         encoder = None if request.image is None else self._encoder()
         timings.load_ms = _since(started)
         if request.deepcache > 1 and not denoiser.can_skip:
@@ -323,14 +324,13 @@ class Pipeline:
 
         started = time.perf_counter()
         assert self._conditioning is not None
-        conditions = self._conditioning(request, guided, start.beside) | branches
+        conditions = self._conditioning(request, each, start.beside) | branches
         timings.text_ms = _since(started)
 
         started = time.perf_counter()
-        scale = request.guidance if guided else None
-        run = SamplingTask(
-            request.trajectory.rows, start.latents, conditions, scale, draw, request.deepcache, start.kept
-        )
+        scale, image_scale = request.guidance if each > 1 else None, request.image_guidance if each > 2 else None
+        rows = request.trajectory.rows
+        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept, image_scale)
         sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here

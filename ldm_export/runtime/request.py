@@ -12,10 +12,11 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.adapters import Mixture
 from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
-from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
+from ldm_export.contract import INPUT, THREE_ROWS, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
 from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
 from ldm_export.runtime.adapters import mixtures_for
+from ldm_export.runtime.editing import image_guidance_for
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
@@ -42,11 +43,14 @@ class Options(TypedDict, total=False):
         that have zeros for none, it makes another picture. Needs guidance above 1
     seed : picture k uses seed + k; or a list, one a picture; 0
     height, width : pixels, multiples of what one latent stands for; the model's own size
-    image : uint8 (H, W, C), or (B, H, W, C), to start from, C being 3, or 1 for grey models; its size is the picture's
+    image : uint8 (H, W, C), or (B, H, W, C), to start from, or to edit by a model that does; C is 3, or 1 for grey
+        models; its size is the picture's
     mask : uint8 (H, W), or (B, H, W), of the size of ``image``, which must be given: 255 (white) is drawn anew, 0 is
         kept, and what is between is a blend of both; models that were trained to inpaint take 128 and more for white
     strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6, and with a mask
         1, which starts from noise
+    image_guidance : of a model that edits a picture, how far to go from the prediction without the picture to that with
+        it, from 0 to 1e6; below 1 both guidances are off, as in diffusers; 1.5
     keep_pixels : whether pixels where ``mask`` is 0 are those of ``image`` to the bit, and blended where it is between
     class_labels : one a picture, for class-conditional models
     adapters : (adapter or its file, strength) pairs, such as ``[("style.ldma", 0.8)]``, for all pictures, or a list of
@@ -68,6 +72,7 @@ class Options(TypedDict, total=False):
     image: Array | None
     mask: Array | None
     strength: float | None
+    image_guidance: float | None
     keep_pixels: bool
     class_labels: Sequence[int] | None
     adapters: Sequence[Any] | None
@@ -87,7 +92,8 @@ class Request:
     seeds : one a picture
     height, width : pixels
     guidance : the scale; 1 is off
-    image : (B, C, H, W) float32 in [-1, 1] to start from, or None
+    image_guidance : of a model that edits ``image``, the scale towards it; else None
+    image : (B, C, H, W) float32 in [-1, 1] to start from or to edit, or None
     mask : (B, H, W) float32 in [0, 1], 1 where the image is drawn anew, or None
     levels : of the latents before each row, where the image's are put back after it; else none
     strength : share of the steps that is redone on the image; None without one
@@ -105,6 +111,7 @@ class Request:
     height: int
     width: int
     guidance: float
+    image_guidance: float | None
     image: Array | None
     mask: Array | None
     levels: tuple[Scales, ...]
@@ -154,6 +161,7 @@ def checked_request(
     image: Array | None = None,
     mask: Array | None = None,
     strength: float | None = None,
+    image_guidance: float | None = None,
     keep_pixels: bool = False,
     class_labels: Sequence[int] | None = None,
     adapters: Sequence[Any] | None = None,
@@ -170,7 +178,15 @@ def checked_request(
     model = bundle.manifest.model
     roles, graphs = bundle.roles, bundle.manifest.graphs
     sources = roles.sources(graphs)
-    inpaints = "image_latents" in sources
+    towards_image = image_guidance_for(
+        image_guidance,
+        roles.guidance,
+        largest=LARGEST_GUIDANCE,
+        image=image is not None,
+        mask=mask is not None,
+        strength=strength is not None,
+    )
+    inpaints = "image_latents" in sources and towards_image is None
     if inpaints:
         check_reads_mask(bundle, given=image is not None and mask is not None)
     reads_text, has_classes = bool(roles.text_encoders), "class_labels" in sources
@@ -198,8 +214,11 @@ def checked_request(
         negatives = negative_prompt
     scale = None if guidance is None else real_number("guidance", guidance, 0.0, LARGEST_GUIDANCE)
     scale = guidance_for(scale, negatives, roles.guidance, reads_text=reads_text)
-    if negatives is not None and any(negatives) and not (reads_text and scale > 1):
+    guided = reads_text and roles.guidance.rows(scale, towards_image or 0.0) > 1
+    if negatives is not None and any(negatives) and not guided:
         why = f"guidance is {scale:g}, which is off" if reads_text else "this model reads no text"
+        if reads_text and scale > 1:
+            why = f"image_guidance is {towards_image:g}, below 1 of which both guidances are off"
         raise InputError(f"A negative prompt was given, and {why}, so it would do nothing. Leave it out.")
     sampler = model["default_sampler"] if sampler is None else text_of("sampler", sampler)
     steps = model["default_steps"] if steps is None else whole_number("steps", steps, 1, MOST_STEPS)
@@ -245,9 +264,9 @@ def checked_request(
     size = int(height), int(width)
     masks, levels, plan = None, tuple[Scales, ...](), read_plan(bundle, sampler, steps, size)
     trajectory = plan.from_noise()
-    if sample is not None:
-        if mask is not None:
-            masks = checked_mask(mask, sample, model["pixels_per_latent"], hard=inpaints)
+    if sample is not None and mask is not None:
+        masks = checked_mask(mask, sample, model["pixels_per_latent"], hard=inpaints)
+    if sample is not None and towards_image is None:
         strength = (0.6 if masks is None else 1.0) if strength is None else strength
         start = plan.first_step(strength, rounds_up=model.get("strength_rounds_up", False))
         if masks is None or strength < 1:
@@ -263,6 +282,7 @@ def checked_request(
         height=size[0],
         width=size[1],
         guidance=scale,
+        image_guidance=towards_image,
         image=sample,
         mask=masks,
         levels=levels,
@@ -328,7 +348,7 @@ def guidance_for(
     if not np.isfinite(scale) or scale < 0:
         raise InputError(f"guidance is {scale}; it must be a number from 0 on, 1 being off.")
     negative = bool(negative_prompt and any(negatives_for(negative_prompt, len(negative_prompt))))
-    if model.kind == TWO_ROWS:
+    if model.kind in (THREE_ROWS, TWO_ROWS):
         return scale
     remedy = "Leave it out, or use the bundle of the model that it was distilled from."
     if model.kind == INPUT:

@@ -31,6 +31,8 @@ class SamplingTask:
     conditions : the denoiser's inputs beside latents and timestep; they stay the same
     guidance : how the prediction with the prompt is weighed against that without; None where each picture has one row
     draw : gives N(0, I) noise, float32 (B, C, h, w)
+    image_guidance : how the prediction with a picture is weighed against that with nothing; None where each picture
+        has two rows or one
     every : the whole denoiser runs in every so many steps (DeepCache)
     kept : what of the latents is put back after each row, or None
     """
@@ -42,12 +44,13 @@ class SamplingTask:
     draw: Callable[[], Array]
     every: int = 1
     kept: KeptArea | None = None
+    image_guidance: float | None = None
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of the denoiser's input and output: (B, C, h, w), or (2 B, C, h, w) with guidance."""
+        """Shape of the denoiser's input and output: (B, C, h, w), or with guidance (2 B, C, h, w) or (3 B, C, h, w)."""
         batch, *sizes = self.latents.shape
-        return (batch * (1 if self.guidance is None else 2), *sizes)
+        return (batch * _rows(self.guidance, self.image_guidance), *sizes)
 
 
 class Sampling(Protocol):
@@ -73,11 +76,11 @@ class GuidedDenoiser:
     ----------
     denoiser : a loaded graph
     shape : (B, C, h, w) of the latents
-    conditions, guidance, every : as in `SamplingTask`
+    conditions, guidance, every, image_guidance : as in `SamplingTask`
 
     Attributes
     ----------
-    sample : float32 (1 or 2, B, C, h, w), what the network is given: with guidance the same twice
+    sample : float32 (1 to 3, B, C, h, w), what the network is given: with guidance the same two or three times
     """
 
     def __init__(
@@ -87,9 +90,10 @@ class GuidedDenoiser:
         conditions: Mapping[str, Array],
         guidance: float | None,
         every: int = 1,
+        image_guidance: float | None = None,
     ):
-        self._guidance, self._batch = guidance, shape[0]
-        sample = np.empty((shape[0] * (1 if guidance is None else 2), *shape[1:]), np.float32)
+        self._guidance, self._image_guidance, self._batch = guidance, image_guidance, shape[0]
+        sample = np.empty((shape[0] * _rows(guidance, image_guidance), *shape[1:]), np.float32)
         self.sample = sample.reshape(-1, *shape)
         self._out = np.empty_like(sample)
         self._timestep = np.empty(len(sample), np.float32)
@@ -108,13 +112,34 @@ class GuidedDenoiser:
         called = time.perf_counter()
         self._call()
         call_ms = (time.perf_counter() - called) * 1000.0
-        if self._guidance is not None:  # negative + guidance * (prompt - negative)
-            prediction = out[batch:]
-            with np.errstate(over="ignore", invalid="ignore"):  # who asked looks at what it gave
+        with np.errstate(over="ignore", invalid="ignore"):  # who asked looks at what it gave
+            if self._image_guidance is not None:
+                _combine_three(out.reshape(3, batch, *out.shape[1:]), self._guidance, self._image_guidance)
+            elif self._guidance is not None:  # negative + guidance * (prompt - negative)
+                prediction = out[batch:]
                 prediction -= out[:batch]
                 prediction *= self._guidance
                 prediction += out[:batch]
         return out[-batch:], call_ms
+
+
+def _rows(guidance: float | None, image_guidance: float | None) -> int:
+    """Rows of a call for each picture."""
+    return 1 + (guidance is not None) + (image_guidance is not None)
+
+
+def _combine_three(out: Array, guidance: float | None, image_guidance: float) -> None:
+    """Combine predictions with nothing, with a picture, and with picture and prompt, (3, B, C, h, w), in the last::
+
+    nothing + guidance (prompt - picture) + image_guidance (picture - nothing)      (2211.09800, eq. 3)
+    """
+    nothing, picture, prediction = out
+    prediction -= picture
+    prediction *= guidance
+    picture -= nothing
+    picture *= image_guidance
+    nothing += prediction
+    np.add(nothing, picture, out=prediction)
 
 
 class HostSampling:
@@ -126,7 +151,9 @@ class HostSampling:
         self._run = run
         self._rows, self._done = iter(run.rows), 0
         self._stepper = Stepper(run.rows, run.latents)
-        self._denoiser = GuidedDenoiser(denoiser, run.latents.shape, run.conditions, run.guidance, run.every)
+        self._denoiser = GuidedDenoiser(
+            denoiser, run.latents.shape, run.conditions, run.guidance, run.every, run.image_guidance
+        )
 
     def step(self) -> float:
         self._stepper.network_input(out=self._denoiser.sample)

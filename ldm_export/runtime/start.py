@@ -32,7 +32,7 @@ class Start:
     ----------
     latents : float32 (B, C, h, w)
     beside : float32 (B, n, h, w), what the denoiser reads beside its latents: the mask and the latents of what it
-        keeps; None where it reads none
+        keeps, or the latents of the picture that is edited; None where it reads none
     kept : what of a picture is put back after each row, or None
     """
 
@@ -77,6 +77,13 @@ class PictureEncoder:
         mean, logvar = np.split(latents, 2, axis=1)
         return mean, logvar
 
+    def mean(self, image: Array) -> Array:
+        """Mean, which is the mode, of the latents of pictures."""
+        started = time.perf_counter()
+        latents, _ = self.distribution(image)
+        self.spent_ms += (time.perf_counter() - started) * 1000.0
+        return latents
+
     def drawn(self, image: Array, draw: Callable[[], Array]) -> Array:
         """Latents of pictures, drawn from their distribution with the pictures' own noise."""
         started = time.perf_counter()
@@ -91,6 +98,10 @@ class PictureEncoder:
 def start_of(request: Request, encoder: PictureEncoder | None, draw: Callable[[], Array]) -> Start:
     """The start of what a request asks for; there is an encoder where it has an image."""
     trajectory, image, mask = request.trajectory, request.image, request.mask
+    if request.image_guidance is not None:
+        assert encoder is not None
+        assert image is not None
+        return Start(draw() * np.float32(trajectory.noise_scale), encoder.mean(image), None)
     image_latents = None
     if image is not None and (mask is None or request.levels or trajectory.image_scale):
         assert encoder is not None

@@ -248,4 +248,7 @@ def test_what_is_left_out_is_named(checkpoint: Path) -> None:
     ]
     assert chain._source_facts(model)["left_out"] == ["safety_checker"]
     edit_json(checkpoint / "unet/config.json", in_channels=9)
-    assert "takes 9 channels, as for inpainting; the Python runtime" in family_of(open_checkpoint(checkpoint)).notes[-1]
+    assert (
+        "takes 9 channels, as for inpainting, so the bundle wants an image and a mask"
+        in family_of(open_checkpoint(checkpoint)).notes[-1]
+    )

@@ -93,6 +93,22 @@ def test_a_picture_from_a_picture_can_be_drawn_again(tiny_bundle: Path, tmp_path
     np.testing.assert_array_equal(images[0], pixels(tmp_path / "p.png"))
 
 
+def test_a_picture_that_was_edited_can_be_edited_again(kinds: Kinds, tmp_path: Path) -> None:
+    bundle = kinds("instruct-pix2pix")[1]
+    Image.new("RGB", (16, 24), "red").save(tmp_path / "in.png")
+    options = [bundle, "make it winter", "--image", tmp_path / "in.png", "--steps", 6, "-o", tmp_path / "p.png"]
+    drawn(*options)
+    plain = pixels(tmp_path / "p.png")
+    drawn(*options, "--guidance", 9, "--image-guidance", 2)
+    text = read_picture_file(tmp_path / "p.png").parameters or ""
+    assert "CFG scale: 9, " in text
+    assert "Image CFG scale: 2, Init image hash: " in text
+    assert (pixels(tmp_path / "p.png") != plain).any()
+    images = redrawn(Pipeline.open(bundle), tmp_path / "p.png", image=pixels(tmp_path / "in.png"))
+    np.testing.assert_array_equal(images[0], pixels(tmp_path / "p.png"))
+    assert "edits a picture" in refused(run("generate", bundle, "red", "-o", tmp_path / "q.png"))
+
+
 def test_deepcache_is_in_the_text(variants: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = variants("target")
     options = [bundle, "red", "-o", tmp_path / "p.png", "--steps", 6, "--backend", "cpu"]

@@ -41,6 +41,7 @@ def test_latents_are_written_under_the_name_that_was_given(tiny_bundle: Path, tm
 WRONG: dict[str, tuple[list[str], str]] = {
     "too great a count": (["--count", "1000000000000"], "not in the range 1<=x<=4096"),
     "strength alone": (["--strength", "0.5"], "strength was given without an image"),
+    "image guidance": (["--image-guidance", "1.5"], "this model edits no picture"),
     "negative without guidance": (["--negative", "x", "--guidance", "1"], "guidance is 1, which is off"),
     "class of a text model": (["--class-label", "1"], "2 prompts and 1 class labels"),
     "guidance of no number": (["--guidance", "nan"], "guidance is nan"),

@@ -32,7 +32,7 @@ void read_manifest(std::string_view text) {
     const char *prompt = "a";
     const std::int64_t label = 0;
     ldm_draw_options options{};
-    options.guidance = std::nan("");
+    options.guidance = options.strength = options.image_guidance = std::nan("");
     options.deepcache = 1;
     if (facts.takes_classes) options.class_labels = &label;
     checked_request(bundle, facts, facts.reads_text ? &prompt : nullptr, 1, options);
@@ -40,6 +40,11 @@ void read_manifest(std::string_view text) {
 
 // Run a plan from each of its steps.
 void run(const Plan &plan) {
+    try {
+        row_levels(plan, 0);
+    } catch (const InputError &error) {
+        require(is_utf8(error.what()));
+    }
     constexpr std::size_t count = 3;
     const std::array<float, count> output{1.0f, -2.0f, 0.5f};
     for (std::size_t start = 0; start < plan.num_inference_steps; ++start) {

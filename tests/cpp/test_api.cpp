@@ -159,6 +159,11 @@ TEST_CASE("What cannot be drawn is refused with a sentence", "[bundle]") {
     refused([](auto &o) { o.negative_prompts = bad_text, o.negative_prompt_count = 0; }, "0 negative prompts");
     refused([](auto &o) { o.image = image, o.strength = 0; }, "strength 0");
     refused([](auto &o) { o.image = image, o.image_count = 0; }, "0 images");
+    refused([](auto &o) { o.mask = image; }, "A mask was given without an image");
+    refused([](auto &o) { o.image = image, o.keep_pixels = 1; }, "keep_pixels was given without a mask");
+    refused([](auto &o) { o.image = image, o.mask = image, o.mask_count = 2; }, "2 masks were given for 1 pictures");
+    refused([](auto &o) { o.image = image, o.mask = image; }, "Mask 0 is black everywhere");
+    refused([](auto &o) { o.image_guidance = 1.5; }, "this model edits no picture");
     opened.prompt = "\xC3(";
     refused([](auto &) {}, "not UTF-8");
     opened.prompt = nullptr;

@@ -18,6 +18,7 @@ from PIL import Image
 import ldm_export
 from ldm_export.cli import cmake_dir
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.inpainting import outpainted
 from tests.cpp.conftest import SOURCES, installed, need, run
 from tests.cpp.fuzz_seeds import write_seeds
 
@@ -129,10 +130,48 @@ def test_example_in_cpp(examples: Path, bundle: Path, tmp_path: Path) -> None:
     assert (sheet[16:, 16:] == 255).all()
 
 
+def test_example_in_cpp_draws_a_part_anew_and_beyond(examples: Path, bundle: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 9:] = 255
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = ["--steps", "10", "--image", tmp_path / "in.png", "--mask", tmp_path / "mask.png", "--keep-pixels"]
+    run(examples / "txt2img", bundle, "a red circle", "-o", tmp_path / "out.png", *options)
+    pipeline = Pipeline.open(bundle, backend="cpu")
+    wishes: dict[str, Any] = {"steps": 10, "keep_pixels": True}
+    expected = pipeline.generate("a red circle", image=pixels, mask=mask, **wishes).images[0]
+    drawn = np.asarray(Image.open(tmp_path / "out.png"))
+    assert np.abs(drawn.astype(int) - expected).max() <= 1
+    np.testing.assert_array_equal(drawn[:, :9], pixels[:, :9])
+    run(
+        examples / "txt2img",
+        bundle,
+        "a red circle",
+        "-o",
+        tmp_path / "wide.png",
+        *options,
+        "--outpaint",
+        "left=4,bottom=6",
+    )
+    image, white = outpainted(pixels, mask, (4, 0, 0, 6), 2)
+    expected = pipeline.generate("a red circle", image=image, mask=white, **wishes).images[0]
+    assert np.abs(np.asarray(Image.open(tmp_path / "wide.png")).astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "A bundle, and -o"),
+        (("BUNDLE", "x", "-o", "x.png", "--mask", "m.png"), "are of an --image"),
+        (
+            ("BUNDLE", "x", "-o", "x.png", "--image", "IMAGE", "--mask", "MASK"),
+            "The mask is 8x16 and the image 16x16; a",
+        ),
+        (("BUNDLE", "x", "-o", "x.png", "--image", "IMAGE", "--outpaint", "left"), "--outpaint is SIDE=PIXELS"),
+        (("BUNDLE", "x", "-o", "x.png", "--image", "IMAGE", "--outpaint", "top=3"), "3 pixels were asked for (top)"),
+        (("BUNDLE", "x", "-o", "x.png", "--image", "IMAGE", "--keep-pixels"), "keep_pixels was given without a mask"),
+        (("BUNDLE", "x", "-o", "x.png", "--image", "IMAGE", "--image-guidance", "2"), "this model edits no picture"),
         (("--magic", "1"), "--magic is no option"),
         (("/nowhere", "x", "-o", "x.png"), "there is no such folder"),
         (("BUNDLE", "x", "-o", "x.png", "--sampler", "magic"), "no plan for 'magic'"),
@@ -142,7 +181,10 @@ def test_example_in_cpp(examples: Path, bundle: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(examples: Path, bundle: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    words = [str(bundle) if word == "BUNDLE" else word for word in arguments]
+    named = {"BUNDLE": str(bundle), "IMAGE": str(tmp_path / "in.png"), "MASK": str(tmp_path / "mask.png")}
+    Image.new("RGB", (16, 16)).save(named["IMAGE"])
+    Image.new("L", (16, 8), 255).save(named["MASK"])
+    words = [named.get(word, word) for word in arguments]
     done = subprocess.run([examples / "txt2img", *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr

@@ -47,6 +47,12 @@ DRAWN: dict[str, dict[str, Any]] = {
     "noisy": {"prompts": PROMPTS[:1], "sampler": "euler-ancestral"},
     "other size": {"prompts": PROMPTS[:1], "height": 24, "width": 32},
     "from a picture": {"prompts": PROMPTS[:1], "image": np.full((16, 16, 3), 99, np.uint8)},
+    "a part anew": {
+        "prompts": PROMPTS[:1],
+        "image": np.full((16, 16, 3), 99, np.uint8),
+        "mask": np.repeat(np.uint8([0, 255]), 128).reshape(16, 16),
+        "keep_pixels": True,
+    },
 }
 IN_PYTHONS_WORDS = {"no profile", "a switch that is no switch", "a report that is none"}
 
@@ -124,8 +130,7 @@ def engines_of(bundle: Path) -> Path:
 def draw(pipeline: Any, prompts: list[str], **options: Any) -> np.ndarray[Any, Any]:
     """Pixels, with the options of Python's ``generate``."""
     given = {name: value.encode() if isinstance(value, str) else value for name, value in options.items()}
-    if "image" in given:
-        given["image"] = given["image"].tobytes()
+    given |= {name: given[name].tobytes() for name in ("image", "mask") if name in given}
     return np.frombuffer(pipeline.draw(prompts, **{"steps": 10, **given}), np.uint8)
 
 

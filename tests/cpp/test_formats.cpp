@@ -185,7 +185,8 @@ TEST_CASE("A plan is checked whole") {
                R"(, "init_scale": 1, "rows": [)" + text +
                R"(], "entries": [{"image_scale": 1, "noise_scale": 1, "warmup": [], "resume": )" + resume + "}]}";
     };
-    CHECK(plan_from_json(plan("[0.5]")).for_strength(1).rows.size() == 1);
+    CHECK(plan_from_json(plan("[0.5]")).starting_at(0).rows.size() == 1);
+    CHECK(plan_from_json(plan("[0.5]")).first_step(1) == 0);
     CHECK(plan_from_json(plan("[0.5]")).rows[0].weights == std::vector<double>{0.5});
     for (const std::string &text : {plan("[1, 1]"), plan("[1e400]"), plan("1"), plan("[true]"), plan("[]", "1"), plan("[]", "2"),
                                     plan("[1e39]"), plan("[]", "-1"), plan("[]", "0", "2"), plan("[]", "0", "0"), plan("[]", "0", "1e3"),
@@ -196,9 +197,9 @@ TEST_CASE("A plan is checked whole") {
     CHECK_THROWS_AS(plan_from_json(of_fewer_calls), InputError);  // its first entry runs nothing
     of_fewer_calls.replace(of_fewer_calls.find(R"("resume": 1)"), 11, R"("resume": 0)");
     CHECK(plan_from_json(of_fewer_calls).starting_at(1).rows.size() == 1);
-    CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(0), InputError);
-    CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(std::nan("")), InputError);
-    CHECK_THROWS_AS(plan_from_json(plan("[]")).for_strength(1.5), InputError);
+    CHECK_THROWS_AS(plan_from_json(plan("[]")).first_step(0), InputError);
+    CHECK_THROWS_AS(plan_from_json(plan("[]")).first_step(std::nan("")), InputError);
+    CHECK_THROWS_AS(plan_from_json(plan("[]")).first_step(1.5), InputError);
 }
 
 TEST_CASE("The kind of processor is told as Python tells it") {

@@ -68,6 +68,10 @@ ldm_status live(std::uint8_t *pixels, bool &told) {
     ldm_draw_options chosen;
     ldm_status status = ldm_draw_options_init(&chosen, sizeof chosen);
     chosen.steps = 10;
+    static const std::vector<std::uint8_t> image(16 * 16 * 3, 100), mask(16 * 16, 200);
+    chosen.image = image.data();
+    chosen.mask = mask.data();
+    chosen.keep_pixels = 1;
     if (status == LDM_OK) status = ldm_pipeline_open(bundle(), nullptr, &pipeline);
     if (status == LDM_OK) status = ldm_pipeline_clone(pipeline, &clone);
     if (status == LDM_OK) status = ldm_pipeline_info(clone, &info);

@@ -95,8 +95,8 @@ def test_a_target_that_does_not_fit_is_passed_over(
 def test_another_model_is_refused(
     open_cpp: Callable[..., Any], binding: ModuleType, kinds: Callable[[str], tuple[Path, Path]]
 ) -> None:
-    with pytest.raises(binding.LdmError, match="reads the latents of another picture") as caught:
-        open_cpp(kinds("inpainting")[1]).draw([PROMPT])
+    with pytest.raises(binding.LdmError, match="reads the latents of another picture without a mask") as caught:
+        open_cpp(kinds("8 channels")[1]).draw([PROMPT])
     assert caught.value.status == STATUS_INPUT
 
 

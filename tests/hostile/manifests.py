@@ -188,7 +188,7 @@ def _role_entries() -> Iterator[Case]:
     yield from rows(
         manifest_value("roles", "guidance", "kind"),
         opened=('"two_rows"', '"input"', '"none"'),
-        refused=('""', '"TWO_ROWS"', '"three_rows"', *NO_TEXT),
+        refused=('""', '"TWO_ROWS"', '"three_rows"', '"four_rows"', *NO_TEXT),
     )
     yield from rows(manifest_value("roles", "guidance", "x"), refused=("1",))
     yield from rows(manifest_value("roles", "guidance"), refused=("{}", "[]", "null", "4", MISSING))

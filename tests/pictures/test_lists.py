@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.errors import InputError
 from ldm_export.pictures import lists
 from ldm_export.pictures.lists import Wanted, checked_requests, pictures_from_file, pictures_from_prompts
-from ldm_export.pictures.text import PictureRequest
+from ldm_export.pictures.text import PictureRequest, options_of, parameters_text, requests_from
 
 DEFAULTS = {"seed": 5, "steps": 10, "sampler": None}
 
@@ -130,6 +131,18 @@ def test_a_request_from_a_picture(tiny_bundle: Path) -> None:
     (found,) = checked_requests(Bundle.open(tiny_bundle), [Wanted("", options | {"mask": mask, "keep_pixels": True})])
     assert (found.strength, found.keep_pixels) == (1.0, True)
     assert found.mask_hash == hashlib.sha256(mask.tobytes()).hexdigest()[:10]
+
+
+def test_a_request_of_a_picture_that_is_edited(kinds: Callable[[str], tuple[Path, Path]]) -> None:
+    bundle = Bundle.open(kinds("instruct-pix2pix")[1])
+    options: dict[str, Any] = {"prompt": "red", "seed": 3, "image": np.zeros((16, 24, 3), np.uint8)}
+    (found,) = checked_requests(bundle, [Wanted("", options)])
+    assert (found.guidance, found.image_guidance, found.strength) == (7.5, 1.5, None)
+    (other,) = checked_requests(bundle, [Wanted("", options | {"image_guidance": 2, "guidance": 3})])
+    assert other == replace(found, image_guidance=2.0, guidance=3.0)
+    assert "Image CFG scale: 2, " in parameters_text([other])
+    assert requests_from(parameters_text([other])) == (other,)
+    assert options_of([other])["image_guidance"] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ TEXTS = st.text(max_size=60) | st.lists(
         image_hash=st.none() | st.just("00ff"),
         mask_hash=st.none() | st.just("0e11"),
         keep_pixels=st.booleans(),
+        image_guidance=st.none() | st.floats(0, 1e6),
         deepcache=st.integers(1, 9),
     )
 )
@@ -136,6 +137,7 @@ def test_the_text_of_another_tool() -> None:
         ("Seed: 7", "Seed: " + "7" * 5000),
         ("Size: 96x64", "Size: 96"),
         ("CFG scale: 4", "CFG scale: nan"),
+        ("Plan: ddim", "Plan: ddim, Image CFG scale: inf"),
         ("Plan: ddim", 'Plan: ddim, Exact: "[]"'),
         ("Plan: ddim", 'Plan: ddim, Exact: "{\\"steps\\": 3}"'),
         ("Plan: ddim", 'Plan: ddim, Grid: "{}"'),
@@ -168,6 +170,7 @@ def test_no_class_of_requests_differs_unseen() -> None:
         **{"height": 128, "width": 128, "model_hash": "1", "model": "m", "calls": 3, "class_label": 1},
         **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
         "adapters": (AdapterUse("a.ldma", 1.0, "ab"),),
+        "image_guidance": 1.5,
     }
     assert changed.keys() == vars(REQUEST).keys()
     texts = {parameters_text([replace(REQUEST, **{name: value})]) for name, value in changed.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import NONE, GraphSpec, Guidance, Roles, TensorSpec, TextEncoder, loop_spec
+from ldm_export.contract import NONE, THREE_ROWS, GraphSpec, Guidance, Roles, TensorSpec, TextEncoder, loop_spec
 from ldm_export.reading.documents import MalformedError
 from ldm_export.runtime.facts import check_graphs
 from tests.bundle_fixture import in_kinds
@@ -85,6 +85,7 @@ def changed(graphs: dict[str, GraphSpec], name: str, tensor: TensorSpec) -> dict
         ("text", "text_encoder", TensorSpec("last_hidden_state", "float32", ("batch", 16, 31))),
         ("text", "unet", TensorSpec("timestep", "float32", ())),
         ("inpainting", "unet", TensorSpec("image_latents", "int64", ("batch", 5, "height", "width"))),
+        ("instruct-pix2pix", "unet", TensorSpec("image_latents", "float32", ("batch", 5, "height", "width"))),
     ],
 )
 def test_other_graphs_are_refused(
@@ -112,6 +113,7 @@ def test_class_labels_are_numbers_or_features(contract: Callable[[str], Contract
         ({"text_encoders": (TextEncoder("text_encoder", "tokenizer", "t5", 16),)}, "of the kind 't5'"),
         ({"text_encoders": (TextEncoder("text_encoder", "tokenizer", "clip", 17),)}, "'input_ids'"),
         ({"conditioner": "vae_encoder"}, "reads 'sample', which nothing gives"),
+        ({"guidance": Guidance(THREE_ROWS, 7.5)}, "guidance of three rows, and a denoiser that reads no image_latents"),
     ],
 )
 def test_roles_that_do_not_fit_the_graphs(
@@ -120,6 +122,13 @@ def test_roles_that_do_not_fit_the_graphs(
     graphs, roles = contract("text")
     with pytest.raises(MalformedError, match=message):
         check_graphs(graphs, replace(roles, **changes), 4)
+
+
+def test_guidance_of_a_model_that_edits_takes_three_rows() -> None:
+    scales = [(7.5, 1.5), (7.5, 1.0), (1.0, 1.5), (7.5, 0.99), (0.0, 0.0)]
+    assert [Guidance(THREE_ROWS, 7.5).rows(*each) for each in scales] == [3, 3, 1, 1, 1]
+    assert [Guidance("two_rows", 4.0).rows(scale, 0.0) for scale in (0.0, 1.0, 1.5)] == [1, 1, 2]
+    assert not Guidance(THREE_ROWS, 7.5).takes_two_rows(7.5)
 
 
 def test_guidance_takes_two_rows_above_1() -> None:

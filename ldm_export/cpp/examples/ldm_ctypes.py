@@ -62,6 +62,10 @@ class DrawOptions(ctypes.Structure):
         ("adapter_strengths", POINTER(c_double)),
         ("adapter_pictures", POINTER(c_int64)),
         ("adapter_count", c_size_t),
+        ("mask", c_char_p),
+        ("mask_count", c_size_t),
+        ("keep_pixels", c_int32),
+        ("image_guidance", c_double),
     )
 
 

@@ -1,4 +1,5 @@
 // Pictures of prompts, with the options of `ldm-export generate`: txt2img BUNDLE PROMPT... -o OUT.png
+#include "outpaint.hpp"
 #include "picture.h"
 
 #include <ldm/ldm.hpp>
@@ -19,7 +20,8 @@ namespace {
 
 constexpr const char *USAGE =
     "usage: txt2img BUNDLE PROMPT... -o OUT.png [--sampler S] [--steps N] [--calls N] [--guidance W] [--negative TEXT]\n"
-    "               [--seed N] [--image IN.png] [--strength X] [--size HxW] [--class-label N]... [--count N]\n"
+    "               [--seed N] [--image IN.png] [--strength X] [--mask MASK.png] [--keep-pixels] [--outpaint SIDE=N,...]\n"
+    "               [--image-guidance W] [--size HxW] [--class-label N]... [--count N]\n"
     "               [--deepcache N] [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt]\n"
     "               [--threads N] [--latents OUT.npy] [--lora FILE[=STRENGTH]]...\n";
 
@@ -40,12 +42,17 @@ struct Arguments {
 Arguments parsed(int argc, char **argv) {
     static const char *known[] = {"-o",     "--sampler", "--steps",       "--guidance", "--negative",  "--seed",    "--image",
                                   "--size", "--strength", "--class-label", "--count",    "--deepcache", "--backend", "--threads",
-                                  "--latents", "--calls",    "--lora"};
+                                  "--latents", "--calls", "--mask", "--outpaint", "--image-guidance",
+                                  "--lora"};
     Arguments arguments;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
         if (word.empty() || word[0] != '-') {
             arguments.positional.push_back(word);
+            continue;
+        }
+        if (word == "--keep-pixels") {
+            arguments.options[word] = {""};
             continue;
         }
         if (std::find(std::begin(known), std::end(known), word) == std::end(known) || i + 1 == argc)
@@ -103,6 +110,48 @@ void save_latents(const std::vector<float> &latents, const std::vector<std::size
     if (!file.flush()) throw UsageError(path + " cannot be written. Name another file.");
 }
 
+// What is started from and what of it is drawn anew, with the room of --outpaint, read into memory that `draw` points to.
+struct Pictures {
+    std::vector<std::uint8_t> image, mask;
+
+    // Whether all could be read; what could not was told.
+    bool read(const Arguments &arguments, const ldm_info &model, ldm::DrawOptions &draw) {
+        const bool masked = arguments.options.count("--mask") != 0, roomy = arguments.options.count("--outpaint") != 0;
+        if (arguments.options.count("--image") == 0) {
+            if (masked || roomy) throw UsageError("--mask and --outpaint are of an --image. Name the picture.");
+            return true;
+        }
+        std::uint32_t height = 0, width = 0;
+        if (!load(arguments.text("--image"), model.channels, image, draw.height, draw.width)) return false;
+        if (masked && !load(arguments.text("--mask"), 1, mask, height, width)) return false;
+        if (masked && (height != draw.height || width != draw.width))
+            throw UsageError("The mask is " + std::to_string(height) + "x" + std::to_string(width) + " and the image " +
+                             std::to_string(draw.height) + "x" + std::to_string(draw.width) +
+                             "; a mask has the size of its image. Resize the mask.");
+        if (roomy) {
+            const outpaint::Margins room = outpaint::margins_from_text(arguments.text("--outpaint"), model.pixels_per_latent);
+            if (!masked) mask.assign(std::size_t{draw.height} * draw.width, 0);
+            mask = outpaint::with_room(mask.data(), draw.height, draw.width, 1, room, 255);
+            image = outpaint::with_room(image.data(), draw.height, draw.width, model.channels, room);
+            draw.height += static_cast<std::uint32_t>(room.top + room.bottom);
+            draw.width += static_cast<std::uint32_t>(room.left + room.right);
+        }
+        draw.image = image.data();
+        draw.mask = mask.empty() ? nullptr : mask.data();
+        return true;
+    }
+
+  private:
+    static bool load(const std::string &path, std::uint32_t channels, std::vector<std::uint8_t> &pixels, std::uint32_t &height,
+                     std::uint32_t &width) {
+        const std::unique_ptr<std::uint8_t, decltype(&std::free)> found(picture_read(path.c_str(), channels, &height, &width),
+                                                                        std::free);
+        if (found == nullptr) return false;
+        pixels.assign(found.get(), found.get() + std::size_t{height} * width * channels);
+        return true;
+    }
+};
+
 int run(const Arguments &arguments) {
     const std::vector<std::string> prompts(arguments.positional.begin() + 1, arguments.positional.end());
     ldm::OpenOptions open;
@@ -112,7 +161,7 @@ int run(const Arguments &arguments) {
     ldm::Pipeline pipeline(arguments.positional[0], open);
 
     ldm::DrawOptions draw;
-    std::unique_ptr<std::uint8_t, decltype(&std::free)> image(nullptr, std::free);
+    Pictures given;
     for (const auto &[name, values] : arguments.options) {
         const std::string &value = values.back();
         if (name == "--sampler") draw.sampler = value;
@@ -122,6 +171,8 @@ int run(const Arguments &arguments) {
         if (name == "--negative") draw.negative_prompts = {value};
         if (name == "--seed") draw.seed = whole(name, value);
         if (name == "--strength") draw.strength = number(name, value);
+        if (name == "--image-guidance") draw.image_guidance = number(name, value);
+        if (name == "--keep-pixels") draw.keep_pixels = true;
         if (name == "--deepcache") draw.deepcache = positive(name, value);
         if (name == "--class-label")
             for (const std::string &label : values) draw.class_labels.push_back(whole(name, label));
@@ -137,12 +188,8 @@ int run(const Arguments &arguments) {
             draw.height = positive(name, value.substr(0, cross));
             draw.width = positive(name, value.substr(cross + 1));
         }
-        if (name == "--image") {
-            image.reset(picture_read(value.c_str(), pipeline.info().channels, &draw.height, &draw.width));
-            if (image == nullptr) return 2;
-            draw.image = image.get();
-        }
     }
+    if (!given.read(arguments, pipeline.info(), draw)) return 2;
     std::vector<float> latents;
     std::vector<std::size_t> shape;
     const auto show = [&](const ldm::Step &step) {

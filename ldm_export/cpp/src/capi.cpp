@@ -172,7 +172,9 @@ ldm_draw_options draw_defaults() {
     options.struct_size = sizeof options;
     options.guidance = std::nan("");
     options.image_count = 1;
-    options.strength = 0.6;
+    options.strength = std::nan("");
+    options.mask_count = 1;
+    options.image_guidance = std::nan("");
     options.deepcache = 1;
     return options;
 }

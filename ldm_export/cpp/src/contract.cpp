@@ -163,6 +163,13 @@ void check_denoiser(const Bundle &bundle, const Roles &roles, std::int64_t laten
             denoiser.refuse(join("'", name, "' is a condition, and there is no such input"));
         check_source(denoiser, *tensor, source, known);
     }
+    if (roles.guidance.kind == GuidanceKind::three_rows) {
+        const auto reads_picture = [](const auto &condition) { return condition.second == "image_latents"; };
+        if (std::none_of(roles.conditions.begin(), roles.conditions.end(), reads_picture))
+            denoiser.refuse("its guidance is of three rows, and it reads no image_latents");
+        for (const auto &[name, source] : roles.conditions)
+            if (source == "image_latents") denoiser.input({name, "float32", latents});
+    }
     for (const TensorSpec &tensor : denoiser.spec().inputs)
         if (denoiser.does_not_know(tensor.name) && roles.conditions.count(tensor.name) == 0)
             denoiser.refuse(join("it takes '", tensor.name, "', which nothing gives"));

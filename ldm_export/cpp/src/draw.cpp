@@ -1,7 +1,8 @@
 #include "draw.hpp"
 
 #include "error.hpp"
-#include "noise.hpp"
+#include "inpainting.hpp"
+#include "start.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -10,41 +11,10 @@ namespace ldm::runtime {
 
 namespace {
 
-// Noise for a batch, each picture by its own seed.
-class Noise {
-  public:
-    Noise(const std::vector<std::int64_t> &seeds, const Shape &latents)
-        : values_(Tensor::zeros<float>(latents)), each_(values_.count() / seeds.size()) {
-        for (const std::int64_t seed : seeds) generators_.emplace_back(seed);
-    }
-
-    const float *draw() {
-        float *out = values_.as<float>();
-        for (Generator &generator : generators_) {
-            generator.randn(out, each_);
-            out += each_;
-        }
-        return values_.as<float>();
-    }
-
-  private:
-    Tensor values_;
-    std::size_t each_;
-    std::vector<Generator> generators_;
-};
-
 Shape latents_shape(const Model &model, const Request &request) {
     const Facts &facts = model.facts();
     return {static_cast<std::int64_t>(request.batch()), facts.latent_channels, request.height / facts.pixels_per_latent,
             request.width / facts.pixels_per_latent};
-}
-
-// An output of a graph, which must have this type and shape.
-Tensor expected(Tensors outputs, const GraphSpec &graph, const std::string &name, const char *dtype, const Shape &shape) {
-    const auto found = outputs.find(name);
-    if (found == outputs.end() || found->second.dtype != dtype || found->second.shape != shape)
-        throw BundleError(join(graph.path, " gives no '", name, "' of the size that it must. Export the bundle anew."));
-    return std::move(found->second);
 }
 
 bool all_finite(const Tensor &tensor) {
@@ -56,6 +26,21 @@ void check_latents(const Tensor &latents, const Request &request, std::size_t st
     if (!all_finite(latents))
         throw BackendError(join("The latents are no numbers after step ", step, " of ", count, " (NaN or infinity), with guidance ",
                                 request.guidance, ". Use a smaller guidance or another sampler, or export the bundle anew."));
+}
+
+// Pictures (B, C, H, W) in [-1, 1] as uint8 (B, H, W, C).
+Tensor pixels_of(const Tensor &sample) {
+    const std::int64_t batch = sample.shape[0], channels = sample.shape[1], plane = sample.shape[2] * sample.shape[3];
+    Tensor images = Tensor::zeros<std::uint8_t>({batch, sample.shape[2], sample.shape[3], channels});
+    const float *in = sample.as<float>();
+    for (std::int64_t k = 0; k < batch; ++k)
+        for (std::int64_t c = 0; c < channels; ++c)
+            for (std::int64_t i = 0; i < plane; ++i) {
+                const float level = std::max(0.0f, std::min(*in++ / 2 + 0.5f, 1.0f));
+                images.as<std::uint8_t>()[(k * plane + i) * channels + c] =
+                    static_cast<std::uint8_t>(std::nearbyint(level * 255));
+            }
+    return images;
 }
 
 Tensor decode(Model &model, const Tensor &latents) {
@@ -70,38 +55,14 @@ Tensor decode(Model &model, const Tensor &latents) {
     if (!all_finite(sample))
         throw BackendError(join("The pictures are no numbers (NaN or infinity comes out of ", decoder.spec().path,
                                 "). Use a smaller guidance, or export the bundle anew."));
-    Tensor images = Tensor::zeros<std::uint8_t>({batch, height, width, channels});
-    const float *in = sample.as<float>();
-    for (std::int64_t k = 0; k < batch; ++k)
-        for (std::int64_t c = 0; c < channels; ++c)
-            for (std::int64_t i = 0; i < height * width; ++i) {
-                const float level = std::max(0.0f, std::min(*in++ / 2 + 0.5f, 1.0f));
-                images.as<std::uint8_t>()[(k * height * width + i) * channels + c] =
-                    static_cast<std::uint8_t>(std::nearbyint(level * 255));
-            }
-    return images;
+    return pixels_of(sample);
 }
 
-// A picture's latents, drawn from the encoder's distribution with the pictures' own noise; where they are certain, as they
-// are.
-Tensor encode(Model &model, Tensor &image, const Shape &shape, Noise &noise) {
-    const Graph &encoder = model.graph(model.roles().vae_encoder);
-    Tensors outputs = encoder.run({{"sample", &image}});
-    if (outputs.count("latent_sample") != 0)
-        return expected(std::move(outputs), encoder.spec(), "latent_sample", "float32", shape);
-    Shape doubled = shape;
-    doubled[1] *= 2;
-    const Tensor parameters = expected(std::move(outputs), encoder.spec(), "latent_parameters", "float32", doubled);
-    Tensor latents = Tensor::zeros<float>(shape);
-    const std::size_t batch = static_cast<std::size_t>(shape[0]), each = latents.count() / batch;
-    const float *z = noise.draw();
-    for (std::size_t k = 0; k < batch; ++k)
-        for (std::size_t i = 0; i < each; ++i) {
-            const float mean = parameters.as<float>()[2 * k * each + i];
-            const double logvar = parameters.as<float>()[(2 * k + 1) * each + i];
-            latents.as<float>()[k * each + i] = mean + static_cast<float>(std::exp(0.5 * logvar)) * z[k * each + i];
-        }
-    return latents;
+// Pictures of latents, with those pixels of a request's image that it keeps.
+Tensor decode(Model &model, const Tensor &latents, const Request &request) {
+    Tensor images = decode(model, latents);
+    if (request.keep_pixels && request.mask) blend(images, pixels_of(*request.image), *request.mask);
+    return images;
 }
 
 // Rows as one array (B, ...).
@@ -123,45 +84,48 @@ Tensor scalar(double value) {
 }
 
 // A value for each row: of the negative prompts, where there are such rows, and of the prompts.
-Tensor by_row(std::size_t batch, bool guided, float negative, float prompt) {
-    Tensor made = Tensor::zeros<float>({static_cast<std::int64_t>(batch * (guided ? 2 : 1))});
-    float *rows = made.as<float>();
-    if (guided) rows = std::fill_n(rows, batch, negative);
-    std::fill_n(rows, batch, prompt);
+Tensor by_row(std::size_t batch, std::size_t each, float negative, float prompt) {
+    Tensor made = Tensor::zeros<float>({static_cast<std::int64_t>(batch * each)});
+    std::fill_n(std::fill_n(made.as<float>(), batch * (each - 1), negative), batch, prompt);
+    return made;
+}
+
+Tensor repeated(const Tensor &rows, std::size_t times) {
+    Tensor made{rows.dtype, rows.shape, {}};
+    made.shape[0] *= static_cast<std::int64_t>(times);
+    for (std::size_t k = 0; k < times; ++k) made.data.insert(made.data.end(), rows.data.begin(), rows.data.end());
     return made;
 }
 
 // What a request gives to graphs, by name; as request_sources in ldm_export/runtime/conditioning.py.
-Tensors request_sources(const Request &request, bool guided) {
+Tensors request_sources(const Request &request, std::size_t each, const std::optional<Tensor> &image_latents) {
     Tensors made;
     made["height"] = scalar(request.height);
     made["width"] = scalar(request.width);
     made["guidance"] = scalar(request.guidance);
     made["guidance_weight"] = scalar(request.guidance - 1.0);
-    made["has_prompt"] = by_row(request.batch(), guided, request.no_negative_prompt ? 0.0f : 1.0f, 1.0f);
-    made["is_negative"] = by_row(request.batch(), guided, 1.0f, 0.0f);
-    if (request.class_labels) {
-        Tensor &labels = made["class_labels"] = *request.class_labels;
-        if (guided) {
-            const std::vector<std::byte> once = labels.data;
-            labels.data.insert(labels.data.end(), once.begin(), once.end());
-            labels.shape[0] *= 2;
-        }
+    made["has_prompt"] = by_row(request.batch(), each, request.no_negative_prompt ? 0.0f : 1.0f, 1.0f);
+    made["is_negative"] = by_row(request.batch(), each, 1.0f, 0.0f);
+    if (request.class_labels) made["class_labels"] = repeated(*request.class_labels, each);
+    if (image_latents) {
+        Tensor &rows = made["image_latents"] = repeated(*image_latents, each);
+        if (each > 2) std::fill_n(rows.as<float>(), image_latents->count(), 0.0f);
     }
     return made;
 }
 
 TensorRefs taken(const GraphSpec &graph, Tensors &there);
 
-// The denoiser's inputs beside latents and timestep; with guidance the negative prompts' rows come first.
-Tensors conditions(Model &model, const Request &request, bool guided) {
+// The denoiser's inputs beside latents and timestep, with `each` rows a picture; with guidance the negative prompts' come
+// first, of three those without the picture's latents before those with them.
+Tensors conditions(Model &model, const Request &request, std::size_t each, const std::optional<Tensor> &image_latents) {
     const Roles &roles = model.roles();
-    Tensors known = request_sources(request, guided);
+    Tensors known = request_sources(request, each, image_latents);
     if (!request.prompts.empty()) {
         std::vector<SharedTensors> encoded = model.encode(request.prompts, request.mixtures);
-        if (guided) {
+        if (each > 1) {
             const std::vector<SharedTensors> negative = model.encode(request.negative_prompts, request.mixtures);
-            encoded.insert(encoded.begin(), negative.begin(), negative.end());
+            for (std::size_t k = 1; k < each; ++k) encoded.insert(encoded.begin(), negative.begin(), negative.end());
         }
         for (const auto &[source, _] : *encoded[0]) {
             std::vector<const Tensor *> all;
@@ -206,6 +170,20 @@ Tensor ids_of(const Tokenizer &tokenizer, const std::vector<std::string> &prompt
     return ids;
 }
 
+// Combine the predictions of each picture's rows, `count` values each, in the last one:
+//   two     negative + guidance * (prompt - negative)
+//   three   nothing + guidance * (prompt - picture) + image_guidance * (picture - nothing)       (2211.09800, eq. 3)
+void combine(const Request &request, float *out, std::size_t count, std::size_t each) {
+    const auto guidance = static_cast<float>(request.guidance), image_guidance = static_cast<float>(request.image_guidance);
+    float *prediction = out + (each - 1) * count;
+    const float *before = prediction - (each > 1 ? count : 0);
+    if (each == 2)
+        for (std::size_t i = 0; i < count; ++i) prediction[i] = (prediction[i] - before[i]) * guidance + before[i];
+    if (each == 3)
+        for (std::size_t i = 0; i < count; ++i)
+            prediction[i] = out[i] + (prediction[i] - before[i]) * guidance + (before[i] - out[i]) * image_guidance;
+}
+
 // All of a drawing by a loop graph, in one call.
 Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
     const Graph &loop = model.graph(request.loop);
@@ -228,7 +206,7 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
     }
     *(given["guidance_scale"] = Tensor::zeros<float>({})).as<float>() = static_cast<float>(request.guidance);
     if (request.class_labels) given["class_labels"] = *request.class_labels;
-    given["has_negative_prompt"] = by_row(request.batch(), false, 0.0f, request.no_negative_prompt ? 0.0f : 1.0f);
+    given["has_negative_prompt"] = by_row(request.batch(), 1, 0.0f, request.no_negative_prompt ? 0.0f : 1.0f);
     const Tokenizers &tokenizers = model.tokenizers();
     for (std::size_t i = 0; i < tokenizers.size(); ++i)
         for (const auto &[name, prompts] : {std::make_pair("input_ids", &request.prompts),
@@ -257,56 +235,43 @@ Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
         throw InputError(join("deepcache ", request.deepcache, " was asked for, and ", model.backend(),
                               " has no outermost blocks of this denoiser apart. Run: ldm-export build ",
                               model.bundle().path().string(), " --target cpu; if that says so, leave deepcache out."));
-    const bool guided = model.facts().guidance.takes_two_rows(request.guidance);
-    Tensors inputs = conditions(model, request, guided);
-    if (adapted) {
-        std::vector<Mixture> mixtures = request.mixtures;
-        if (guided) mixtures.insert(mixtures.end(), request.mixtures.begin(), request.mixtures.end());
-        inputs.merge(branch_arrays(denoiser.spec(), name, mixtures));
-    }
-
+    const std::size_t each = model.facts().guidance.rows(request.guidance, request.image_guidance);
     const Shape shape = latents_shape(model, request);
     Noise noise(request.seeds, shape);
     const Trajectory &trajectory = request.trajectory;
-    std::optional<Tensor> start;
-    if (request.image) {
-        Tensor image = *request.image;
-        start = encode(model, image, shape, noise);
+    Start start = start_of(model, request, shape, noise);
+    Tensors inputs = conditions(model, request, each, start.beside);
+    if (adapted) {
+        std::vector<Mixture> mixtures;
+        for (std::size_t k = 0; k < each; ++k) mixtures.insert(mixtures.end(), request.mixtures.begin(), request.mixtures.end());
+        inputs.merge(branch_arrays(denoiser.spec(), name, mixtures));
     }
-    Tensor latents = Tensor::zeros<float>(shape);
+    Tensor &latents = start.latents;
     const std::size_t count = latents.count();
-    float *x = latents.as<float>();
-    const float *z = noise.draw();
-    for (std::size_t i = 0; i < count; ++i) {
-        x[i] = z[i] * static_cast<float>(trajectory.noise_scale);
-        if (start) x[i] += start->as<float>()[i] * static_cast<float>(trajectory.image_scale);
-    }
 
     Shape rows = shape;
-    rows[0] *= guided ? 2 : 1;
+    rows[0] *= static_cast<std::int64_t>(each);
     inputs["sample"] = Tensor::zeros<float>(rows);
     inputs["timestep"] = Tensor::zeros<float>({rows[0]});
     Tensor out = Tensor::zeros<float>(rows);
     float *sample = inputs["sample"].as<float>(), *timestep = inputs["timestep"].as<float>();
-    float *prediction = out.as<float>() + (guided ? count : 0);
-    const auto guidance = static_cast<float>(request.guidance);
+    float *prediction = out.as<float>() + (each - 1) * count;
     const Call call = denoiser.bind(taken(denoiser.spec(), inputs), {{"out_sample", &out}}, request.deepcache);
-    Stepper stepper(trajectory.rows, x, count);
+    Stepper stepper(trajectory.rows, latents.as<float>(), count);
     for (std::size_t index = 0; index < trajectory.rows.size(); ++index) {
         const Row &row = trajectory.rows[index];
         stepper.network_input(row, sample);
-        if (guided) std::copy_n(sample, count, sample + count);
+        for (std::size_t k = 1; k < each; ++k) std::copy_n(sample, count, sample + k * count);
         std::fill_n(timestep, rows[0], static_cast<float>(row.timestep));
         model.check_unchanged();
         call();
-        if (guided)  // negative + guidance * (prompt - negative)
-            for (std::size_t i = 0; i < count; ++i)
-                prediction[i] = (prediction[i] - out.as<float>()[i]) * guidance + out.as<float>()[i];
+        combine(request, out.as<float>(), count, each);
         stepper.advance(row, prediction, [&] { return noise.draw(); });
+        if (start.kept) start.kept->restore(latents, index + 1);
         check_latents(latents, request, index + 1, trajectory.rows.size());
-        on_step({index, trajectory.rows.size(), row.timestep, latents, [&] { return decode(model, latents); }});
+        on_step({index, trajectory.rows.size(), row.timestep, latents, [&] { return decode(model, latents, request); }});
     }
-    return decode(model, latents);
+    return decode(model, latents, request);
 }
 
 }  // namespace ldm::runtime

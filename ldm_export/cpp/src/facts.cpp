@@ -77,7 +77,12 @@ Facts facts_of(const Bundle &bundle) {
     const std::set<std::string> sources = roles.sources(bundle.manifest.graphs);
     facts.reads_text = !roles.text_encoders.empty();
     facts.takes_classes = sources.count("class_labels") != 0;
-    facts.reads_image_latents = sources.count("image_latents") != 0;
+    facts.edits = roles.guidance.kind == GuidanceKind::three_rows;
+    facts.reads_image_latents = sources.count("image_latents") != 0 && !facts.edits;
+    std::vector<std::int64_t> beside;
+    for (const auto &[name, source] : roles.conditions)
+        if (source == "image_latents") beside.push_back(graph_of(bundle, roles.denoiser).input(name)->shape[1].size);
+    facts.inpaints = facts.reads_image_latents && beside == std::vector<std::int64_t>{facts.latent_channels + 1};
     facts.class_count = facts.takes_classes ? classes : 0;
     return facts;
 }

@@ -19,7 +19,9 @@ struct Facts {
     std::uint32_t default_steps;
     Guidance guidance;
     bool reads_text, takes_classes;
-    bool reads_image_latents;   // beside the sample, for inpainting or editing
+    bool edits;                 // reads the latents of a picture beside its own, and has two guidances
+    bool reads_image_latents;   // beside the sample, otherwise: for inpainting, or what this runtime does not do
+    bool inpaints;              // reads a mask before them
     std::uint32_t class_count;  // 0: not given, or takes none
 
     // Tokens of a picture of so many pixels; without a patch_size one a latent.

@@ -49,6 +49,13 @@ void overwrite(Tensor &tensor, const Tensor &values) {
 
 }  // namespace
 
+Tensor expected(Tensors outputs, const GraphSpec &graph, const std::string &name, const char *dtype, const Shape &shape) {
+    const auto found = outputs.find(name);
+    if (found == outputs.end() || found->second.dtype != dtype || found->second.shape != shape)
+        throw BundleError(join(graph.path, " gives no '", name, "' of the size that it must. Export the bundle anew."));
+    return std::move(found->second);
+}
+
 HoistedGraph::HoistedGraph(GraphSpec spec, std::unique_ptr<Graph> rest, Parts parts, std::unique_ptr<Graph> shallow,
                      std::int64_t deep_channels)
     : Graph(std::move(spec)),

@@ -42,6 +42,9 @@ class Graph {
     GraphSpec spec_;
 };
 
+// An output of a graph, which must have this type and shape; throws BundleError.
+Tensor expected(Tensors outputs, const GraphSpec &graph, const std::string &name, const char *dtype, const Shape &shape);
+
 // A graph with its invariants hoisted out of the sampling loop: what depends on a condition alone runs once a binding,
 // what depends on the timestep alone once for each timestep.
 class HoistedGraph : public Graph {

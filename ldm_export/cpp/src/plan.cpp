@@ -158,7 +158,7 @@ Trajectory Plan::starting_at(std::size_t step) const {
     return run;
 }
 
-Trajectory Plan::for_strength(double strength, bool rounds_up) const {
+std::size_t Plan::first_step(double strength, bool rounds_up) const {
     const auto steps = static_cast<double>(num_inference_steps);
     std::size_t redone = 0;
     if (strength > 0 && strength <= 1)
@@ -167,7 +167,7 @@ Trajectory Plan::for_strength(double strength, bool rounds_up) const {
     if (redone < 1)
         throw InputError(join("strength ", strength, " of ", num_inference_steps, " steps leaves nothing to run; it must ",
                               "lie in [", 1 / steps, ", 1]. Raise the strength or the number of steps."));
-    return starting_at(num_inference_steps - redone);
+    return num_inference_steps - redone;
 }
 
 Plan plan_from_json(std::string_view text) {

@@ -63,8 +63,8 @@ struct Plan {
 
     Trajectory from_noise() const;
     Trajectory starting_at(std::size_t step) const;
-    // The run that redoes the last `strength` of the steps, in (0, 1]; throws InputError where that leaves none.
-    Trajectory for_strength(double strength, bool rounds_up = false) const;
+    // The step from which the last `strength` of the steps, in (0, 1], is redone; throws InputError where that leaves none.
+    std::size_t first_step(double strength, bool rounds_up = false) const;
 };
 
 // Read a plan file, checking everything; throws InputError.

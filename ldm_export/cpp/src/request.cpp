@@ -3,6 +3,7 @@
 #include "compiler.hpp"
 #include "error.hpp"
 #include "forecast.hpp"
+#include "inpainting.hpp"
 #include "memory.hpp"
 #include "repr.hpp"
 #include "unicode.hpp"
@@ -30,10 +31,37 @@ std::vector<std::string> texts(const char *const *given, std::size_t count, cons
     return found;
 }
 
+// The scale of the guidance towards the picture that is edited; 0 for models that edit none. As
+// ldm_export/runtime/editing.py.
+double image_guidance(const Facts &facts, const ldm_draw_options &options) {
+    const double asked = options.image_guidance;
+    if (!facts.edits) {
+        if (!std::isnan(asked))
+            throw InputError("image_guidance was given, and this model edits no picture, so it would do nothing. Leave it out.");
+        return 0;
+    }
+    if (options.image == nullptr)
+        throw InputError("This model edits a picture as the prompt says, and none was given. Give the image.");
+    if (options.mask != nullptr || !std::isnan(options.strength))
+        throw InputError(join("A ", options.mask != nullptr ? "mask" : "strength", " was given; this model edits the whole "
+                              "picture, from noise, as the prompt and its two guidances say. Leave it out."));
+    if (std::isnan(asked)) return IMAGE_GUIDANCE;
+    if (!(asked >= 0 && asked <= LARGEST_GUIDANCE))
+        throw InputError(join("image_guidance is ", short_repr(asked), "; give a number from 0 to 1e+06."));
+    return asked;
+}
+
+// Throws unless a denoiser that reads a picture's latents beside its own reads a mask before them, and both were given.
+void check_reads_mask(const Facts &facts, const ldm_draw_options &options) {
+    if (facts.reads_image_latents && !facts.inpaints)
+        throw InputError("This bundle's denoiser reads the latents of another picture without a mask, as for editing it, and its "
+                         "manifest says no guidance of three rows, by which this runtime edits. Run its graphs yourself.");
+    if (facts.inpaints && (options.image == nullptr || options.mask == nullptr))
+        throw InputError("This model was trained to inpaint, so it reads a picture and a mask of what is drawn anew in it. Give "
+                         "both: image and mask.");
+}
+
 void check_kind_of_input(const Facts &facts, bool prompts, bool labels) {
-    if (facts.reads_image_latents)
-        throw InputError("This bundle's denoiser also reads the latents of another picture; this runtime "
-                         "generates from text and from an image to start from. Run its graphs yourself.");
     if (facts.reads_text == prompts && facts.takes_classes == labels) return;
     const std::string classes = facts.class_count == 0
                                     ? "class labels"
@@ -63,7 +91,7 @@ double guidance(const Facts &facts, double asked, const std::vector<std::string>
     const double scale = asked_is_own ? model.scale : asked;
     if (!(asked_is_own || (scale >= 0 && scale <= LARGEST_GUIDANCE)))
         throw InputError(join("guidance is ", scale, "; give a number from 0 to ", LARGEST_GUIDANCE, ", 1 being off."));
-    if (model.kind == GuidanceKind::two_rows) return scale;
+    if (model.kind == GuidanceKind::two_rows || model.kind == GuidanceKind::three_rows) return scale;
     const bool negative = std::any_of(negative_prompts.begin(), negative_prompts.end(),
                                       [](const std::string &prompt) { return !prompt.empty(); });
     const char *remedy = "Leave it out, or use the bundle of the model that it was distilled from.";
@@ -118,6 +146,17 @@ Tensor image(const ldm_draw_options &options, std::size_t count, std::size_t hei
                 *out++ = static_cast<float>(pixels[i * channels + c]) / 127.5f - 1.0f;
     }
     return sample;
+}
+
+// The mask of a request, and its run and levels from the picture that it starts from.
+void from_image(Request &request, const Plan &plan, const Facts &facts, const ldm_draw_options &options) {
+    if (options.mask != nullptr)
+        request.mask = checked_mask(options.mask, options.mask_count, request.batch(), request.height, request.width,
+                                    facts.pixels_per_latent, facts.inpaints);
+    const double strength = !std::isnan(options.strength) ? options.strength : request.mask ? 1.0 : 0.6;
+    const std::size_t start = plan.first_step(strength, facts.strength_rounds_up);
+    if (!request.mask || strength < 1) request.trajectory = plan.starting_at(start);
+    if (request.mask && !facts.inpaints) request.levels = row_levels(plan, start);
 }
 
 void check_size(std::uint32_t height, std::uint32_t width, std::uint32_t multiple) {
@@ -226,8 +265,10 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     if (options.deepcache < 1) throw InputError("deepcache is 0; give a whole number from 1 (off) on, such as 3.");
     if (count < 1 || count > LARGEST_BATCH)
         throw InputError(join(count, " pictures were asked for; ask for 1 to ", LARGEST_BATCH, "."));
-    check_kind_of_input(facts, prompts != nullptr, options.class_labels != nullptr);
     Request request{};
+    request.image_guidance = image_guidance(facts, options);
+    check_reads_mask(facts, options);
+    check_kind_of_input(facts, prompts != nullptr, options.class_labels != nullptr);
     if (facts.reads_text) {
         request.prompts = texts(prompts, count, "Prompt");
         request.negative_prompts = negatives(options, count);
@@ -241,6 +282,10 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     if (options.calls > LARGEST_SIDE)
         throw InputError(join("calls is ", options.calls, "; give a whole number from 1 to ", LARGEST_SIDE, "."));
     if (options.calls != 0) sampler += join(CALLS, options.calls);
+    if (options.image == nullptr && options.mask != nullptr)
+        throw InputError("A mask was given without an image, of which it says what is drawn anew. Give the image, too.");
+    if (options.keep_pixels != 0 && options.mask == nullptr)
+        throw InputError("keep_pixels was given without a mask, which says what is kept. Leave it out, or give a mask.");
     if (options.whole != 0 && (options.image != nullptr || options.deepcache > 1))
         throw InputError("The whole loop was asked for at once, with an image or with deepcache; a loop graph draws from "
                          "noise, and all of the denoiser each time. Leave one of them out.");
@@ -258,10 +303,13 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     }
     request.seeds = seeds(options, count);
     check_memory(facts, request);
-    request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength, facts.strength_rounds_up);
-    if (options.image != nullptr)
+    request.trajectory = plan.from_noise();
+    if (options.image != nullptr) {
         request.image = image(options, count, request.height, request.width, facts.picture_channels);
+        if (!facts.edits) from_image(request, plan, facts, options);
+    }
     request.mixtures = mixtures_for(bundle, options, count);
+    request.keep_pixels = options.keep_pixels != 0;
     request.deepcache = options.deepcache;
     return request;
 }

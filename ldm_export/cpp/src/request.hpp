@@ -3,6 +3,7 @@
 
 #include "adapters.hpp"
 #include "facts.hpp"
+#include "levels.hpp"
 #include "plan.hpp"
 #include "tensor.hpp"
 
@@ -21,7 +22,11 @@ struct Request {
     std::vector<std::int64_t> seeds;                     // one a picture
     std::uint32_t height, width;                         // pixels
     double guidance;                                     // 1 is off
-    std::optional<Tensor> image;                         // float32 (B, C, H, W) in [-1, 1] to start from
+    double image_guidance;                               // of a model that edits the image, the scale towards it; else 0
+    std::optional<Tensor> image;                         // float32 (B, C, H, W) in [-1, 1] to start from or to edit
+    std::optional<Tensor> mask;                          // float32 (B, H, W) in [0, 1], 1 where the image is drawn anew
+    std::vector<Scales> levels;  // of the latents before each row, where the image's are put back after it; else none
+    bool keep_pixels;            // pixels that are not drawn anew are the image's
     Trajectory trajectory;
     std::vector<Mixture> mixtures;  // what adapters each picture is drawn with
     std::size_t deepcache;

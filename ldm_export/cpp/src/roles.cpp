@@ -11,7 +11,7 @@ namespace ldm::runtime {
 namespace {
 
 const std::map<std::string, GuidanceKind> KINDS{
-    {"two_rows", GuidanceKind::two_rows}, {"input", GuidanceKind::input}, {"none", GuidanceKind::none}};
+    {"three_rows", GuidanceKind::three_rows}, {"two_rows", GuidanceKind::two_rows}, {"input", GuidanceKind::input}, {"none", GuidanceKind::none}};
 
 // Throws unless an object has exactly these keys.
 void check_keys(const Json &entry, const std::set<std::string> &known, const std::string &where) {
@@ -26,7 +26,7 @@ Guidance guidance_of(const Json &entry) {
     const std::string &kind = field(entry, "kind", Kind::text, where).text();
     const double scale = field(entry, "scale", Kind::number, where).number();
     const auto found = KINDS.find(kind);
-    if (found == KINDS.end()) throw MalformedError(join(where, ".kind is '", kind, "'; there are two_rows, input, none"));
+    if (found == KINDS.end()) throw MalformedError(join(where, ".kind is '", kind, "'; there are three_rows, two_rows, input, none"));
     if (!(scale >= 0 && scale <= LARGEST_SIZE))
         throw MalformedError(join(where, ".scale is ", scale, "; a number from 0 to ", LARGEST_SIZE, " is needed"));
     return {found->second, scale};

@@ -25,17 +25,23 @@ using GraphSpecs = std::map<std::string, GraphSpec>;  // by name
 
 // How pictures are guided towards the prompt (classifier-free guidance, 2207.12598).
 enum class GuidanceKind {
-    two_rows,  // two predictions are combined, with the prompt and without
-    input,     // the denoiser is given the scale
-    none       // there is one prediction, as it is; the scale is what was trained into it, 1 being nothing
+    three_rows,  // of a model that edits a picture, three are combined: with neither, with the picture, with both
+    two_rows,    // two predictions are combined, with the prompt and without
+    input,       // the denoiser is given the scale
+    none         // there is one prediction, as it is; the scale is what was trained into it, 1 being nothing
 };
+constexpr double IMAGE_GUIDANCE = 1.5;  // towards the picture that is edited, by default
 
 struct Guidance {
     GuidanceKind kind = GuidanceKind::none;
     double scale = 1;  // by default
 
-    // Whether each picture takes two rows of a call; at a scale of 1 and below guidance is off.
-    bool takes_two_rows(double asked) const { return kind == GuidanceKind::two_rows && asked > 1; }
+    // Rows of a call that each picture takes; at a scale of 1 and below guidance is off, and where there are three, at one
+    // below 1 towards the picture, too.
+    std::size_t rows(double asked, double towards_image) const {
+        if (kind == GuidanceKind::three_rows) return asked > 1 && towards_image >= 1 ? 3 : 1;
+        return kind == GuidanceKind::two_rows && asked > 1 ? 2 : 1;
+    }
 };
 
 struct TextEncoder {

@@ -65,8 +65,8 @@ def profile_of(
     batch, pixels : pictures at a time, and their height and width
     """
     per_latent = facts["pixels_per_latent"]
-    guided = roles.guidance.takes_two_rows()
-    rows = Range(batch.min, 2 * batch.opt, 2 * batch.max) if guided else batch
+    each = roles.guidance.rows()
+    rows = Range(batch.min, each * batch.opt, each * batch.max)
     given_both = {*roles.graphs} - {roles.vae_decoder, roles.vae_encoder}  # prompts and negative prompts at once
     count = rows if graph.name in given_both else batch
     images = (pixels.min, pixels.opt, pixels.max)

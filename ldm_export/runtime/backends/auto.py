@@ -150,11 +150,11 @@ def time_calls(calls: Mapping[str, Callable[[], None]]) -> dict[str, float]:
 
 
 def _denoiser_call(bundle: Bundle, backend: Backend) -> Callable[[], None]:
-    """A call of the denoiser with noise, for one picture of the model's own size, of two rows where it is guided."""
+    """A call of the denoiser with noise, for one picture of the model's own size, with the rows of its guidance."""
     model, roles = bundle.manifest.model, bundle.roles
     denoiser = backend.load(roles.denoiser)
     sizes = {
-        "batch": 1 + roles.guidance.takes_two_rows(),
+        "batch": roles.guidance.rows(),
         "height": model["height"] // model["pixels_per_latent"],
         "width": model["width"] // model["pixels_per_latent"],
         "tokens": roles.text_encoders[0].length if roles.text_encoders else TOKENS,

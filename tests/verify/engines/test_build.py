@@ -125,7 +125,9 @@ def test_an_altered_graph_is_not_built(bundle: Path) -> None:
     assert not list((bundle / "targets").iterdir())
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    "kind", ["unconditional", "class-conditional", "inpainting", "lcm", "sd2", "sdxl", "instruct-pix2pix"]
+)
 def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str) -> None:
     assert kind in KINDS
     copy = Path(shutil.copytree(kinds(kind)[1], tmp_path / "bundle"))
@@ -135,7 +137,7 @@ def test_models_of_other_kinds(kinds: Callable[[str], tuple[Path, Path]], tmp_pa
     assert expected.get(kind, set()) <= names
     rows = engines_of(copy).engines["unet"].profile["sample"]
     guided = kind in ("sd2", "sdxl", "inpainting") and "encoder_hidden_states" in names
-    assert (rows.min[0], rows.max[0]) == (1, 8 if guided else 4)
+    assert (rows.min[0], rows.max[0]) == (1, 12 if kind == "instruct-pix2pix" else 8 if guided else 4)
 
 
 def test_weights_of_8_bits_stay_8_bits(tmp_path: Path) -> None:

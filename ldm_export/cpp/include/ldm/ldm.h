@@ -100,9 +100,10 @@ typedef struct ldm_draw_options {
     int64_t seed;                        /* picture k uses seed + k; 0 */
     const int64_t *seeds;                /* or one a picture; NULL */
     uint32_t height, width;              /* pixels, multiples of what a latent stands for; 0: the model's own */
-    const uint8_t *image;                /* to start from: (H, W, C), height and width being its own; NULL */
+    const uint8_t *image;                /* to start from or to edit: (H, W, C), height and width being its own; NULL */
     size_t image_count;                  /* one for all pictures, or one each; 1 */
-    double strength;                     /* in (0, 1], the share of the steps that is redone on the image; 0.6 */
+    double strength;                     /* in (0, 1], the share of the steps that is redone on the image; NaN: 0.6, and with
+                                            a mask 1, which starts from noise */
     const int64_t *class_labels;         /* one a picture, for class-conditional models; NULL */
     uint32_t deepcache;                  /* the whole denoiser in every so many steps only; 1 is off */
     int32_t whole;                       /* 1: by the plan's loop graph, all in one call; 0 */
@@ -113,6 +114,11 @@ typedef struct ldm_draw_options {
     const double *adapter_strengths;     /* of each, from -1000 to 1000; NULL: 1 */
     const int64_t *adapter_pictures;     /* the picture that each is for, from 0, or -1 for all; NULL: all */
     size_t adapter_count;
+    const uint8_t *mask;                 /* (H, W) of the image: 255 is drawn anew, 0 is kept, a blend between; NULL */
+    size_t mask_count;                   /* one for all pictures, or one each; 1 */
+    int32_t keep_pixels;                 /* 1: pixels that the mask keeps are the image's to the bit; 0 */
+    double image_guidance;               /* of a model that edits the image, towards it: from 0 to 1e6, below 1 both guidances
+                                            are off; NaN: 1.5 */
 } ldm_draw_options;
 
 /* What a bundle draws; the texts live as long as the pipeline. */

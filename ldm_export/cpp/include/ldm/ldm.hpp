@@ -104,12 +104,16 @@ struct DrawOptions {
     std::uint32_t height = 0, width = 0;
     const std::uint8_t *image = nullptr;
     std::size_t image_count = 1;
-    double strength = 0.6;
+    std::optional<double> strength = std::nullopt;
     std::vector<std::int64_t> class_labels = {};
     std::uint32_t deepcache = 1;
     bool whole = false;
     std::uint32_t calls = 0;
     std::vector<Adapter> adapters = {};
+    const std::uint8_t *mask = nullptr;
+    std::size_t mask_count = 1;
+    bool keep_pixels = false;
+    std::optional<double> image_guidance = std::nullopt;
 };
 
 // An opened bundle. Moves, does not copy; clone() gives another on the same weights, for another thread.
@@ -211,7 +215,7 @@ class Pipeline {
         chosen.width = options.width;
         chosen.image = options.image;
         chosen.image_count = options.image_count;
-        chosen.strength = options.strength;
+        if (options.strength) chosen.strength = *options.strength;
         chosen.class_labels = options.class_labels.empty() ? nullptr : options.class_labels.data();
         chosen.deepcache = options.deepcache;
         chosen.whole = options.whole;
@@ -228,6 +232,10 @@ class Pipeline {
         chosen.adapter_strengths = strengths.data();
         chosen.adapter_pictures = pictures_of.data();
         chosen.adapter_count = files.size();
+        chosen.mask = options.mask;
+        chosen.mask_count = options.mask_count;
+        chosen.keep_pixels = options.keep_pixels;
+        if (options.image_guidance) chosen.image_guidance = *options.image_guidance;
         chosen.step = step ? watch : nullptr;
         chosen.step_user = &watched;
         const ldm_info model = info();
