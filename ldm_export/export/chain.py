@@ -65,8 +65,10 @@ def export_bundle(
         _log.info(note)
     for name in checkpoint.components:
         checkpoint.weight_files(name)  # refuses what has no weights before anything is written
+    added = {graph: checkpoint.controls[name] for name, graph in family.roles.controls.items()}
+    needed_bytes = checkpoint.weights_bytes + sum(network.weights_bytes for network in added.values())
     parity: list[Parity] = []
-    with create_bundle(output, force=force, needed_bytes=checkpoint.weights_bytes) as writer:
+    with create_bundle(output, force=force, needed_bytes=needed_bytes) as writer:
         progress("scheduler and tokenizer")
         _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
         _write_json(writer.path / "model_index.json", _bundle_index(checkpoint))
@@ -81,7 +83,8 @@ def export_bundle(
             roles=family.roles,
             source={
                 "checkpoint": checkpoint.name,
-                "sha256": {name: checkpoint.sha256(name) for name in checkpoint.components},
+                "sha256": {name: checkpoint.sha256(name) for name in checkpoint.components}
+                | {name: network.sha256 for name, network in added.items()},
                 "components": {graph.spec.name: graph.component for graph in family.graphs if graph.component},
                 "torch": torch.__version__.partition("+")[0],
                 **{key: value for key, value in _source_facts(checkpoint).items() if value},

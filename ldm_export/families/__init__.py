@@ -16,6 +16,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, UnknownFamilyError
 from ldm_export.errors import CheckpointError
 from ldm_export.families.base import Family
+from ldm_export.families.controlnets import with_controls
 from ldm_export.families.dit import DiT
 from ldm_export.families.pixart import PixArt
 from ldm_export.families.prx import PRX
@@ -35,6 +36,7 @@ def open_checkpoint(
     sampler: str | None = None,
     prediction_type: str | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
+    controls: Sequence[tuple[str, Path]] = (),
 ) -> LatentDiffusion:
     """Open a checkpoint of any family: a folder, a single file, or a shipped one by its name.
 
@@ -42,6 +44,7 @@ def open_checkpoint(
     ----------
     sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
     adapters : files of LoRA and its kin, each with its strength, to merge into the networks
+    controls : names and folders of ControlNets, to export beside them
 
     Raises
     ------
@@ -56,7 +59,8 @@ def open_checkpoint(
     except UnknownFamilyError:
         families += installed_families()
         model = LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
-    return model.with_adapters(adapters) if adapters else model
+    model = model.with_adapters(adapters) if adapters else model
+    return with_controls(model, controls) if controls else model
 
 
 def family_of(checkpoint: LatentDiffusion) -> Family:

@@ -23,6 +23,7 @@ from ldm_export.contract import (
     INPUT,
     NONE,
     REQUEST_SOURCES,
+    RESIDUAL,
     TWO_ROWS,
     GraphSpec,
     Guidance,
@@ -41,6 +42,14 @@ from ldm_export.families.base import (
     conditioner_graph,
     picture_faults,
     text_encoder_roles,
+)
+from ldm_export.families.controlnets import (
+    UNET_CONTROL,
+    check_controls,
+    control_graph_names,
+    unet_control_faults,
+    unet_control_graphs,
+    unet_residuals,
 )
 from ldm_export.families.text_encoders import clip_graph
 from ldm_export.families.tokenizers import ClipFiles
@@ -96,6 +105,7 @@ KIND = CheckpointKind(
     saved_as=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     default_pipeline=_default_pipeline,
     latent_size=_latent_size,
+    control=UNET_CONTROL,
 )
 
 
@@ -113,6 +123,8 @@ class StableDiffusion:
         faults = [*self._channel_faults(), *self._text_faults()]
         if faults:
             raise CheckpointError(f"{self._checkpoint.path}: {faults[0]}")
+        sizes = self._vae["latent_channels"], self._checkpoint.pixels_per_latent
+        check_controls(self._checkpoint, partial(unet_control_faults, self._unet, *sizes))
         self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
 
     @property
@@ -143,7 +155,7 @@ class StableDiffusion:
         if self._encoders:
             last = list(self._encoders)[-1]
             direct |= {"encoder_hidden_states": f"{last}.last_hidden_state", "text_embeds": f"{last}.text_embeds"}
-        names = [tensor.name for tensor in self.denoiser_spec.inputs[2:]]
+        names = [tensor.name for tensor in self.denoiser_spec.inputs[2:] if tensor not in self._residuals]
         return Roles(
             DENOISER,
             "vae_decoder",
@@ -152,6 +164,7 @@ class StableDiffusion:
             text_encoder_roles(self.tokenizers),
             None if conditioner is None else CONDITIONER,
             {name: f"{CONDITIONER}.{name}" if name in made else direct[name] for name in names},
+            control_graph_names(self._checkpoint),
         )
 
     @property
@@ -169,6 +182,7 @@ class StableDiffusion:
         height, width = self._checkpoint.latent_size
         config = {**self._unet, "sample_size": height if height == width else (height, width)}
         load = self._checkpoint.load
+        graphs += unet_control_graphs(self._checkpoint, self.denoiser_spec)
         graphs.append(ModelGraph(self.denoiser_spec, partial(_denoiser, load, named), "unet", config, classes))
         return [*graphs, *autoencoder_graphs(load, self._checkpoint.index["vae"][1], self._vae)]
 
@@ -206,6 +220,7 @@ class StableDiffusion:
         if self._image_channels:
             shape = ("batch", self._image_channels, "height", "width")
             inputs.append(TensorSpec("image_latents", "float32", shape))
+        inputs += self._residuals
         out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
         return graph_spec(DENOISER, inputs, [out])
 
@@ -229,6 +244,11 @@ class StableDiffusion:
     @cached_property
     def tokenizers(self) -> Mapping[str, ClipFiles]:
         return {name: ClipFiles.of(self._checkpoint, name) for name in self._encoders}
+
+    @property
+    def _residuals(self) -> Sequence[TensorSpec]:
+        """What ControlNets add to the UNet; none without them."""
+        return unet_residuals(self._unet) if self._checkpoint.controls else ()
 
     @property
     def _reads_text(self) -> bool:
@@ -385,6 +405,7 @@ def _denoiser(load: Any, names: Sequence[str]) -> GraphModule:
         given = dict(zip(names, inputs, strict=True))
         if "image_latents" in given:
             given["sample"] = torch.cat([given["sample"], given.pop("image_latents")], dim=1)
-        return (network(**given),)
+        residuals = [given.pop(name) for name in names if name.startswith(RESIDUAL)]
+        return (network(**given, residuals=residuals),)
 
     return GraphModule(load("unet"), call).eval()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from ldm_export.errors import BackendError, CancelledError, InputError, LdmExpor
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import Conditioning
+from ldm_export.runtime.control import Residuals, loaded_control, no_residuals
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.inpainting import blended
@@ -112,8 +113,8 @@ class Pipeline:
         ----------
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
-        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, class_labels;
-            see :class:`ldm_export.runtime.request.Options`
+        options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, controls,
+            class_labels; see :class:`ldm_export.runtime.request.Options`
 
         Raises
         ------
@@ -208,9 +209,12 @@ class Pipeline:
             raise InputError("An image was given; a denoiser of one's own starts from noise. Leave the image out.")
         self.load()
         assert self._conditioning is not None
+        if request.controls:
+            raise InputError("A control was given; a denoiser of one's own has none. Leave it out.")
         guided = self._roles.guidance.takes_two_rows(request.guidance)
         noise = request.noise(request.latents_shape(self.bundle))()
         conditions, scale = self._conditioning(request, guided), request.guidance if guided else None
+        conditions |= no_residuals(self.bundle, request.batch * (1 + guided))
         graph = self._graph(self._roles.denoiser)
         return GuidedDenoiser(graph, noise.shape, conditions, scale, request.deepcache), noise
 
@@ -313,16 +317,34 @@ class Pipeline:
         assert self._conditioning is not None
         guided = self._roles.guidance.takes_two_rows(request.guidance)
         conditions = self._conditioning(request, guided, start.beside)
+        conditions |= no_residuals(self.bundle, request.batch * (1 + guided))
+        residuals = self._residuals(request, conditions, request.batch * (1 + guided))
         timings.text_ms = _since(started)
 
         started = time.perf_counter()
         scale = request.guidance if guided else None
         rows = request.trajectory.rows
-        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept)
+        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept, residuals)
         sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here
         return sampling, start.latents
+
+    def _residuals(self, request: Request, conditions: Mapping[str, Array], rows: int) -> Residuals | None:
+        """What the controls of a request add to its denoiser; None where there are none."""
+        if not request.controls:
+            return None
+        loaded = [
+            loaded_control(
+                control,
+                self._graph(control.graph),
+                conditions,
+                rows,
+                lambda image: self._encoder().distribution(image)[0],
+            )
+            for control in request.controls
+        ]
+        return Residuals(loaded, len(request.trajectory.rows))
 
     def _check_latents(self, step: Step, request: Request) -> None:
         """Raise NumericalError unless all latents are finite numbers."""

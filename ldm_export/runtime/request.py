@@ -14,6 +14,13 @@ from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
 from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
+from ldm_export.runtime.control import (
+    CheckedControl,
+    Control,
+    check_with_controls,
+    checked_controls,
+    size_with_controls,
+)
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
@@ -46,6 +53,8 @@ class Options(TypedDict, total=False):
     strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6, and with a mask
         1, which starts from noise
     keep_pixels : whether pixels where ``mask`` is 0 are those of ``image`` to the bit, and blended where it is between
+    controls : pictures that control what is generated, uint8 (H, W, 3) or `ldm_export.runtime.control.Control`, by
+        the names of the bundle's ControlNets; their size is the picture's where no other is said
     class_labels : one a picture, for class-conditional models
     deepcache : run the whole denoiser in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
@@ -65,6 +74,7 @@ class Options(TypedDict, total=False):
     mask: Array | None
     strength: float | None
     keep_pixels: bool
+    controls: Mapping[str, Control | Array] | None
     class_labels: Sequence[int] | None
     deepcache: int
     whole: bool
@@ -90,6 +100,7 @@ class Request:
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
+    controls : by pictures
     """
 
     prompts: tuple[str, ...]
@@ -107,6 +118,7 @@ class Request:
     trajectory: Trajectory
     deepcache: int
     loop: str | None
+    controls: tuple[CheckedControl, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -148,6 +160,7 @@ def checked_request(
     mask: Array | None = None,
     strength: float | None = None,
     keep_pixels: bool = False,
+    controls: Mapping[str, Control | Array] | None = None,
     class_labels: Sequence[int] | None = None,
     deepcache: int = 1,
     whole: bool = False,
@@ -223,6 +236,9 @@ def checked_request(
                 "the picture has the image's size. Resize the image."
             )
         height, width = sides
+    controlled = checked_controls(bundle, controls, batch)
+    check_with_controls(controlled, deepcache=deepcache, whole=whole, forecast=calls is not None)
+    height, width = size_with_controls(controlled, height, width)
     height = model["height"] if height is None else height
     width = model["width"] if width is None else width
     check_size(height, width, size_step(model))
@@ -261,6 +277,7 @@ def checked_request(
         trajectory=trajectory,
         deepcache=deepcache,
         loop=f"{plan.sampler}-{steps}" if whole else None,
+        controls=tuple(controlled),
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request

@@ -146,8 +146,8 @@ class TensorRtBackend(Backend):
         self._engines[graph].check_shapes(shapes)
 
     def sampling(self, denoiser: Graph, run: SamplingTask) -> Sampling:
-        """A loop on the device, where the target has an engine for its steps and nothing is put back after each."""
-        if STEP not in self._target.engines or run.kept is not None:
+        """A loop on the device, where the target has an engine for its steps and nothing else happens between."""
+        if STEP not in self._target.engines or run.kept is not None or run.residuals is not None:
             return super().sampling(denoiser, run)
         started = time.perf_counter()
         engines = self._engines[self._bundle.roles.denoiser], self._engine(STEP, step_spec(denoiser.spec))
