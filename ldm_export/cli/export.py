@@ -7,6 +7,7 @@ import click
 
 from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.cli.build import print_target
+from ldm_export.cli.control import controlnet_option, controlnets_from
 from ldm_export.cli.options import (
     adapters_from,
     console,
@@ -64,6 +65,7 @@ TARGETS = ("cpu", "none")
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @lora_option
+@controlnet_option
 @family_option
 @json_option
 def command(
@@ -81,6 +83,7 @@ def command(
     prediction_type: str | None,
     force: bool,
     loras: tuple[str, ...],
+    controlnets: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
@@ -95,7 +98,12 @@ def command(
                 f"--{name.replace('_', '-')} is about the passes of a recipe. Give --recipe too, or leave it."
             )
     adapters = adapters_from(loras)
-    model = open_checkpoint(checkpoint, sampler=sampler, prediction_type=prediction_type, adapters=adapters)
+    controls = controlnets_from(controlnets)
+    if controls and recipe is not None:
+        raise InputError("--controlnet was given with --recipe, whose passes change networks. Leave one of them out.")
+    model = open_checkpoint(
+        checkpoint, sampler=sampler, prediction_type=prediction_type, adapters=adapters, controls=controls
+    )
     if loops:
         from ldm_export.verify.loops import add_loop, check_loops
 

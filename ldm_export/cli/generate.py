@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.cli.control import control_option, controls_from
 from ldm_export.cli.options import (
     bundle_argument,
     check_output,
@@ -78,6 +79,7 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
     "--outpaint", default=None, metavar="SIDE=PIXELS,...", help="Draw beyond --image: left, top, right, bottom."
 )
 @click.option("--keep-pixels", is_flag=True, help="What is black in --mask is --image to the bit.")
+@control_option
 @click.option("--strength", type=float, help="Share of the steps redone on --image.  [default: 0.6; with a mask 1]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option(
@@ -115,6 +117,7 @@ def command(
     mask: Path | None,
     outpaint: str | None,
     keep_pixels: bool,
+    controls: tuple[str, ...],
     strength: float | None,
     size: str | None,
     class_labels: tuple[int, ...],
@@ -137,6 +140,7 @@ def command(
         raise InputError(f"--outpaint {outpaint} was given without --image, around which it draws. Name the picture.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     given = _pictures(pipeline.bundle, image, mask, margins) | {"keep_pixels": keep_pixels, "whole": whole}
+    given["controls"] = controls_from(controls)
     options: dict[str, Any] = {
         "sampler": sampler,
         "steps": steps,

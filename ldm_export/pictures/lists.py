@@ -21,9 +21,10 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.contract import INPUT, TWO_ROWS
 from ldm_export.errors import InputError
-from ldm_export.pictures.text import HASH_DIGITS, PictureRequest
+from ldm_export.pictures.text import HASH_DIGITS, PictureRequest, control_text
 from ldm_export.reading.documents import MalformedError, parsed, read_text
 from ldm_export.reading.hashes import sha256_of
+from ldm_export.runtime.control import CheckedControl, Control
 from ldm_export.runtime.request import checked_request
 from ldm_export.runtime.values import MOST_ITEMS, shown, text_of, whole_number
 
@@ -187,8 +188,18 @@ def _checked_request(
         mask_hash=_image_hash(options.get("mask")),
         keep_pixels=checked.keep_pixels,
         deepcache=options.get("deepcache", 1),
+        controls=_control_texts(checked.controls, options.get("controls")),
         **model,
     )
+
+
+def _control_texts(controls: Sequence[CheckedControl], given: Any) -> tuple[str, ...] | None:
+    texts = []
+    for control in controls:
+        value = given[control.name]
+        image_hash = _image_hash(value.image if isinstance(value, Control) else value)
+        texts.append(control_text(control.name, control.scale, control.start, control.end, image_hash or ""))
+    return tuple(texts) or None
 
 
 def _image_hash(image: Any) -> str | None:

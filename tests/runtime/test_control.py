@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,9 @@ def pictures() -> Array:
 def control_net(unet: Any, seed: int, **config: Any) -> Any:
     """A ControlNet for a UNet, whose convolutions of zeros are not."""
     torch.manual_seed(seed)
-    made = diffusers.ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False
-    )
-    made = diffusers.ControlNetModel.from_config({**made.config, **config})
+    names = inspect.signature(diffusers.ControlNetModel.__init__).parameters.keys() & unet.config.keys()
+    own = {"mid_block_type": "UNetMidBlock2DCrossAttn", "conditioning_embedding_out_channels": (16, 32), **config}
+    made = diffusers.ControlNetModel(**{**{name: unet.config[name] for name in names}, **own})
     with torch.no_grad():
         for block in [*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out]:
             block.weight.normal_(std=0.3)
@@ -110,3 +110,86 @@ def test_on_the_target_ort_cpu(sd: tuple[Any, Pipeline], pictures: Array) -> Non
             options = {**GUIDED, "seed": SEEDS, "height": SIZE[0], "width": SIZE[1], "controls": controls}
             plain, fast = (each.generate(PROMPTS, **options) for each in (pipeline, built))
             assert psnr_db(plain.images, fast.images) > 60
+
+
+# --- Stable Diffusion XL and 3 --------------------------------------------------------------------------------------
+
+
+def exported(checkpoint: Path, nets: dict[str, Any], folder: Path) -> Pipeline:
+    """The bundle of a checkpoint with ControlNets, opened."""
+    for name, net in nets.items():
+        net.save_pretrained(folder / name)
+    model = open_checkpoint(checkpoint, controls=[(name, folder / name) for name in nets])
+    return Pipeline.open(chain.export_bundle(model, folder / "bundle").path, backend="cpu")
+
+
+def test_stable_diffusion_xl(kinds: Any, pictures: Array, tmp_path: Path) -> None:
+    checkpoint, _ = kinds("sdxl")
+    base = opened(diffusers.StableDiffusionXLPipeline, checkpoint)
+    net = control_net(base.unet, 0)
+    pipe = diffusers.StableDiffusionXLControlNetPipeline(**base.components, controlnet=net, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipeline = exported(checkpoint, {"canny": net}, tmp_path)
+    for negatives in (NEGATIVES, None):
+        options = {**GUIDED, "negative_prompt": negatives}
+        result = pipeline.generate(PROMPTS, seed=SEEDS, controls={"canny": Control(pictures, 0.7, end=0.8)}, **options)
+        expected = judged(
+            pipe,
+            "euler",
+            PROMPTS,
+            SEEDS,
+            image=list(map(Image.fromarray, pictures)),
+            controlnet_conditioning_scale=0.7,
+            control_guidance_end=0.8,
+            **options,
+        )
+        assert_same(result, expected, pipe.vae)
+
+
+SD3_KINDS: dict[str, dict[str, Any]] = {
+    "no pooled text, latents without shift": {},
+    "pooled text": {"force_zeros_for_pooled_projection": False, "num_layers": 2},
+    "positions of the transformer, no text": {
+        "force_zeros_for_pooled_projection": False,
+        "use_pos_embed": False,
+        "joint_attention_dim": None,
+        "qk_norm": "rms_norm",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SD3_KINDS)
+def test_stable_diffusion_3(
+    kinds: Any, pictures: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    checkpoint, _ = kinds("sd3")
+    base = opened(diffusers.StableDiffusion3Pipeline, checkpoint)
+    of_base = {key: value for key, value in base.transformer.config.items() if key != "dual_attention_layers"}
+    nets = {}
+    for seed, name in enumerate(("blur", "tile")):
+        torch.manual_seed(seed)
+        nets[name] = diffusers.SD3ControlNetModel.from_config({**of_base, "qk_norm": None, **SD3_KINDS[kind]})
+        for block in [*nets[name].controlnet_blocks, nets[name].pos_embed_input.proj]:
+            torch.nn.init.normal_(block.weight, std=0.3)
+        perturb(nets[name])
+    pipeline = exported(checkpoint, nets, tmp_path)
+    pipe = diffusers.StableDiffusion3ControlNetPipeline(**base.components, controlnet=[*nets.values()])
+    pipe.set_progress_bar_config(disable=True)
+    distribution = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(distribution, "sample", lambda self: self.mode())  # it draws from torch's global generator
+    controls = {"blur": Control(pictures, 0.7), "tile": Control(pictures[::-1].copy(), 0.4, start=0.3)}
+    result = pipeline.generate(PROMPTS, seed=SEEDS, controls=controls, **GUIDED)
+    expected = judged(
+        pipe,
+        "euler",
+        PROMPTS,
+        SEEDS,
+        control_image=[[Image.fromarray(image) for image in control.image] for control in controls.values()],
+        controlnet_conditioning_scale=[0.7, 0.4],
+        control_guidance_start=[0.0, 0.3],
+        control_guidance_end=[1.0, 1.0],
+        height=SIZE[0],
+        width=SIZE[1],
+        **GUIDED,
+    )
+    assert_same(result, expected, pipe.vae)
