@@ -69,7 +69,7 @@ class AddedNetwork:
         file = self.folder / "config.json"
         values = read_json(file)
         name = values.get("_class_name")
-        if name not in self.component.classes:
+        if not isinstance(name, str) or name not in self.component.classes:
             raise CheckpointError(
                 f"{file} is of a {str(name)[:60]}; {' or '.join(self.component.classes)} is needed beside this model."
             )

@@ -9,7 +9,7 @@ from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.plans import check_plans
 from ldm_export.bundle.targets.base import kinds_of, sound_target
 from ldm_export.bundle.targets.engines import engine_targets, sound_engine_target
-from ldm_export.cli.control import controlnet_option
+from ldm_export.cli.control import controlnet_option, controlnets_from
 from ldm_export.cli.options import (
     adapters_from,
     bundle_argument,

@@ -162,6 +162,12 @@ def _compare_weights(checkpoint: LatentDiffusion, graph: ModelGraph, file: Path)
 def check_same_graphs(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
     """Raise InputError unless the checkpoint's networks take and give what the bundle's graphs do."""
     family = family_of(checkpoint)
+    controls = {} if bundle.manifest.roles is None else bundle.manifest.roles.controls
+    if lacking := sorted(controls.keys() - checkpoint.controls.keys()):
+        raise InputError(
+            f"The bundle {bundle.path} has the ControlNet {lacking[0]}, which {checkpoint.path} has not beside it. "
+            f"Name its folder: --controlnet {lacking[0]}=FOLDER"
+        )
     for spec in (graph.spec for graph in family.graphs):
         if bundle.manifest.graphs.get(spec.name) != spec:
             raise InputError(

@@ -94,8 +94,9 @@ def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[Ta
     roles = bundle.manifest.roles
     is_denoiser = roles is not None and name == roles.denoiser
     parts = {}
-    for tensor in spec.inputs if roles is not None and is_denoiser else ():
-        if tensor.name in ("timestep", *roles.conditions):  # the timestep comes back, conditions stay
+    invariants = ("timestep", *roles.conditions) if roles is not None and is_denoiser else ()
+    for tensor in spec.inputs:
+        if tensor.name in invariants:  # the timestep comes back, conditions stay
             parts[tensor.name] = hoist_invariants(model, [tensor.name], f"hoisted.{tensor.name}", COSTLY)
     files = {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
     for key, file in files.items():

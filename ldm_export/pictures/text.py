@@ -285,7 +285,7 @@ def _request_from(found: Parameters) -> PictureRequest:
         mask_hash=settings.get("Mask hash"),
         keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
-        controls=tuple(takewhile(bool, (settings.get(f"ControlNet {k}") for k in count()))) or None,
+        controls=tuple(takewhile(bool, (settings.get(f"ControlNet {k}", "") for k in count()))) or None,
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
 

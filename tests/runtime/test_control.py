@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_export.errors import CheckpointError, InputError
 from ldm_export.export import chain
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.families import open_checkpoint
@@ -193,3 +194,75 @@ def test_stable_diffusion_3(
         **GUIDED,
     )
     assert_same(result, expected, pipe.vae)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("controls", "options", "message"),
+    [
+        ({"pose": "image"}, {}, "The control 'pose' of type str was asked for; this bundle has canny, depth"),
+        ([("canny", 1)], {}, "give a dict of pictures"),
+        ({"canny": None}, {}, "The picture of canny has shape"),
+        ({"canny": np.zeros((16, 24, 4), np.uint8)}, {}, "shape (16, 24, 4) and dtype uint8; uint8 (H, W, 3)"),
+        ({"canny": np.zeros((3, 16, 24, 3), np.uint8)}, {}, "3 pictures of canny were given for 2 pictures"),
+        ({"canny": Control(np.zeros((16, 24, 3), np.uint8), scale=-1)}, {}, "scale of canny is -1; give a number"),
+        ({"canny": Control(np.zeros((16, 24, 3), np.uint8), start=0.5, end=0.5)}, {}, "starts at 0.5 and ends at 0.5"),
+        ({"canny": Control(np.zeros((16, 24, 3), np.uint8), end=1.5)}, {}, "end of canny is 1.5; give a number from 0"),
+        ({"canny": "image"}, {"height": 16, "width": 16}, "canny is 16x24, and 16x16 is generated"),
+        ({"canny": "image", "depth": np.zeros((16, 16, 3), np.uint8)}, {}, "depth is 16x16, and 16x24 is generated"),
+        ({"canny": np.zeros((15, 24, 3), np.uint8)}, {}, "The size 15x24 does not fit"),
+        ({"canny": "image"}, {"image": np.zeros((16, 16, 3), np.uint8)}, "canny is 16x24, and 16x16 is generated"),
+        ({"canny": "image"}, {"deepcache": 3}, "A control was given with deepcache"),
+        ({"canny": "image"}, {"whole": True}, "A control was given with the whole loop at once"),
+        ({"canny": Control(np.zeros((16, 24, 3), np.uint8), end=0.5)}, {"calls": 3}, "for a part of the steps"),
+    ],
+)
+def test_what_cannot_control(
+    sd: tuple[Any, Pipeline], pictures: Array, controls: Any, options: dict[str, Any], message: str
+) -> None:
+    if isinstance(controls, dict):
+        controls = {name: pictures if isinstance(value, str) else value for name, value in controls.items()}
+    with pytest.raises(InputError) as raised:
+        sd[1].generate(PROMPTS, seed=SEEDS, controls=controls, **{"steps": STEPS, **options})
+    assert message in str(raised.value)
+
+
+def test_a_bundle_without_controls(tiny_bundle: Path, pictures: Array) -> None:
+    with pytest.raises(InputError, match="this bundle has no ControlNet"):
+        Pipeline.open(tiny_bundle, backend="cpu").generate(PROMPTS, controls={"canny": pictures})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"block_out_channels": (8, 8)}, "channels of the blocks (block_out_channels) are [8, 8]"),
+        ({"cross_attention_dim": 24}, "width of the text's states (cross_attention_dim) are 24, and the UNet's 32"),
+        ({"conditioning_embedding_out_channels": (8, 16, 16, 32)}, "8 times smaller, and the autoencoder 2 times"),
+        ({"conditioning_channels": 1}, "it reads pictures of 1 channels"),
+        ({"global_pool_conditions": True}, "global_pool_conditions"),
+    ],
+)
+def test_a_controlnet_of_another_model(
+    sd: tuple[Any, Pipeline], tiny_checkpoint: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    control_net(sd[0].unet, 0, **config).save_pretrained(tmp_path / "canny")
+    model = open_checkpoint(tiny_checkpoint, controls=[("canny", tmp_path / "canny")])
+    with pytest.raises(CheckpointError) as raised:
+        chain.export_bundle(model, tmp_path / "bundle")
+    assert message in str(raised.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_folders_that_are_no_controlnet(tiny_checkpoint: Path, kinds: Any, tmp_path: Path) -> None:
+    def refused(name: str, folder: Path, checkpoint: Path = tiny_checkpoint) -> str:
+        with pytest.raises((CheckpointError, InputError)) as raised:
+            open_checkpoint(checkpoint, controls=[(name, folder)])
+        return str(raised.value)
+
+    assert "config.json" in refused("canny", tmp_path)
+    assert "is of a UNet2DConditionModel; ControlNetModel is needed" in refused("canny", tiny_checkpoint / "unet")
+    assert "is a pickle" in refused("canny", tmp_path / "canny.pth")
+    assert "is no name of letters" in refused("can=ny", tmp_path)
+    assert "cannot be exported with one" in refused("canny", tmp_path, kinds("dit")[0])
