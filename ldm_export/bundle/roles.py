@@ -18,7 +18,7 @@ LEAST_TOKENS = 2
 
 CONTROL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 """Names that controls are asked for by."""
-OPTIONAL = ("controls",)
+OPTIONAL = ("controls", "image_encoder")
 """Keys of ``roles`` that are left out where there is nothing in them."""
 
 
@@ -76,6 +76,7 @@ def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
         None if conditioner is None else field(roles, "conditioner", str, "roles"),
         conditions,
         controls,
+        field(roles, "image_encoder", str, "roles") if "image_encoder" in roles else None,
     )
     for name in made.graphs:
         if name not in graphs or "/" in name:

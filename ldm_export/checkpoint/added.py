@@ -56,7 +56,12 @@ class AddedNetwork:
     @property
     def sha256(self) -> str:
         """SHA-256 of its weight files, in name order, hex."""
-        return sha256_of(*find_weights(self.folder, self.component.weights).files)
+        return sha256_of(*self.weight_files)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Its safetensors files, in name order."""
+        return find_weights(self.folder, self.component.weights).files
 
     def load(self) -> Any:
         """The network with its weights, float32, in evaluation mode, without gradients."""
@@ -68,7 +73,7 @@ class AddedNetwork:
     def _skeleton(self) -> nn.Module:
         file = self.folder / "config.json"
         values = read_json(file)
-        name = values.get("_class_name")
+        name = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
         if not isinstance(name, str) or name not in self.component.classes:
             raise CheckpointError(
                 f"{file} is of a {str(name)[:60]}; {' or '.join(self.component.classes)} is needed beside this model."

@@ -19,6 +19,7 @@ from ldm_reference.layout import save_component, write_json
 
 from ldm_export.checkpoint.added import AddedNetwork
 from ldm_export.checkpoint.building import built, checked_tensors, read_json, stored_tensors
+from ldm_export.checkpoint.image_adapter import ImageAdapter
 from ldm_export.checkpoint.kind import CheckpointKind, kind_of, names_part
 from ldm_export.checkpoint.merging import Merge, layers_of, merged_sha256, merged_weights, read_merges
 from ldm_export.checkpoint.networks import Network
@@ -65,6 +66,7 @@ class LatentDiffusion:
     prediction_type : what the UNet predicts, where its files do not say or say it wrongly, or None
     merges : adapters that are merged into its networks when they are loaded
     controls : ControlNets beside its own networks, by the names that they are asked for by
+    image_adapter : an IP-Adapter of its UNet, or None
     """
 
     name: str
@@ -77,6 +79,7 @@ class LatentDiffusion:
     prediction_type: str | None = None
     merges: tuple[Merge, ...] = ()
     controls: Mapping[str, AddedNetwork] = field(default_factory=dict)
+    image_adapter: ImageAdapter | None = None
 
     @classmethod
     def open(
@@ -126,7 +129,7 @@ class LatentDiffusion:
     def with_adapters(self, given: Sequence[tuple[Path, float]]) -> LatentDiffusion:
         """This checkpoint with adapters merged, each a file and its strength; raises as `read_merges` does."""
         changed = (name for name in self.components if name != "vae")
-        layers = {name: layers_of(name, self._skeleton(name), self.configs[name]) for name in changed}
+        layers = {name: layers_of(name, self.skeleton(name), self.configs[name]) for name in changed}
         return replace(self, merges=read_merges(given, layers))
 
     @cached_property
@@ -146,7 +149,7 @@ class LatentDiffusion:
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Each network's config, defaults filled in."""
-        return {name: self.kind.components[name].config(self._skeleton(name)) for name in self.components}
+        return {name: self.kind.components[name].config(self.skeleton(name)) for name in self.components}
 
     @cached_property
     def pixels_per_latent(self) -> int:
@@ -239,7 +242,7 @@ class LatentDiffusion:
     @cached_property
     def weights_bytes(self) -> int:
         """What all weights take in float32."""
-        networks = map(self._skeleton, self.components)
+        networks = map(self.skeleton, self.components)
         return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
@@ -265,7 +268,7 @@ class LatentDiffusion:
             If weights are missing, truncated, quantized, not finite, of another shape, or of a network that the
             config does not describe.
         """
-        network = self._skeleton(component)
+        network = self.skeleton(component)
         place = self.path / component
         if self.file is not None:
             shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
@@ -336,7 +339,7 @@ class LatentDiffusion:
         folder = self.path if self.file is None else self.path.parent
         return folder / component.replace("text_encoder", "tokenizer")
 
-    def _skeleton(self, component: str) -> Network:
+    def skeleton(self, component: str) -> Network:
         """The network without its weights, which take no memory."""
         file = self.path / component / "config.json"
         if component not in self.components:

@@ -1,4 +1,4 @@
-"""Options for ControlNets: to export them, and to generate with them."""
+"""Options for ControlNets and IP-Adapters: to export them, and to generate with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ldm_export.cli.options import folder as path_type
 from ldm_export.cli.pictures import read_picture
 from ldm_export.errors import InputError
 from ldm_export.runtime.control import Control
@@ -76,3 +77,49 @@ def controls_from(texts: tuple[str, ...]) -> dict[str, Control]:
                 ) from None
         found[match["name"]] = Control(read_picture(Path(match["file"])), **options)
     return found
+
+
+def ip_adapter_options(function: Function) -> Function:
+    """Add ``--ip-adapter FILE`` and ``--image-encoder FOLDER``, for `image_adapter_from`."""
+    encoder = click.option(
+        "--image-encoder",
+        type=path_type,
+        default=None,
+        help="The image encoder of --ip-adapter; image_encoder/ beside it or in the checkpoint by default.",
+    )
+    adapter = click.option(
+        "--ip-adapter", type=path_type, default=None, help="An IP-Adapter for this model, plain or plus, safetensors."
+    )
+    return adapter(encoder(function))
+
+
+def image_adapter_from(file: Path | None, encoder: Path | None) -> tuple[Path, Path | None] | None:
+    """File and encoder of ``--ip-adapter``; raises InputError for an encoder without one."""
+    if file is None and encoder is not None:
+        raise InputError("--image-encoder was given without --ip-adapter, which reads it. Give both, or neither.")
+    return None if file is None else (file, encoder)
+
+
+def ip_adapter_image_option(function: Function) -> Function:
+    """Add ``--ip-adapter-image PICTURE[=SCALE]``, as text for `image_prompt_from`."""
+    return click.option(
+        "--ip-adapter-image",
+        default=None,
+        metavar="PICTURE[=SCALE]",
+        help="A picture to be alike, for a bundle with an IP-Adapter; the scale is 1 by default.",
+    )(function)
+
+
+def image_prompt_from(text: str | None) -> dict[str, Any]:
+    """Options of `Pipeline.generate` for ``--ip-adapter-image``; raises InputError if the picture cannot be read."""
+    if text is None:
+        return {}
+    name, equals, scale = text.rpartition("=")
+    if not equals or Path(text).exists():
+        name, scale = text, "1"
+    try:
+        return {"ip_adapter_scale": float(scale), "ip_adapter_image": read_picture(Path(name))}
+    except ValueError:
+        raise InputError(
+            f"--ip-adapter-image {text[:80]}: {scale[:40]!r} is no number. Give PICTURE=SCALE, such as {name[:80]}=0.6."
+        ) from None

@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.cli.control import control_option, controls_from
+from ldm_export.cli.control import control_option, controls_from, image_prompt_from, ip_adapter_image_option
 from ldm_export.cli.options import (
     bundle_argument,
     check_output,
@@ -80,6 +80,7 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
 )
 @click.option("--keep-pixels", is_flag=True, help="What is black in --mask is --image to the bit.")
 @control_option
+@ip_adapter_image_option
 @click.option("--strength", type=float, help="Share of the steps redone on --image.  [default: 0.6; with a mask 1]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
 @click.option(
@@ -118,6 +119,7 @@ def command(
     outpaint: str | None,
     keep_pixels: bool,
     controls: tuple[str, ...],
+    ip_adapter_image: str | None,
     strength: float | None,
     size: str | None,
     class_labels: tuple[int, ...],
@@ -140,7 +142,7 @@ def command(
         raise InputError(f"--outpaint {outpaint} was given without --image, around which it draws. Name the picture.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     given = _pictures(pipeline.bundle, image, mask, margins) | {"keep_pixels": keep_pixels, "whole": whole}
-    given["controls"] = controls_from(controls)
+    given |= {"controls": controls_from(controls), **image_prompt_from(ip_adapter_image)}
     options: dict[str, Any] = {
         "sampler": sampler,
         "steps": steps,

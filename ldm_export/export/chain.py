@@ -14,6 +14,8 @@ import torch
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.parity import Parity, check_parity
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.added import AddedNetwork
+from ldm_export.checkpoint.image_adapter import ImageAdapter
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.onnx import export_graph, inputs_of, release_weights
 from ldm_export.export.parity import (
@@ -65,7 +67,10 @@ def export_bundle(
         _log.info(note)
     for name in checkpoint.components:
         checkpoint.weight_files(name)  # refuses what has no weights before anything is written
+    added: dict[str, AddedNetwork | ImageAdapter]
     added = {graph: checkpoint.controls[name] for name, graph in family.roles.controls.items()}
+    if family.roles.image_encoder is not None and checkpoint.image_adapter is not None:
+        added[family.roles.image_encoder] = checkpoint.image_adapter
     needed_bytes = checkpoint.weights_bytes + sum(network.weights_bytes for network in added.values())
     parity: list[Parity] = []
     with create_bundle(output, force=force, needed_bytes=needed_bytes) as writer:
@@ -162,6 +167,12 @@ def _compare_weights(checkpoint: LatentDiffusion, graph: ModelGraph, file: Path)
 def check_same_graphs(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
     """Raise InputError unless the checkpoint's networks take and give what the bundle's graphs do."""
     family = family_of(checkpoint)
+    roles = bundle.manifest.roles
+    if roles is not None and roles.image_encoder is not None and checkpoint.image_adapter is None:
+        raise InputError(
+            f"The bundle {bundle.path} has an IP-Adapter, which {checkpoint.path} has not beside it. "
+            "Name its file: --ip-adapter FILE"
+        )
     controls = {} if bundle.manifest.roles is None else bundle.manifest.roles.controls
     if lacking := sorted(controls.keys() - checkpoint.controls.keys()):
         raise InputError(

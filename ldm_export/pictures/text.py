@@ -16,6 +16,7 @@ its targets. Beside the fields of that tool:
     Mask hash, Keep pixels                 of a part drawn anew: SHA-256 of the mask's pixels; True if the rest was kept
     ControlNet 0, ControlNet 1, …          of each ControlNet in use its name, weight, start and end as shares of the
                                            steps, and SHA-256 of its picture, as that tool's extension has them
+    IP-Adapter                             its weight, and SHA-256 of its picture, likewise
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
     Exact                                  JSON object of the prompts that the lines above do not give to the letter:
@@ -88,6 +89,7 @@ class PictureRequest:
     keep_pixels : whether the other pixels are that picture's
     deepcache : the whole denoiser ran in every so many steps
     controls : texts of the ControlNets in use (`control_text`), or None
+    ip_adapter : text of the IP-Adapter's picture (`ip_adapter_text`), or None
     """
 
     prompt: str | None
@@ -108,6 +110,7 @@ class PictureRequest:
     keep_pixels: bool = False
     deepcache: int = 1
     controls: tuple[str, ...] | None = None
+    ip_adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,7 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Mask hash": request.mask_hash,
         "Keep pixels": request.keep_pixels or None,
         **{f"ControlNet {k}": text for k, text in enumerate(request.controls or ())},
+        "IP-Adapter": request.ip_adapter,
         "Plan": request.sampler,
         "Calls": request.calls,
         "DeepCache": request.deepcache if request.deepcache > 1 else None,
@@ -180,6 +184,11 @@ def control_text(name: str, scale: float, start: float, end: float, image_hash: 
     numbers = {"Weight": scale, "Guidance Start": start, "Guidance End": end}
     said = {"Model": name} | {key: _number(value) for key, value in numbers.items()} | {"Image hash": image_hash}
     return ", ".join(f"{key}: {value}" for key, value in said.items())
+
+
+def ip_adapter_text(scale: float, image_hash: str) -> str:
+    """What the text says of an IP-Adapter's picture."""
+    return f"Weight: {_number(scale)}, Image hash: {image_hash}"
 
 
 def _number(value: float) -> str:
@@ -286,6 +295,7 @@ def _request_from(found: Parameters) -> PictureRequest:
         keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
         controls=tuple(takewhile(bool, (settings.get(f"ControlNet {k}", "") for k in count()))) or None,
+        ip_adapter=settings.get("IP-Adapter"),
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
 

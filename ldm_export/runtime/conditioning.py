@@ -47,6 +47,7 @@ class Conditioning:
             for encoder in roles.text_encoders
         ]
         self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
+        self._image_encoder = None if roles.image_encoder is None else backend.load(roles.image_encoder)
 
     def __call__(self, request: Request, guided: bool, image_latents: Array | None = None) -> dict[str, Array]:
         """The denoiser's conditions for a request, with rows for negative prompts where it is ``guided``.
@@ -65,7 +66,10 @@ class Conditioning:
             has_negative_prompt=[prompt is not None for prompt in negatives] if guided else None,
             class_labels=request.class_labels,
             image_latents=image_latents,
+            image_scale=0.0 if request.image_prompt is None else request.image_prompt.scale,
         )
+        if self._image_encoder is not None:
+            sources[f"{self._roles.image_encoder}.image_tokens"] = self._image_tokens(request, guided)
         for encoder in self._encoders:
             encoded = encoder.encode(request.prompts)
             if guided:
@@ -73,6 +77,17 @@ class Conditioning:
                 encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
             sources |= {f"{encoder.name}.{name}": value for name, value in encoded.items()}
         return conditions_of(self._roles, self._graphs, sources, self._run)
+
+    def _image_tokens(self, request: Request, guided: bool) -> Array:
+        """Tokens of the request's picture for an IP-Adapter, before them with guidance those of none."""
+        assert self._image_encoder is not None
+        if request.image_prompt is None:
+            _, *sizes = self._image_encoder.spec.outputs[0].shape
+            return np.zeros((request.batch * (1 + guided), *map(int, sizes)), np.float32)
+        pixels, there = request.image_prompt.pixels, np.ones(request.batch, np.float32)
+        if guided:
+            pixels, there = np.concatenate([pixels, pixels]), np.concatenate([there * 0, there])
+        return self._image_encoder.run({"pixels": pixels, "has_picture": there})["image_tokens"]
 
     def _run(self, _: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         assert self._conditioner is not None
@@ -120,6 +135,7 @@ def request_sources(
     has_negative_prompt: Sequence[bool] | None,
     class_labels: Array | None,
     image_latents: Array | None = None,
+    image_scale: float = 0.0,
 ) -> dict[str, Array]:
     """What a request gives to graphs (`ldm_export.contract.REQUEST_SOURCES`), as far as it is ``read``.
 
@@ -127,6 +143,7 @@ def request_sources(
     ----------
     has_negative_prompt : for each picture whether a negative text was given; None where there are no rows for it
     class_labels, image_latents : a row a picture, or None
+    image_scale : how much an IP-Adapter's picture counts
 
     Raises
     ------
@@ -141,6 +158,7 @@ def request_sources(
         "guidance": np.array(guidance, np.float32),
         "guidance_weight": np.array(guidance - 1.0, np.float32),
         "has_prompt": np.concatenate([np.asarray(has_negative_prompt, np.float32), ones]) if guided else ones,
+        "image_scale": np.full(batch * (1 + guided), image_scale, np.float32),
         "is_negative": np.concatenate([ones, zeros]) if guided else zeros,
     }
     for name, rows in (("class_labels", class_labels), ("image_latents", image_latents)):

@@ -18,6 +18,7 @@ other tensor may be an input, and outputs may be more. float32 where nothing els
                     of the type of its source, and residuals, if there are controls, (B, ...) with one fixed size
     control         sample (B, C, h, w), timestep (B), control_image (B, 3, H, W) or control_latents (B, C, h, w), any
                     condition of the denoiser's under its name; its outputs are the denoiser's residuals
+    image_encoder   pixels (B, 3, S, S), has_picture (B); image_tokens (B, T, W)
     conditioner     inputs are sources, each of that source's type; outputs begin with B
     text_encoder    input_ids int64 (B, L), L being its ``length``; of its outputs those that are read begin with B
     vae_decoder     latent_sample (B, C, h, w); sample (B, K, H, W), K being 1 or 3
@@ -207,6 +208,14 @@ def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -
             raise MalformedError(f"a tokenizer of the kind {entry.kind[:60]!r} for {entry.graph}; {kinds} can be read")
         text.input("input_ids", "int64", "B", entry.length)
         text.no_more_inputs("input_ids")
+    if roles.image_encoder is not None:
+        image = _Role(graphs[roles.image_encoder])
+        size = image.input("pixels", "float32", "B", 3, "?size", "?size")[2:]
+        if size[0] != size[1] or graphs[roles.image_encoder].inputs[0].name != "pixels":
+            raise MalformedError(f"the graph {roles.image_encoder} with pixels {size}, which are no square")
+        image.input("has_picture", "float32", "B")
+        image.output("image_tokens", "float32", "B", "?tokens", "?width")
+        image.no_more_inputs("pixels", "has_picture")
     _check_sources(graphs, roles)
     for name, graph in graphs.items():
         if is_loop(name):
@@ -243,6 +252,9 @@ def _check_sources(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
     known = dict(REQUEST_SOURCES)
     for entry in roles.text_encoders:
         known |= {f"{entry.graph}.{tensor.name}": (tensor,) for tensor in graphs[entry.graph].outputs}
+    if roles.image_encoder is not None:
+        outputs = graphs[roles.image_encoder].outputs
+        known |= {f"{roles.image_encoder}.{tensor.name}": (tensor,) for tensor in outputs}
     denoiser = {tensor.name: tensor for tensor in graphs[roles.denoiser].inputs}
     if missing := sorted({"sample", "timestep"} & roles.conditions.keys() | roles.conditions.keys() - denoiser.keys()):
         raise MalformedError(f"a condition {missing[0]!r}, which is none of the graph {roles.denoiser}")

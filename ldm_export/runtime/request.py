@@ -23,6 +23,7 @@ from ldm_export.runtime.control import (
 )
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
+from ldm_export.runtime.image_prompt import ImagePrompt, checked_image_prompt
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
@@ -55,6 +56,8 @@ class Options(TypedDict, total=False):
     keep_pixels : whether pixels where ``mask`` is 0 are those of ``image`` to the bit, and blended where it is between
     controls : pictures that control what is generated, uint8 (H, W, 3) or `ldm_export.runtime.control.Control`, by
         the names of the bundle's ControlNets; their size is the picture's where no other is said
+    ip_adapter_image : a picture to be alike, for the bundle's IP-Adapter: uint8 (H, W, 3), or (B, H, W, 3), of any size
+    ip_adapter_scale : how much, from 0 to 1000; 1
     class_labels : one a picture, for class-conditional models
     deepcache : run the whole denoiser in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
@@ -75,6 +78,8 @@ class Options(TypedDict, total=False):
     strength: float | None
     keep_pixels: bool
     controls: Mapping[str, Control | Array] | None
+    ip_adapter_image: Array | None
+    ip_adapter_scale: float | None
     class_labels: Sequence[int] | None
     deepcache: int
     whole: bool
@@ -101,6 +106,7 @@ class Request:
     deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
     controls : by pictures
+    image_prompt : an IP-Adapter's picture, or None
     """
 
     prompts: tuple[str, ...]
@@ -119,6 +125,7 @@ class Request:
     deepcache: int
     loop: str | None
     controls: tuple[CheckedControl, ...] = ()
+    image_prompt: ImagePrompt | None = None
 
     @property
     def batch(self) -> int:
@@ -161,6 +168,8 @@ def checked_request(
     strength: float | None = None,
     keep_pixels: bool = False,
     controls: Mapping[str, Control | Array] | None = None,
+    ip_adapter_image: Array | None = None,
+    ip_adapter_scale: float | None = None,
     class_labels: Sequence[int] | None = None,
     deepcache: int = 1,
     whole: bool = False,
@@ -278,6 +287,7 @@ def checked_request(
         deepcache=deepcache,
         loop=f"{plan.sampler}-{steps}" if whole else None,
         controls=tuple(controlled),
+        image_prompt=checked_image_prompt(bundle, ip_adapter_image, ip_adapter_scale, batch),
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request

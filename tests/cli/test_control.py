@@ -18,6 +18,7 @@ from ldm_export.cli.control import controls_from
 from ldm_export.pictures.files import read_picture_file
 from ldm_export.pictures.text import requests_from
 from tests.bundle_fixture import perturb
+from tests.runtime.test_ip_adapter import write_adapter
 
 
 def ran(*arguments: object) -> Result:
@@ -106,3 +107,31 @@ def test_controls_that_are_none(bundle: Path, edges: Path, tmp_path: Path, contr
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.output.split())
     assert not (tmp_path / "a.png").exists()
+
+
+def test_an_ip_adapter(tiny_checkpoint: Path, traced_once: None, edges: Path, tmp_path: Path) -> None:
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_checkpoint / "unet")
+    adapter = write_adapter(tmp_path, unet, "plain")
+    encoder = (tmp_path / "image_encoder").rename(tmp_path / "elsewhere")
+    given = ["--ip-adapter", adapter, "--image-encoder", encoder]
+    bundle = tmp_path / "bundle"
+    done = ran("export", tiny_checkpoint, "-o", bundle, *given, "--target", "none")
+    assert done.exit_code == 0, done.output
+    assert "image_encoder" in Bundle.open(bundle).manifest.source["sha256"]
+    done = ran("verify", bundle, "--against", tiny_checkpoint, *given)
+    assert done.exit_code == 0, done.output
+    done = ran("verify", bundle, "--against", tiny_checkpoint)
+    assert "Name its file: --ip-adapter FILE" in " ".join(done.output.split())
+    drawn = ["generate", bundle, "a red circle", "--steps", 4, "-o", tmp_path / "a.png"]
+    assert (done := ran(*drawn, "--ip-adapter-image", f"{edges}=0.6")).exit_code == 0, done.output
+    text = read_picture_file(tmp_path / "a.png").parameters or ""
+    assert 'IP-Adapter: "Weight: 0.6, Image hash: ' in text
+    (request,) = requests_from(text)
+    assert request.ip_adapter is not None
+    done = ran(*drawn, "--ip-adapter-image", f"{edges}=much")
+    assert done.exit_code == 2
+    assert "'much' is no number. Give PICTURE=SCALE" in " ".join(done.output.split())
+    done = ran("export", tiny_checkpoint, "-o", tmp_path / "other", "--image-encoder", encoder)
+    assert "--image-encoder was given without --ip-adapter" in " ".join(done.output.split())
+    done = ran("export", tiny_checkpoint, "-o", tmp_path / "other", *given, "--recipe", "cpu-fast")
+    assert "--ip-adapter was given with --recipe" in " ".join(done.output.split())
