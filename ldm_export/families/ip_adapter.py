@@ -75,11 +75,12 @@ def with_image_adapter(checkpoint: LatentDiffusion, file: Path, encoder: Path | 
 def image_adapter_faults(unet: nn.Module, adapter: ImageAdapter) -> list[str]:
     """What is wrong with an IP-Adapter for a UNet, whose weights do not matter."""
     shapes = [tuple(one.shape) for pair in _pairs(adapter) for one in pair]
-    read = [tuple(unet.get_submodule(f"{name}.to_k").weight.shape) for name in cross_attentions(unet) for _ in range(2)]
-    if shapes != read:
+    weights = unet.state_dict()
+    own = [tuple(weights[f"{name}.to_k.weight"].shape) for name in cross_attentions(unet) for _ in range(2)]
+    if shapes != own:
         return [
-            f"it has {len(shapes) // 2} pairs of weights, the first {shapes[0]}, and the UNet {len(read) // 2} "
-            f"cross-attentions, the first {read[0] if read else 'none'}. Use one that was trained for this model."
+            f"it has {len(shapes) // 2} pairs of weights, the first {shapes[0]}, and the UNet {len(own) // 2} "
+            f"cross-attentions, the first {own[0] if own else 'none'}. Use one that was trained for this model."
         ]
     projection, config = adapter.tensors["image_proj"], adapter.encoder.config
     plain = "proj.weight" in projection

@@ -87,8 +87,9 @@ def encoder_pixels(image: Array, size: int) -> Array:
     sides = [size if side == short else int(size * side / short) for side in (height, width)]
     resized = _resized(_resized(image, sides[1], 1), sides[0], 0)  # Pillow resizes rows first
     top, left = (sides[0] - size) // 2, (sides[1] - size) // 2
-    cut = resized[top : top + size, left : left + size]
-    return cut.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    cut: Array = resized[top : top + size, left : left + size].transpose(2, 0, 1)
+    made: Array = cut.astype(np.float32) / np.float32(255)
+    return made
 
 
 def _resized(image: Array, size: int, axis: int) -> Array:
