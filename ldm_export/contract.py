@@ -263,6 +263,28 @@ def labels_of(graphs: Mapping[str, GraphSpec], roles: Roles) -> TensorSpec:
     return TensorSpec("class_labels", inputs[0].dtype, inputs[0].shape)
 
 
+BRANCH = ("down", "up", "scale", "gain")
+"""Inputs of a layer's branch, in a graph that takes adapters (:mod:`ldm_export.graph.branches`); the first two are in
+all."""
+
+
+def branch_input(layer: str, role: str) -> str:
+    """Name of an input of a layer's branch, one of `BRANCH`."""
+    return f"lora.{layer}.{role}"
+
+
+def is_branch_input(name: str) -> bool:
+    """Whether an input of a graph is one of a branch."""
+    return name.startswith("lora.") and name.rpartition(".")[2] in BRANCH
+
+
+def branch_layers(graph: GraphSpec) -> list[str]:
+    """The layers of a graph that have a branch."""
+    end = f".{BRANCH[0]}"
+    names = (tensor.name for tensor in graph.inputs if is_branch_input(tensor.name))
+    return [name.removeprefix("lora.").removesuffix(end) for name in names if name.endswith(end)]
+
+
 STEP = "step"
 """The graph of what follows a call of the denoiser; engines have it, bundles do not."""
 REMEMBERED = 4

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "families": BUNDLE | {"checkpoint", "runtime"},
     "passes": BUNDLE | {"checkpoint"},
     "graph": BUNDLE,
-    "export": BUNDLE | {"processes", "checkpoint", "families", "passes", "graph"},
+    "export": BUNDLE | {"processes", "adapters", "checkpoint", "families", "passes", "graph"},
     "verify": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export"},
     "recipe": BUNDLE | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},
     "bench": BUNDLE | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},

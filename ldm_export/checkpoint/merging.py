@@ -64,15 +64,28 @@ def layers_of(component: str, network: nn.Module, config: Mapping[str, Any]) -> 
     ----------
     config : the network's
     """
-    blocks = config.get("layers_per_block")
+    shapes = {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in network.state_dict().items()
+        if name.endswith(".weight") and weight.ndim in (2, 4)
+    }
+    return named_layers(component, shapes, config.get("layers_per_block"))
+
+
+def named_layers(component: str, shapes: Mapping[str, tuple[int, ...]], blocks: object) -> dict[str, Layer]:
+    """Layers of these names and shapes of weights, a UNet's with CompVis' names beside their own.
+
+    Parameters
+    ----------
+    blocks : residual blocks a resolution of a UNet, ``layers_per_block`` of its config; other values give its own
+        names alone
+    """
     layers = {}
-    for name, weight in network.state_dict().items():
-        if not name.endswith(".weight") or weight.ndim not in (2, 4):
-            continue
+    for module, shape in shapes.items():
+        name = f"{module}.weight"
         theirs = unet_key(name, blocks) if component == "unet" and isinstance(blocks, int) else name
         others = {theirs.replace(".up.", f".{place}.").removesuffix(".weight") for place in (1, 2)}  # as the block has
-        module = name.removesuffix(".weight")
-        layers[module] = Layer(tuple(weight.shape), tuple(sorted(others - {module})))
+        layers[module] = Layer(shape, tuple(sorted(others - {module})))
     return layers
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ldm_export.bundle import Bundle
 from ldm_export.cli.control import control_option, controls_from, image_prompt_from, ip_adapter_image_option
 from ldm_export.cli.options import (
+    adapters_from,
     bundle_argument,
     check_output,
     console,
@@ -93,6 +94,13 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
     help="Pictures of each PROMPT, class or line.  [default: 1]",
 )
 @click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=SCALE]",
+    help="An adapter that ldm-export lora has made for BUNDLE; the scale is 1 by default; repeatable.",
+)
+@click.option(
     "--deepcache", default=1, metavar="N", help="The whole denoiser in every N-th step only: faster, rougher."
 )
 @click.option("--whole", is_flag=True, help="All in one call, by the plan's loop graph or engine.")
@@ -124,6 +132,7 @@ def command(
     size: str | None,
     class_labels: tuple[int, ...],
     count: int | None,
+    loras: tuple[str, ...],
     deepcache: int,
     whole: bool,
     backend: str,
@@ -153,6 +162,7 @@ def command(
         "height": height,
         "width": width,
         "strength": strength,
+        "adapters": adapters_from(loras),
         "deepcache": deepcache,
         **given,
     }

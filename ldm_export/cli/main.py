@@ -32,6 +32,7 @@ COMMANDS = {
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
     "build": "Make what a bundle runs faster with on one kind of machine.",
     "refit": "Put other weights into TensorRT engines.",
+    "lora": "Make an adapter usable when a bundle draws.",
     "generate": "Draw pictures from a bundle.",
     "evaluate": "Measure how good a checkpoint's or a bundle's pictures are.",
     "bench": "Measure bundles, and PyTorch beside them: latency, likeness, memory, quality; an HTML report.",

@@ -7,12 +7,14 @@ are stripped, so that the same weights and package versions give the same bytes 
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
@@ -23,11 +25,14 @@ from ldm_export.contract import RESIDUAL, GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
 from ldm_export.families.base import GraphModule, ModelGraph, Padding
 from ldm_export.graph.files import save
+from ldm_export.graph.layers import TRANSPOSED
 
 OPSET = 20
 FLOAT32_PRECISION = 1e-7
 LEVELS = 12
 """Resolutions that a UNet may have, each half of the one before."""
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Key under which the exporter notes the modules that a node comes from, the innermost last."""
 
 
 def random_inputs(
@@ -118,6 +123,7 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise ExportError(f"{graph.name} could not be exported: {_last_line(error)}") from error
     assert program is not None
+    name_weights(program.model, module)
     model = _cleaned(program.model, graph)
     path = folder / "model.onnx"
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +151,26 @@ def _first(value: Tensor, axes: Sequence[int]) -> Tensor:
     for axis in axes:
         value = value.narrow(axis, 0, 1)
     return value
+
+
+def name_weights(model: onnx_ir.Model, module: GraphModule) -> None:
+    """Give weights that the exporter has transposed, and numbered, the names of their layers, in place.
+
+    ``val_124`` becomes ``network.mid_block.….to_q.weight.transposed``, as `ldm_export.graph.layers` reads it. Layers
+    are known by the scopes that the exporter notes, and by their weights, which must be the very ones.
+    """
+    parameters = dict(module.named_parameters())
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or not weight.is_initializer():
+            continue
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        layer = next((scope for scope in reversed(scopes) if f"{scope}.weight" in parameters), None)
+        name = f"{layer}.weight"
+        if layer is None or weight.const_value is None or f"{name}{TRANSPOSED}" in model.graph.initializers:
+            continue
+        if np.array_equal(weight.const_value.numpy().T, parameters[name].detach().numpy()):
+            weight.name = f"{name}{TRANSPOSED}"
 
 
 def _cleaned(model: onnx_ir.Model, graph: GraphSpec) -> onnx_ir.Model:

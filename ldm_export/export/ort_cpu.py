@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,24 @@ from ldm_export.bundle import Bundle, export_error
 from ldm_export.bundle.atomic import move_into_place, partial_folder
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.bundle.parity import TOLERANCE, largest_error, least_snr
-from ldm_export.bundle.targets.base import ORT_CPU, Target, TargetGraph, folder_of, needs_of, read_target, write_target
-from ldm_export.contract import GraphSpec
+from ldm_export.bundle.targets.base import (
+    ADAPTERS,
+    ADAPTERS_ORT_CPU,
+    ORT_CPU,
+    Target,
+    TargetGraph,
+    adapters_needs,
+    folder_of,
+    needs_of,
+    read_target,
+    write_target,
+)
+from ldm_export.contract import GraphSpec, is_branch_input
 from ldm_export.errors import ExportError
 from ldm_export.export.chain import tolerances
 from ldm_export.export.onnx import random_inputs
 from ldm_export.graph.base import Array
+from ldm_export.graph.branches import branch_specs
 from ldm_export.graph.cpu import RULES
 from ldm_export.graph.cpu.deepcache import cut_deep
 from ldm_export.graph.cpu.hoist import hoist_invariants
@@ -42,6 +54,8 @@ from ldm_export.graph.weights import least_snr_db
 COSTLY = {"Conv", "FusedMatMul", "Gemm", "MatMul"}
 """Operators for whose sake it is worth to call a graph of its own."""
 SMALLEST_OUTSIDE_BYTES = 1024
+SHARE = np.float32(0.1)
+"""Standard deviation of the factors that graphs with branches are compared with."""
 SIZES = (
     {"batch": 2, "height": 8, "width": 16, "tokens": 7},
     {"batch": 1, "height": 16, "width": 8, "tokens": 5},
@@ -63,29 +77,53 @@ def build_ort_cpu(bundle: Bundle, progress: Progress = lambda stage: None) -> Ta
     BundleError
         If a graph's weights lie in a file of several hard links.
     """
-    target = folder_of(bundle, ORT_CPU)
+    plain = {name: (bundle.file(spec.path), spec) for name, spec in bundle.manifest.graphs.items()}
+    graphs = {name: graph for name, graph in plain.items() if not is_loop(graph[1].path)}
+    made = _build_target(bundle, ORT_CPU, graphs, needs_of(onnxruntime.__version__), progress)
+    adapters = read_target(bundle, ADAPTERS, {})
+    if isinstance(adapters, Target):
+        build_adapters_ort_cpu(bundle, adapters, progress)
+    return made
+
+
+def build_adapters_ort_cpu(bundle: Bundle, adapters: Target, progress: Progress = lambda stage: None) -> Target:
+    """Make the target ``adapters-ort-cpu``, of the graphs with branches that the target ``adapters`` has; raises as
+    `build_ort_cpu` does."""
+    graphs = {}
+    for name, graph in adapters.graphs.items():
+        file, spec = adapters.file(graph.path), bundle.manifest.graphs[name]
+        graphs[name] = file, replace(spec, inputs=(*spec.inputs, *branch_specs(file)))
+    needs = adapters_needs(adapters, onnxruntime.__version__)
+    return _build_target(bundle, ADAPTERS_ORT_CPU, graphs, needs, progress)
+
+
+def _build_target(
+    bundle: Bundle,
+    kind: str,
+    plain: Mapping[str, tuple[Path, GraphSpec]],
+    needs: Mapping[str, str],
+    progress: Progress,
+) -> Target:
+    """Make a target of plain graphs, given with what they take and give, by name."""
+    target = folder_of(bundle, kind)
     started = time.perf_counter()
     try:
         with partial_folder(target) as folder:
             graphs: dict[str, TargetGraph] = {}
             report: dict[str, Any] = {"onnxruntime": onnxruntime.__version__, "graphs": {}}
-            for name, spec in bundle.manifest.graphs.items():
-                if is_loop(spec.path):
-                    continue
-                progress(f"{ORT_CPU}: {name}")
-                graphs[name], report["graphs"][name] = _build(bundle, name, spec, folder)
-            needs = needs_of(onnxruntime.__version__)
-            write_target(folder, bundle, ORT_CPU, graphs, needs, {**report, "seconds": time.perf_counter() - started})
+            for name, (file, spec) in plain.items():
+                progress(f"{kind}: {name}")
+                graphs[name], report["graphs"][name] = _build(bundle, name, file, spec, folder)
+            write_target(folder, bundle, kind, graphs, needs, {**report, "seconds": time.perf_counter() - started})
             move_into_place(folder, target)
     except OSError as error:
         raise export_error(error, target, None) from error
-    made = read_target(bundle, ORT_CPU, needs)
+    made = read_target(bundle, kind, needs)
     assert isinstance(made, Target), made
     return made
 
 
-def _build(bundle: Bundle, name: str, spec: GraphSpec, folder: Path) -> tuple[TargetGraph, dict[str, Any]]:
-    plain = bundle.file(spec.path)
+def _build(bundle: Bundle, name: str, plain: Path, spec: GraphSpec, folder: Path) -> tuple[TargetGraph, dict[str, Any]]:
     check_links(plain)
     model = ir.load(plain)
     model.opset_imports.setdefault(CONTRIB, 1)
@@ -175,20 +213,31 @@ def _compared(plain: Path, spec: GraphSpec, graph: TargetGraph, folder: Path, bu
     -------
     The largest error, as a share of each output's largest value, and the least signal-to-noise ratio, in dB
     """
-    model = bundle.manifest.model
     names = [tensor.name for tensor in spec.outputs]
-    calls = []
-    for sizes in SIZES:
-        tensors = random_inputs(
-            spec, sizes, model["pixels_per_latent"], int(model.get("class_count") or 2), model.get("patch_size", 1)
-        )
-        calls.append({tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)})
+    calls = seeded_calls(bundle, spec)
     before = _opened(plain)
     expected = [array for call in calls for array in before.run(names, call)]
     del before  # one of the two is in memory at a time
     after = {path: _opened(folder / path) for path in (graph.path, *graph.hoisted.values())}
     results = [array for call in calls for array in run_parts(graph, call, after.__getitem__, names)]
     return largest_error(expected, results), least_snr(expected, results)
+
+
+def seeded_calls(bundle: Bundle, spec: GraphSpec) -> list[dict[str, Array]]:
+    """Inputs of a graph for calls of the sizes `SIZES`; adapters are of rank 3 and change a layer by a part of it."""
+    model, calls = bundle.manifest.model, []
+    free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+    for sizes in SIZES:
+        tensors = random_inputs(
+            spec,
+            {**{size: sizes["batch"] if size.endswith((".rows", ".gains")) else 3 for size in free}, **sizes},
+            model["pixels_per_latent"],
+            int(model.get("class_count") or 2),
+            model.get("patch_size", 1),
+        )
+        call = {tensor.name: np.asarray(value) for tensor, value in zip(spec.inputs, tensors, strict=True)}
+        calls.append({key: value * SHARE if is_branch_input(key) else value for key, value in call.items()})
+    return calls
 
 
 def run_parts(

@@ -250,7 +250,8 @@ def _with_integers(
     integers: set[str] = set()
 
     def add(values: Array, name: str) -> str:
-        changed.graph.initializer.append(tensor(values, name))
+        if name not in initializers(changed):  # a weight that several operators read is stored once
+            changed.graph.initializer.append(tensor(values, name))
         return name
 
     def quantize(x: str, range_of: str, to: str) -> None:
@@ -288,9 +289,9 @@ def _integer_constants(
     add: Any, nodes: list[onnx.NodeProto], node: onnx.NodeProto, constants: Mapping[str, TensorProto], scale_x: float
 ) -> tuple[str, list[str]]:
     """An operator's weight as 7-bit and its bias as 32-bit integers, with what makes numbers of them again."""
-    out, axis = node.output[0], OPERATORS[node.op_type]
-    whole, scale = quantized(array(constants[node.input[1]]), axis, SAFE_MAX)
-    parts = [add(whole, f"{out}.weight"), add(scale, f"{out}.weight_scale")]
+    out, name, axis = node.output[0], node.input[1], OPERATORS[node.op_type]
+    whole, scale = quantized(array(constants[name]), axis, SAFE_MAX)
+    parts = [add(whole, f"{name}.integer"), add(scale, f"{name}.scale")]
     nodes.append(
         helper.make_node("DequantizeLinear", parts, [f"{out}.weight_float"], f"{out}.dequantize_weight", axis=axis)
     )

@@ -2,6 +2,7 @@
 
     {"prompt": "a red apple", "seed": 7, "steps": 30}
     {"prompt": "a black cat", "negative_prompt": "people", "count": 4}
+    {"prompt": "a black cat", "adapters": {"style.ldma": 0.8}}
 
 A line is one picture, or with ``count`` several, whose seeds count up from the line's seed. Picture k of the file, from
 0 on, has the default seed + k where its line has none. What else a line lacks is as the defaults say.
@@ -21,7 +22,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.contract import INPUT, TWO_ROWS
 from ldm_export.errors import InputError
-from ldm_export.pictures.text import HASH_DIGITS, PictureRequest, control_text, ip_adapter_text
+from ldm_export.pictures.text import HASH_DIGITS, AdapterUse, PictureRequest, control_text, ip_adapter_text
 from ldm_export.reading.documents import MalformedError, parsed, read_text
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.runtime.control import CheckedControl, Control
@@ -30,7 +31,7 @@ from ldm_export.runtime.values import MOST_ITEMS, shown, text_of, whole_number
 
 FIELDS = (
     *("prompt", "negative_prompt", "seed", "sampler", "steps", "calls", "guidance", "height", "width", "class_label"),
-    "count",
+    *("adapters", "count"),
 )
 """Keys of a line."""
 MOST_PICTURES = 100_000
@@ -120,11 +121,20 @@ def _pictures_of_line(line: str, where: str, defaults: Mapping[str, Any], count:
     if unknown := values.keys() - set(FIELDS):
         raise InputError(f"{where} has the unknown key {min(unknown)[:60]!r}; known are {', '.join(FIELDS)}.")
     try:
+        if "adapters" in values:
+            values["adapters"] = _pairs(values["adapters"])
         times = whole_number("count", values.pop("count", count), 1, MOST_ITEMS)
         first = whole_number("seed", values.get("seed", defaults["seed"] + before), -(2**63), 2**64 - 1)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return [Wanted(where, {**defaults, **values, "seed": first + k}) for k in range(times)]
+
+
+def _pairs(adapters: Any) -> list[tuple[str, Any]]:
+    """Adapters of a line, as `ldm_export.runtime.request.Options` has them."""
+    if not isinstance(adapters, dict):
+        raise InputError(f'adapters is {shown(adapters)}; give strengths by file, such as {{"style.ldma": 0.8}}.')
+    return list(adapters.items())
 
 
 def _too_many(what: str) -> InputError:
@@ -190,6 +200,10 @@ def _checked_request(
         deepcache=options.get("deepcache", 1),
         ip_adapter=_ip_adapter_text(checked, options.get("ip_adapter_image")),
         controls=_control_texts(checked.controls, options.get("controls")),
+        adapters=tuple(
+            AdapterUse(adapter.path.name, strength, adapter.sha256[:HASH_DIGITS], str(adapter.path))
+            for adapter, strength in checked.mixtures[0]
+        ),
         **model,
     )
 

@@ -19,6 +19,7 @@ its targets. Beside the fields of that tool:
     IP-Adapter                             its weight, and SHA-256 of its picture, likewise
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
+    Adapters                               JSON array: file's name, strength and SHA-256 of each, shortened likewise
     Exact                                  JSON object of the prompts that the lines above do not give to the letter:
                                            those with spaces at an end of a line, control characters, or a line that
                                            begins with "Negative prompt:"
@@ -32,7 +33,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count, takewhile
 from typing import Any
 
@@ -71,6 +72,24 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
+class AdapterUse:
+    """An adapter that a picture is drawn with.
+
+    Attributes
+    ----------
+    name : of its file, without folders
+    strength : how strongly
+    sha256 : of the file, first 10 hex digits
+    path : the file; not written into pictures, and not compared
+    """
+
+    name: str
+    strength: float
+    sha256: str
+    path: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class PictureRequest:
     """What decides the pixels of one picture, no default left open.
 
@@ -90,6 +109,7 @@ class PictureRequest:
     deepcache : the whole denoiser ran in every so many steps
     controls : texts of the ControlNets in use (`control_text`), or None
     ip_adapter : text of the IP-Adapter's picture (`ip_adapter_text`), or None
+    adapters : what changed the model, in the order in which they were given
     """
 
     prompt: str | None
@@ -111,6 +131,7 @@ class PictureRequest:
     deepcache: int = 1
     controls: tuple[str, ...] | None = None
     ip_adapter: str | None = None
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,7 @@ def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
         "negative_prompt": negatives,
         "seed": [request.seed for request in requests],
         "class_labels": None if first.class_label is None else [request.class_label for request in requests],
+        "adapters": [(adapter.path or adapter.name, adapter.strength) for adapter in first.adapters] or None,
     }
 
 
@@ -175,6 +197,9 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Calls": request.calls,
         "DeepCache": request.deepcache if request.deepcache > 1 else None,
         "Class label": request.class_label,
+        "Adapters": json.dumps([[use.name, use.strength, use.sha256] for use in request.adapters])
+        if request.adapters
+        else None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -296,8 +321,19 @@ def _request_from(found: Parameters) -> PictureRequest:
         deepcache=int(settings.get("DeepCache", "1")),
         controls=tuple(takewhile(bool, (settings.get(f"ControlNet {k}", "") for k in count()))) or None,
         ip_adapter=settings.get("IP-Adapter"),
+        adapters=_adapters_from(settings.get("Adapters", "[]")),
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
+
+
+def _adapters_from(text: str) -> tuple[AdapterUse, ...]:
+    found = _json(text)
+    kinds = (str, float, str)
+    if not isinstance(found, list) or not all(
+        isinstance(each, list) and [type(part) for part in each] == list(kinds) for each in found
+    ):
+        raise ValueError("Adapters is no list of names, strengths and hashes")
+    return tuple(AdapterUse(name, _finite(str(strength)), sha256) for name, strength, sha256 in found)
 
 
 def _json(text: str) -> Any:
@@ -324,4 +360,6 @@ def _own(values: Any, where: str) -> dict[str, Any]:
 
 def request_document(request: PictureRequest) -> dict[str, Any]:
     """A request as a JSON object, without what is None."""
-    return {name: value for name, value in asdict(request).items() if value is not None}
+    found = {name: value for name, value in asdict(request).items() if value is not None}
+    found["adapters"] = [{key: each[key] for key in ("name", "strength", "sha256")} for each in found["adapters"]]
+    return found

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
-from ldm_export.contract import conditions_of
+from ldm_export.bundle.adapters import Mixture
+from ldm_export.contract import TextEncoder, conditions_of
 from ldm_export.errors import BundleError
+from ldm_export.runtime.adapters import AdaptedGraph, changes
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.graph import Array, Graph
@@ -34,18 +36,11 @@ class Conditioning:
         roles, graphs = bundle.roles, bundle.manifest.graphs
         sources = roles.sources(graphs)
         self._roles, self._graphs, self._read = roles, graphs, sources
-        self._encoders = [
-            PromptEncoder(
-                tokenizer_of(bundle, encoder),
-                backend.load(encoder.graph),
-                [
-                    tensor.name
-                    for tensor in graphs[encoder.graph].outputs
-                    if f"{encoder.graph}.{tensor.name}" in sources
-                ],
-            )
-            for encoder in roles.text_encoders
-        ]
+        self._bundle, self._backend = bundle, backend
+        self._encoders = {
+            encoder.graph: self._prompt_encoder(encoder, backend.load(encoder.graph)) for encoder in roles.text_encoders
+        }
+        self._adapted: dict[str, Graph] = {}
         self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
         self._image_encoder = None if roles.image_encoder is None else backend.load(roles.image_encoder)
 
@@ -70,12 +65,12 @@ class Conditioning:
         )
         if self._image_encoder is not None:
             sources[f"{self._roles.image_encoder}.image_tokens"] = self._image_tokens(request, guided)
-        for encoder in self._encoders:
-            encoded = encoder.encode(request.prompts)
+        for encoder in self._roles.text_encoders:
+            encoded = self._encoded(encoder, request.prompts, request.mixtures)
             if guided:
-                negative = encoder.encode([prompt or "" for prompt in negatives])
+                negative = self._encoded(encoder, [prompt or "" for prompt in negatives], request.mixtures)
                 encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
-            sources |= {f"{encoder.name}.{name}": value for name, value in encoded.items()}
+            sources |= {f"{encoder.graph}.{name}": value for name, value in encoded.items()}
         return conditions_of(self._roles, self._graphs, sources, self._run)
 
     def _image_tokens(self, request: Request, guided: bool) -> Array:
@@ -88,6 +83,29 @@ class Conditioning:
         if guided:
             pixels, there = np.concatenate([pixels, pixels]), np.concatenate([there * 0, there])
         return self._image_encoder.run({"pixels": pixels, "has_picture": there})["image_tokens"]
+
+    def _prompt_encoder(self, encoder: TextEncoder, graph: Graph) -> PromptEncoder:
+        outputs = [tensor.name for tensor in self._graphs[encoder.graph].outputs]
+        read = [name for name in outputs if f"{encoder.graph}.{name}" in self._read]
+        return PromptEncoder(tokenizer_of(self._bundle, encoder), graph, read)
+
+    def _encoded(self, encoder: TextEncoder, prompts: Sequence[str], mixtures: Sequence[Mixture]) -> dict[str, Array]:
+        """What an encoder makes of prompts, each under its picture's adapters."""
+        name = encoder.graph
+        if not changes(mixtures, name):
+            return self._encoders[name].encode(prompts)
+        if name not in self._adapted:
+            self._adapted[name] = self._backend.load_adapted(name)
+        rows: dict[int, dict[str, Array]] = {}
+        for mixture in dict.fromkeys(mixtures):
+            own = [number for number, other in enumerate(mixtures) if other == mixture]
+            reads = self._encoders[name]
+            if changes([mixture], name):
+                graph = AdaptedGraph(self._adapted[name], name, self._graphs[name], mixture)
+                reads = self._prompt_encoder(encoder, graph)
+            results = reads.encode([prompts[number] for number in own])
+            rows |= {number: {key: value[k] for key, value in results.items()} for k, number in enumerate(own)}
+        return {key: np.stack([rows[number][key] for number in range(len(rows))]) for key in rows[0]}
 
     def _run(self, _: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         assert self._conditioner is not None

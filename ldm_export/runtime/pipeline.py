@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.branches import branch_arrays
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.bundle.plans import check_plans
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
+from ldm_export.runtime.adapters import changes
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import Conditioning
@@ -61,7 +63,7 @@ class Pipeline:
         self._interrupted = False
         self._backend = open_backend(bundle, backend, threads) if isinstance(backend, str) else backend
         self.requested_backend = backend if isinstance(backend, str) else backend.name
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[tuple[str, bool], Graph] = {}
         self._conditioning: Conditioning | None = None
         self._closed = False
         if bundle.verified:  # what changes on the disk from now on is not used; a loop is checked when it is opened
@@ -213,9 +215,9 @@ class Pipeline:
             raise InputError("A control was given; a denoiser of one's own has none. Leave it out.")
         guided = self._roles.guidance.takes_two_rows(request.guidance)
         noise = request.noise(request.latents_shape(self.bundle))()
-        conditions, scale = self._conditioning(request, guided), request.guidance if guided else None
+        graph, branches = self._denoiser(request, guided)
+        conditions, scale = self._conditioning(request, guided) | branches, request.guidance if guided else None
         conditions |= no_residuals(self.bundle, request.batch * (1 + guided))
-        graph = self._graph(self._roles.denoiser)
         return GuidedDenoiser(graph, noise.shape, conditions, scale, request.deepcache), noise
 
     def decode(self, latents: Array) -> Array:
@@ -261,12 +263,21 @@ class Pipeline:
         if self._interrupted:
             raise CancelledError("Interrupted.")
 
-    def _graph(self, name: str) -> Graph:
+    def _graph(self, name: str, *, adapted: bool = False) -> Graph:
         if self._closed:
             raise InputError("This pipeline was closed. Open the bundle again.")
-        if name not in self._graphs:
-            self._graphs[name] = self._backend.load(name)
-        return self._graphs[name]
+        key = name, adapted
+        if key not in self._graphs:
+            self._graphs[key] = self._backend.load_adapted(name) if adapted else self._backend.load(name)
+        return self._graphs[key]
+
+    def _denoiser(self, request: Request, guided: bool) -> tuple[Graph, dict[str, Array]]:
+        """The denoiser's graph for a request, and what its branches are given where adapters change it."""
+        name = self._roles.denoiser
+        if not changes(request.mixtures, name):
+            return self._graph(name), {}
+        graph = self._graph(name, adapted=True)
+        return graph, branch_arrays(graph.spec, name, request.mixtures * (1 + guided))
 
     def _sample(self, request: Request, timings: Timings) -> Generator[Step, None, None]:
         if request.loop is not None:
@@ -294,7 +305,8 @@ class Pipeline:
         """The loop of a request, about to make its first step, and the latents that it will change."""
         started = time.perf_counter()
         self.load()
-        denoiser = self._graph(self._roles.denoiser)
+        guided = self._roles.guidance.takes_two_rows(request.guidance)
+        denoiser, branches = self._denoiser(request, guided)
         encoder = None if request.image is None else self._encoder()
         timings.load_ms = _since(started)
         if request.deepcache > 1 and not denoiser.can_skip:
@@ -315,8 +327,7 @@ class Pipeline:
 
         started = time.perf_counter()
         assert self._conditioning is not None
-        guided = self._roles.guidance.takes_two_rows(request.guidance)
-        conditions = self._conditioning(request, guided, start.beside)
+        conditions = self._conditioning(request, guided, start.beside) | branches
         conditions |= no_residuals(self.bundle, request.batch * (1 + guided))
         residuals = self._residuals(request, conditions, request.batch * (1 + guided))
         timings.text_ms = _since(started)

@@ -9,11 +9,13 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.adapters import Mixture
 from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
 from ldm_export.contract import INPUT, TWO_ROWS, Guidance, TensorSpec, labels_of
 from ldm_export.errors import InputError
 from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
+from ldm_export.runtime.adapters import mixtures_for
 from ldm_export.runtime.control import (
     CheckedControl,
     Control,
@@ -59,6 +61,8 @@ class Options(TypedDict, total=False):
     ip_adapter_image : a picture to be alike, for the bundle's IP-Adapter: uint8 (H, W, 3), or (B, H, W, 3), of any size
     ip_adapter_scale : how much, from 0 to 1000; 1
     class_labels : one a picture, for class-conditional models
+    adapters : (adapter or its file, strength) pairs, such as ``[("style.ldma", 0.8)]``, for all pictures, or a list of
+        such lists, one a picture (:class:`ldm_export.runtime.adapters.Adapter`); none
     deepcache : run the whole denoiser in every so many steps only, and between them its outermost blocks (DeepCache,
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
     whole : draw with the plan's loop graph, everything in one call, which cannot be watched or cancelled in between;
@@ -81,6 +85,7 @@ class Options(TypedDict, total=False):
     ip_adapter_image: Array | None
     ip_adapter_scale: float | None
     class_labels: Sequence[int] | None
+    adapters: Sequence[Any] | None
     deepcache: int
     whole: bool
 
@@ -102,6 +107,7 @@ class Request:
     levels : of the latents before each row, where the image's are put back after it; else none
     strength : share of the steps that is redone on the image; None without one
     keep_pixels : whether pixels that are not drawn anew are the image's
+    mixtures : what adapters each picture is drawn with, and how strongly
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
@@ -121,6 +127,7 @@ class Request:
     levels: tuple[Scales, ...]
     strength: float | None
     keep_pixels: bool
+    mixtures: tuple[Mixture, ...]
     trajectory: Trajectory
     deepcache: int
     loop: str | None
@@ -171,6 +178,7 @@ def checked_request(
     ip_adapter_image: Array | None = None,
     ip_adapter_scale: float | None = None,
     class_labels: Sequence[int] | None = None,
+    adapters: Sequence[Any] | None = None,
     deepcache: int = 1,
     whole: bool = False,
 ) -> Request:
@@ -229,6 +237,8 @@ def checked_request(
             f"The whole loop was asked for at once, with {'an image' if mask is None else 'an image and a mask'} or "
             "with deepcache; a loop graph draws all of it from noise, by all of the denoiser. Leave one of them out."
         )
+    if whole and adapters:
+        raise InputError("The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out.")
     if strength is not None:
         strength = real_number("strength", strength, 0.0, 1.0)
         if image is None:
@@ -283,6 +293,7 @@ def checked_request(
         levels=levels,
         strength=strength,
         keep_pixels=bool(keep_pixels),
+        mixtures=mixtures_for(bundle, adapters, batch),
         trajectory=trajectory,
         deepcache=deepcache,
         loop=f"{plan.sampler}-{steps}" if whole else None,

@@ -1,83 +1,103 @@
-"""``--lora`` of the commands that read a checkpoint."""
+"""``lora``, and ``generate --lora``: files, their text, lists, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from ldm_export.bench.variants import same_weights
-from ldm_export.bundle import Bundle
-from ldm_export.cli import main
-from ldm_export.families import open_checkpoint
+from ldm_export.pictures.files import read_picture_file
+from ldm_export.pictures.text import options_of, requests_from
+from ldm_export.runtime import Pipeline
+from tests.adapters.peft_files import as_diffusers, lora_factors
+from tests.cli.test_generate_files import drawn, pixels, refused, run
+
+pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 
-def ran(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def style(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    start = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
-    tensors = {f"{start}.lora_down.weight": torch.randn(2, 32), f"{start}.lora_up.weight": torch.randn(32, 2)}
-    save_file({**tensors, "lora_te_none.alpha": torch.tensor(1.0)}, tmp_path / "style=1.safetensors")
-    return tmp_path / "style=1.safetensors"
-
-
-def test_a_bundle_with_an_adapter(style: Path, tiny_checkpoint: Path, traced_once: None, tmp_path: Path) -> None:
-    bundle = tmp_path / "bundle"
-    done = ran("export", tiny_checkpoint, "-o", bundle, "--lora", f"{style}=0.5", "--target", "none")
+@pytest.fixture(scope="module")
+def folder(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that may be changed, an adapter, and what ``lora`` makes of it."""
+    folder = tmp_path_factory.mktemp("lora")
+    shutil.copytree(tiny_bundle, folder / "bundle")
+    save_file(as_diffusers(lora_factors("sd", tiny_checkpoint)), folder / "style.safetensors")
+    done = run("lora", folder / "bundle", folder / "style.safetensors", "-o", folder / "style.ldma", "--json")
     assert done.exit_code == 0, done.output
-    assert "1 layers are used; 1 names are of no layer of this model and left out: lora_te_none" in " ".join(
-        done.output.split()
-    )
-    source = Bundle.open(bundle).manifest.source
-    assert [(each["name"], each["scale"]) for each in source["adapters"]] == [("style=1.safetensors", 0.5)]
-    for lora, passed in ((("--lora", f"{style}=0.5"), True), ((), False), (("--lora", style), False)):
-        done = ran("verify", bundle, "--against", tiny_checkpoint, *lora, "--json")
-        assert done.exit_code == (not passed), done.output
-        records = json.loads(done.stdout)["parity"]
-        assert {each["graph"] for each in records if not each["passed"]} == (set() if passed else {"text_encoder"})
-    same = same_weights(Bundle.open(bundle), open_checkpoint(tiny_checkpoint))
-    assert {name for name, each in same.items() if not each} == {"text_encoder"}
-    options = ["--prompt", "a red circle", "--steps", 2, "--repeats", 1, "--warm-up", 0, "--fail-under", "psnr=80"]
-    lora = ["--lora", f"{style}=0.5", "-o", tmp_path / "report.html"]
-    done = ran("bench", bundle, "--against", tiny_checkpoint, *lora, *options)
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "report.json").read_text())["results"]
-    assert all(record["same_weights"] for record in found["parity of bundle"])
+    made = json.loads(done.stdout)
+    assert made["path"] == str(folder / "style.ldma")
+    assert {*made["layers"]} == {"unet", "text_encoder"}
+    assert made["error"] < 1e-4
+    return folder
+
+
+def test_a_picture_says_what_it_was_drawn_with(folder: Path, tmp_path: Path) -> None:
+    out, style = tmp_path / "out.png", folder / "style.ldma"
+    drawn(folder / "bundle", "a red circle", "-o", out, "--lora", f"{style}=0.5", "--backend", "cpu")
+    (request,) = requests_from(read_picture_file(out).parameters or "")
+    (use,) = request.adapters
+    assert (use.name, use.strength, len(use.sha256), use.path) == ("style.ldma", 0.5, 10, None)
+    assert json.loads(run("inspect", out, "--json").stdout)["requests"][0]["adapters"] == [
+        {"name": "style.ldma", "strength": 0.5, "sha256": use.sha256}
+    ]
+    pipeline = Pipeline.open(folder / "bundle", backend="cpu")
+    options: dict[str, Any] = options_of([request]) | {"adapters": [(style, use.strength)]}
+    assert np.array_equal(pipeline.generate(**options).images[0], pixels(out))
+    assert not np.array_equal(pipeline.generate(**options | {"adapters": None}).images[0], pixels(out))
+
+
+def test_lines_of_a_list_have_their_own(folder: Path, tmp_path: Path) -> None:
+    style = folder / "style.ldma"
+    lines = [{"prompt": "a red circle", "seed": 3, "adapters": {str(style): strength}} for strength in (0.0, 1.0)]
+    lines += [{"prompt": "a red circle", "seed": 3}, {"prompt": "a red circle", "seed": 3, "adapters": {}}]
+    listing = tmp_path / "list.jsonl"
+    listing.write_text("\n".join(map(json.dumps, lines)))
+    arguments = [folder / "bundle", "-f", listing, "-o", f"{tmp_path}/out/", "--lora", style, "--backend", "cpu"]
+    files = drawn(*arguments)["files"]
+    without, with_it, by_option, none = (pixels(Path(file)) for file in files)
+    assert np.abs(without.astype(int) - none).max() <= 1
+    assert np.array_equal(with_it, by_option)
+    assert not np.array_equal(with_it, none)
+    assert drawn(*arguments)["drawn"] == []
+    assert "adapters is [0.5]" in refused(_listed(folder, tmp_path, [0.5]))
+    assert "an adapter's strength" in refused(_listed(folder, tmp_path, {str(style): "much"}))
+
+
+def _listed(folder: Path, tmp_path: Path, adapters: Any) -> Any:
+    listing = tmp_path / "bad.jsonl"
+    listing.write_text(json.dumps({"prompt": "a red circle", "adapters": adapters}))
+    return run("generate", folder / "bundle", "-f", listing, "-o", f"{tmp_path}/bad/", "--backend", "cpu")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("file", "why"),
     [
-        (["--lora", "{style}=much"], "is no number. Give FILE=SCALE"),
-        (["--lora", "{style}=inf"], "The scale inf of"),
-        (["--lora", "nowhere.safetensors"], "There is no adapter 'nowhere.safetensors'"),
-        (
-            ["--lora", "{style}=0.5", "--recipe", "cpu-small", "--prompts", "{prompts}"],
-            "A recipe was given with",
-        ),
+        ("none.safetensors", "There is no adapter"),
+        ("pickle.bin", "is a pickle"),
+        ("other.safetensors", "is of a layer of this model"),
+        ("text.safetensors", "truncated or not a safetensors file"),
     ],
 )
-def test_what_is_refused(
-    style: Path, tiny_checkpoint: Path, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    given = [text.format(style=style, prompts=tmp_path / "prompts.txt") for text in arguments]
-    done = ran("export", tiny_checkpoint, "-o", tmp_path / "bundle", *given)
-    assert done.exit_code == 2
-    assert message in " ".join(done.output.split())
-    assert not (tmp_path / "bundle").exists()
+def test_what_is_no_adapter_changes_nothing(file: str, why: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pickle.bin").write_bytes(b"\x80\x04")
+    (tmp_path / "text.safetensors").write_text("no safetensors")
+    save_file({"unet.mid.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "other.safetensors")
+    before = sorted(path for path in folder.rglob("*"))
+    done = run("lora", folder / "bundle", tmp_path / file, "-o", tmp_path / "out.ldma")
+    assert why in refused(done)
+    assert sorted(path for path in folder.rglob("*")) == before
+    assert not (tmp_path / "out.ldma").exists()
 
 
-def test_without_a_checkpoint(style: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    for command in (["verify"], ["bench", "-o", tmp_path / "report.html"]):
-        done = ran(*command, tiny_bundle, "--lora", style)
-        assert done.exit_code == 2
-        assert "--lora changes the checkpoint of --against, which was not given" in " ".join(done.output.split())
+def test_a_safetensors_file_is_told_what_to_run(folder: Path, tmp_path: Path) -> None:
+    done = run(
+        *("generate", folder / "bundle", "a red circle", "-o", tmp_path / "out.png", "--backend", "cpu"),
+        *("--lora", folder / "style.safetensors"),
+    )
+    assert "is no adapter for bundles" in refused(done)
+    assert "ldm-export lora BUNDLE" in done.stderr

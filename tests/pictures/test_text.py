@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ldm_export import __version__
 from ldm_export.errors import InputError
-from ldm_export.pictures.text import PictureRequest, parameters_from, parameters_text, requests_from
+from ldm_export.pictures.text import AdapterUse, PictureRequest, parameters_from, parameters_text, requests_from
 from ldm_export.plan import SAMPLERS
 
 REQUEST = PictureRequest("a red apple", "blue, dark", 7, "ddim", 20, 4.0, 64, 96, "0123456789", "emoji64")
@@ -52,6 +52,18 @@ def test_what_it_has_besides() -> None:
             "Version": f"ldm_export {__version__}",
         },
     )
+
+
+def test_adapters_come_back() -> None:
+    uses = (AdapterUse('a "style", 2.ldma', 0.7, "0123456789", "folder/of/it"), AdapterUse("b.ldma", -1.0, "ab"))
+    text = parameters_text([replace(REQUEST, adapters=uses)])
+    assert "folder/of/it" not in text
+    (read,) = requests_from(text)
+    assert read.adapters == uses
+    assert [use.path for use in read.adapters] == [None, None]
+    for wrong in ('"[1]"', '"[[\\"a\\", 1, \\"b\\"]]"', '"{}"', '"[[\\"a\\", NaN, \\"b\\"]]"'):
+        with pytest.raises(InputError, match="is not a request of ldm_export"):
+            requests_from(parameters_text([REQUEST]).replace("Plan:", f"Adapters: {wrong}, Plan:"))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -155,6 +167,7 @@ def test_no_class_of_requests_differs_unseen() -> None:
         **{"prompt": "x", "negative_prompt": None, "seed": 8, "sampler": "plms", "steps": 21, "guidance": 4.5},
         **{"height": 128, "width": 128, "model_hash": "1", "model": "m", "calls": 3, "class_label": 1},
         **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
+        "adapters": (AdapterUse("a.ldma", 1.0, "ab"),),
     }
     assert changed.keys() == vars(REQUEST).keys()
     texts = {parameters_text([replace(REQUEST, **{name: value})]) for name, value in changed.items()}

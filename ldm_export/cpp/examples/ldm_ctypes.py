@@ -58,6 +58,10 @@ class DrawOptions(ctypes.Structure):
         ("step", StepCallback),
         ("step_user", c_void_p),
         ("calls", c_uint32),
+        ("adapters", POINTER(c_char_p)),
+        ("adapter_strengths", POINTER(c_double)),
+        ("adapter_pictures", POINTER(c_int64)),
+        ("adapter_count", c_size_t),
     )
 
 

@@ -21,7 +21,7 @@ constexpr const char *USAGE =
     "usage: txt2img BUNDLE PROMPT... -o OUT.png [--sampler S] [--steps N] [--calls N] [--guidance W] [--negative TEXT]\n"
     "               [--seed N] [--image IN.png] [--strength X] [--size HxW] [--class-label N]... [--count N]\n"
     "               [--deepcache N] [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt]\n"
-    "               [--threads N] [--latents OUT.npy]\n";
+    "               [--threads N] [--latents OUT.npy] [--lora FILE[=STRENGTH]]...\n";
 
 struct UsageError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -40,7 +40,7 @@ struct Arguments {
 Arguments parsed(int argc, char **argv) {
     static const char *known[] = {"-o",     "--sampler", "--steps",       "--guidance", "--negative",  "--seed",    "--image",
                                   "--size", "--strength", "--class-label", "--count",    "--deepcache", "--backend", "--threads",
-                                  "--latents", "--calls"};
+                                  "--latents", "--calls",    "--lora"};
     Arguments arguments;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
@@ -125,6 +125,12 @@ int run(const Arguments &arguments) {
         if (name == "--deepcache") draw.deepcache = positive(name, value);
         if (name == "--class-label")
             for (const std::string &label : values) draw.class_labels.push_back(whole(name, label));
+        if (name == "--lora")
+            for (const std::string &adapter : values) {
+                const std::size_t equals = adapter.rfind('=');
+                const bool plain = equals == std::string::npos;
+                draw.adapters.push_back({adapter.substr(0, equals), plain ? 1.0 : number(name, adapter.substr(equals + 1))});
+            }
         if (name == "--size") {
             const std::size_t cross = value.find('x');
             if (cross == std::string::npos) throw UsageError("--size is HEIGHTxWIDTH in pixels, such as 64x64.");

@@ -158,9 +158,9 @@ Tensors conditions(Model &model, const Request &request, bool guided) {
     const Roles &roles = model.roles();
     Tensors known = request_sources(request, guided);
     if (!request.prompts.empty()) {
-        std::vector<SharedTensors> encoded = model.encode(request.prompts);
+        std::vector<SharedTensors> encoded = model.encode(request.prompts, request.mixtures);
         if (guided) {
-            const std::vector<SharedTensors> negative = model.encode(request.negative_prompts);
+            const std::vector<SharedTensors> negative = model.encode(request.negative_prompts, request.mixtures);
             encoded.insert(encoded.begin(), negative.begin(), negative.end());
         }
         for (const auto &[source, _] : *encoded[0]) {
@@ -249,7 +249,9 @@ Tensor draw_whole(Model &model, const Request &request, const OnStep &on_step) {
 Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     model.check_unchanged();
     if (!request.loop.empty()) return draw_whole(model, request, on_step);
-    const Graph &denoiser = model.graph(model.roles().denoiser);
+    const std::string &name = model.roles().denoiser;
+    const bool adapted = changes(request.mixtures, name);
+    const Graph &denoiser = adapted ? model.adapted_graph(name) : model.graph(name);
     model.graph(model.roles().vae_decoder).check_shape("latent_sample", latents_shape(model, request));
     if (request.deepcache > 1 && !denoiser.can_skip())
         throw InputError(join("deepcache ", request.deepcache, " was asked for, and ", model.backend(),
@@ -257,6 +259,11 @@ Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
                               model.bundle().path().string(), " --target cpu; if that says so, leave deepcache out."));
     const bool guided = model.facts().guidance.takes_two_rows(request.guidance);
     Tensors inputs = conditions(model, request, guided);
+    if (adapted) {
+        std::vector<Mixture> mixtures = request.mixtures;
+        if (guided) mixtures.insert(mixtures.end(), request.mixtures.begin(), request.mixtures.end());
+        inputs.merge(branch_arrays(denoiser.spec(), name, mixtures));
+    }
 
     const Shape shape = latents_shape(model, request);
     Noise noise(request.seeds, shape);

@@ -88,7 +88,12 @@ Manifest manifest_of(const Json &found) {
     for (const Json &entry : field(found, "parity", Kind::array).array()) check_record(entry, manifest.graphs);
     if (found.object().count("roles") == 0) field(found, "roles", Kind::object);  // which says that it is missing
     if (!found["roles"].is_null()) manifest.roles = roles_from_json(found["roles"], manifest.graphs);
-    field(found, "source", Kind::object);
+    const Json &source = field(found, "source", Kind::object);
+    for (const auto &[name, _] : manifest.graphs) {
+        const Json &component = source["components"][name];
+        const Json &sha256 = source["sha256"][component.is(Kind::text) ? component.text() : name];
+        if (sha256.is(Kind::text)) manifest.networks.emplace(name, sha256.text());
+    }
     field(found, "ldm_export_version", Kind::text);
     return manifest;
 }

@@ -44,6 +44,7 @@ struct Manifest {
     std::map<std::string, GraphSpec> graphs;
     Json model;  // free facts
     std::optional<Roles> roles;  // none in a bundle that only holds graphs
+    std::map<std::string, std::string> networks{};  // SHA-256 of the weights that graphs were exported from, where it says so
 };
 
 // Throws BundleError if the text is no manifest of this format version.

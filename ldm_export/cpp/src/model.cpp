@@ -106,7 +106,7 @@ std::unique_ptr<Graph> Model::load(const std::string &name) {
     }
     if (target_ && target_->graphs.count(name) != 0) {
         try {
-            return load_target(target_->graphs.at(name), graph);
+            return load_target(*target_, name);
         } catch (const BundleError &) {
             pass_over_target("ONNX Runtime refuses its " + name + ", or it is another graph");
         }
@@ -135,12 +135,53 @@ void Model::check_unchanged() const {
             throw BundleError(join(watched.file.string(), " has changed since the bundle was opened. Open the bundle anew."));
 }
 
-std::unique_ptr<Graph> Model::load_target(const TargetGraph &graph, const GraphSpec &spec) {
-    const auto part = [&](const std::string &path) { return open(target_->files, path, nullptr); };
-    if (graph.hoisted.empty() && graph.shallow.empty()) return open(target_->files, graph.path, &spec);
+const Graph &Model::adapted_graph(const std::string &name) {
+    const std::lock_guard<std::recursive_mutex> lock(mutex_);
+    std::unique_ptr<Graph> &graph = adapted_[name];
+    if (graph == nullptr) graph = load_adapted(name);
+    return *graph;
+}
+
+std::unique_ptr<Graph> Model::load_adapted(const std::string &name) {
+    if (engines_ != nullptr)
+        throw InputError(join("Adapters were given, and ", backend(), " takes none when it draws. Use the backend cpu (ONNX "
+                              "Runtime), or merge them: ldm-export export CHECKPOINT -o BUNDLE --lora ADAPTER.safetensors"));
+    const std::string bundle = bundle_.path().string(), run = join("Run: ldm-export lora ", bundle, " ADAPTER.safetensors -o ADAPTER.ldma");
+    std::optional<Target> plain;
+    try {
+        plain = read_adapters(bundle_);
+    } catch (const PassedOver &why) {
+        throw InputError(join(bundle, " takes no adapters of ", name, ", since ", why.what(), ". ", run));
+    }
+    if (!plain || plain->graphs.count(name) == 0) throw InputError(join(bundle, " takes no adapters of ", name, ". ", run));
+    if (target_) {
+        std::string why = join("it has no ", ADAPTERS_ORT_CPU, " beside it");
+        try {
+            const std::optional<Target> fast = read_adapters_ort_cpu(bundle_, *plain, OnnxRuntime::version());
+            if (fast && fast->graphs.count(name) != 0) return load_target(*fast, name);
+        } catch (const PassedOver &passed) {
+            why = passed.what();
+        }
+        pass_over_target(why);
+    }
+    return load_target(*plain, name);
+}
+
+// A graph of a target; where that has branches for adapters, their inputs are in its spec.
+std::unique_ptr<Graph> Model::load_target(const Target &target, const std::string &name) {
+    const TargetGraph &graph = target.graphs.at(name);
+    const auto part = [&](const std::string &path) { return open(target.files, path, nullptr); };
+    std::unique_ptr<Graph> whole = part(graph.path);
+    GraphSpec own = spec(name);
+    for (const TensorSpec &input : whole->spec().inputs)
+        if (is_branch_input(input.name)) own.inputs.push_back(input);
+    if (graph.hoisted.empty() && graph.shallow.empty()) {
+        if (agree(own.inputs, whole->spec().inputs) && agree(own.outputs, whole->spec().outputs)) return whole;
+        throw BundleError(graph.path + " has other inputs or outputs than manifest.json says. Export the bundle anew.");
+    }
     HoistedGraph::Parts parts;
     for (const auto &[input, path] : graph.hoisted) parts.emplace(input, part(path));
-    return std::make_unique<HoistedGraph>(spec, part(graph.path), std::move(parts),
+    return std::make_unique<HoistedGraph>(std::move(own), std::move(whole), std::move(parts),
                                        graph.shallow.empty() ? nullptr : part(graph.shallow), graph.deep_channels);
 }
 
@@ -168,14 +209,16 @@ const Tokenizers &Model::tokenizers() {
     return *tokenizers_;
 }
 
-std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts) {
+std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts, const std::vector<Mixture> &mixtures) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
     const Tokenizers &readers = tokenizers();
     std::vector<std::string> keys;
     std::map<std::string, SharedTensors> rows;
     std::vector<std::string> missing;
+    std::vector<Mixture> missing_mixtures;
     std::vector<std::vector<Tensor>> missing_ids(readers.size());
-    for (const std::string &prompt : prompts) {
+    for (std::size_t number = 0; number < prompts.size(); ++number) {
+        const std::string &prompt = prompts[number];
         std::vector<Tensor> ids;
         std::string key;
         for (const auto &tokenizer : readers) {
@@ -184,16 +227,25 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts
             std::copy(row.begin(), row.end(), ids.back().as<TokenId>());
             key.append(ids.back().as<char>(), ids.back().data.size());
         }
+        Mixture mixture;  // of what changes an encoder
+        for (const auto &[adapter, strength] : mixtures[number])
+            for (const TextEncoder &encoder : roles().text_encoders)
+                if (adapter->factors.count(encoder.graph) != 0) {
+                    mixture.emplace_back(adapter, strength);
+                    key += join('\0', adapter->key, '\0').append(reinterpret_cast<const char *>(&strength), sizeof strength);
+                    break;
+                }
         keys.push_back(key);
         if (rows.count(key) != 0) continue;
         const SharedTensors *known = prompts_.find(key);
         rows[key] = known == nullptr ? nullptr : *known;
         if (known != nullptr) continue;
         missing.push_back(key);
+        missing_mixtures.push_back(std::move(mixture));
         for (std::size_t i = 0; i < readers.size(); ++i) missing_ids[i].push_back(std::move(ids[i]));
     }
     if (!missing.empty()) {
-        std::vector<Tensors> made = run_encoders(missing_ids);
+        std::vector<Tensors> made = run_encoders(missing_ids, missing_mixtures);
         for (std::size_t k = 0; k < missing.size(); ++k) {
             rows[missing[k]] = std::make_shared<const Tensors>(std::move(made[k]));
             prompts_.insert(missing[k], rows[missing[k]]);
@@ -205,7 +257,8 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts
 }
 
 // One run of each text encoder on the ids of all prompts; ids by encoder and prompt.
-std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> &ids) {
+std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> &ids,
+                                         const std::vector<Mixture> &mixtures) {
     const std::size_t batch = ids.at(0).size();
     const std::set<std::string> read = roles().sources(bundle_.manifest.graphs);
     std::vector<Tensors> rows(batch);
@@ -215,18 +268,23 @@ std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> 
         for (std::size_t k = 0; k < batch; ++k)
             std::copy_n(ids[i][k].as<TokenId>(), length, all.as<TokenId>() + static_cast<std::int64_t>(k) * length);
         const std::string &encoder = roles().text_encoders[i].graph;
-        const Tensors outputs = graph(encoder).run({{"input_ids", &all}});
+        const bool adapted = changes(mixtures, encoder);
+        const Graph &reads = adapted ? adapted_graph(encoder) : graph(encoder);
+        Tensors branches = adapted ? branch_arrays(reads.spec(), encoder, mixtures) : Tensors{};
+        TensorRefs given{{"input_ids", &all}};
+        for (auto &[name, tensor] : branches) given.emplace(name, &tensor);
+        const Tensors outputs = reads.run(given);
         for (const TensorSpec &wanted : spec(encoder).outputs) {
             const std::string source = join(encoder, ".", wanted.name);
             if (read.count(source) == 0) continue;
             const auto found = outputs.find(wanted.name);
-            const Tensor given = found == outputs.end() ? Tensor{} : found->second;
-            bool fits = given.dtype == wanted.dtype && given.shape.size() == wanted.shape.size() && !given.shape.empty() &&
-                        static_cast<std::size_t>(given.shape[0]) == batch;
-            for (std::size_t axis = 1; fits && axis < given.shape.size(); ++axis)
-                fits = wanted.shape[axis].is_free() || given.shape[axis] == wanted.shape[axis].size;
+            const Tensor made = found == outputs.end() ? Tensor{} : found->second;
+            bool fits = made.dtype == wanted.dtype && made.shape.size() == wanted.shape.size() && !made.shape.empty() &&
+                        static_cast<std::size_t>(made.shape[0]) == batch;
+            for (std::size_t axis = 1; fits && axis < made.shape.size(); ++axis)
+                fits = wanted.shape[axis].is_free() || made.shape[axis] == wanted.shape[axis].size;
             if (!fits) throw BundleError(join("The ", encoder, " gives no '", wanted.name, "' as it must. Export the bundle anew."));
-            for (std::size_t k = 0; k < batch; ++k) rows[k][source] = row_of(given, k, batch);
+            for (std::size_t k = 0; k < batch; ++k) rows[k][source] = row_of(made, k, batch);
         }
     }
     return rows;

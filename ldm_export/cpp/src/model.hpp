@@ -1,6 +1,7 @@
 // An opened bundle: what pipelines on the same weights share. Any thread may use it.
 #pragma once
 
+#include "adapters.hpp"
 #include "bundle.hpp"
 #include "facts.hpp"
 #include "graph.hpp"
@@ -34,21 +35,25 @@ class Model {
 
     const Graph &graph(const std::string &name);  // opened when it is first asked for, or, to be verified, with the model
 
+    // The same with branches for adapters, whose inputs its spec has too. Throws InputError where there is none.
+    const Graph &adapted_graph(const std::string &name);
+
     // Throws BundleError where a file changed that an opened graph has its weights in: reading it could end the process.
     void check_unchanged() const;
     const Tokenizers &tokenizers();   // one for each text encoder
 
-    // What the text encoders give for each prompt, without the batch, by source; of what is read.
-    std::vector<SharedTensors> encode(const std::vector<std::string> &prompts);
+    // What the text encoders give for each prompt with its picture's adapters, without the batch, by source; of what is read.
+    std::vector<SharedTensors> encode(const std::vector<std::string> &prompts, const std::vector<Mixture> &mixtures);
 
   private:
     void open_engines(const Flavour *asked);
     void open_target();
     std::unique_ptr<Graph> load(const std::string &name);
-    std::unique_ptr<Graph> load_target(const TargetGraph &graph, const GraphSpec &spec);
+    std::unique_ptr<Graph> load_adapted(const std::string &name);
+    std::unique_ptr<Graph> load_target(const Target &target, const std::string &name);
     std::unique_ptr<Graph> open(const ListedFiles &files, const std::string &path, const GraphSpec *spec);
     void pass_over_target(const std::string &why);
-    std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids);
+    std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids, const std::vector<Mixture> &mixtures);
 
     Bundle bundle_;
     Facts facts_;
@@ -59,10 +64,10 @@ class Model {
     std::unique_ptr<Engines> engines_;
     std::optional<Target> target_;
     mutable std::recursive_mutex mutex_;  // of what follows, and of device_, engines_ and target_
-    std::map<std::string, std::unique_ptr<Graph>> graphs_;
+    std::map<std::string, std::unique_ptr<Graph>> graphs_, adapted_;
     std::vector<Watched> watched_;
     std::optional<Tokenizers> tokenizers_;
-    Cache<std::string, SharedTensors> prompts_{256};  // by token ids
+    Cache<std::string, SharedTensors> prompts_{256};  // by token ids and what adapters change the encoders
 };
 
 }  // namespace ldm::runtime

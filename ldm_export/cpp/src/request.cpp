@@ -261,6 +261,7 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     request.trajectory = options.image == nullptr ? plan.from_noise() : plan.for_strength(options.strength, facts.strength_rounds_up);
     if (options.image != nullptr)
         request.image = image(options, count, request.height, request.width, facts.picture_channels);
+    request.mixtures = mixtures_for(bundle, options, count);
     request.deepcache = options.deepcache;
     return request;
 }

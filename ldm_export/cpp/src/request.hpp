@@ -1,6 +1,7 @@
 // What a caller asks for, checked before anything runs; as ldm_export/runtime/request.py.
 #pragma once
 
+#include "adapters.hpp"
 #include "facts.hpp"
 #include "plan.hpp"
 #include "tensor.hpp"
@@ -22,6 +23,7 @@ struct Request {
     double guidance;                                     // 1 is off
     std::optional<Tensor> image;                         // float32 (B, C, H, W) in [-1, 1] to start from
     Trajectory trajectory;
+    std::vector<Mixture> mixtures;  // what adapters each picture is drawn with
     std::size_t deepcache;
     std::string loop;  // the loop graph that draws all in one call, or empty
 

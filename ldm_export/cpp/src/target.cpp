@@ -1,6 +1,7 @@
 #include "target.hpp"
 
 #include "error.hpp"
+#include "sha256.hpp"
 
 #include <algorithm>
 #include <fstream>
@@ -62,11 +63,14 @@ std::vector<std::string> TargetGraph::paths() const {
     return found;
 }
 
-std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime) {
-    if (fs::symlink_status(bundle.path() / TARGETS / ORT_CPU).type() == fs::file_type::not_found) return std::nullopt;
+namespace {
+
+// A target that needs just this, such as a release of a library, by name.
+std::optional<Target> read(const Bundle &bundle, const std::string &kind, const std::map<std::string, std::string> &has) {
+    if (fs::symlink_status(bundle.path() / TARGETS / kind).type() == fs::file_type::not_found) return std::nullopt;
     TargetDocument target;
-    ListedFiles files = read_target_files(bundle, ORT_CPU, [&](const std::string &text) {
-        target = target_from_json(text);
+    ListedFiles files = read_target_files(bundle, kind, [&](const std::string &text) {
+        target = target_from_json(text, kind);
         return target.files;
     });
     for (const auto &[name, graph] : target.graphs)
@@ -82,25 +86,48 @@ std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxr
             }
         }
     if (target.source_hashes != sources_of(bundle)) throw PassedOver("it was made from other graphs");
-    const std::map<std::string, std::string> has{{"cpu", this_cpu()}, {"onnxruntime", onnxruntime}};
-    if (target.needs.size() != has.size()) throw PassedOver("it says not just of cpu and onnxruntime what it needs");
-    for (const auto &[name, there] : has) {
+    if (target.needs.size() != has.size()) {
+        std::vector<std::string> names;
+        for (const auto &[name, _] : has) names.push_back(name);
+        throw PassedOver(join("it says not just of ", listed(names, "nothing"), " what it needs"));
+    }
+    for (const auto &[name, given] : has) {
         const auto wanted = target.needs.find(name);
         if (wanted == target.needs.end()) throw PassedOver("it does not say for which " + name + " it was made");
-        if (wanted->second != there)
-            throw PassedOver(join("it was made for ", name, " ", wanted->second, ", and this is ", there));
+        if (wanted->second != given)
+            throw PassedOver(join("it was made for ", name, " ", wanted->second, ", and this is ", given));
     }
     std::vector<std::string> own;
     for (const auto &[name, graph] : bundle.manifest.graphs)
         if (!is_loop(graph.path)) own.push_back(name);
-    if (names_of(target.graphs) != own)
-        throw PassedOver(join("it has the graphs ", listed(names_of(target.graphs), "nothing"), ", and the bundle ",
+    const std::vector<std::string> there = names_of(target.graphs);
+    const bool some = kind != ORT_CPU && std::includes(own.begin(), own.end(), there.begin(), there.end());
+    if (there != own && !some)
+        throw PassedOver(join("it has the graphs ", listed(there, "nothing"), ", and the bundle ",
                               listed(own, "nothing")));
     return Target{std::move(target.graphs), std::move(files)};
 }
 
-TargetDocument target_from_json(std::string_view text) {
-    const Json document = target_document(text, ORT_CPU);
+}  // namespace
+
+std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime) {
+    return read(bundle, ORT_CPU, {{"cpu", this_cpu()}, {"onnxruntime", onnxruntime}});
+}
+
+std::optional<Target> read_adapters(const Bundle &bundle) { return read(bundle, ADAPTERS, {}); }
+
+std::optional<Target> read_adapters_ort_cpu(const Bundle &bundle, const Target &adapters, const std::string &onnxruntime) {
+    std::set<std::string> paths;
+    for (const auto &[_, graph] : adapters.graphs)
+        for (const std::string &path : graph.paths()) paths.insert(path);
+    Sha256 hashes;  // of the very graphs with branches that it was made from
+    for (const std::string &path : paths) hashes.update(adapters.files.entries().at(path).sha256);
+    return read(bundle, ADAPTERS_ORT_CPU,
+                {{"cpu", this_cpu()}, {"onnxruntime", onnxruntime}, {ADAPTERS, hashes.hex_digest()}});
+}
+
+TargetDocument target_from_json(std::string_view text, const std::string &kind) {
+    const Json document = target_document(text, kind);
     TargetDocument target{{}, texts_of(document, "needs"), texts_of(document, "source_hashes"), files_of(document)};
     for (const auto &[name, entry] : field(document, "graphs", Kind::object).object()) {
         const std::string where = "graphs['" + name + "']";

@@ -10,6 +10,9 @@ namespace ldm::runtime {
 
 constexpr const char *ORT_CPU = "ort-cpu";
 
+// The plain graphs with branches for adapters, and those as ort-cpu has them; of graphs that some adapter changes.
+constexpr const char *ADAPTERS = "adapters", *ADAPTERS_ORT_CPU = "adapters-ort-cpu";
+
 struct TargetGraph {
     std::string path;                         // of what is run in every call
     std::map<std::string, std::string> hoisted;  // {input: path of the graph that depends on that input alone}
@@ -34,8 +37,12 @@ struct Target {
 // The bundle's target for this machine and this release of ONNX Runtime, or none; throws PassedOver.
 std::optional<Target> read_target(const Bundle &bundle, const std::string &onnxruntime);
 
+// The plain graphs with branches for adapters; those of them for this machine. None where there are none; throw PassedOver.
+std::optional<Target> read_adapters(const Bundle &bundle);
+std::optional<Target> read_adapters_ort_cpu(const Bundle &bundle, const Target &adapters, const std::string &onnxruntime);
+
 // A target.json, not yet held against the files beside it; throws MalformedError.
-TargetDocument target_from_json(std::string_view text);
+TargetDocument target_from_json(std::string_view text, const std::string &kind = ORT_CPU);
 
 // The kind of processor from the text of Linux's /proc/cpuinfo; empty if that names no vector instructions.
 std::string cpu_level(const std::string &cpuinfo);

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from ldm_export.contract import GraphSpec
-from ldm_export.errors import BackendError, BundleError, LdmExportError
+from ldm_export.bundle.targets.base import ADAPTERS, Target, read_target
+from ldm_export.contract import GraphSpec, TensorSpec, is_branch_input
+from ldm_export.errors import BackendError, BundleError, InputError, LdmExportError
 from ldm_export.runtime.graph import Graph
 from ldm_export.runtime.sampling import HostSampling, Sampling, SamplingTask
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ldm_export.bundle import Bundle
 
 
 class Backend:
@@ -37,6 +41,19 @@ class Backend:
     def load(self, graph: str) -> Graph:
         """Load one of the bundle's graphs, by its name in the manifest."""
         raise NotImplementedError
+
+    def load_adapted(self, graph: str) -> Graph:
+        """Load a graph with branches for adapters, whose inputs are further ones of its ``spec``.
+
+        Raises
+        ------
+        InputError
+            If this backend has none, or the bundle was prepared for no adapter of this graph.
+        """
+        raise InputError(
+            f"Adapters were given, and {self.name} takes none when it draws. Use the backend cpu (ONNX Runtime), or "
+            "merge them: ldm-export export CHECKPOINT -o BUNDLE --lora ADAPTER.safetensors"
+        )
 
     def check_shapes(self, graph: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise InputError if a loaded graph cannot take inputs of these shapes; most graphs take any."""
@@ -85,6 +102,39 @@ def check_contract(
             )
         if not fits:
             raise BundleError(f"{spec.path} has other {side} than manifest.json says: {dict(there)}. {remedy}")
+
+
+def adapters_target(bundle: Bundle, graph: str) -> Target:
+    """The bundle's target that has a graph with branches for adapters.
+
+    Raises
+    ------
+    InputError
+        If there is none, or it is not sound.
+    """
+    target = read_target(bundle, ADAPTERS, {})
+    if isinstance(target, Target) and graph in target.graphs:
+        return target
+    why = f", since {target}" if isinstance(target, str) else ""
+    raise InputError(
+        f"{bundle.path} takes no adapters of {graph}{why}. Run: ldm-export lora {bundle.path} ADAPTER.safetensors -o "
+        "ADAPTER.ldma"
+    )
+
+
+def with_branches(spec: GraphSpec, inputs: Signature) -> GraphSpec:
+    """A graph's spec with those of a loaded graph's inputs that are of branches for adapters; their free sizes have
+    names of their own."""
+    branches = (
+        TensorSpec(
+            name,
+            dtype,
+            tuple(size if isinstance(size, int) and size >= 0 else f"{name}.{k}" for k, size in enumerate(shape)),
+        )
+        for name, (dtype, shape) in inputs.items()
+        if is_branch_input(name)
+    )
+    return replace(spec, inputs=(*spec.inputs, *branches))
 
 
 @contextmanager

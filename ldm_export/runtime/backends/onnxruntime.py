@@ -9,7 +9,15 @@ from typing import Any
 
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.listed import GraphFiles, MappedFile
-from ldm_export.bundle.targets.base import ORT_CPU, Target, files_in, needs_of, read_target
+from ldm_export.bundle.targets.base import (
+    ADAPTERS_ORT_CPU,
+    ORT_CPU,
+    Target,
+    adapters_needs,
+    files_in,
+    needs_of,
+    read_target,
+)
 from ldm_export.contract import GraphSpec, TensorSpec, check_inputs, check_outputs
 from ldm_export.errors import BackendError, BundleError, LdmExportError, warn
 from ldm_export.reading.documents import MalformedError
@@ -17,10 +25,12 @@ from ldm_export.runtime.backends import providers
 from ldm_export.runtime.backends.base import (
     Backend,
     Signature,
+    adapters_target,
     allowed_threads,
     check_contract,
     foreign_errors,
     one_line,
+    with_branches,
 )
 from ldm_export.runtime.backends.hoisted import HoistedGraph, check_parts
 from ldm_export.runtime.backends.providers import CPU, CUDA, PROVIDERS, RECORDS, Provider
@@ -165,14 +175,32 @@ class OnnxRuntimeBackend(Backend):
         check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
         return OnnxRuntimeGraph(session, spec, self._provider, self._running, mapped)
 
+    def load_adapted(self, graph: str) -> Graph:
+        """Open a session on a graph with branches: of the bundle's target for this CPU, where it is used, or plain."""
+        target = adapters_target(self._bundle, graph)
+        if self._target is not None:
+            fast = read_target(self._bundle, ADAPTERS_ORT_CPU, adapters_needs(target, self._library.__version__))
+            if isinstance(fast, Target) and graph in fast.graphs:
+                target = fast
+            else:
+                self._say_passed_over(fast if isinstance(fast, str) else f"it has no {ADAPTERS_ORT_CPU} beside it")
+        try:
+            return self._load_target(target, graph, self._bundle.manifest.graphs[graph])
+        except MalformedError as error:
+            raise BundleError(
+                f"targets/{target.folder.name} of {self._bundle.path} is not sound: its {error}. Delete it, and run "
+                "ldm-export lora with an adapter anew."
+            ) from error
+
     def _load_target(self, target: Target, graph: str, spec: GraphSpec) -> Graph:
         found = target.graphs[graph]
         files = files_in(self._bundle, target)
         opened = {path: self._session(files.graph(path), path) for path in found.paths}
+        spec = with_branches(spec, _signature(opened[found.path][0].get_inputs()))
         if not found.hoisted and not found.shallow:
             session, mapped = opened[found.path]
             check_contract(spec, _signature(session.get_inputs()), _signature(session.get_outputs()))
-            return OnnxRuntimeGraph(session, spec, None, self._running, mapped)
+            return OnnxRuntimeGraph(session, spec, self._provider, self._running, mapped)
         graphs = {
             path: OnnxRuntimeGraph(session, _spec_of(session, path), None, self._running, mapped)
             for path, (session, mapped) in opened.items()

@@ -12,15 +12,19 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ldm_export.bundle import Bundle
+from ldm_export.bundle.listed import GraphFiles
+from ldm_export.bundle.targets.base import files_in
 from ldm_export.contract import GraphSpec, check_inputs, check_outputs
 from ldm_export.errors import BackendError, BundleError
 from ldm_export.runtime.backends.base import (
     Backend,
     Signature,
+    adapters_target,
     allowed_threads,
     check_contract,
     foreign_errors,
     one_line,
+    with_branches,
 )
 from ldm_export.runtime.graph import Array
 
@@ -64,16 +68,32 @@ class OpenVinoBackend(Backend):
             If OpenVINO refuses the graph.
         """
         spec = self._bundle.manifest.graphs[graph]
-        files = self._bundle.graph_files(spec.path)
+        size_bytes = sum(
+            entry.size_bytes for path, entry in self._bundle.manifest.files.items() if path.startswith(f"{spec.name}/")
+        )
+        loaded, inputs, outputs = self._read(self._bundle.graph_files(spec.path), graph, spec, size_bytes)
+        check_contract(spec, inputs, outputs)
+        return loaded
+
+    def load_adapted(self, graph: str) -> OpenVinoGraph:
+        target = adapters_target(self._bundle, graph)
+        path, spec = target.graphs[graph].path, self._bundle.manifest.graphs[graph]
+        size_bytes = sum(entry.size_bytes for name, entry in target.files.items() if name.startswith(path))
+        loaded, inputs, outputs = self._read(files_in(self._bundle, target).graph(path), graph, spec, size_bytes)
+        loaded.spec = with_branches(spec, inputs)
+        check_contract(loaded.spec, inputs, outputs)
+        return loaded
+
+    def _read(
+        self, files: GraphFiles, graph: str, spec: GraphSpec, size_bytes: int
+    ) -> tuple[OpenVinoGraph, Signature, Signature]:
+        """A graph, and what it takes and gives."""
         verified = self._bundle.verified
         if files.data and verified:
             raise BackendError(
                 f"{spec.path} keeps weights in files of their own, which OpenVINO takes from the disk alone, where "
                 "they could be others by now. Use the backend cpu, or open the bundle without verify."
             )
-        size_bytes = sum(
-            entry.size_bytes for path, entry in self._bundle.manifest.files.items() if path.startswith(f"{spec.name}/")
-        )
         try:
             model = self._core.read_model(files.model if verified else files.path)
             loaded = OpenVinoGraph(self, model, spec, kept=max(1, KEPT_BYTES // max(1, size_bytes)))
@@ -83,8 +103,7 @@ class OpenVinoBackend(Backend):
             raise BundleError(
                 f"OpenVINO refuses {spec.path}: {one_line(error)}. Use the backend cpu, or export the bundle anew."
             ) from error
-        check_contract(spec, _signature(model.inputs), _signature(model.outputs))
-        return loaded
+        return loaded, _signature(model.inputs), _signature(model.outputs)
 
     def compile(self, model: Any) -> Any:
         return self._core.compile_model(model, "CPU", self._config)

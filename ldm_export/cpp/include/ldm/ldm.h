@@ -109,6 +109,10 @@ typedef struct ldm_draw_options {
     ldm_step_callback step;
     void *step_user;
     uint32_t calls;                      /* of the network, outputs of the other steps being forecast; 0: all */
+    const char *const *adapters;         /* files that ldm-export lora has made for the bundle; NULL */
+    const double *adapter_strengths;     /* of each, from -1000 to 1000; NULL: 1 */
+    const int64_t *adapter_pictures;     /* the picture that each is for, from 0, or -1 for all; NULL: all */
+    size_t adapter_count;
 } ldm_draw_options;
 
 /* What a bundle draws; the texts live as long as the pipeline. */

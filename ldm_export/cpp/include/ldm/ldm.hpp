@@ -87,6 +87,13 @@ struct OpenOptions {
 };
 
 // Members that are left alone are the bundle's own choice; see ldm_draw_options.
+// A file that ldm-export lora has made for the bundle, for one picture or, with -1, for all.
+struct Adapter {
+    std::string file;
+    double strength = 1.0;
+    std::int64_t picture = -1;
+};
+
 struct DrawOptions {
     std::string sampler = "";
     std::uint32_t steps = 0;
@@ -102,6 +109,7 @@ struct DrawOptions {
     std::uint32_t deepcache = 1;
     bool whole = false;
     std::uint32_t calls = 0;
+    std::vector<Adapter> adapters = {};
 };
 
 // An opened bundle. Moves, does not copy; clone() gives another on the same weights, for another thread.
@@ -208,6 +216,18 @@ class Pipeline {
         chosen.deepcache = options.deepcache;
         chosen.whole = options.whole;
         chosen.calls = options.calls;
+        std::vector<const char *> files;
+        std::vector<double> strengths;
+        std::vector<std::int64_t> pictures_of;
+        for (const Adapter &adapter : options.adapters) {
+            files.push_back(adapter.file.c_str());
+            strengths.push_back(adapter.strength);
+            pictures_of.push_back(adapter.picture);
+        }
+        chosen.adapters = files.data();
+        chosen.adapter_strengths = strengths.data();
+        chosen.adapter_pictures = pictures_of.data();
+        chosen.adapter_count = files.size();
         chosen.step = step ? watch : nullptr;
         chosen.step_user = &watched;
         const ldm_info model = info();
