@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.families import open_checkpoint
 from ldm_export.runtime import Pipeline
 from ldm_export.runtime.control import Control
+from ldm_export.verify.engines.build import build_engines
 from ldm_export.verify.metrics import psnr_db
 from tests.bundle_fixture import perturb
 from tests.diffusers_pipelines import assert_same, judged, opened
@@ -102,15 +104,26 @@ def test_a_bundle_with_controls_generates_without(sd: tuple[Any, Pipeline], tiny
     assert np.array_equal(pipeline.generate(PROMPTS, **options).images, plain.images)
 
 
-def test_on_the_target_ort_cpu(sd: tuple[Any, Pipeline], pictures: Array) -> None:
+def test_on_the_target_ort_cpu(sd: tuple[Any, Pipeline], pictures: Array, variants: Callable[[str], Path]) -> None:
     _, pipeline = sd
     build_ort_cpu(pipeline.bundle)
+    without_controls = Pipeline.open(variants("target"), backend="cpu")
     with Pipeline.open(pipeline.bundle.path, backend="cpu") as built:
         assert "ort-cpu" in built.backend
         for controls in ({}, {"canny": Control(pictures, 0.8, 0.0, 0.6)}):
             options = {**GUIDED, "seed": SEEDS, "height": SIZE[0], "width": SIZE[1], "controls": controls}
             plain, fast = (each.generate(PROMPTS, **options) for each in (pipeline, built))
             assert psnr_db(plain.images, fast.images) > 60
+        cached = [
+            each.generate(PROMPTS, deepcache=2, seed=SEEDS, **GUIDED).images for each in (built, without_controls)
+        ]
+        assert psnr_db(*cached) > 60
+
+
+def test_no_engines_are_built(sd: tuple[Any, Pipeline]) -> None:
+    settings: Any = None  # refused before they are read
+    with pytest.raises(InputError, match="of which no engines are built"):
+        build_engines(sd[1].bundle, settings)
 
 
 # --- Stable Diffusion XL and 3 --------------------------------------------------------------------------------------
