@@ -34,7 +34,7 @@ TOKENS, SCALE = "ip_tokens", "ip_scale"
 PLAIN_TOKENS = 4
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's pictures, by channel (2103.00020)."""
+"""Mean and standard deviation of CLIP's pictures, by channel (2103.00020)."""
 
 
 def _name(name: str) -> str | None:

@@ -1,8 +1,8 @@
-"""The picture of an IP-Adapter (2308.06721), as CLIP's image encoder reads it.
+"""The picture of an IP-Adapter (2308.06721), as its image encoder reads it.
 
-Its shorter side is resized to the encoder's size and the middle is cut out, as transformers' ``CLIPImageProcessor``
-does it. Resizing is Pillow's bicubic (Keys, a = -1/2, stretched over the pixels that one of the smaller picture stands
-for), in Pillow's own fixed point, so that it gives the same bytes.
+Its shorter side is resized to the encoder's size and the middle is cut out. Resizing is Pillow's bicubic (Keys,
+a = -1/2, stretched over the pixels that one of the smaller picture stands for), in Pillow's own fixed point, so that it
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ldm_export.runtime.values import real_number, shown
 LARGEST_SCALE = 1e3
 SUPPORT, KEYS = 2.0, -0.5
 BITS = 22
-"""Of a weight's fraction in Pillow's fixed point."""
+"""Binary digits of a weight's fraction in Pillow's fixed point."""
 
 
 @dataclass(frozen=True)
