@@ -3,13 +3,20 @@
 A bundle's graphs fill *roles* (`Roles`), and a runtime knows nothing else of a model:
 
     text_encoder, any number    token ids (B, L) -> states
+    image_encoder, or none      pixels (B, 3, S, S) in [0, 1], has_picture (B,) -> image_tokens (B, T, width)
     conditioner, or none        states, and what was asked for -> inputs of the denoiser
     denoiser                    sample (B, C, h, w), timestep (B,), conditions -> out_sample (B, C, h, w)
+    control, any number         sample, timestep, a picture, conditions -> residuals of the denoiser
     vae_decoder, vae_encoder    latents as the sampler has them <-> pixels in [-1, 1]
 
-A *source* says where an input comes from: ``<text encoder>.<output>``, ``conditioner.<output>``, or one of
-`REQUEST_SOURCES`. The conditioner's inputs are named by their sources; those of the denoiser, which keep the names that
-its family has, are mapped to theirs by `Roles.conditions`.
+A *control* (ControlNet, 2302.05543) takes the denoiser's own ``sample``, ``timestep`` and any of its conditions under
+their names, and the picture that controls as ``control_image``, pixels in [0, 1] (B, 3, H, W), or as
+``control_latents`` (B, C, h, w), what the VAE encoder makes of it. Its outputs are the residuals, inputs of the
+denoiser (`residuals_of`), which are sums over the controls, each times its scale, or zeros of 1 for each free size.
+
+A *source* says where an input comes from: ``<text encoder>.<output>``, ``<image encoder>.image_tokens``,
+``conditioner.<output>``, or one of `REQUEST_SOURCES`. The conditioner's inputs are named by their sources; those of the
+denoiser, which keep the names that its family has, are mapped to theirs by `Roles.conditions`.
 
 A dimension that is a string is free; the same string is the same size within one graph. ``timestep`` is float32, since
 the samplers with evenly spaced noise levels ask for timesteps between the integers.
@@ -67,13 +74,14 @@ REQUEST_SOURCES: Mapping[str, tuple[TensorSpec, ...]] = {
         TensorSpec("class_labels", "int64", ("batch",)),
         TensorSpec("class_labels", "float32", ("batch", "features")),
     ),
+    "image_scale": (TensorSpec("image_scale", "float32", ("batch",)),),
     "image_latents": (TensorSpec("image_latents", "float32", ("batch", "channels", "height", "width")),),
 }
 """What a request gives to graphs, of which kinds, by name: the picture's sizes in pixels; the guidance scale, and that
 less 1; for each row 1 if a text was given and 0 if none was; 1 if the row is of the prediction without the prompt, else
-0; classes, as numbers or as features; further channels that the denoiser reads beside the sample: the latents of a
-picture that is edited, or before them, one channel more, a mask, 1 where the picture is drawn anew and its latents are
-of grey. Both are latents as the sampler has them."""
+0; classes, as numbers or as features; how much an IP-Adapter's picture counts, 0 without one; further channels that the
+denoiser reads beside the sample: the latents of a picture that is edited, or before them, one channel more, a mask, 1
+where the picture is drawn anew and its latents are of grey. Both are latents as the sampler has them."""
 THREE_ROWS, TWO_ROWS, INPUT, NONE = "three_rows", "two_rows", "input", "none"
 GUIDANCE_KINDS = (THREE_ROWS, TWO_ROWS, INPUT, NONE)
 IMAGE_GUIDANCE = 1.5
@@ -134,7 +142,9 @@ class Roles:
     ----------
     text_encoders : in the order in which texts are read
     conditioner : None where the denoiser reads what text encoders and the request give as it is
-    conditions : source of each input of the denoiser but ``sample`` and ``timestep``
+    conditions : source of each input of the denoiser but ``sample``, ``timestep`` and the residuals
+    controls : graph of each ControlNet, by the name that it is asked for by; its outputs are the residuals
+    image_encoder : graph that makes tokens of an IP-Adapter's picture; None where there is none
     """
 
     denoiser: str
@@ -144,18 +154,24 @@ class Roles:
     text_encoders: tuple[TextEncoder, ...] = ()
     conditioner: str | None = None
     conditions: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, str] = field(default_factory=dict)
+    image_encoder: str | None = None
 
     @property
     def graphs(self) -> tuple[str, ...]:
         """Names of the graphs, in the order in which they run."""
         encoders = [encoder.graph for encoder in self.text_encoders]
         conditioner = [] if self.conditioner is None else [self.conditioner]
-        return (*encoders, *conditioner, self.denoiser, self.vae_decoder, self.vae_encoder)
+        if self.image_encoder is not None:
+            encoders.append(self.image_encoder)
+        return (*encoders, *conditioner, *self.controls.values(), self.denoiser, self.vae_decoder, self.vae_encoder)
 
     def named(self, name: str) -> tuple[str, ...]:
         """The graphs that a role's name means, or the one graph of this name."""
         if name == "text_encoder":
             return tuple(encoder.graph for encoder in self.text_encoders)
+        if name == "control":
+            return tuple(self.controls.values())
         by_role = {"denoiser": self.denoiser, "vae_decoder": self.vae_decoder, "vae_encoder": self.vae_encoder}
         graph = by_role.get(name, self.conditioner if name == "conditioner" else name)
         return () if graph is None else (graph,)
@@ -165,6 +181,16 @@ class Roles:
         of_conditioner = () if self.conditioner is None else graphs[self.conditioner].inputs
         direct = (source for source in self.conditions.values() if not source.startswith("conditioner."))
         return frozenset((*direct, *(tensor.name for tensor in of_conditioner)))
+
+
+RESIDUAL = "residual_"
+"""What the names of residuals begin with, before their number."""
+
+
+def residuals_of(denoiser: GraphSpec, roles: Roles) -> tuple[TensorSpec, ...]:
+    """The denoiser's inputs that controls make."""
+    known = ("sample", "timestep", *roles.conditions)
+    return tuple(tensor for tensor in denoiser.inputs if roles.controls and tensor.name not in known)
 
 
 def tokens_read(roles: Roles, graphs: Mapping[str, GraphSpec]) -> int:

@@ -54,7 +54,8 @@ def unet_spec(config: dict[str, Any]) -> GraphSpec:
     """The denoiser of a checkpoint with this UNet, four channels of latents, and pooled text of 24 numbers."""
     encoder = {"projection_dim": 24}
     configs = {"unet": config, "vae": {"latent_channels": 4}, "text_encoder_2": encoder}
-    checkpoint: Any = SimpleNamespace(configs=configs, text_encoders=("text_encoder_2",))
+    own = {"text_encoders": ("text_encoder_2",), "controls": {}, "image_adapter": None}
+    checkpoint: Any = SimpleNamespace(configs=configs, **own)
     return StableDiffusion(checkpoint).denoiser_spec
 
 

@@ -7,7 +7,8 @@ The file is UTF-8 JSON with sorted keys and no time or machine path in it, so eq
      "roles":  {"denoiser": "unet", "vae_decoder": "vae_decoder", "vae_encoder": "vae_encoder", "conditioner": null,
                 "text_encoders": [{"graph": "text_encoder", "tokenizer": "tokenizer", "kind": "clip", "length": 77}],
                 "conditions": {"encoder_hidden_states": "text_encoder.last_hidden_state"},
-                "guidance": {"kind": "two_rows", "scale": 7.5}},              ldm_export.contract has the meaning
+                "guidance": {"kind": "two_rows", "scale": 7.5},
+                "controls": {"canny": "controlnet"}},                         ldm_export.contract has the meaning
      "files":  {"unet/model.onnx": {"size_bytes": 1234, "sha256": "…64 hex digits…"}, ...},
      "graphs": {"unet": {"path": "unet/model.onnx", "inputs": [{"name": "sample", "dtype": "float32",
                          "shape": ["batch", 4, "height", "width"]}, ...], "outputs": [...]}, ...},
@@ -18,7 +19,7 @@ No other keys are allowed at the top. A graph's path is its name with ``/model.o
 are unique; a size is a whole number from 0 to 2**20, or the name of a free one. A record of ``parity`` is of an output
 of a graph, with numbers from 0 to 2**20, and of loops it has ``source_hashes``, the SHA-256 of each file that went in.
 Every file but ``manifest.json`` and those under ``targets/`` is listed. ``roles`` is null in a bundle that only holds
-graphs; no runtime generates with it.
+graphs; no runtime generates with it. Of its keys ``controls`` is absent where there are none.
 """
 
 import json
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ldm_export import __version__
-from ldm_export.bundle.roles import LARGEST_SIZE, roles_of
+from ldm_export.bundle.roles import LARGEST_SIZE, roles_document, roles_of
 from ldm_export.contract import GraphSpec, Roles, TensorSpec
 from ldm_export.errors import BundleError, ExportError
 from ldm_export.reading.documents import MalformedError, parsed
@@ -57,7 +58,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return the file's text, the same for equal manifests."""
         try:
-            return json.dumps(asdict(self), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            document = asdict(self) | {"roles": None if self.roles is None else roles_document(self.roles)}
+            return json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError) as exc:
             raise ExportError(f"The manifest has a value that JSON cannot hold: {exc}. Use numbers and text.") from exc
 

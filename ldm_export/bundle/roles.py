@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from ldm_export.contract import GUIDANCE_KINDS, GraphSpec, Guidance, Roles, TextEncoder
@@ -14,6 +15,16 @@ LARGEST_SIZE = 1 << 20
 """Largest size, count or factor that a manifest may say."""
 LEAST_TOKENS = 2
 """Fewest token ids of a text: start and end."""
+
+CONTROL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
+"""Names that controls are asked for by."""
+OPTIONAL = ("controls", "image_encoder")
+"""Keys of ``roles`` that are left out where there is nothing in them."""
+
+
+def roles_document(roles: Roles) -> dict[str, Any]:
+    """What a manifest says of roles."""
+    return {key: value for key, value in asdict(roles).items() if value or key not in OPTIONAL}
 
 
 def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
@@ -27,7 +38,7 @@ def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
     if "roles" in found and found["roles"] is None:
         return None
     roles = field(found, "roles", dict)
-    _check_keys(roles, Roles, "roles")
+    _check_keys(roles, Roles, "roles", OPTIONAL)
     guidance = field(roles, "guidance", dict, "roles")
     _check_keys(guidance, Guidance, "roles.guidance")
     kind, scale = field(guidance, "kind", str, "roles.guidance"), guidance.get("scale")
@@ -49,6 +60,11 @@ def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
     conditions = field(roles, "conditions", dict, "roles")
     for name in conditions:
         field(conditions, name, str, "roles.conditions")
+    controls = field(roles, "controls", dict, "roles") if "controls" in roles else {}
+    for name in controls:
+        field(controls, name, str, "roles.controls")
+        if not CONTROL_NAME.fullmatch(name):
+            raise MalformedError(f"roles.controls has the name {name[:60]!r}, which is none that can be asked for")
     conditioner = roles["conditioner"]
     denoiser, decoder, encoder = (field(roles, key, str, "roles") for key in ("denoiser", "vae_decoder", "vae_encoder"))
     made = Roles(
@@ -59,6 +75,8 @@ def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
         tuple(encoders),
         None if conditioner is None else field(roles, "conditioner", str, "roles"),
         conditions,
+        controls,
+        field(roles, "image_encoder", str, "roles") if "image_encoder" in roles else None,
     )
     for name in made.graphs:
         if name not in graphs or "/" in name:
@@ -70,9 +88,9 @@ def roles_of(found: Any, graphs: Mapping[str, GraphSpec]) -> Roles | None:
     return made
 
 
-def _check_keys(entry: Mapping[str, Any], kind: type[Any], where: str) -> None:
+def _check_keys(entry: Mapping[str, Any], kind: type[Any], where: str, optional: Collection[str] = ()) -> None:
     known = {known.name for known in fields(kind)}
-    if entry.keys() != known:
+    if entry.keys() | {*optional} != known:
         raise MalformedError(
             f"{where} has the keys {', '.join(sorted(entry))[:200]}; {', '.join(sorted(known))} are needed"
         )

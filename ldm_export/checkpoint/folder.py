@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from ldm_reference.config import ConfigError, UnsupportedError
 from ldm_reference.layout import save_component, write_json
 
+from ldm_export.checkpoint.added import AddedNetwork
+from ldm_export.checkpoint.building import built, checked_tensors, read_json, stored_tensors
+from ldm_export.checkpoint.image_adapter import ImageAdapter
 from ldm_export.checkpoint.kind import CheckpointKind, kind_of, names_part
 from ldm_export.checkpoint.merging import Merge, layers_of, merged_sha256, merged_weights, read_merges
 from ldm_export.checkpoint.networks import Network
@@ -28,19 +29,14 @@ from ldm_export.checkpoint.single_file import SingleFile
 from ldm_export.checkpoint.single_file_sd3 import BLOCKS, SingleFileSD3
 from ldm_export.checkpoint.weights import (
     WeightFiles,
-    check_tensors,
-    current_names,
     find_weights,
     opened,
-    read_tensors,
-    shared_tensors,
 )
 from ldm_export.errors import CheckpointError, InputError
 from ldm_export.plan import compile_plan, picture_tokens, sampler_of, shifts_dynamically
 from ldm_export.plan.scheduler_classes import FLOW_MATCHING
-from ldm_export.reading.documents import MalformedError, parsed, read_bytes
 from ldm_export.reading.hashes import sha256_of
-from ldm_export.reading.weight_files import HOW_TO_CONVERT, PICKLES, remedy_of
+from ldm_export.reading.weight_files import HOW_TO_CONVERT, PICKLES
 
 
 def open_single_file(path: Path, prediction_type: str | None = None) -> SingleFile:
@@ -69,6 +65,8 @@ class LatentDiffusion:
     sampler : the sampler to use by default in place of the scheduler's own, or None
     prediction_type : what the UNet predicts, where its files do not say or say it wrongly, or None
     merges : adapters that are merged into its networks when they are loaded
+    controls : ControlNets beside its own networks, by the names that they are asked for by
+    image_adapter : an IP-Adapter of its UNet, or None
     """
 
     name: str
@@ -80,6 +78,8 @@ class LatentDiffusion:
     sampler: str | None = None
     prediction_type: str | None = None
     merges: tuple[Merge, ...] = ()
+    controls: Mapping[str, AddedNetwork] = field(default_factory=dict)
+    image_adapter: ImageAdapter | None = None
 
     @classmethod
     def open(
@@ -121,7 +121,7 @@ class LatentDiffusion:
                 f"{path} has no model_index.json; a checkpoint is a folder in diffusers layout. "
                 "Save it with diffusers' save_pretrained, or train one with `ldm-export train`."
             )
-        index = _read_json(path / "model_index.json")
+        index = read_json(path / "model_index.json")
         kind = kind_of(path / "model_index.json", index, kinds)
         kind.check_parts(path / "model_index.json", index)
         return cls(path.resolve().name, path, kind, index, sampler=sampler, prediction_type=prediction_type)
@@ -129,7 +129,7 @@ class LatentDiffusion:
     def with_adapters(self, given: Sequence[tuple[Path, float]]) -> LatentDiffusion:
         """This checkpoint with adapters merged, each a file and its strength; raises as `read_merges` does."""
         changed = (name for name in self.components if name != "vae")
-        layers = {name: layers_of(name, self._skeleton(name), self.configs[name]) for name in changed}
+        layers = {name: layers_of(name, self.skeleton(name), self.configs[name]) for name in changed}
         return replace(self, merges=read_merges(given, layers))
 
     @cached_property
@@ -149,7 +149,7 @@ class LatentDiffusion:
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Each network's config, defaults filled in."""
-        return {name: self.kind.components[name].config(self._skeleton(name)) for name in self.components}
+        return {name: self.kind.components[name].config(self.skeleton(name)) for name in self.components}
 
     @cached_property
     def pixels_per_latent(self) -> int:
@@ -175,7 +175,7 @@ class LatentDiffusion:
         """Height and width of its latents."""
         release = None
         if self.file is None:
-            release = _read_json(self.path / self.kind.denoiser / "config.json").get("_diffusers_version")
+            release = read_json(self.path / self.kind.denoiser / "config.json").get("_diffusers_version")
         return self.kind.latent_size(self.index, self.configs, release)
 
     @cached_property
@@ -184,7 +184,7 @@ class LatentDiffusion:
         if self.file is not None:
             config = self.file.scheduler
         else:
-            config = _read_json(self.path / "scheduler" / "scheduler_config.json")
+            config = read_json(self.path / "scheduler" / "scheduler_config.json")
             config = self.kind.scheduler_as_used(self.index, config)
         if self.prediction_type is not None:
             if config.get("_class_name") in FLOW_MATCHING:
@@ -202,7 +202,7 @@ class LatentDiffusion:
             return self.drawn_with
         if self.file is None and (self.path / PASSES).is_file():
             try:
-                left = SamplingDefaults.from_dict(_read_json(self.path / PASSES)["drawing"])
+                left = SamplingDefaults.from_dict(read_json(self.path / PASSES)["drawing"])
                 return replace(left, sampler=self.sampler or left.sampler)
             except (KeyError, TypeError) as error:
                 raise CheckpointError(
@@ -234,7 +234,7 @@ class LatentDiffusion:
         """What passes did to it, in order."""
         if self.file is not None or not (self.path / PASSES).is_file():
             return []
-        records = _read_json(self.path / PASSES).get("passes", [])
+        records = read_json(self.path / PASSES).get("passes", [])
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise CheckpointError(f"{self.path / PASSES} does not say what passes did. Fetch it again.")
         return records
@@ -242,7 +242,7 @@ class LatentDiffusion:
     @cached_property
     def weights_bytes(self) -> int:
         """What all weights take in float32."""
-        networks = map(self._skeleton, self.components)
+        networks = map(self.skeleton, self.components)
         return sum(4 * parameter.numel() for network in networks for parameter in network.parameters())
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
@@ -268,16 +268,14 @@ class LatentDiffusion:
             If weights are missing, truncated, quantized, not finite, of another shape, or of a network that the
             config does not describe.
         """
-        network = self._skeleton(component)
-        expected, place = network.state_dict(), self.path / component
+        network = self.skeleton(component)
+        place = self.path / component
         if self.file is not None:
-            tensors = self.file.tensors(component, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+            shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+            tensors = self.file.tensors(component, shapes)
         else:
-            name_of = self.kind.components[component].name_of
-            tensors = current_names(place, name_of, read_tensors(self._weights(component)), expected)
-        tensors = {**tensors, **shared_tensors(network, tensors)}
-        check_tensors(place, tensors, expected)
-        tensors = {key: tensor.float().reshape(expected[key].shape) for key, tensor in tensors.items()}
+            tensors = stored_tensors(self.kind.components[component], place, network)
+        tensors = checked_tensors(place, tensors, network)
         tensors |= merged_weights(component, tensors, self.merges)
         network.load_state_dict(tensors, assign=True)
         return network.requires_grad_(False).eval()
@@ -325,7 +323,7 @@ class LatentDiffusion:
                 weights = self.weight_files(component)
                 files += [self.path / component / "config.json", *weights]
                 for index in sorted((self.path / component).glob("*.safetensors.index*.json")):
-                    named = _read_json(index).get("weight_map", {})
+                    named = read_json(index).get("weight_map", {})
                     files += [index] if {*named.values()} <= {file.name for file in weights} else []
             if component.startswith("text_encoder"):
                 folder = self.tokenizer_folder(component)
@@ -341,34 +339,16 @@ class LatentDiffusion:
         folder = self.path if self.file is None else self.path.parent
         return folder / component.replace("text_encoder", "tokenizer")
 
-    def _skeleton(self, component: str) -> Network:
+    def skeleton(self, component: str) -> Network:
         """The network without its weights, which take no memory."""
         file = self.path / component / "config.json"
         if component not in self.components:
             raise CheckpointError(
                 f"{self.path / 'model_index.json'} names no {component}; it has {', '.join(self.components)}."
             )
-        values = dict(_read_json(file) if self.file is None else self.file.config(component))
-        if values.get("quantization_config"):
-            raise CheckpointError(
-                f"{file} has a quantization_config, so the weights are quantized; float32, float16 and bfloat16 can be "
-                "read. Use the model before it was quantized; export quantizes by recipe."
-            )
-        try:
-            with torch.device("meta"):
-                network: Any = self.kind.components[component].build(self.index[component][1], values)
-                return network  # type: ignore[no-any-return]
-        except UnsupportedError as error:
-            raise CheckpointError(
-                f"{file}: {error}. Such a network cannot be exported; choose another checkpoint."
-            ) from error
-        except ConfigError as error:
-            raise CheckpointError(f"{file}: {error}. Use the config.json that was saved with the weights.") from error
-        except (ValueError, TypeError, RuntimeError) as error:  # torch's own words on sizes that no layer can have
-            raise CheckpointError(
-                f"{file} describes a network that cannot be built ({error}). "
-                "Use the config.json that was saved with the weights."
-            ) from error
+        values = dict(read_json(file) if self.file is None else self.file.config(component))
+        network: Network = built(self.kind.components[component], self.index[component][1], values, file)
+        return network
 
 
 def _regular(file: Path) -> Path:
@@ -376,20 +356,3 @@ def _regular(file: Path) -> Path:
     if not file.is_file():
         raise CheckpointError(f"{file} is no regular file; the checkpoint is incomplete. Fetch it again.")
     return file
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = parsed(read_bytes(file), repeats=True, constants=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} is missing; the checkpoint is incomplete. Download or save it again, whole."
-        ) from error
-    except (OSError, MalformedError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}). {remedy_of(file)}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{file} holds a {type(values).__name__}; a JSON object is needed. "
-            "Use the file that was saved with the model."
-        )
-    return values

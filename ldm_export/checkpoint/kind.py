@@ -93,6 +93,7 @@ class CheckpointKind:
         the networks' configs and the release of diffusers that wrote the denoiser's
     pixels_per_latent : gives the pixels of a picture's side for one of its latents', of the networks' configs
     old_class : of the denoiser in checkpoints that are older than its class, and that ``pipelines`` tell; or None
+    control : what ControlNets of its denoiser are; None where there are none
     """
 
     components: Mapping[str, Component]
@@ -104,6 +105,7 @@ class CheckpointKind:
     latent_size: Callable[[Index, Configs, Any], tuple[int, int]]
     pixels_per_latent: Callable[[Configs], int] = pixels_by_levels
     old_class: str | None = None
+    control: Component | None = None
 
     @property
     def own_parts(self) -> set[str]:

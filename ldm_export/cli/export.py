@@ -7,6 +7,7 @@ import click
 
 from ldm_export.checkpoint import shipped_checkpoints
 from ldm_export.cli.build import print_target
+from ldm_export.cli.control import controlnet_option, controlnets_from, image_adapter_from, ip_adapter_options
 from ldm_export.cli.options import (
     adapters_from,
     console,
@@ -64,6 +65,8 @@ TARGETS = ("cpu", "none")
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @lora_option
+@controlnet_option
+@ip_adapter_options
 @family_option
 @json_option
 def command(
@@ -81,6 +84,9 @@ def command(
     prediction_type: str | None,
     force: bool,
     loras: tuple[str, ...],
+    controlnets: tuple[str, ...],
+    ip_adapter: Path | None,
+    image_encoder: Path | None,
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
@@ -95,7 +101,18 @@ def command(
                 f"--{name.replace('_', '-')} is about the passes of a recipe. Give --recipe too, or leave it."
             )
     adapters = adapters_from(loras)
-    model = open_checkpoint(checkpoint, sampler=sampler, prediction_type=prediction_type, adapters=adapters)
+    controls, image_adapter = controlnets_from(controlnets), image_adapter_from(ip_adapter, image_encoder)
+    if recipe is not None and (controls or image_adapter):
+        given = "--controlnet" if controls else "--ip-adapter"
+        raise InputError(f"{given} was given with --recipe, whose passes change networks. Leave one of them out.")
+    model = open_checkpoint(
+        checkpoint,
+        sampler=sampler,
+        prediction_type=prediction_type,
+        adapters=adapters,
+        controls=controls,
+        image_adapter=image_adapter,
+    )
     if loops:
         from ldm_export.verify.loops import add_loop, check_loops
 

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from ldm_export.bundle import Bundle
+from ldm_export.cli.control import control_option, controls_from, image_prompt_from, ip_adapter_image_option
 from ldm_export.cli.options import (
     adapters_from,
     bundle_argument,
@@ -79,6 +80,8 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
     "--outpaint", default=None, metavar="SIDE=PIXELS,...", help="Draw beyond --image: left, top, right, bottom."
 )
 @click.option("--keep-pixels", is_flag=True, help="What is black in --mask is --image to the bit.")
+@control_option
+@ip_adapter_image_option
 @click.option("--strength", type=float, help="Share of the steps redone on --image.  [default: 0.6; with a mask 1]")
 @click.option("--image-guidance", type=float, help="Guidance towards --image of models that edit it.  [default: 1.5]")
 @click.option("--size", default=None, metavar="HxW", help="In pixels; the model's own by default.")
@@ -124,6 +127,8 @@ def command(
     mask: Path | None,
     outpaint: str | None,
     keep_pixels: bool,
+    controls: tuple[str, ...],
+    ip_adapter_image: str | None,
     strength: float | None,
     image_guidance: float | None,
     size: str | None,
@@ -148,6 +153,7 @@ def command(
         raise InputError(f"--outpaint {outpaint} was given without --image, around which it draws. Name the picture.")
     pipeline = Pipeline.open(bundle, backend=backend, threads=threads)
     given = _pictures(pipeline.bundle, image, mask, margins) | {"keep_pixels": keep_pixels, "whole": whole}
+    given |= {"controls": controls_from(controls), **image_prompt_from(ip_adapter_image)}
     options: dict[str, Any] = {
         "sampler": sampler,
         "steps": steps,

@@ -9,6 +9,7 @@ from ldm_export.bundle.manifest import stale_loops
 from ldm_export.bundle.plans import check_plans
 from ldm_export.bundle.targets.base import kinds_of, sound_target
 from ldm_export.bundle.targets.engines import engine_targets, sound_engine_target
+from ldm_export.cli.control import controlnet_option, controlnets_from, image_adapter_from, ip_adapter_options
 from ldm_export.cli.options import (
     adapters_from,
     bundle_argument,
@@ -29,16 +30,31 @@ from ldm_export.runtime.facts import check_drawable
 @bundle_argument
 @click.option("--against", metavar="CHECKPOINT", default=None, help="Also compare every graph with this PyTorch model.")
 @lora_option
+@controlnet_option
+@ip_adapter_options
 @family_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, bundle: Path, against: str | None, loras: tuple[str, ...], as_json: bool) -> None:
+def command(
+    ctx: click.Context,
+    bundle: Path,
+    against: str | None,
+    loras: tuple[str, ...],
+    controlnets: tuple[str, ...],
+    ip_adapter: Path | None,
+    image_encoder: Path | None,
+    as_json: bool,
+) -> None:
     """Check BUNDLE: every file's hash, graphs, plans and tokenizers, and with --against the graphs' numbers.
 
     Exit code 1 if the numbers differ or what is under targets/ is damaged, 2 if the bundle is damaged.
     """
     if loras and against is None:
         raise InputError("--lora changes the checkpoint of --against, which was not given. Give both, or neither.")
+    image_adapter = image_adapter_from(ip_adapter, image_encoder)
+    if against is None and (controlnets or image_adapter):
+        given = "--controlnet" if controlnets else "--ip-adapter"
+        raise InputError(f"{given} goes with the checkpoint of --against, which was not given. Give both, or neither.")
     with stages("verify") as progress:
         progress("hashes")
         opened = Bundle.open(bundle, verify=True)
@@ -70,7 +86,14 @@ def command(ctx: click.Context, bundle: Path, against: str | None, loras: tuple[
             from ldm_export.verify.parity import compare_with_checkpoint
 
             compared = compare_with_checkpoint(
-                opened, open_checkpoint(against, adapters=adapters_from(loras)), progress
+                opened,
+                open_checkpoint(
+                    against,
+                    adapters=adapters_from(loras),
+                    controls=controlnets_from(controlnets),
+                    image_adapter=image_adapter,
+                ),
+                progress,
             )
             records = [record.to_dict() for record in compared]
     passed = not faults and all(record["passed"] for record in records)

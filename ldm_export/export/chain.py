@@ -14,6 +14,8 @@ import torch
 from ldm_export.bundle import Bundle, create_bundle
 from ldm_export.bundle.parity import Parity, check_parity
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.added import AddedNetwork
+from ldm_export.checkpoint.image_adapter import ImageAdapter
 from ldm_export.errors import ExportError, InputError
 from ldm_export.export.onnx import export_graph, inputs_of, release_weights
 from ldm_export.export.parity import (
@@ -65,8 +67,13 @@ def export_bundle(
         _log.info(note)
     for name in checkpoint.components:
         checkpoint.weight_files(name)  # refuses what has no weights before anything is written
+    added: dict[str, AddedNetwork | ImageAdapter]
+    added = {graph: checkpoint.controls[name] for name, graph in family.roles.controls.items()}
+    if family.roles.image_encoder is not None and checkpoint.image_adapter is not None:
+        added[family.roles.image_encoder] = checkpoint.image_adapter
+    needed_bytes = checkpoint.weights_bytes + sum(network.weights_bytes for network in added.values())
     parity: list[Parity] = []
-    with create_bundle(output, force=force, needed_bytes=checkpoint.weights_bytes) as writer:
+    with create_bundle(output, force=force, needed_bytes=needed_bytes) as writer:
         progress("scheduler and tokenizer")
         _write_json(writer.path / "scheduler" / "scheduler_config.json", checkpoint.scheduler)
         _write_json(writer.path / "model_index.json", _bundle_index(checkpoint))
@@ -81,7 +88,8 @@ def export_bundle(
             roles=family.roles,
             source={
                 "checkpoint": checkpoint.name,
-                "sha256": {name: checkpoint.sha256(name) for name in checkpoint.components},
+                "sha256": {name: checkpoint.sha256(name) for name in checkpoint.components}
+                | {name: network.sha256 for name, network in added.items()},
                 "components": {graph.spec.name: graph.component for graph in family.graphs if graph.component},
                 "torch": torch.__version__.partition("+")[0],
                 **{key: value for key, value in _source_facts(checkpoint).items() if value},
@@ -159,6 +167,18 @@ def _compare_weights(checkpoint: LatentDiffusion, graph: ModelGraph, file: Path)
 def check_same_graphs(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
     """Raise InputError unless the checkpoint's networks take and give what the bundle's graphs do."""
     family = family_of(checkpoint)
+    roles = bundle.manifest.roles
+    if roles is not None and roles.image_encoder is not None and checkpoint.image_adapter is None:
+        raise InputError(
+            f"The bundle {bundle.path} has an IP-Adapter, which {checkpoint.path} has not beside it. "
+            "Name its file: --ip-adapter FILE"
+        )
+    controls = {} if bundle.manifest.roles is None else bundle.manifest.roles.controls
+    if lacking := sorted(controls.keys() - checkpoint.controls.keys()):
+        raise InputError(
+            f"The bundle {bundle.path} has the ControlNet {lacking[0]}, which {checkpoint.path} has not beside it. "
+            f"Name its folder: --controlnet {lacking[0]}=FOLDER"
+        )
     for spec in (graph.spec for graph in family.graphs):
         if bundle.manifest.graphs.get(spec.name) != spec:
             raise InputError(

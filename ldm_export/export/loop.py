@@ -91,6 +91,11 @@ def check_loopable(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
             "A loop was asked for of a model that reads another picture's latents beside its own; "
             "loop graphs generate from noise alone. Leave the loop out."
         )
+    if roles.controls or roles.image_encoder is not None:
+        raise InputError(
+            "A loop was asked for of a model with ControlNets or an IP-Adapter, whose pictures a loop graph does not "
+            "take. Leave the loop out."
+        )
 
 
 def build_loop(bundle: Bundle, plan: Plan) -> Loop:

@@ -21,7 +21,7 @@ import torch
 from onnxscript.rewriter._pattern_ir import Constant
 from torch import Tensor
 
-from ldm_export.contract import GraphSpec, TensorSpec
+from ldm_export.contract import RESIDUAL, GraphSpec, TensorSpec
 from ldm_export.errors import ExportError
 from ldm_export.families.base import GraphModule, ModelGraph, Padding
 from ldm_export.graph.files import save
@@ -29,6 +29,8 @@ from ldm_export.graph.layers import TRANSPOSED
 
 OPSET = 20
 FLOAT32_PRECISION = 1e-7
+LEVELS = 12
+"""Resolutions that a UNet may have, each half of the one before."""
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Key under which the exporter notes the modules that a node comes from, the innermost last."""
 
@@ -52,6 +54,9 @@ def random_inputs(
     sizes = {**sizes, **{side: -(-sizes[side] // patch_size) * patch_size for side in ("height", "width")}}
     pictures = {side: sizes[side] * pixels_per_latent for side in ("height", "width")}
     sizes = {**sizes, **{f"image_{side}": size for side, size in pictures.items()}}
+    sizes["patches"] = sizes["height"] * sizes["width"] // patch_size**2
+    for side in pictures:  # of what ControlNets give
+        sizes |= {f"{side}_over_{1 << level}": -(-sizes[side] // (1 << level)) for level in range(LEVELS)}
 
     def draw(tensor: TensorSpec) -> Tensor:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
@@ -95,8 +100,12 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
         If the network cannot be traced, or the result is not valid ONNX.
     """
     shapes = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        dict.fromkeys(_free_axes(tensor)[: 1 if _is_residual(tensor) else None], torch.export.Dim.DYNAMIC)
         for tensor in graph.inputs
+    )
+    example = tuple(
+        _first(value, _free_axes(tensor)[1:]) if _is_residual(tensor) else value
+        for value, tensor in zip(example, graph.inputs, strict=True)
     )
     try:
         with warnings.catch_warnings(), torch.no_grad(), _quiet("torch.onnx"), _exact_constants():
@@ -124,6 +133,24 @@ def export_graph(module: GraphModule, graph: GraphSpec, example: tuple[Tensor, .
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{graph.name} is not valid ONNX: {_last_line(error)}") from error
     return path
+
+
+def _free_axes(tensor: TensorSpec) -> list[int]:
+    return [axis for axis, size in enumerate(tensor.shape) if isinstance(size, str)]
+
+
+def _is_residual(tensor: TensorSpec) -> bool:
+    """Whether an input may have one element for each free size but the rows, and is traced so.
+
+    Traced at its whole size, that would be taken for the sample's wherever the graph needs one.
+    """
+    return tensor.name.startswith(RESIDUAL)
+
+
+def _first(value: Tensor, axes: Sequence[int]) -> Tensor:
+    for axis in axes:
+        value = value.narrow(axis, 0, 1)
+    return value
 
 
 def name_weights(model: onnx_ir.Model, module: GraphModule) -> None:

@@ -132,9 +132,10 @@ def _build(bundle: Bundle, name: str, plain: Path, spec: GraphSpec, folder: Path
     roles = bundle.manifest.roles
     is_denoiser = roles is not None and name == roles.denoiser
     parts = {}
-    own = bundle.manifest.graphs[name].inputs[1:] if is_denoiser else ()  # the timestep comes back, conditions stay
-    for tensor in own:
-        parts[tensor.name] = hoist_invariants(model, [tensor.name], f"hoisted.{tensor.name}", COSTLY)
+    invariants = ("timestep", *roles.conditions) if roles is not None and is_denoiser else ()
+    for tensor in spec.inputs:
+        if tensor.name in invariants:  # the timestep comes back, conditions stay
+            parts[tensor.name] = hoist_invariants(model, [tensor.name], f"hoisted.{tensor.name}", COSTLY)
     files = {key: f"{name}.{key}.onnx" for key, part in parts.items() if part is not None}
     for key, file in files.items():
         _lay_out(parts[key], folder / file)

@@ -16,7 +16,9 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.checkpoint.kind import CheckpointKind, UnknownFamilyError
 from ldm_export.errors import CheckpointError
 from ldm_export.families.base import Family
+from ldm_export.families.controlnets import with_controls
 from ldm_export.families.dit import DiT
+from ldm_export.families.ip_adapter import with_image_adapter
 from ldm_export.families.pixart import PixArt
 from ldm_export.families.prx import PRX
 from ldm_export.families.sd3 import StableDiffusion3
@@ -35,6 +37,8 @@ def open_checkpoint(
     sampler: str | None = None,
     prediction_type: str | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
+    controls: Sequence[tuple[str, Path]] = (),
+    image_adapter: tuple[Path, Path | None] | None = None,
 ) -> LatentDiffusion:
     """Open a checkpoint of any family: a folder, a single file, or a shipped one by its name.
 
@@ -42,6 +46,8 @@ def open_checkpoint(
     ----------
     sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
     adapters : files of LoRA and its kin, each with its strength, to merge into the networks
+    controls : names and folders of ControlNets, to export beside them
+    image_adapter : file of an IP-Adapter and folder of its image encoder, None for that beside it or the checkpoint's
 
     Raises
     ------
@@ -56,7 +62,9 @@ def open_checkpoint(
     except UnknownFamilyError:
         families += installed_families()
         model = LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
-    return model.with_adapters(adapters) if adapters else model
+    model = model.with_adapters(adapters) if adapters else model
+    model = with_controls(model, controls) if controls else model
+    return with_image_adapter(model, *image_adapter) if image_adapter else model
 
 
 def family_of(checkpoint: LatentDiffusion) -> Family:

@@ -31,6 +31,14 @@ from ldm_export.families.base import (
     square_latents,
     text_encoder_roles,
 )
+from ldm_export.families.controlnets import (
+    SD3_CONTROL,
+    check_controls,
+    control_graph_names,
+    sd3_control_faults,
+    sd3_control_graphs,
+    sd3_residuals,
+)
 from ldm_export.families.libraries import from_diffusers, from_transformers
 from ldm_export.families.patches import make_traceable
 from ldm_export.families.text_encoders import clip_graph, states_graph
@@ -55,6 +63,7 @@ KIND = CheckpointKind(
     saved_as=("StableDiffusion3Pipeline",),
     default_pipeline=lambda index: PIPELINE,
     latent_size=square_latents(DENOISER),
+    control=SD3_CONTROL,
 )
 
 
@@ -67,6 +76,12 @@ class StableDiffusion3(TransformerFamily):
         super().__init__(checkpoint)
         self._encoders = {name: checkpoint.configs[name] for name in checkpoint.text_encoders}
         self._t5 = self._encoders.pop(T5, None)
+        self._controls = [control.config for control in checkpoint.controls.values()]
+
+    def check(self) -> None:
+        super().check()
+        for first in self._controls[:1]:
+            check_controls(self._checkpoint, partial(sd3_control_faults, self._transformer, first))
 
     @property
     def notes(self) -> list[str]:
@@ -86,6 +101,7 @@ class StableDiffusion3(TransformerFamily):
             text_encoder_roles(self.tokenizers),
             CONDITIONER,
             made,
+            control_graph_names(self._checkpoint),
         )
 
     @property
@@ -115,11 +131,12 @@ class StableDiffusion3(TransformerFamily):
         outputs = {f"{name}.{tensor.name}": tensor for name, graph in texts.items() for tensor in graph.spec.outputs}
         inputs = [TensorSpec(name, outputs[name].dtype, outputs[name].shape) for name in conditioner.sources]
         tokens = self.tokenizers[ENCODERS[0]].length + T5_TOKENS
-        joined, pooled = self.denoiser_spec.inputs[2:]
+        joined, pooled = self.denoiser_spec.inputs[2:4]
         made = [TensorSpec(joined.name, joined.dtype, ("batch", tokens, joined.shape[2])), pooled]
         return [
             *texts.values(),
             conditioner_graph(conditioner, inputs, made),
+            *sd3_control_graphs(self._checkpoint, self.denoiser_spec),
             ModelGraph(
                 self.denoiser_spec,
                 partial(_denoiser, load),
@@ -141,8 +158,9 @@ class StableDiffusion3(TransformerFamily):
             TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["joint_attention_dim"])),
             TensorSpec("pooled_projections", "float32", ("batch", config["pooled_projection_dim"])),
         ]
+        residuals = [tensor for config in self._controls[:1] for tensor in sd3_residuals(config)]
         out = TensorSpec("out_sample", "float32", latents)
-        return graph_spec(DENOISER, inputs, [out])
+        return graph_spec(DENOISER, [*inputs, *residuals], [out])
 
     @cached_property
     def tokenizers(self) -> Tokenizers:
@@ -210,8 +228,16 @@ def _denoiser(load: Load) -> GraphModule:
     network = load(DENOISER)
     make_traceable(network.pos_embed)
 
-    def call(network: Any, sample: Tensor, timestep: Tensor, states: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
-        out = network(hidden_states=sample, timestep=timestep, encoder_hidden_states=states, pooled_projections=pooled)
+    def call(
+        network: Any, sample: Tensor, timestep: Tensor, states: Tensor, pooled: Tensor, *residuals: Tensor
+    ) -> tuple[Tensor, ...]:
+        out = network(
+            hidden_states=sample,
+            timestep=timestep,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            block_controlnet_hidden_states=residuals or None,
+        )
         return (out.sample,)
 
     return GraphModule(network, call).eval()

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm_export.checkpoint import LatentDiffusion
+from ldm_export.checkpoint.image_adapter import ImageAdapter
 from ldm_export.checkpoint.kind import CheckpointKind, Configs, Index, PipelineClass, class_name, names_part
 from ldm_export.checkpoint.networks import AUTOENCODER, CLIP_TEXT_ENCODER, UNET
 from ldm_export.contract import (
     INPUT,
     NONE,
     REQUEST_SOURCES,
+    RESIDUAL,
     THREE_ROWS,
     TWO_ROWS,
     GraphSpec,
@@ -42,6 +44,23 @@ from ldm_export.families.base import (
     conditioner_graph,
     picture_faults,
     text_encoder_roles,
+)
+from ldm_export.families.controlnets import (
+    UNET_CONTROL,
+    check_controls,
+    control_graph_names,
+    unet_control_faults,
+    unet_control_graphs,
+    unet_residuals,
+)
+from ldm_export.families.ip_adapter import GRAPH as IMAGE_ENCODER
+from ldm_export.families.ip_adapter import (
+    SCALE,
+    TOKENS,
+    adapt,
+    image_adapter_faults,
+    image_adapter_inputs,
+    image_encoder_graph,
 )
 from ldm_export.families.text_encoders import clip_graph
 from ldm_export.families.tokenizers import ClipFiles
@@ -101,6 +120,7 @@ KIND = CheckpointKind(
     saved_as=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     default_pipeline=_default_pipeline,
     latent_size=_latent_size,
+    control=UNET_CONTROL,
 )
 
 
@@ -118,6 +138,11 @@ class StableDiffusion:
         faults = [*self._channel_faults(), *self._text_faults()]
         if faults:
             raise CheckpointError(f"{self._checkpoint.path}: {faults[0]}")
+        sizes = self._vae["latent_channels"], self._checkpoint.pixels_per_latent
+        check_controls(self._checkpoint, partial(unet_control_faults, self._unet, *sizes))
+        if self._checkpoint.image_adapter is not None:
+            for fault in image_adapter_faults(self._checkpoint.skeleton("unet"), self._checkpoint.image_adapter):
+                raise CheckpointError(f"The IP-Adapter {self._checkpoint.image_adapter.file}: {fault}")
         self._checkpoint.drawing  # noqa: B018 - refuses a scheduler that no sampler is
 
     @property
@@ -150,10 +175,11 @@ class StableDiffusion:
         conditioner = self._conditioner
         made = () if conditioner is None else conditioner.outputs
         direct = {"class_labels": "class_labels", "image_latents": "image_latents"}
+        direct |= {TOKENS: f"{IMAGE_ENCODER}.image_tokens", SCALE: "image_scale"}
         if self._encoders:
             last = list(self._encoders)[-1]
             direct |= {"encoder_hidden_states": f"{last}.last_hidden_state", "text_embeds": f"{last}.text_embeds"}
-        names = [tensor.name for tensor in self.denoiser_spec.inputs[2:]]
+        names = [tensor.name for tensor in self.denoiser_spec.inputs[2:] if tensor not in self._residuals]
         return Roles(
             DENOISER,
             "vae_decoder",
@@ -162,6 +188,8 @@ class StableDiffusion:
             text_encoder_roles(self.tokenizers),
             None if conditioner is None else CONDITIONER,
             {name: f"{CONDITIONER}.{name}" if name in made else direct[name] for name in names},
+            control_graph_names(self._checkpoint),
+            None if self._checkpoint.image_adapter is None else IMAGE_ENCODER,
         )
 
     @property
@@ -179,7 +207,11 @@ class StableDiffusion:
         height, width = self._checkpoint.latent_size
         config = {**self._unet, "sample_size": height if height == width else (height, width)}
         load = self._checkpoint.load
-        network = partial(_denoiser, load, named, self._image_scale)
+        adapter = self._checkpoint.image_adapter
+        if adapter is not None:
+            graphs.insert(len(self._text_graphs), image_encoder_graph(adapter, self._text_width))
+        graphs += unet_control_graphs(self._checkpoint, self.denoiser_spec)
+        network = partial(_denoiser, load, named, self._image_scale, adapter)
         graphs.append(ModelGraph(self.denoiser_spec, network, "unet", config, classes))
         return [*graphs, *autoencoder_graphs(load, self._checkpoint.index["vae"][1], self._vae)]
 
@@ -201,9 +233,7 @@ class StableDiffusion:
             TensorSpec("timestep", "float32", ("batch",)),
         ]
         if self._reads_text:
-            width = config["cross_attention_dim"]
-            width = width if isinstance(width, int) else width[0]
-            inputs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", width)))
+            inputs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", self._text_width)))
         if config["class_embed_type"] in ("identity", "projection"):
             features = config["projection_class_embeddings_input_dim"] or config["block_out_channels"][0] * 4
             inputs.append(TensorSpec("class_labels", "float32", ("batch", features)))
@@ -217,6 +247,9 @@ class StableDiffusion:
         if self._image_channels:
             shape = ("batch", self._image_channels, "height", "width")
             inputs.append(TensorSpec("image_latents", "float32", shape))
+        if self._reads_text:
+            inputs += image_adapter_inputs(self._checkpoint.image_adapter, self._text_width)
+        inputs += self._residuals
         out = TensorSpec("out_sample", "float32", ("batch", config["out_channels"], "height", "width"))
         return graph_spec(DENOISER, inputs, [out])
 
@@ -240,6 +273,16 @@ class StableDiffusion:
     @cached_property
     def tokenizers(self) -> Mapping[str, ClipFiles]:
         return {name: ClipFiles.of(self._checkpoint, name) for name in self._encoders}
+
+    @property
+    def _residuals(self) -> Sequence[TensorSpec]:
+        """What ControlNets add to the UNet; none without them."""
+        return unet_residuals(self._unet) if self._checkpoint.controls else ()
+
+    @property
+    def _text_width(self) -> int:
+        width = self._unet["cross_attention_dim"]
+        return int(width if isinstance(width, int) else width[0])
 
     @property
     def _reads_text(self) -> bool:
@@ -409,13 +452,19 @@ class Conditioner(nn.Module):
         return torch.cat([sizes, score[:, None]], dim=1)
 
 
-def _denoiser(load: Any, names: Sequence[str], image_scale: float) -> GraphModule:
+def _denoiser(load: Any, names: Sequence[str], image_scale: float, adapter: ImageAdapter | None) -> GraphModule:
+    unet = load("unet")
+    prompt = None if adapter is None else adapt(unet, adapter)
+
     def call(network: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, inputs, strict=True))
         if "image_latents" in given:
             beside = given.pop("image_latents")
             beside = beside if image_scale == 1.0 else beside * image_scale
             given["sample"] = torch.cat([given["sample"], beside], dim=1)
-        return (network(**given),)
+        if prompt is not None:
+            prompt.tokens, prompt.scale = given.pop(TOKENS), given.pop(SCALE)
+        residuals = [given.pop(name) for name in names if name.startswith(RESIDUAL)]
+        return (network(**given, residuals=residuals),)
 
-    return GraphModule(load("unet"), call).eval()
+    return GraphModule(unet, call).eval()

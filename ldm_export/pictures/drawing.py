@@ -33,8 +33,8 @@ def draw_files(
     requests, paths : as many; of this pipeline's bundle
     force : replace files that are there with something else in them
     progress : called with the number of pictures that are done, and of all
-    options : what a request does not have: ``image``, ``mask``, ``keep_pixels`` and ``whole``, as `Pipeline.generate`
-        takes them
+    options : what a request does not have: ``image``, ``mask``, ``keep_pixels``, ``controls``, ``ip_adapter_image``,
+        ``ip_adapter_scale`` and ``whole``, as `Pipeline.generate` takes them
 
     Returns
     -------

@@ -22,10 +22,11 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import MANIFEST
 from ldm_export.contract import INPUT, THREE_ROWS, TWO_ROWS
 from ldm_export.errors import InputError
-from ldm_export.pictures.text import HASH_DIGITS, AdapterUse, PictureRequest
+from ldm_export.pictures.text import HASH_DIGITS, AdapterUse, PictureRequest, control_text, ip_adapter_text
 from ldm_export.reading.documents import MalformedError, parsed, read_text
 from ldm_export.reading.hashes import sha256_of
-from ldm_export.runtime.request import checked_request
+from ldm_export.runtime.control import CheckedControl, Control
+from ldm_export.runtime.request import Request, checked_request
 from ldm_export.runtime.values import MOST_ITEMS, shown, text_of, whole_number
 
 FIELDS = (
@@ -198,12 +199,29 @@ def _checked_request(
         mask_hash=_image_hash(options.get("mask")),
         keep_pixels=checked.keep_pixels,
         deepcache=options.get("deepcache", 1),
+        ip_adapter=_ip_adapter_text(checked, options.get("ip_adapter_image")),
+        controls=_control_texts(checked.controls, options.get("controls")),
         adapters=tuple(
             AdapterUse(adapter.path.name, strength, adapter.sha256[:HASH_DIGITS], str(adapter.path))
             for adapter, strength in checked.mixtures[0]
         ),
         **model,
     )
+
+
+def _control_texts(controls: Sequence[CheckedControl], given: Any) -> tuple[str, ...] | None:
+    texts = []
+    for control in controls:
+        value = given[control.name]
+        image_hash = _image_hash(value.image if isinstance(value, Control) else value)
+        texts.append(control_text(control.name, control.scale, control.start, control.end, image_hash or ""))
+    return tuple(texts) or None
+
+
+def _ip_adapter_text(checked: Request, image: Any) -> str | None:
+    if checked.image_prompt is None:
+        return None
+    return ip_adapter_text(checked.image_prompt.scale, _image_hash(image) or "")
 
 
 def _image_hash(image: Any) -> str | None:

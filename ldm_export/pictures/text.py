@@ -15,6 +15,9 @@ its targets. Beside the fields of that tool:
     Denoising strength, Init image hash    from a picture: the strength; SHA-256 of its pixels, shortened likewise
     Image CFG scale                        of a picture that was edited: the scale of the guidance towards it
     Mask hash, Keep pixels                 of a part drawn anew: SHA-256 of the mask's pixels; True if the rest was kept
+    ControlNet 0, ControlNet 1, …          of each ControlNet in use its name, weight, start and end as shares of the
+                                           steps, and SHA-256 of its picture, as that tool's extension has them
+    IP-Adapter                             its weight, and SHA-256 of its picture, likewise
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
     Adapters                               JSON array: file's name, strength and SHA-256 of each, shortened likewise
@@ -32,6 +35,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count, takewhile
 from typing import Any
 
 from ldm_export import __version__
@@ -105,6 +109,8 @@ class PictureRequest:
     mask_hash : None unless a part of that picture alone is drawn anew; of the mask's pixels, likewise
     keep_pixels : whether the other pixels are that picture's
     deepcache : the whole denoiser ran in every so many steps
+    controls : texts of the ControlNets in use (`control_text`), or None
+    ip_adapter : text of the IP-Adapter's picture (`ip_adapter_text`), or None
     adapters : what changed the model, in the order in which they were given
     """
 
@@ -125,6 +131,8 @@ class PictureRequest:
     mask_hash: str | None = None
     keep_pixels: bool = False
     deepcache: int = 1
+    controls: tuple[str, ...] | None = None
+    ip_adapter: str | None = None
     adapters: tuple[AdapterUse, ...] = ()
     image_guidance: float | None = None
 
@@ -140,7 +148,7 @@ class Parameters:
 
 def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
     """Arguments of `ldm_export.runtime.Pipeline.generate` for pictures that differ in the fields of `OWN` alone, but
-    for the image that they start from, its mask, and whether the rest of its pixels is kept."""
+    for the image that they start from, its mask, whether the rest of its pixels is kept, and pictures that control."""
     first = requests[0]
     names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "image_guidance", "deepcache")
     negatives = None if first.negative_prompt is None else [request.negative_prompt for request in requests]
@@ -187,6 +195,8 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Init image hash": request.image_hash,
         "Mask hash": request.mask_hash,
         "Keep pixels": request.keep_pixels or None,
+        **{f"ControlNet {k}": text for k, text in enumerate(request.controls or ())},
+        "IP-Adapter": request.ip_adapter,
         "Plan": request.sampler,
         "Calls": request.calls,
         "DeepCache": request.deepcache if request.deepcache > 1 else None,
@@ -196,6 +206,18 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         else None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def control_text(name: str, scale: float, start: float, end: float, image_hash: str) -> str:
+    """What the text says of a control, in the form of the extension sd-webui-controlnet."""
+    numbers = {"Weight": scale, "Guidance Start": start, "Guidance End": end}
+    said = {"Model": name} | {key: _number(value) for key, value in numbers.items()} | {"Image hash": image_hash}
+    return ", ".join(f"{key}: {value}" for key, value in said.items())
+
+
+def ip_adapter_text(scale: float, image_hash: str) -> str:
+    """What the text says of an IP-Adapter's picture."""
+    return f"Weight: {_number(scale)}, Image hash: {image_hash}"
 
 
 def _number(value: float) -> str:
@@ -302,6 +324,8 @@ def _request_from(found: Parameters) -> PictureRequest:
         mask_hash=settings.get("Mask hash"),
         keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
+        controls=tuple(takewhile(bool, (settings.get(f"ControlNet {k}", "") for k in count()))) or None,
+        ip_adapter=settings.get("IP-Adapter"),
         adapters=_adapters_from(settings.get("Adapters", "[]")),
         image_guidance=None if image_guidance is None else _finite(image_guidance),
     )

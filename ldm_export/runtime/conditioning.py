@@ -43,6 +43,7 @@ class Conditioning:
         }
         self._adapted: dict[str, Graph] = {}
         self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
+        self._image_encoder = None if roles.image_encoder is None else backend.load(roles.image_encoder)
 
     def __call__(self, request: Request, rows: int, image_latents: Array | None = None) -> dict[str, Array]:
         """The denoiser's conditions for a request.
@@ -63,7 +64,10 @@ class Conditioning:
             has_negative_prompt=[prompt is not None for prompt in negatives] * (rows - 1) if guided else None,
             class_labels=request.class_labels,
             image_latents=image_latents,
+            image_scale=0.0 if request.image_prompt is None else request.image_prompt.scale,
         )
+        if self._image_encoder is not None:
+            sources[f"{self._roles.image_encoder}.image_tokens"] = self._image_tokens(request, rows)
         for encoder in self._roles.text_encoders:
             encoded = self._encoded(encoder, request.prompts, request.mixtures)
             if guided:
@@ -71,6 +75,16 @@ class Conditioning:
                 encoded = {name: np.concatenate([*[negative[name]] * (rows - 1), encoded[name]]) for name in encoded}
             sources |= {f"{encoder.graph}.{name}": value for name, value in encoded.items()}
         return conditions_of(self._roles, self._graphs, sources, self._run)
+
+    def _image_tokens(self, request: Request, rows: int) -> Array:
+        """Tokens of the request's picture for an IP-Adapter, before them with guidance those of none."""
+        assert self._image_encoder is not None
+        if request.image_prompt is None:
+            _, *sizes = self._image_encoder.spec.outputs[0].shape
+            return np.zeros((request.batch * rows, *map(int, sizes)), np.float32)
+        pixels = np.concatenate([request.image_prompt.pixels] * rows)
+        there = np.repeat(np.array([0] * (rows - 1) + [1], np.float32), request.batch)
+        return self._image_encoder.run({"pixels": pixels, "has_picture": there})["image_tokens"]
 
     def _prompt_encoder(self, encoder: TextEncoder, graph: Graph) -> PromptEncoder:
         outputs = [tensor.name for tensor in self._graphs[encoder.graph].outputs]
@@ -141,6 +155,7 @@ def request_sources(
     has_negative_prompt: Sequence[bool] | None,
     class_labels: Array | None,
     image_latents: Array | None = None,
+    image_scale: float = 0.0,
 ) -> dict[str, Array]:
     """What a request gives to graphs (`ldm_export.contract.REQUEST_SOURCES`), as far as it is ``read``.
 
@@ -149,6 +164,7 @@ def request_sources(
     has_negative_prompt : for each picture whether a negative text was given, and that again where a picture has two
         rows of it, the first of which is without the picture's image latents; None where there are no rows for it
     class_labels, image_latents : a row a picture, or None
+    image_scale : how much an IP-Adapter's picture counts
 
     Raises
     ------
@@ -164,6 +180,7 @@ def request_sources(
         "guidance": np.array(guidance, np.float32),
         "guidance_weight": np.array(guidance - 1.0, np.float32),
         "has_prompt": np.concatenate([negative, ones]),
+        "image_scale": np.full(len(negative) + batch, image_scale, np.float32),
         "is_negative": np.concatenate([np.ones_like(negative), zeros]),
     }
     for name, rows in (("class_labels", class_labels), ("image_latents", image_latents)):

@@ -15,7 +15,10 @@ are free sizes, all of another name in one graph; all else is fixed and at least
 other tensor may be an input, and outputs may be more. float32 where nothing else is said:
 
     denoiser        sample (B, C, h, w), timestep (B); out_sample (B, C, h, w); further inputs are its conditions, each
-                    of the type of its source
+                    of the type of its source, and residuals, if there are controls, (B, ...) with one fixed size
+    control         sample (B, C, h, w), timestep (B), control_image (B, 3, H, W) or control_latents (B, C, h, w), any
+                    condition of the denoiser's under its name; its outputs are the denoiser's residuals
+    image_encoder   pixels (B, 3, S, S), has_picture (B); image_tokens (B, T, W)
     conditioner     inputs are sources, each of that source's type; outputs begin with B
     text_encoder    input_ids int64 (B, L), L being its ``length``; of its outputs those that are read begin with B
     vae_decoder     latent_sample (B, C, h, w); sample (B, K, H, W), K being 1 or 3
@@ -43,7 +46,16 @@ from typing import TYPE_CHECKING, Any
 from ldm_export.bundle import Bundle
 from ldm_export.bundle.manifest import is_loop
 from ldm_export.bundle.roles import LARGEST_SIZE
-from ldm_export.contract import REQUEST_SOURCES, THREE_ROWS, GraphSpec, Roles, TensorSpec, labels_of, loop_suffixes
+from ldm_export.contract import (
+    REQUEST_SOURCES,
+    THREE_ROWS,
+    GraphSpec,
+    Roles,
+    TensorSpec,
+    labels_of,
+    loop_suffixes,
+    residuals_of,
+)
 from ldm_export.errors import BundleError
 from ldm_export.reading.documents import MalformedError
 
@@ -185,7 +197,9 @@ def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -
     denoiser.input("sample", "float32", "B", channels, "h", "w")
     denoiser.input("timestep", "float32", "B")
     denoiser.output("out_sample", "float32", "B", channels, "h", "w")
-    denoiser.no_more_inputs("sample", "timestep", *roles.conditions)
+    residuals = residuals_of(graphs[roles.denoiser], roles)
+    denoiser.no_more_inputs("sample", "timestep", *roles.conditions, *(tensor.name for tensor in residuals))
+    _check_controls(graphs, roles, channels)
     if roles.guidance.kind == THREE_ROWS:
         beside = [name for name, source in roles.conditions.items() if source == "image_latents"]
         for name in beside:
@@ -210,10 +224,43 @@ def check_graphs(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -
             raise MalformedError(f"a tokenizer of the kind {entry.kind[:60]!r} for {entry.graph}; {kinds} can be read")
         text.input("input_ids", "int64", "B", entry.length)
         text.no_more_inputs("input_ids")
+    if roles.image_encoder is not None:
+        image = _Role(graphs[roles.image_encoder])
+        size = image.input("pixels", "float32", "B", 3, "?size", "?size")[2:]
+        if size[0] != size[1] or graphs[roles.image_encoder].inputs[0].name != "pixels":
+            raise MalformedError(f"the graph {roles.image_encoder} with pixels {size}, which are no square")
+        image.input("has_picture", "float32", "B")
+        image.output("image_tokens", "float32", "B", "?tokens", "?width")
+        image.no_more_inputs("pixels", "has_picture")
     _check_sources(graphs, roles)
     for name, graph in graphs.items():
         if is_loop(name):
             _check_loop(_Role(graph), graphs, roles, channels, picture)
+
+
+def _check_controls(graphs: Mapping[str, GraphSpec], roles: Roles, channels: int) -> None:
+    """Raise MalformedError unless every control makes of the denoiser's inputs and a picture all of its residuals."""
+    denoiser = graphs[roles.denoiser]
+    residuals = residuals_of(denoiser, roles)
+    conditions = {tensor.name: (tensor,) for tensor in denoiser.inputs if tensor.name in roles.conditions}
+    for tensor in residuals:
+        fixed = [size for size in tensor.shape if isinstance(size, int)]
+        if tensor.dtype != "float32" or len(fixed) != 1 or fixed[0] < 1 or isinstance(tensor.shape[0], int):
+            raise MalformedError(f"the residual {tensor.name!r} {str(tensor.shape)[:200]}, which no zeros stand in for")
+    for graph in (graphs[name] for name in roles.controls.values()):
+        control = _Role(graph)
+        control.input("sample", "float32", "B", channels, "h", "w")
+        control.input("timestep", "float32", "B")
+        pixels = not control.takes("control_latents")
+        if pixels:
+            control.input("control_image", "float32", "B", 3, "H", "W")
+        else:
+            control.input("control_latents", "float32", "B", channels, "h", "w")
+        for tensor in graph.inputs:
+            if tensor.name not in ("sample", "timestep", "control_image" if pixels else "control_latents"):
+                _check_source(graph, tensor, tensor.name, conditions)
+        if tuple(graph.outputs) != residuals:
+            raise MalformedError(f"the graph {graph.name}, which does not give the residuals that the denoiser takes")
 
 
 def _check_sources(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
@@ -221,6 +268,9 @@ def _check_sources(graphs: Mapping[str, GraphSpec], roles: Roles) -> None:
     known = dict(REQUEST_SOURCES)
     for entry in roles.text_encoders:
         known |= {f"{entry.graph}.{tensor.name}": (tensor,) for tensor in graphs[entry.graph].outputs}
+    if roles.image_encoder is not None:
+        outputs = graphs[roles.image_encoder].outputs
+        known |= {f"{roles.image_encoder}.{tensor.name}": (tensor,) for tensor in outputs}
     denoiser = {tensor.name: tensor for tensor in graphs[roles.denoiser].inputs}
     if missing := sorted({"sample", "timestep"} & roles.conditions.keys() | roles.conditions.keys() - denoiser.keys()):
         raise MalformedError(f"a condition {missing[0]!r}, which is none of the graph {roles.denoiser}")

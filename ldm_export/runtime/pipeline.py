@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from ldm_export.runtime.adapters import changes
 from ldm_export.runtime.backends import ENGINES, open_backend
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.conditioning import Conditioning
+from ldm_export.runtime.control import Residuals, loaded_control, no_residuals
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.inpainting import blended
@@ -115,7 +116,7 @@ class Pipeline:
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
         options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, image_guidance,
-            class_labels; see :class:`ldm_export.runtime.request.Options`
+            controls, class_labels; see :class:`ldm_export.runtime.request.Options`
 
         Raises
         ------
@@ -210,10 +211,13 @@ class Pipeline:
             raise InputError("An image was given; a denoiser of one's own starts from noise. Leave the image out.")
         self.load()
         assert self._conditioning is not None
+        if request.controls:
+            raise InputError("A control was given; a denoiser of one's own has none. Leave it out.")
         each = self._roles.guidance.rows(request.guidance)
         noise = request.noise(request.latents_shape(self.bundle))()
         graph, branches = self._denoiser(request, each)
         conditions, scale = self._conditioning(request, each) | branches, request.guidance if each > 1 else None
+        conditions |= no_residuals(self.bundle, request.batch * each)
         return GuidedDenoiser(graph, noise.shape, conditions, scale, request.deepcache), noise
 
     def decode(self, latents: Array) -> Array:
@@ -325,16 +329,42 @@ class Pipeline:
         started = time.perf_counter()
         assert self._conditioning is not None
         conditions = self._conditioning(request, each, start.beside) | branches
+        conditions |= no_residuals(self.bundle, request.batch * each)
+        residuals = self._residuals(request, conditions, request.batch * each)
         timings.text_ms = _since(started)
 
         started = time.perf_counter()
-        scale, image_scale = request.guidance if each > 1 else None, request.image_guidance if each > 2 else None
-        rows = request.trajectory.rows
-        run = SamplingTask(rows, start.latents, conditions, scale, draw, request.deepcache, start.kept, image_scale)
+        run = SamplingTask(
+            request.trajectory.rows,
+            start.latents,
+            conditions,
+            request.guidance if each > 1 else None,
+            draw,
+            request.deepcache,
+            start.kept,
+            request.image_guidance if each > 2 else None,
+            residuals,
+        )
         sampling = self._backend.sampling(denoiser, run)
         timings.load_ms += sampling.load_ms
         timings.text_ms += _since(started) - sampling.load_ms  # what depends on the prompt alone may be computed here
         return sampling, start.latents
+
+    def _residuals(self, request: Request, conditions: Mapping[str, Array], rows: int) -> Residuals | None:
+        """What the controls of a request add to its denoiser; None where there are none."""
+        if not request.controls:
+            return None
+        loaded = [
+            loaded_control(
+                control,
+                self._graph(control.graph),
+                conditions,
+                rows,
+                lambda image: self._encoder().distribution(image)[0],
+            )
+            for control in request.controls
+        ]
+        return Residuals(loaded, len(request.trajectory.rows))
 
     def _check_latents(self, step: Step, request: Request) -> None:
         """Raise NumericalError unless all latents are finite numbers."""

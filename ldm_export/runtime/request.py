@@ -16,9 +16,17 @@ from ldm_export.contract import INPUT, THREE_ROWS, TWO_ROWS, Guidance, TensorSpe
 from ldm_export.errors import InputError
 from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
 from ldm_export.runtime.adapters import mixtures_for
+from ldm_export.runtime.control import (
+    CheckedControl,
+    Control,
+    check_with_controls,
+    checked_controls,
+    size_with_controls,
+)
 from ldm_export.runtime.editing import image_guidance_for
 from ldm_export.runtime.facts import size_step
 from ldm_export.runtime.graph import Array
+from ldm_export.runtime.image_prompt import ImagePrompt, checked_image_prompt
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
@@ -52,6 +60,10 @@ class Options(TypedDict, total=False):
     image_guidance : of a model that edits a picture, how far to go from the prediction without the picture to that with
         it, from 0 to 1e6; below 1 both guidances are off, as in diffusers; 1.5
     keep_pixels : whether pixels where ``mask`` is 0 are those of ``image`` to the bit, and blended where it is between
+    controls : pictures that control what is generated, uint8 (H, W, 3) or `ldm_export.runtime.control.Control`, by
+        the names of the bundle's ControlNets; their size is the picture's where no other is said
+    ip_adapter_image : a picture to be alike, for the bundle's IP-Adapter: uint8 (H, W, 3), or (B, H, W, 3), of any size
+    ip_adapter_scale : how much, from 0 to 1000; 1
     class_labels : one a picture, for class-conditional models
     adapters : (adapter or its file, strength) pairs, such as ``[("style.ldma", 0.8)]``, for all pictures, or a list of
         such lists, one a picture (:class:`ldm_export.runtime.adapters.Adapter`); none
@@ -74,6 +86,9 @@ class Options(TypedDict, total=False):
     strength: float | None
     image_guidance: float | None
     keep_pixels: bool
+    controls: Mapping[str, Control | Array] | None
+    ip_adapter_image: Array | None
+    ip_adapter_scale: float | None
     class_labels: Sequence[int] | None
     adapters: Sequence[Any] | None
     deepcache: int
@@ -102,6 +117,8 @@ class Request:
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
+    controls : by pictures
+    image_prompt : an IP-Adapter's picture, or None
     """
 
     prompts: tuple[str, ...]
@@ -121,6 +138,8 @@ class Request:
     trajectory: Trajectory
     deepcache: int
     loop: str | None
+    controls: tuple[CheckedControl, ...] = ()
+    image_prompt: ImagePrompt | None = None
 
     @property
     def batch(self) -> int:
@@ -163,6 +182,9 @@ def checked_request(
     strength: float | None = None,
     image_guidance: float | None = None,
     keep_pixels: bool = False,
+    controls: Mapping[str, Control | Array] | None = None,
+    ip_adapter_image: Array | None = None,
+    ip_adapter_scale: float | None = None,
     class_labels: Sequence[int] | None = None,
     adapters: Sequence[Any] | None = None,
     deepcache: int = 1,
@@ -252,6 +274,9 @@ def checked_request(
                 "the picture has the image's size. Resize the image."
             )
         height, width = sides
+    controlled = checked_controls(bundle, controls, batch)
+    check_with_controls(controlled, deepcache=deepcache, whole=whole, forecast=calls is not None)
+    height, width = size_with_controls(controlled, height, width)
     height = model["height"] if height is None else height
     width = model["width"] if width is None else width
     check_size(height, width, size_step(model))
@@ -292,6 +317,8 @@ def checked_request(
         trajectory=trajectory,
         deepcache=deepcache,
         loop=f"{plan.sampler}-{steps}" if whole else None,
+        controls=tuple(controlled),
+        image_prompt=checked_image_prompt(bundle, ip_adapter_image, ip_adapter_scale, batch),
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request

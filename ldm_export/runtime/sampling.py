@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from ldm_export.plan import Row, Stepper
+from ldm_export.runtime.control import Residuals
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.inpainting import KeptArea
 
@@ -35,6 +36,7 @@ class SamplingTask:
         has two rows or one
     every : the whole denoiser runs in every so many steps (DeepCache)
     kept : what of the latents is put back after each row, or None
+    residuals : what controls add to the denoiser, or None
     """
 
     rows: Sequence[Row]
@@ -45,6 +47,7 @@ class SamplingTask:
     every: int = 1
     kept: KeptArea | None = None
     image_guidance: float | None = None
+    residuals: Residuals | None = None
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -76,7 +79,7 @@ class GuidedDenoiser:
     ----------
     denoiser : a loaded graph
     shape : (B, C, h, w) of the latents
-    conditions, guidance, every, image_guidance : as in `SamplingTask`
+    conditions, guidance, every, image_guidance, residuals : as in `SamplingTask`
 
     Attributes
     ----------
@@ -91,26 +94,30 @@ class GuidedDenoiser:
         guidance: float | None,
         every: int = 1,
         image_guidance: float | None = None,
+        residuals: Residuals | None = None,
     ):
         self._guidance, self._image_guidance, self._batch = guidance, image_guidance, shape[0]
         sample = np.empty((shape[0] * _rows(guidance, image_guidance), *shape[1:]), np.float32)
         self.sample = sample.reshape(-1, *shape)
         self._out = np.empty_like(sample)
         self._timestep = np.empty(len(sample), np.float32)
-        inputs = {"sample": sample, "timestep": self._timestep, **conditions}
-        self._call = denoiser.bind(inputs, {"out_sample": self._out}, tuple(conditions), every)
+        self._inputs = {"sample": sample, "timestep": self._timestep, **conditions}
+        self._call = denoiser.bind(self._inputs, {"out_sample": self._out}, tuple(conditions), every)
+        self._denoiser, self._residuals = denoiser, residuals
+        self._added: dict[str, Array] = {}
 
     def __call__(self, timestep: float) -> tuple[Array, float]:
         """Call the network on what is in ``sample``.
 
         Returns
         -------
-        The guided prediction, float32 (B, C, h, w), which the next call overwrites, and the time of the call, ms
+        The guided prediction, float32 (B, C, h, w), which the next call overwrites, and the time of the call, with that
+        of controls, ms
         """
         out, batch = self._out, self._batch
         self._timestep[...] = timestep
         called = time.perf_counter()
-        self._call()
+        self._chosen_call()()
         call_ms = (time.perf_counter() - called) * 1000.0
         with np.errstate(over="ignore", invalid="ignore"):  # who asked looks at what it gave
             if self._image_guidance is not None:
@@ -121,6 +128,20 @@ class GuidedDenoiser:
                 prediction *= self._guidance
                 prediction += out[:batch]
         return out[-batch:], call_ms
+
+    def _chosen_call(self) -> Callable[[], None]:
+        """The call of the network; with what controls add where some are in use."""
+        given = None if self._residuals is None else self._residuals.next(self._inputs["sample"], self._timestep)
+        if given is None:
+            return self._call
+        if not self._added:
+            self._added = {name: np.empty_like(value) for name, value in given.items()}
+            fixed = self._inputs.keys() - {"sample", "timestep"} - given.keys()
+            inputs = {**self._inputs, **self._added}
+            self._controlled_call = self._denoiser.bind(inputs, {"out_sample": self._out}, tuple(fixed))
+        for name, value in given.items():
+            np.copyto(self._added[name], value)  # where it is bound
+        return self._controlled_call
 
 
 def _rows(guidance: float | None, image_guidance: float | None) -> int:
@@ -152,7 +173,7 @@ class HostSampling:
         self._rows, self._done = iter(run.rows), 0
         self._stepper = Stepper(run.rows, run.latents)
         self._denoiser = GuidedDenoiser(
-            denoiser, run.latents.shape, run.conditions, run.guidance, run.every, run.image_guidance
+            denoiser, run.latents.shape, run.conditions, run.guidance, run.every, run.image_guidance, run.residuals
         )
 
     def step(self) -> float:

@@ -395,6 +395,7 @@ class UNet2DConditionModel(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Predict epsilon, v or x0, as trained.
 
@@ -406,6 +407,7 @@ class UNet2DConditionModel(nn.Module):
         class_labels : (B,) int64, or (B, D) for ``class_embed_type`` identity and projection
         text_embeds, time_ids : (B, P) pooled text and (B, 6) sizes and crop of SDXL
         timestep_cond : (B, time_cond_proj_dim), the guidance embedding of LCM
+        residuals : what a ControlNet (2302.05543) adds to each skip, in order, and to the middle block's output
 
         Returns
         -------
@@ -417,6 +419,9 @@ class UNet2DConditionModel(nn.Module):
         for down in self.down_blocks:
             skips += down(skips[-1], temb, encoder_hidden_states)
         x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, encoder_hidden_states)
+        if residuals:
+            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
+            x = x + residuals[-1]
         for up in self.up_blocks:
             x = up(x, temb, encoder_hidden_states, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -228,3 +228,24 @@ def test_a_graph_that_gives_what_it_must_not_is_refused(
     with pytest.raises(binding.LdmError) as caught:
         open_cpp(folder).draw([PROMPT], steps=10)
     assert caught.value.status == status, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [("controls", {"canny": "unet"}, "ControlNets"), ("image_encoder", "unet", "an IP-Adapter")],
+)
+def test_what_pictures_control_is_refused(
+    open_cpp: Callable[..., Any],
+    binding: ModuleType,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    key: str,
+    value: object,
+    what: str,
+) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["roles"][key] = value
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(binding.LdmError, match=f"has {what}, which the C.. runtime does not run"):
+        open_cpp(folder)

@@ -65,6 +65,10 @@ std::set<std::string> Roles::sources(const GraphSpecs &all) const {
 
 Roles roles_from_json(const Json &entry, const GraphSpecs &graphs) {
     check_kind(entry, Kind::object, "roles");
+    for (const char *key : {"controls", "image_encoder"})  // what a picture says would be left out
+        if (entry.object().count(key) != 0)
+            throw BundleError(join("This bundle has ", key == std::string("controls") ? "ControlNets" : "an IP-Adapter",
+                                   ", which the C++ runtime does not run. Export the model without, or use the Python runtime."));
     check_keys(entry,
                {"denoiser", "vae_decoder", "vae_encoder", "guidance", "text_encoders", "conditioner", "conditions"}, "roles");
     Roles roles;

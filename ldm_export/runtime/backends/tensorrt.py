@@ -146,8 +146,9 @@ class TensorRtBackend(Backend):
         self._engines[graph].check_shapes(shapes)
 
     def sampling(self, denoiser: Graph, run: SamplingTask) -> Sampling:
-        """A loop on the device, where the target has an engine for its steps and nothing is put back after each."""
-        if STEP not in self._target.engines or run.kept is not None or run.image_guidance is not None:
+        """A loop on the device, where the target has an engine for its steps and nothing else happens between."""
+        between = (run.kept, run.image_guidance, run.residuals)
+        if STEP not in self._target.engines or any(each is not None for each in between):
             return super().sampling(denoiser, run)
         started = time.perf_counter()
         engines = self._engines[self._bundle.roles.denoiser], self._engine(STEP, step_spec(denoiser.spec))

@@ -120,7 +120,8 @@ def build_engines(
     Raises
     ------
     InputError
-        For a device, size or graph that there is not, or a plan that cannot be compiled.
+        For a device, size or graph that there is not, a plan that cannot be compiled, or a bundle with ControlNets
+        or an IP-Adapter.
     BackendError
         If the flavour is not installed, or needs a GPU.
     BundleError
@@ -131,6 +132,11 @@ def build_engines(
     ParityError
         If a graph, converted or composed, differs too much from what it shall compute.
     """
+    if bundle.roles.controls or bundle.roles.image_encoder is not None:
+        raise InputError(
+            f"Bundle {bundle.path} has ControlNets or an IP-Adapter, of which no engines are built. Use the backend "
+            "cuda, or export the model without."
+        )
     wanted = _target(bundle, settings)
     for plan in loops:
         bundle, _ = with_plan(bundle, *loop_of(plan))  # an engine records what it was made of
