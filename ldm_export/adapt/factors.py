@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ldm_reference.noise import Noise
 from ldm_reference.state import write_tensors
@@ -74,8 +75,12 @@ def add_factors(network: nn.Module, factors: Factors, seed: int) -> dict[str, An
 
 def factors_of(network: nn.Module) -> dict[str, nn.Parameter]:
     """The factors in a network, by the names that a file has for them behind the component's."""
-    named = network.named_parameters()
-    return {name.replace(f".{NAME}.", "."): value for name, value in named if f".{NAME}." in name}
+    return {name.replace(f".{NAME}.", "."): value for name, value in network.named_parameters() if f".{NAME}." in name}
+
+
+def by_file_name(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of an `AdaptObjective` by the names of `factors_of`."""
+    return {key.removeprefix("denoiser.network.").replace(f".{NAME}.", "."): value for key, value in trained.items()}
 
 
 def start_from(network: nn.Module, factors: Factors, start: Adapter, component: str) -> None:
@@ -97,7 +102,7 @@ def start_from(network: nn.Module, factors: Factors, start: Adapter, component: 
     for layer, found in given.items():
         if found.kind != LORA or found.magnitude is not None or {*found.tensors} != {"down", "up"}:
             raise InputError(f"{start.file} is no plain LoRA, which alone training can start from.")
-        down, up = (torch.from_numpy(found.tensors[name]).float() for name in ("down", "up"))
+        down, up = (torch.from_numpy(np.array(found.tensors[name], np.float32)) for name in ("down", "up"))
         if len(down) != factors.rank:
             raise InputError(
                 f"{start.file} has the rank {len(down)}, and {factors.rank} was asked for. Give --rank {len(down)}."

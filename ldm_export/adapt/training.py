@@ -20,7 +20,7 @@ from ldm_reference.noise import Noise, noise_from_config
 from PIL import Image
 from safetensors import SafetensorError
 
-from ldm_export.adapt.factors import AdaptObjective, add_factors, factors_of, start_from, write_factors
+from ldm_export.adapt.factors import AdaptObjective, add_factors, by_file_name, factors_of, start_from, write_factors
 from ldm_export.adapt.material import encoded, rows_at
 from ldm_export.adapt.options import AdaptOptions, Factors
 from ldm_export.adapt.pictures import Asked, Shown, pictures_in
@@ -150,7 +150,7 @@ def adapt(
     settings = options.optimisation(prior=known is not None)
     trained = {name: value.numel() for name, value in factors_of(network).items()}
     stage = Stage(STAGE, learner.objective, batch_at, settings, recipe, options.seed)
-    values = fitted(work, options.mixed_precision, stage, progress)
+    values = _fitted(work, options.mixed_precision, stage, progress)
     made = {
         "checkpoint": checkpoint.name,
         f"{learner.component}_sha256": checkpoint.sha256(learner.component),
@@ -160,9 +160,7 @@ def adapt(
         "steps": options.steps,
         "seed": options.seed,
     }
-    prefix = "denoiser.network."
-    averages = {key.removeprefix(prefix).replace(".default.", "."): value for key, value in values.items()}
-    write_factors(output, learner.component, averages, learner.config, made)
+    write_factors(output, learner.component, by_file_name(values), learner.config, made)
     shutil.rmtree(work / "training", ignore_errors=True)
     report = {"output": str(output), "layers": len(trained) // 2, "parameters": sum(trained.values())}
     return {**report, **made, "work": str(work)}
@@ -175,7 +173,7 @@ def check_names(output: Path) -> None:
     check_output(output)
 
 
-def fitted(work: Path, mixed_precision: str, stage: Stage, progress: Progress) -> dict[str, Any]:
+def _fitted(work: Path, mixed_precision: str, stage: Stage, progress: Progress) -> dict[str, Any]:
     """Run `fit` in a folder; raises InputError for what goes wrong there."""
 
     def advance(name: str, done: int, of: int, loss: float) -> None:

@@ -24,9 +24,7 @@ def asked_for(prompt: str | None, label: int | None, what: str = "") -> str | in
 
 @click.command()
 @click.argument("checkpoint")
-@click.option(
-    "--pictures", type=folder, required=True, help="5 to 50; name.txt beside name.png is its caption."
-)
+@click.option("--pictures", type=folder, required=True, help="5 to 50; name.txt beside name.png is its caption.")
 @click.option("--prompt", default=None, help='What they show, with a word of its own: "a photo of zorp".')
 @click.option("--label", type=int, default=None, help="Of models with classes: the number that they are taught as.")
 @click.option("-o", "--output", type=folder, required=True, help="The LoRA, a safetensors file.")
