@@ -64,13 +64,14 @@ def add_factors(network: nn.Module, factors: Factors, seed: int) -> dict[str, An
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("Adapting needs PEFT, which is not installed. pip install 'ldm_export[adapt]'") from error
-    alpha = factors.rank if factors.alpha is None else factors.alpha
+    alpha: Any = factors.rank if factors.alpha is None else factors.alpha  # PEFT takes fractions, too
     names = layers_to_train(network, factors.layers)
     config = LoraConfig(r=factors.rank, lora_alpha=alpha, target_modules=names)
     network.requires_grad_(False)
     torch.manual_seed(seed)
     inject_adapter_in_model(config, network, NAME)
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    said: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in said.items()}
 
 
 def factors_of(network: nn.Module) -> dict[str, nn.Parameter]:

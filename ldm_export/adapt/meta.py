@@ -6,6 +6,7 @@ not the networks: it is a small file, an adapter like any other, and the checkpo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,13 @@ from ldm_export.adapt.pictures import Asked, pictures_in
 from ldm_export.adapt.training import Progress, check_asked, check_names, learner_of, recipe_of
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
-from ldm_export.reading.options import check_between, check_least, check_one_of
+from ldm_export.reading.documents import MalformedError, read_text
+from ldm_export.reading.options import check_between, check_least, check_one_of, options_from_table
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 TASK = "{task}"
 """What stands for a task's name in a prompt."""
@@ -77,6 +84,15 @@ class MetaOptions:
             return Reptile(self.rounds, self.inner_steps, self.learning_rate, self.outer_rate)
         except ConfigError as error:
             raise InputError(f"{error}.") from error
+
+
+def read_options(file: Path) -> MetaOptions:
+    """Options of a TOML file, whose keys are `MetaOptions`' fields; raises InputError for what is none."""
+    try:
+        table = tomllib.loads(read_text(file))
+    except (OSError, MalformedError, ValueError) as error:
+        raise InputError(f"{file} is no readable TOML ({error}).") from error
+    return options_from_table(MetaOptions, table, file.name)
 
 
 def round_rows(tasks: Sequence[Pictures], noise: Noise, options: MetaOptions, number: int, step: int) -> Rows:

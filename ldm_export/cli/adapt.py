@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from ldm_export.adapt.options import LAYERS, PRECISIONS, AdaptOptions, Factors
 from ldm_export.adapt.training import Prior, adapt
-from ldm_export.cli.options import console, family_option, folder, json_option, print_json, steps_bar, was_given
+from ldm_export.cli.options import console, family_option, folder, json_option, logged_bar, print_json, was_given
 from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
 
@@ -97,13 +96,7 @@ def command(
         mixed_precision=precision,
         seed=seed,
     )
-    with steps_bar("adapt") as advance:
-
-        def progress(what: str, done: int, of: int) -> None:
-            advance(done, of, what)
-            if not sys.stderr.isatty() and (done % 50 == 0 or done == of):
-                click.echo(f"{what} {done}/{of}", err=True)
-
+    with logged_bar("adapt", every=50) as progress:
         report = adapt(
             open_checkpoint(checkpoint),
             pictures,

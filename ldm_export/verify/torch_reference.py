@@ -172,6 +172,7 @@ class TorchReference:
     def latent_parameters(self, images: Pixels) -> Tensor:
         """Latents of pictures as the sampler has them: (B, 2 C, h, w), mean and log-variance; the latter is very low
         where an autoencoder's latents are certain."""
+        encoded: Tensor
         (encoded,) = self._modules[self._roles.vae_encoder](_sample(images))
         if not self._certain:
             return encoded
