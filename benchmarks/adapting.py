@@ -4,7 +4,8 @@ adapting.py DATA WORK RESULT.json     (RESULT.png shows it; DATA is the training
 
 Pictures of the new word are compared with the ten, in EfficientNet-Lite0 features, before and after, beside the ten
 with each other. What is forgotten is measured on captions of the training data that were not part of the adaptation:
-their alignment with pictures that are drawn with the same seeds before and after. Without and with class pictures.
+their alignment with pictures that are drawn with the same seeds before and after. Without class pictures, with some
+that the model draws of one known thing, and with some of its training pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ldm_export.verify.quality import choose_prompts, draw_pictures, open_judge
 
 CHECKPOINT, WORD, KNOWN = "emoji64", "zorp", "robot face"
 OPTIONS = AdaptOptions(Factors(layers="all"), steps=400, learning_rate=1e-3, mixed_precision="bf16")
-DRAWN, KEPT = 24, 60
+DRAWN, KEPT, KNOWN_COUNT = 24, 60, 100
 SETTINGS = SamplingSettings(KEPT, "ddim", 25, 4.0, batch=4)
 GRID = (
     *((WORD, 4), (f"{WORD} with red hat", 1), (f"{WORD} with balloon", 1)),  # as on the pictures
@@ -46,6 +47,17 @@ def drawn(file: Path | None, conditions: Sequence[str]) -> npt.NDArray[np.uint8]
     return draw_pictures(generator, conditions, SETTINGS, lambda what, done, of: None)
 
 
+def write_known(data: Path, folder: Path, judged: set[int]) -> Path:
+    """Write `KNOWN_COUNT` pictures that the model was trained on, each with a caption, none of those that judge."""
+    pictures = open_pictures(data, 64, 3, "text")
+    captions = {index: str(text) for index, text in reversed(pictures.conditions) if index not in judged}
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in np.random.default_rng(1).permutation(sorted(captions))[:KNOWN_COUNT].tolist():
+        Image.fromarray(pictures.images[index]).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(captions[index] + "\n", encoding="utf-8")
+    return folder
+
+
 def main(data: Path, work: Path, result: Path) -> None:
     few = work / "zorps"
     write_zorps(few)
@@ -58,8 +70,13 @@ def main(data: Path, work: Path, result: Path) -> None:
     chosen = choose_prompts(open_pictures(data, 64, 3, "text"), SETTINGS, "text")
     captions = [str(text) for _, text in chosen]
     sides: dict[str, Path | None] = {"before": None}
-    for name, prior in (("adapted", None), ("with class pictures", Prior(KNOWN, count=24))):
-        sides[name] = work / f"{name.replace(' ', '_')}.safetensors"
+    priors = {
+        "ten pictures alone": None,
+        f"and 24 of its own of {KNOWN!r}": Prior(KNOWN, count=24),
+        "and 100 captioned ones": Prior("emoji", write_known(data, work / "known", {index for index, _ in chosen})),
+    }
+    for name, prior in priors.items():
+        sides[name] = work / f"{len(sides)}.safetensors"
         if not sides[name].is_file():
 
             def say(what: str, done: int, of: int) -> None:

@@ -27,8 +27,10 @@ from ldm_export.adapt.pictures import Asked, Shown, pictures_in
 from ldm_export.bundle.atomic import check_output
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
+from ldm_export.families import family_of
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.verify.image_generators import TorchImageGenerator
+from ldm_export.verify.torch_reference import more_than_text_or_class
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done now, how much of it is done, and how much there is."""
@@ -80,6 +82,11 @@ def learner_of(checkpoint: LatentDiffusion, factors: Factors, seed: int, start: 
         If the model is given more than text or a class, ``start`` is of other layers, or PEFT is missing.
     """
     given = None if start is None else checkpoint.with_adapters([(start, 1.0)]).merges[0].adapter
+    if more := more_than_text_or_class(family_of(checkpoint)):
+        raise InputError(
+            f"{checkpoint.path}: the denoiser reads {more}. Models that are asked for pictures with a text, the number "
+            "of a class, or nothing can be adapted."
+        )
     generator, component = TorchImageGenerator(checkpoint), checkpoint.kind.denoiser
     denoiser = generator.reference.denoiser
     config = add_factors(denoiser.network, factors, seed)

@@ -20,7 +20,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import conditions_of, labels_of
 from ldm_export.errors import InputError
 from ldm_export.families import family_of
-from ldm_export.families.base import GraphModule
+from ldm_export.families.base import Family, GraphModule
 from ldm_export.plan import Stepper, compile_plan, picture_tokens
 from ldm_export.runtime.conditioning import request_sources
 
@@ -66,7 +66,7 @@ class TorchReference:
         self._facts = family.facts
         self._specs = {graph.spec.name: graph.spec for graph in family.graphs}
         self._read = self._roles.sources(self._specs)
-        if more := self._more_than_it_gives():
+        if more := more_than_text_or_class(family):
             raise InputError(
                 f"{checkpoint.path}: the denoiser reads {more}, which the PyTorch side of a comparison does not give "
                 "it. Use `ldm-export export`, whose graphs are compared with the networks one by one."
@@ -231,17 +231,20 @@ class TorchReference:
         redrawn: Pixels = pixels_from_sample(self._modules[self._roles.vae_decoder](mean)[0]).numpy()
         return redrawn
 
-    def _more_than_it_gives(self) -> str | None:
-        """What the denoiser reads beyond latents, text, class numbers, picture sizes and guidance; the first such."""
-        if "image_latents" in self._read:
-            return "the latents of a picture beside its own (inpainting)"
-        if "class_labels" not in self._read:
-            return None
-        if labels_of(self._specs, self._roles).dtype != "int64":
-            return "class labels as features"
-        if not self._facts["class_count"]:
-            return "class numbers of which there may be any"
-        return "class numbers beside text" if self._roles.text_encoders else None
+
+def more_than_text_or_class(family: Family) -> str | None:
+    """What a denoiser reads beyond latents, text, class numbers, picture sizes and guidance; the first such."""
+    specs = {graph.spec.name: graph.spec for graph in family.graphs}
+    read = family.roles.sources(specs)
+    if "image_latents" in read:
+        return "the latents of a picture beside its own (inpainting)"
+    if "class_labels" not in read:
+        return None
+    if labels_of(specs, family.roles).dtype != "int64":
+        return "class labels as features"
+    if not family.facts["class_count"]:
+        return "class numbers of which there may be any"
+    return "class numbers beside text" if family.roles.text_encoders else None
 
 
 def _sample(images: Pixels) -> Tensor:
