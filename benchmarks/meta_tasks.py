@@ -45,7 +45,7 @@ CLASSES = {
     "tune": ("dress",),
     "test": ("coat", "sandal", "shirt", "ankle boot"),
 }
-REPEATS = 4
+REPEATS = 2
 """Draws of each held-out class of Fashion-MNIST."""
 
 Draw = Callable[[Image.Image], Image.Image]

@@ -19,8 +19,9 @@ from ldm_reference.fit import Rows, Run, Stage, fit
 from ldm_reference.noise import Noise, noise_from_config
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 
-from ldm_export.adapt.factors import AdaptObjective, add_factors, by_file_name, factors_of, start_from, write_factors
+from ldm_export.adapt.factors import AdaptObjective, add_factors, by_file_name, start_from, write_factors
 from ldm_export.adapt.material import encoded, rows_at
 from ldm_export.adapt.options import AdaptOptions, Factors
 from ldm_export.adapt.pictures import Asked, Shown, pictures_in
@@ -142,34 +143,35 @@ def adapt(
     shown = pictures_in(pictures, asked)
     work = work or output.with_name(f"{output.stem}.work")
     learner = learner_of(checkpoint, options.factors, options.seed, start)
-    generator, network = learner.generator, learner.objective.denoiser.network
+    generator = learner.generator
     check_asked(generator, asked, "")
     kept: list[Shown] = []
     if prior is not None:
         check_asked(generator, prior.asked, "class-")
         kept = class_pictures(checkpoint, prior, work, options.seed, progress)
     taught, known = encoded(generator, shown), encoded(generator, kept) if kept else None
+    noise, objective, component, config = learner.noise, learner.objective, learner.component, learner.config
+    del generator, learner  # text encoders and the autoencoder have done their part
 
     def batch_at(step: int) -> Rows:
-        return rows_at(step, taught, known, learner.noise, options.batch_size, options.prior_weight, options.seed)
+        return rows_at(step, taught, known, noise, options.batch_size, options.prior_weight, options.seed)
 
     recipe = recipe_of(checkpoint, [*shown, *kept], options, start)
     settings = options.optimisation(prior=known is not None)
-    trained = {name: value.numel() for name, value in factors_of(network).items()}
-    stage = Stage(STAGE, learner.objective, batch_at, settings, recipe, options.seed)
-    values = _fitted(work, options.mixed_precision, stage, progress)
+    stage = Stage(STAGE, objective, batch_at, settings, recipe, options.seed)
+    values = by_file_name(_fitted(work, options.mixed_precision, stage, progress))
     made = {
         "checkpoint": checkpoint.name,
-        f"{learner.component}_sha256": checkpoint.sha256(learner.component),
+        f"{component}_sha256": checkpoint.sha256(component),
         "prompt": asked,
         "pictures": len(shown),
         "class_pictures": len(kept),
         "steps": options.steps,
         "seed": options.seed,
     }
-    write_factors(output, learner.component, by_file_name(values), learner.config, made)
+    write_factors(output, component, values, config, made)
     shutil.rmtree(work / "training", ignore_errors=True)
-    report = {"output": str(output), "layers": len(trained) // 2, "parameters": sum(trained.values())}
+    report = {"output": str(output), "layers": len(values) // 2, "parameters": sum(map(Tensor.numel, values.values()))}
     return {**report, **made, "work": str(work)}
 
 
