@@ -29,6 +29,8 @@ from ldm_export.bundle.atomic import check_output
 from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.errors import InputError
 from ldm_export.families import family_of
+from ldm_export.plan import SAMPLERS
+from ldm_export.plan.scheduler_classes import as_trained, is_flow
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.verify.image_generators import TorchImageGenerator
 from ldm_export.verify.torch_reference import more_than_text_or_class
@@ -93,9 +95,25 @@ def learner_of(checkpoint: LatentDiffusion, factors: Factors, seed: int, start: 
     config = add_factors(denoiser.network, factors, seed)
     if given is not None:
         start_from(denoiser.network, factors, given, component)
-    noise = noise_from_config(checkpoint.scheduler)
+    noise = trained_noise(checkpoint)
     objective = AdaptObjective(denoiser, generator.reference.denoiser_reads, noise)
     return Learner(generator, noise, objective, component, config)
+
+
+def trained_noise(checkpoint: LatentDiffusion) -> Noise:
+    """The noise that a checkpoint's denoiser was trained on, by its scheduler's config and the defaults of its class.
+
+    Raises
+    ------
+    InputError
+        If that has betas of its own.
+    """
+    scheduler = checkpoint.scheduler
+    if scheduler.get("trained_betas"):
+        raise InputError(f"{checkpoint.path}: its scheduler has trained_betas, with which nothing is trained here.")
+    if is_flow(scheduler):
+        return noise_from_config(scheduler)
+    return noise_from_config(as_trained(scheduler, SAMPLERS[checkpoint.drawing.sampler]))
 
 
 def check_asked(generator: TorchImageGenerator, asked: Asked, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ldm_export.adapt.factors import factors_of
 from ldm_export.adapt.material import encoded, rows_at, shuffled
 from ldm_export.adapt.options import AdaptOptions, Factors
 from ldm_export.adapt.pictures import pictures_in, read_images
-from ldm_export.adapt.training import Learner, Prior, adapt, learner_of
+from ldm_export.adapt.training import Learner, Prior, adapt, learner_of, trained_noise
+from ldm_export.errors import InputError
 from ldm_export.families import open_checkpoint
 from ldm_export.verify.image_generators import SamplingSettings, TorchImageGenerator
 from ldm_export.verify.metrics import psnr_db
@@ -145,6 +147,25 @@ def test_a_step_of_sd3_that_matches_flows(tiny_checkpoint: Path, tmp_path: Path)
     out = network(noisy, timestep=rows["timesteps"], encoder_hidden_states=embeds, pooled_projections=pooled).sample
     errors = (out - (rows["noise"] - rows["latents"])).square().mean(dim=(1, 2, 3))
     compared(learner, rows, network, (rows["weights"] * errors).mean())
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "LCMScheduler", "EulerDiscreteScheduler"]
+)
+def test_noise_is_that_of_the_schedulers_class(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Where the config leaves out its betas, too."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+    config = {"_class_name": name, "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    theirs = getattr(diffusers, name).from_pretrained(folder / "scheduler").alphas_cumprod
+    ours = trained_noise(open_checkpoint(folder)).get_buffer("alphas_cumprod")
+    assert (ours - theirs).abs().max() < 1e-6
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "trained_betas": [0.1] * 1000}))
+    with pytest.raises(InputError, match="has trained_betas"):
+        trained_noise(open_checkpoint(folder))
 
 
 def test_latents_are_those_of_diffusers(tiny_checkpoint: Path, tmp_path: Path) -> None:
