@@ -84,8 +84,10 @@ def main(data: Path, work: Path, result: Path) -> None:
                     print(what, done, of, flush=True)
 
             adapt(open_checkpoint(CHECKPOINT), few, WORD, sides[name], OPTIONS, prior=prior, progress=say)
+    redrawn = features_of(TorchImageGenerator(open_checkpoint(CHECKPOINT)).reconstruct(real))
     figures: dict[str, Any] = {
-        "the ten with each other": {"likeness": list(over_pictures(np.nanmean(between, axis=1)))}
+        "the ten with each other": {"likeness": list(over_pictures(np.nanmean(between, axis=1)))},
+        "the ten through the autoencoder": {"likeness": list(over_pictures(cosines(redrawn, ten).mean(axis=1)))},
     }
     shown = [text for text, count in GRID for _ in range(count)]
     rows, aligned = [np.concatenate([*real, *np.full((len(shown) - len(real), 64, 64, 3), 255, np.uint8)], axis=1)], {}
