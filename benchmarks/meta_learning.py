@@ -37,7 +37,8 @@ STEPS = (0, 5, 10, 20, 40)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 JUDGED_ROWS = 32
 PLAIN, POOLED, META = "plain", "pooled", "reptile"
-STARTS = {PLAIN: "none (plain)", POOLED: "all tasks together", META: "Reptile"}
+STARTS = {PLAIN: "plain", POOLED: "all tasks together", META: "Reptile"}
+COMPARED = ((POOLED, PLAIN), (META, PLAIN), (META, POOLED))
 CLUSTERS = {"emoji": lambda task: task, "fashion": lambda task: task.rpartition("-")[0]}
 """What is independent of each other: tasks, or classes, of which a task is one draw."""
 
@@ -101,7 +102,7 @@ def interval(values: Sequence[float], clusters: Sequence[str], seed: int = 0) ->
 
 
 def summarised(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Tuned rates, losses as a share of the bare model's on the same task, and against the plain start's."""
+    """Tuned rates, losses as a share of the bare model's on the same task, and against each other."""
     tuned: dict[str, float] = {}
     for start in STARTS:
         means = {
@@ -117,15 +118,15 @@ def summarised(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
     names = sorted(test[PLAIN])
     clusters = [CLUSTERS[kind](name) for name in names]
     share: dict[str, Any] = {start: {} for start in STARTS}
-    versus: dict[str, Any] = {start: {} for start in STARTS if start != PLAIN}
+    versus: dict[str, Any] = {f"{start}/{other}": {} for start, other in COMPARED}
     for place, step in enumerate(STEPS):
         for start in STARTS:
             values = [test[start][name][place] / test[PLAIN][name][0] for name in names]
             share[start][str(step)] = interval(values, clusters)
-            if start != PLAIN:
-                ratios = [test[start][name][place] / test[PLAIN][name][place] - 1 for name in names]
-                versus[start][str(step)] = interval(ratios, clusters)
-    return {"rates": tuned, "share_of_bare_loss": share, "against_plain": versus, "tasks": len(names)}
+        for start, other in COMPARED:
+            ratios = [test[start][name][place] / test[other][name][place] - 1 for name in names]
+            versus[f"{start}/{other}"][str(step)] = interval(ratios, clusters)
+    return {"rates": tuned, "share_of_bare_loss": share, "change": versus, "tasks": len(names)}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -135,9 +136,10 @@ def table(summary: dict[str, Any]) -> str:
         cells = [summary["share_of_bare_loss"][start][str(step)] for step in STEPS]
         shown = " | ".join(f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in cells)
         lines.append(f"| {name} | {summary['rates'][start]:g} | {shown} |")
-    for start, cells in summary["against_plain"].items():
+    for start, other in COMPARED:
+        cells = summary["change"][f"{start}/{other}"]
         shown = " | ".join("{:+.1%} ({:+.1%} to {:+.1%})".format(*cells[str(step)]) for step in STEPS)
-        lines.append(f"| {STARTS[start]}, against plain | | {shown} |")
+        lines.append(f"| {STARTS[start]}, against {STARTS[other]} | | {shown} |")
     return "\n".join(lines)
 
 
