@@ -38,10 +38,11 @@ MAY_IMPORT = {
     "bench": BUNDLE | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify"},
     "tune": BUNDLE
     | {"processes", "checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench"},
+    "adapt": BUNDLE | {"adapters", "checkpoint", "families", "verify"},
     "cpp": set(),
     "cli": BUNDLE
     | {"checkpoint", "families", "runtime", "passes", "graph", "export", "verify", "recipe", "bench", "tune"}
-    | {"pictures"},
+    | {"pictures", "adapt"},
 }
 """What each part of ``ldm_export`` may import of the others; no part is left out, and itself it always may."""
 
@@ -139,7 +140,7 @@ def test_who_knows_the_reference() -> None:
     """What opens its networks, draws with them, judges pictures by its data, changes and trains them, or reads pictures
     as it does."""
     knows = {part_of(module) for module, file in TOOLCHAIN.items() if "ldm_reference" in packages(file)}
-    assert knows == {"checkpoint", "families", "verify", "passes", "cli"}
+    assert knows == {"adapt", "checkpoint", "families", "verify", "passes", "cli"}
     reads = {name for module, file in TOOLCHAIN.items() if part_of(module) == "cli" for name in imports(file)}
     assert {name for name in reads if name.startswith("ldm_reference")} == {
         "ldm_reference.pictures",

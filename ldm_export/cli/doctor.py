@@ -31,6 +31,7 @@ PACKAGES = {
     "torch": "export and training (extras export, train)",
     "onnx": "export (extra export)",
     "onnxscript": "export (extra export)",
+    "peft": "adapting (extra adapt)",
     "safetensors": "checkpoints (extras export, train)",
 }
 

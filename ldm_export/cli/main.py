@@ -29,6 +29,7 @@ from ldm_export.errors import InputError, LdmExportError
 COMMANDS = {
     "demo": "The whole chain on the shipped model: export, draw with and without PyTorch, compare.",
     "train": "Train a latent diffusion model on a folder of pictures.",
+    "adapt": "Teach a checkpoint what is on a few pictures: a LoRA file.",
     "export": "Turn a checkpoint into a bundle that runs without PyTorch.",
     "build": "Make what a bundle runs faster with on one kind of machine.",
     "refit": "Put other weights into TensorRT engines.",
@@ -54,6 +55,7 @@ EXTRAS = {
     "safetensors": "export",
     "ldm_reference": "export",
     "accelerate": "train",
+    "peft": "adapt",
     "tensorboardX": "train",
     "tomli": "train",
 }

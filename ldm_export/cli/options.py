@@ -170,3 +170,17 @@ def steps_bar(title: str) -> Iterator[Callable[..., None]]:
         yield lambda done, of, title=title: progress.update(
             task, completed=done, total=of, description=printable(title)
         )
+
+
+@contextmanager
+def logged_bar(title: str, every: int) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over long work; gives the function to call with what is done now, how much of it, and of how much. Where
+    stderr is no terminal, every so many steps are a line there."""
+    with steps_bar(title) as advance:
+
+        def progress(what: str, done: int, of: int) -> None:
+            advance(done, of, what)
+            if not status.is_terminal and (done % every == 0 or done == of):
+                click.echo(f"{what} {done}/{of}", err=True)
+
+        yield progress

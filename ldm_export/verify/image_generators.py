@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from ldm_export.bundle import Bundle
 from ldm_export.checkpoint import LatentDiffusion
@@ -111,7 +112,7 @@ class TorchImageGenerator:
     def __init__(self, checkpoint: LatentDiffusion):
         family = family_of(checkpoint)
         family.check()
-        self._reference = TorchReference(checkpoint)
+        self.reference = TorchReference(checkpoint)
         own, roles = checkpoint.drawing, family.roles
         self.defaults = SamplingSettings(sampler=own.sampler, steps=own.steps, guidance=roles.guidance.scale)
         self.classes = family.facts["class_count"]
@@ -153,7 +154,7 @@ class TorchImageGenerator:
         return drawing
 
     def sample(self, conditions: Sequence[str | int], seeds: Sequence[int], settings: SamplingSettings) -> Sample:
-        drawn = self._reference.draw_as(self.given(conditions, seeds, settings))
+        drawn = self.reference.draw_as(self.given(conditions, seeds, settings))
         spent = Timings(
             text_ms=drawn.text_ms, denoiser_ms=drawn.denoiser_ms, loop_ms=drawn.loop_ms, decode_ms=drawn.decode_ms
         )
@@ -163,7 +164,17 @@ class TorchImageGenerator:
         return self.sample(conditions, seeds, settings).images
 
     def reconstruct(self, images: Array) -> Array:
-        return self._reference.reconstruct(images)
+        return self.reference.reconstruct(images)
+
+    def conditions(self, asked: Sequence[str | int]) -> dict[str, Tensor]:
+        """What the denoiser reads for pictures of these, a row each, without guidance; of models that are asked for
+        nothing, for as many."""
+        given = self.given(asked, [0] * len(asked), self.defaults)
+        ids = [np.asarray(rows, np.int64) for rows in given.get("ids", ())]
+        labels = np.asarray(given["labels"], np.int64) if "labels" in given else None
+        return self.reference.conditions(
+            len(asked), guidance=self.defaults.guidance, size=self.pixels, ids=ids, labels=labels
+        )
 
 
 class BundleImageGenerator:

@@ -20,6 +20,7 @@ from ldm_export.checkpoint import LatentDiffusion
 from ldm_export.contract import conditions_of, labels_of
 from ldm_export.errors import InputError
 from ldm_export.families import family_of
+from ldm_export.families.base import Family, GraphModule
 from ldm_export.plan import Stepper, compile_plan, picture_tokens
 from ldm_export.runtime.conditioning import request_sources
 
@@ -65,7 +66,7 @@ class TorchReference:
         self._facts = family.facts
         self._specs = {graph.spec.name: graph.spec for graph in family.graphs}
         self._read = self._roles.sources(self._specs)
-        if more := self._more_than_it_gives():
+        if more := more_than_text_or_class(family):
             raise InputError(
                 f"{checkpoint.path}: the denoiser reads {more}, which the PyTorch side of a comparison does not give "
                 "it. Use `ldm-export export`, whose graphs are compared with the networks one by one."
@@ -108,17 +109,9 @@ class TorchReference:
         tokens = picture_tokens(self._facts, *size)
         rows = compile_plan(self._checkpoint.scheduler, sampler, steps, tokens=tokens).from_noise()
         guided = self._roles.guidance.takes_two_rows(guidance)
-        given = request_sources(
-            self._read,
-            len(seeds),
-            height=size[0],
-            width=size[1],
-            guidance=guidance,
-            has_negative_prompt=[False] * len(seeds) if guided else None,
-            class_labels=labels,
+        conditions = self.conditions(
+            len(seeds), guidance=guidance, size=size, ids=ids, empty_ids=empty_ids if guided else None, labels=labels
         )
-        sources = {name: torch.from_numpy(value) for name, value in given.items()}
-        conditions = self._conditions(sources, ids, empty_ids if guided else ())
         text_ms = spent.lap()
         draw = self._noise(seeds, size)
         latents = draw() * np.float32(rows.noise_scale)
@@ -136,6 +129,59 @@ class TorchReference:
         (decoded,) = self._modules[self._roles.vae_decoder](torch.from_numpy(latents))
         images = pixels_from_sample(decoded).numpy()
         return Drawn(images, np.stack(trajectory), denoiser_ms, text_ms, loop_ms, spent.lap())
+
+    @torch.no_grad()
+    def conditions(
+        self,
+        count: int,
+        *,
+        guidance: float,
+        size: tuple[int, int],
+        ids: Sequence[Ids] = (),
+        empty_ids: Sequence[Ids] | None = None,
+        labels: Ids | None = None,
+    ) -> dict[str, Tensor]:
+        """What the denoiser reads beside ``sample`` and ``timestep``, for ``count`` pictures.
+
+        Parameters are those of :meth:`draw`. With ``empty_ids`` the rows of the empty prompt come first; None leaves
+        them out.
+        """
+        given = request_sources(
+            self._read,
+            count,
+            height=size[0],
+            width=size[1],
+            guidance=guidance,
+            has_negative_prompt=None if empty_ids is None else [False] * count,
+            class_labels=labels,
+        )
+        sources = {name: torch.from_numpy(value) for name, value in given.items()}
+        return self._conditions(sources, ids, empty_ids or ())
+
+    @property
+    def denoiser(self) -> GraphModule:
+        """The denoiser behind the inputs of its graph: ``sample``, ``timestep``, and `denoiser_reads`."""
+        return self._modules[self._roles.denoiser]
+
+    @property
+    def denoiser_reads(self) -> tuple[str, ...]:
+        """Names of the denoiser's conditions, in the order of its inputs."""
+        return tuple(tensor.name for tensor in self._specs[self._roles.denoiser].inputs[2:])
+
+    @torch.no_grad()
+    def latent_parameters(self, images: Pixels) -> Tensor:
+        """Latents of pictures as the sampler has them: (B, 2 C, h, w), mean and log-variance; the latter is very low
+        where an autoencoder's latents are certain."""
+        encoded: Tensor
+        (encoded,) = self._modules[self._roles.vae_encoder](_sample(images))
+        if not self._certain:
+            return encoded
+        return torch.cat([encoded, torch.full_like(encoded, -30.0)], dim=1)
+
+    @property
+    def _certain(self) -> bool:
+        """Whether the autoencoder gives latents and no distribution of them."""
+        return self._specs[self._roles.vae_encoder].outputs[0].name == "latent_sample"
 
     def _conditions(
         self, sources: dict[str, Tensor], ids: Sequence[Ids], empty_ids: Sequence[Ids]
@@ -161,16 +207,14 @@ class TorchReference:
         """The denoiser's output, of two rows a picture combined (classifier-free guidance, 2207.12598, eq. 6)."""
         sample = torch.cat([sample, sample]) if guided else sample
         out: Tensor
-        (out,) = self._modules[self._roles.denoiser](
-            sample, torch.full((len(sample),), timestep), *self._in_order(conditions)
-        )
+        (out,) = self.denoiser(sample, torch.full((len(sample),), timestep), *self._in_order(conditions))
         if guided:
             negative, positive = out.chunk(2)
             out = negative + guidance * (positive - negative)
         return out
 
     def _in_order(self, conditions: Mapping[str, Tensor]) -> list[Tensor]:
-        return [conditions[tensor.name] for tensor in self._specs[self._roles.denoiser].inputs[2:]]
+        return [conditions[name] for name in self.denoiser_reads]
 
     def _noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Callable[[], npt.NDArray[np.float32]]:
         """Draws of N(0, I) for all pictures, each from a generator of its own."""
@@ -183,24 +227,28 @@ class TorchReference:
     @torch.no_grad()
     def reconstruct(self, images: Pixels) -> Pixels:
         """Pictures uint8 (B, H, W, C), through the autoencoder and back, by the mean of its latents."""
-        sample = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        (latents,) = self._modules[self._roles.vae_encoder](sample)
-        certain = self._specs[self._roles.vae_encoder].outputs[0].name == "latent_sample"
-        mean = latents if certain else latents.chunk(2, dim=1)[0]
+        mean = self.latent_parameters(images).chunk(2, dim=1)[0]
         redrawn: Pixels = pixels_from_sample(self._modules[self._roles.vae_decoder](mean)[0]).numpy()
         return redrawn
 
-    def _more_than_it_gives(self) -> str | None:
-        """What the denoiser reads beyond latents, text, class numbers, picture sizes and guidance; the first such."""
-        if "image_latents" in self._read:
-            return "the latents of a picture beside its own (inpainting)"
-        if "class_labels" not in self._read:
-            return None
-        if labels_of(self._specs, self._roles).dtype != "int64":
-            return "class labels as features"
-        if not self._facts["class_count"]:
-            return "class numbers of which there may be any"
-        return "class numbers beside text" if self._roles.text_encoders else None
+
+def more_than_text_or_class(family: Family) -> str | None:
+    """What a denoiser reads beyond latents, text, class numbers, picture sizes and guidance; the first such."""
+    specs = {graph.spec.name: graph.spec for graph in family.graphs}
+    read = family.roles.sources(specs)
+    if "image_latents" in read:
+        return "the latents of a picture beside its own (inpainting)"
+    if "class_labels" not in read:
+        return None
+    if labels_of(specs, family.roles).dtype != "int64":
+        return "class labels as features"
+    if not family.facts["class_count"]:
+        return "class numbers of which there may be any"
+    return "class numbers beside text" if family.roles.text_encoders else None
+
+
+def _sample(images: Pixels) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 class _Clock:
