@@ -10,6 +10,8 @@ from ldm_export.cli.build import print_target
 from ldm_export.cli.options import (
     adapters_from,
     console,
+    embedding_option,
+    embeddings_from,
     family_option,
     folder,
     json_option,
@@ -64,6 +66,7 @@ TARGETS = ("cpu", "none")
 )
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @lora_option
+@embedding_option
 @family_option
 @json_option
 def command(
@@ -81,6 +84,7 @@ def command(
     prediction_type: str | None,
     force: bool,
     loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
@@ -94,8 +98,13 @@ def command(
             raise InputError(
                 f"--{name.replace('_', '-')} is about the passes of a recipe. Give --recipe too, or leave it."
             )
-    adapters = adapters_from(loras)
-    model = open_checkpoint(checkpoint, sampler=sampler, prediction_type=prediction_type, adapters=adapters)
+    model = open_checkpoint(
+        checkpoint,
+        sampler=sampler,
+        prediction_type=prediction_type,
+        adapters=adapters_from(loras),
+        embeddings=embeddings_from(embeddings),
+    )
     if loops:
         from ldm_export.verify.loops import add_loop, check_loops
 

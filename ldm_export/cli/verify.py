@@ -13,6 +13,8 @@ from ldm_export.cli.options import (
     adapters_from,
     bundle_argument,
     console,
+    embedding_option,
+    embeddings_from,
     family_option,
     json_option,
     lora_option,
@@ -29,14 +31,24 @@ from ldm_export.runtime.facts import check_drawable
 @bundle_argument
 @click.option("--against", metavar="CHECKPOINT", default=None, help="Also compare every graph with this PyTorch model.")
 @lora_option
+@embedding_option
 @family_option
 @json_option
 @click.pass_context
-def command(ctx: click.Context, bundle: Path, against: str | None, loras: tuple[str, ...], as_json: bool) -> None:
+def command(
+    ctx: click.Context,
+    bundle: Path,
+    against: str | None,
+    loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Check BUNDLE: every file's hash, graphs, plans and tokenizers, and with --against the graphs' numbers.
 
     Exit code 1 if the numbers differ or what is under targets/ is damaged, 2 if the bundle is damaged.
     """
+    if embeddings and against is None:
+        raise InputError("--embedding changes the checkpoint of --against, which was not given. Give both, or neither.")
     if loras and against is None:
         raise InputError("--lora changes the checkpoint of --against, which was not given. Give both, or neither.")
     with stages("verify") as progress:
@@ -70,7 +82,9 @@ def command(ctx: click.Context, bundle: Path, against: str | None, loras: tuple[
             from ldm_export.verify.parity import compare_with_checkpoint
 
             compared = compare_with_checkpoint(
-                opened, open_checkpoint(against, adapters=adapters_from(loras)), progress
+                opened,
+                open_checkpoint(against, adapters=adapters_from(loras), embeddings=embeddings_from(embeddings)),
+                progress,
             )
             records = [record.to_dict() for record in compared]
     passed = not faults and all(record["passed"] for record in records)

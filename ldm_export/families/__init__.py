@@ -35,6 +35,7 @@ def open_checkpoint(
     sampler: str | None = None,
     prediction_type: str | None = None,
     adapters: Sequence[tuple[Path, float]] = (),
+    embeddings: Sequence[tuple[Path, str | None]] = (),
 ) -> LatentDiffusion:
     """Open a checkpoint of any family: a folder, a single file, or a shipped one by its name.
 
@@ -42,13 +43,14 @@ def open_checkpoint(
     ----------
     sampler, prediction_type : in place of what its files say, as :class:`LatentDiffusion` has them
     adapters : files of LoRA and its kin, each with its strength, to merge into the networks
+    embeddings : files of textual inversions, each with its token, or None for the one that the file has
 
     Raises
     ------
     CheckpointError
         If there is no such checkpoint, it is a pickle, of a family that is not known, or a component is missing.
     InputError
-        If an adapter cannot be used with it.
+        If an adapter or a textual inversion cannot be used with it.
     """
     families = [*_read.values(), *FAMILIES]
     try:
@@ -56,7 +58,8 @@ def open_checkpoint(
     except UnknownFamilyError:
         families += installed_families()
         model = LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
-    return model.with_adapters(adapters) if adapters else model
+    model = model.with_adapters(adapters) if adapters else model
+    return model.with_embeddings(embeddings) if embeddings else model
 
 
 def family_of(checkpoint: LatentDiffusion) -> Family:

@@ -29,7 +29,7 @@ from ldm_export.runtime.values import MOST_ITEMS, shown, text_of, whole_number
 
 FIELDS = (
     *("prompt", "negative_prompt", "seed", "sampler", "steps", "calls", "guidance", "height", "width", "class_label"),
-    "count",
+    *("prompt_weights", "long_prompts", "count"),
 )
 """Keys of a line."""
 MOST_PICTURES = 100_000
@@ -187,6 +187,8 @@ def _checked_request(
         mask_hash=_image_hash(options.get("mask")),
         keep_pixels=checked.keep_pixels,
         deepcache=options.get("deepcache", 1),
+        prompt_weights=checked.reading.weights,
+        long_prompts=checked.reading.chunks,
         **model,
     )
 

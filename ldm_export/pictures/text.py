@@ -16,6 +16,8 @@ its targets. Beside the fields of that tool:
     Mask hash, Keep pixels                 of a part drawn anew: SHA-256 of the mask's pixels; True if the rest was kept
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
+    Prompt weights, Long prompts           True if brackets in the prompts are weights, as that tool always has it; if
+                                           long prompts were read in chunks, and not cut off
     Exact                                  JSON object of the prompts that the lines above do not give to the letter:
                                            those with spaces at an end of a line, control characters, or a line that
                                            begins with "Negative prompt:"
@@ -84,6 +86,7 @@ class PictureRequest:
     mask_hash : None unless a part of that picture alone is drawn anew; of the mask's pixels, likewise
     keep_pixels : whether the other pixels are that picture's
     deepcache : the whole denoiser ran in every so many steps
+    prompt_weights, long_prompts : whether brackets in the prompts are weights; whether long ones were read in chunks
     """
 
     prompt: str | None
@@ -103,6 +106,8 @@ class PictureRequest:
     mask_hash: str | None = None
     keep_pixels: bool = False
     deepcache: int = 1
+    prompt_weights: bool = False
+    long_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,10 @@ def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
     """Arguments of `ldm_export.runtime.Pipeline.generate` for pictures that differ in the fields of `OWN` alone, but
     for the image that they start from, its mask, and whether the rest of its pixels is kept."""
     first = requests[0]
-    names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "deepcache")
+    names = (
+        *("sampler", "steps", "calls", "guidance", "height", "width", "strength", "deepcache"),
+        *("prompt_weights", "long_prompts"),
+    )
     negatives = None if first.negative_prompt is None else [request.negative_prompt for request in requests]
     return {name: getattr(first, name) for name in names} | {
         "prompts": None if first.prompt is None else [request.prompt for request in requests],
@@ -165,6 +173,8 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Calls": request.calls,
         "DeepCache": request.deepcache if request.deepcache > 1 else None,
         "Class label": request.class_label,
+        "Prompt weights": request.prompt_weights or None,
+        "Long prompts": request.long_prompts or None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -272,6 +282,8 @@ def _request_from(found: Parameters) -> PictureRequest:
         mask_hash=settings.get("Mask hash"),
         keep_pixels=settings.get("Keep pixels") == "True",
         deepcache=int(settings.get("DeepCache", "1")),
+        prompt_weights=settings.get("Prompt weights") == "True",
+        long_prompts=settings.get("Long prompts") == "True",
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
 

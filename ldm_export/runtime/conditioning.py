@@ -3,6 +3,9 @@
 A batch of B pictures becomes B rows of every input, or 2 B with guidance (Ho & Salimans, 2207.12598): first the
 negative prompts', then the prompts', so that one call of the denoiser gives both predictions. Which graph makes which
 input of what is said by the bundle's roles (:class:`ldm_export.contract.Roles`).
+
+Weights in prompts, and prompts of several chunks, are those of :mod:`ldm_export.runtime.prompts`: every chunk goes
+through text encoders and conditioner, and the denoiser's inputs of tokens are joined.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from ldm_export.errors import BundleError
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.prompts import Reading, TokenRow, joined_conditions, token_rows, weighted_states
 from ldm_export.runtime.tokenizer import Tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
@@ -66,13 +70,27 @@ class Conditioning:
             class_labels=request.class_labels,
             image_latents=image_latents,
         )
-        for encoder in self._encoders:
-            encoded = encoder.encode(request.prompts)
-            if guided:
-                negative = encoder.encode([prompt or "" for prompt in negatives])
-                encoded = {name: np.concatenate([negative[name], encoded[name]]) for name in encoded}
-            sources |= {f"{encoder.name}.{name}": value for name, value in encoded.items()}
-        return conditions_of(self._roles, self._graphs, sources, self._run)
+        texts = [request.prompts, *([[prompt or "" for prompt in negatives]] if guided else [])]
+        read = [[encoder.read(each, request.reading) for each in texts] for encoder in self._encoders]
+        count = max((len(rows) for groups in read for group in groups for rows in group), default=1)
+        chunks = [self._conditions_of_chunk(sources, read, chunk) for chunk in range(count)]
+        joined = joined_conditions(self._roles, self._graphs) if count > 1 else ()
+        return chunks[0] | {name: np.concatenate([chunk[name] for chunk in chunks], axis=1) for name in joined}
+
+    def _conditions_of_chunk(
+        self, sources: Mapping[str, Array], read: Sequence[Sequence[Sequence[Sequence[TokenRow]]]], chunk: int
+    ) -> dict[str, Array]:
+        """The denoiser's conditions by one chunk of each prompt: of its rows by encoder, prompts or negative prompts,
+        and picture; of the empty text where a prompt has no such chunk."""
+        made = dict(sources)
+        for encoder, groups in zip(self._encoders, read, strict=True):
+            encoded = [
+                encoder.encode([rows[chunk] if chunk < len(rows) else encoder.empty for rows in group])
+                for group in groups
+            ]
+            for name in encoded[0]:
+                made[f"{encoder.name}.{name}"] = np.concatenate([rows[name] for rows in reversed(encoded)])
+        return conditions_of(self._roles, self._graphs, made, self._run)
 
     def _run(self, _: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         assert self._conditioner is not None
@@ -80,7 +98,7 @@ class Conditioning:
 
 
 class PromptEncoder:
-    """Prompts to what one text encoder makes of them, with a cache keyed by token ids.
+    """Prompts to rows of token ids, and those to what one text encoder makes of them, with a cache keyed by the ids.
 
     Parameters
     ----------
@@ -93,9 +111,18 @@ class PromptEncoder:
         self._tokenizer, self._graph, self._outputs = tokenizer, graph, outputs
         self._cache: OrderedDict[bytes, tuple[Array, ...]] = OrderedDict()
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """The outputs by name, a row a prompt."""
-        ids = self._tokenizer(prompts)  # (B, L)
+    def read(self, prompts: Sequence[str], reading: Reading) -> list[list[TokenRow]]:
+        """Rows of token ids of each prompt; raises as `token_rows` does."""
+        return [token_rows(self._tokenizer, prompt, reading) for prompt in prompts]
+
+    @property
+    def empty(self) -> TokenRow:
+        """Token ids of the empty text."""
+        return token_rows(self._tokenizer, "", Reading())[0]
+
+    def encode(self, rows_of_ids: Sequence[TokenRow]) -> dict[str, Array]:
+        """The outputs by name, a row a row of ids; states (L, width) are weighted."""
+        ids = np.stack([row.ids for row in rows_of_ids])  # (B, L)
         keys = [row.tobytes() for row in ids]
         new = {key: number for number, key in enumerate(keys) if key not in self._cache}
         if new:
@@ -104,10 +131,17 @@ class PromptEncoder:
                 self._cache[key] = tuple(row)
         for key in keys:
             self._cache.move_to_end(key)
-        rows = [self._cache[key] for key in keys]
+        rows = [self._weighted(key, row.weights) for key, row in zip(keys, rows_of_ids, strict=True)]
         while len(self._cache) > max(CACHED_PROMPTS, len(set(keys))):
             self._cache.popitem(last=False)
         return {name: np.stack(parts) for name, parts in zip(self._outputs, zip(*rows, strict=True), strict=True)}
+
+    def _weighted(self, key: bytes, weights: Array | None) -> tuple[Array, ...]:
+        """The cached outputs of a row of ids, its states weighted."""
+        outputs = self._cache[key]
+        if weights is None:
+            return outputs
+        return tuple(weighted_states(output, weights) if output.ndim == 2 else output for output in outputs)
 
 
 def request_sources(

@@ -19,6 +19,7 @@ from ldm_export.runtime.graph import Array
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
+from ldm_export.runtime.prompts import Reading, check_reading, weighted_parts
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
 
 LARGEST_GUIDANCE = 1e6
@@ -51,6 +52,9 @@ class Options(TypedDict, total=False):
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
     whole : draw with the plan's loop graph, everything in one call, which cannot be watched or cancelled in between;
         the bundle, or the engines that run, must have that loop
+    prompt_weights : whether brackets in prompts and negative prompts are weights, ``(word:1.2)``
+        (`ldm_export.runtime.prompts`), and not text like any other
+    long_prompts : whether prompts of more tokens than the model reads are read in chunks, and not cut off
     """
 
     sampler: str | None
@@ -68,6 +72,8 @@ class Options(TypedDict, total=False):
     class_labels: Sequence[int] | None
     deepcache: int
     whole: bool
+    prompt_weights: bool
+    long_prompts: bool
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Request:
     trajectory : where the latents start and the rows that they run through
     deepcache : the whole denoiser runs in every so many steps
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
+    reading : how the prompts are read
     """
 
     prompts: tuple[str, ...]
@@ -107,6 +114,7 @@ class Request:
     trajectory: Trajectory
     deepcache: int
     loop: str | None
+    reading: Reading
 
     @property
     def batch(self) -> int:
@@ -151,6 +159,8 @@ def checked_request(
     class_labels: Sequence[int] | None = None,
     deepcache: int = 1,
     whole: bool = False,
+    prompt_weights: bool = False,
+    long_prompts: bool = False,
 ) -> Request:
     """Check what is asked for whole, before anything runs; the parameters are those of :class:`Options`.
 
@@ -207,6 +217,11 @@ def checked_request(
             f"The whole loop was asked for at once, with {'an image' if mask is None else 'an image and a mask'} or "
             "with deepcache; a loop graph draws all of it from noise, by all of the denoiser. Leave one of them out."
         )
+    reading = Reading(flag("prompt_weights", prompt_weights), flag("long_prompts", long_prompts))
+    check_reading(reading, roles, graphs, whole=whole)
+    if reading.weights:
+        for text in (*texts, *(([negatives] if isinstance(negatives, str) else negatives) or ())):
+            weighted_parts(text or "")
     if strength is not None:
         strength = real_number("strength", strength, 0.0, 1.0)
         if image is None:
@@ -261,6 +276,7 @@ def checked_request(
         trajectory=trajectory,
         deepcache=deepcache,
         loop=f"{plan.sampler}-{steps}" if whole else None,
+        reading=reading,
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request

@@ -155,6 +155,7 @@ def test_no_class_of_requests_differs_unseen() -> None:
         **{"prompt": "x", "negative_prompt": None, "seed": 8, "sampler": "plms", "steps": 21, "guidance": 4.5},
         **{"height": 128, "width": 128, "model_hash": "1", "model": "m", "calls": 3, "class_label": 1},
         **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
+        **{"prompt_weights": True, "long_prompts": True},
     }
     assert changed.keys() == vars(REQUEST).keys()
     texts = {parameters_text([replace(REQUEST, **{name: value})]) for name, value in changed.items()}

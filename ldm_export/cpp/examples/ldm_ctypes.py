@@ -58,6 +58,8 @@ class DrawOptions(ctypes.Structure):
         ("step", StepCallback),
         ("step_user", c_void_p),
         ("calls", c_uint32),
+        ("prompt_weights", c_int32),
+        ("long_prompts", c_int32),
     )
 
 

@@ -21,7 +21,7 @@ constexpr const char *USAGE =
     "usage: txt2img BUNDLE PROMPT... -o OUT.png [--sampler S] [--steps N] [--calls N] [--guidance W] [--negative TEXT]\n"
     "               [--seed N] [--image IN.png] [--strength X] [--size HxW] [--class-label N]... [--count N]\n"
     "               [--deepcache N] [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt]\n"
-    "               [--threads N] [--latents OUT.npy]\n";
+    "               [--threads N] [--latents OUT.npy] [--prompt-weights] [--long-prompts]\n";
 
 struct UsageError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -41,9 +41,14 @@ Arguments parsed(int argc, char **argv) {
     static const char *known[] = {"-o",     "--sampler", "--steps",       "--guidance", "--negative",  "--seed",    "--image",
                                   "--size", "--strength", "--class-label", "--count",    "--deepcache", "--backend", "--threads",
                                   "--latents", "--calls"};
+    static const char *flags[] = {"--prompt-weights", "--long-prompts"};
     Arguments arguments;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
+        if (std::find(std::begin(flags), std::end(flags), word) != std::end(flags)) {
+            arguments.options[word] = {"1"};
+            continue;
+        }
         if (word.empty() || word[0] != '-') {
             arguments.positional.push_back(word);
             continue;
@@ -120,6 +125,8 @@ int run(const Arguments &arguments) {
         if (name == "--calls") draw.calls = positive(name, value);
         if (name == "--guidance") draw.guidance = number(name, value);
         if (name == "--negative") draw.negative_prompts = {value};
+        if (name == "--prompt-weights") draw.prompt_weights = true;
+        if (name == "--long-prompts") draw.long_prompts = true;
         if (name == "--seed") draw.seed = whole(name, value);
         if (name == "--strength") draw.strength = number(name, value);
         if (name == "--deepcache") draw.deepcache = positive(name, value);

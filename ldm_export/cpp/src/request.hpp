@@ -3,6 +3,7 @@
 
 #include "facts.hpp"
 #include "plan.hpp"
+#include "prompts.hpp"
 #include "tensor.hpp"
 
 #include <ldm/ldm.h>
@@ -24,6 +25,7 @@ struct Request {
     Trajectory trajectory;
     std::size_t deepcache;
     std::string loop;  // the loop graph that draws all in one call, or empty
+    Reading reading;   // of the prompts
 
     std::size_t batch() const { return seeds.size(); }
 };

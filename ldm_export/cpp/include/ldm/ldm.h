@@ -109,6 +109,8 @@ typedef struct ldm_draw_options {
     ldm_step_callback step;
     void *step_user;
     uint32_t calls;                      /* of the network, outputs of the other steps being forecast; 0: all */
+    int32_t prompt_weights;              /* 1: "(word:1.2)", "(word)" and "[word]" in prompts are weights; 0 */
+    int32_t long_prompts;                /* 1: prompts too long for the text encoder are read in chunks; 0: cut off */
 } ldm_draw_options;
 
 /* What a bundle draws; the texts live as long as the pipeline. */

@@ -102,6 +102,8 @@ struct DrawOptions {
     std::uint32_t deepcache = 1;
     bool whole = false;
     std::uint32_t calls = 0;
+    bool prompt_weights = false;
+    bool long_prompts = false;
 };
 
 // An opened bundle. Moves, does not copy; clone() gives another on the same weights, for another thread.
@@ -208,6 +210,8 @@ class Pipeline {
         chosen.deepcache = options.deepcache;
         chosen.whole = options.whole;
         chosen.calls = options.calls;
+        chosen.prompt_weights = options.prompt_weights;
+        chosen.long_prompts = options.long_prompts;
         chosen.step = step ? watch : nullptr;
         chosen.step_user = &watched;
         const ldm_info model = info();
