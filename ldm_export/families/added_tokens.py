@@ -24,7 +24,7 @@ REMEDY = "Give the textual inversion another name: FILE=TOKEN."
 
 
 def check_tokens(tokenizer: ClipTokenizer, component: str, checkpoint: LatentDiffusion) -> None:
-    """Raise InputError unless a checkpoint's textual inversions can be added to a text encoder's tokenizer, one after another.
+    """Raise InputError unless a checkpoint's textual inversions can be added to a text encoder's tokenizer.
 
     A name must not be in the vocabulary, nor be mistaken for another's vector or have a part that is written out.
     """

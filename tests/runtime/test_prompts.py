@@ -50,6 +50,8 @@ WEIGHTED: dict[str, Parts] = {
     "a (red:1.4) circle [on] white": [("a ", 1), ("red", 1.4), (" circle ", 1), ("on", 1 / 1.1), (" white", 1)],
     "((smiling)) eyes, (circle:0.3)": [("smiling", 1.1 * 1.1), (" eyes, ", 1), ("circle", 0.3)],
 }
+THIRD = 256
+"""Tokens of Stable Diffusion 3's third text encoder."""
 STEPS, SIZE, SEEDS = 4, (16, 24), [7, 11]
 
 
@@ -122,7 +124,14 @@ def embeds(pipe: Any, prompts: Sequence[Parts], negatives: Sequence[Parts]) -> d
         for own, (tokenizer, encoder) in zip(rows, encoders, strict=True):
             filled = own[number] + rows_of(tokenizer, []) * (count - len(own[number]))
             made.append(states_of(encoder, filled, last=not large))
-        found.append((torch.cat([states for states, _ in made], dim=-1), made[-1][1]))
+        states, pooled = torch.cat([states for states, _ in made], dim=-1), made[-1][1]
+        if hasattr(pipe, "transformer"):  # pads, and has zeros for the third encoder, which is absent
+            width = pipe.transformer.config.joint_attention_dim
+            parts = torch.nn.functional.pad(states, (0, width - states.shape[-1])).chunk(count, dim=1)
+            third = torch.zeros(1, THIRD, width)
+            states = torch.cat([each for part in parts for each in (part, third)], dim=1)
+            pooled = torch.cat([own for _, own in made], dim=-1)
+        found.append((states, pooled))
     of = {"": found[: len(prompts)], "negative_": found[len(prompts) :]}
     given = {f"{name}prompt_embeds": torch.cat([states for states, _ in own]) for name, own in of.items()}
     if large:
@@ -131,7 +140,7 @@ def embeds(pipe: Any, prompts: Sequence[Parts], negatives: Sequence[Parts]) -> d
 
 
 def judge(pipe: Any, given: dict[str, Any]) -> torch.Tensor:
-    pipe.scheduler = diffusers_scheduler({**pipe.scheduler.config}, "euler")
+    pipe.scheduler = diffusers_scheduler({**pipe.scheduler.config}, "euler")  # or its like for flow matching
     pipe.check_inputs = lambda *_, **__: None  # it wants multiples of 8, whatever the autoencoder
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
     options: dict[str, Any] = {"height": SIZE[0], "width": SIZE[1], "guidance_scale": 4.0}
@@ -151,10 +160,11 @@ def model(kind: str, kinds: Kinds, tiny_checkpoint: Path, variants: Callable[[st
     if kind == "sd":
         return opened(diffusers.StableDiffusionPipeline, tiny_checkpoint), variants("target")
     checkpoint, bundle = kinds(kind)
-    return opened(diffusers.StableDiffusionXLPipeline, checkpoint), bundle
+    found = {"sdxl": diffusers.StableDiffusionXLPipeline, "sd3": diffusers.StableDiffusion3Pipeline}[kind]
+    return opened(found, checkpoint), bundle
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
 @pytest.mark.parametrize("reading", ["weights", "chunks", "both"])
 def test_pictures_are_those_of_diffusers(
     kind: str, reading: str, kinds: Kinds, tiny_checkpoint: Path, variants: Callable[[str], Path]
