@@ -19,8 +19,15 @@ FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 WHOLES = {"I64": "<i8", "I32": "<i4"}  # of alphas in some files
 
 
-def read_arrays(file: Path) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
+def read_arrays(
+    file: Path, what: str = "adapter", how_to_convert: str = HOW_TO_CONVERT
+) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, str]]:
     """Arrays of a file by their names, and its metadata.
+
+    Parameters
+    ----------
+    what : it is called in messages
+    how_to_convert : said of a pickle
 
     Raises
     ------
@@ -28,9 +35,9 @@ def read_arrays(file: Path) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, s
         If it cannot be read, or holds anything but floating-point numbers and single whole ones.
     """
     if not file.exists():
-        raise InputError(f"There is no adapter {str(file)!r}. Give a safetensors file.")
+        raise InputError(f"There is no {what} {str(file)!r}. Give a safetensors file.")
     if file.suffix in PICKLES:
-        raise InputError(f"{file} is a pickle, which can run code when it is opened. {HOW_TO_CONVERT}")
+        raise InputError(f"{file} is a pickle, which can run code when it is opened. {how_to_convert}")
     try:
         with safe_open(file, "np") as opened:  # checks the header, and that the file has all that it names
             metadata = opened.metadata() or {}
@@ -39,7 +46,7 @@ def read_arrays(file: Path) -> tuple[dict[str, npt.NDArray[Any]], Mapping[str, s
             header = json.loads(stream.read(length))
         content = np.memmap(file, np.uint8, "r", 8 + length) if file.stat().st_size > 8 + length else np.empty(0, "u1")
     except (SafetensorError, OSError) as error:
-        remedy = remedy_of(file, HOW_TO_CONVERT)
+        remedy = remedy_of(file, how_to_convert)
         raise InputError(f"{file} is truncated or not a safetensors file ({error}). {remedy}") from error
     header.pop("__metadata__", None)
     return {name: _array(file, name, facts, content) for name, facts in header.items()}, metadata

@@ -43,7 +43,8 @@ def opened(request: dict[str, Any]) -> Callable[[], object]:
     for file in request.get("families", ()):
         read_family(Path(file))
     adapters = [(Path(file), scale) for file, scale in request.get("adapters", ())]
-    reference = TorchReference(open_checkpoint(request["checkpoint"], adapters=adapters))
+    embeddings = [(Path(file), token) for file, token in request.get("embeddings", ())]
+    reference = TorchReference(open_checkpoint(request["checkpoint"], adapters=adapters, embeddings=embeddings))
     return lambda: reference.draw_as(given)
 
 

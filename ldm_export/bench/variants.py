@@ -101,8 +101,8 @@ class Variant:
         if isinstance(self.image_generator, BundleImageGenerator):
             opened = {"backend": self.image_generator.requested_backend, "threads": self.image_generator.threads}
             return {"bundle": self.target, **opened, "given": given}
-        adapters = self.image_generator.adapters
-        return {"checkpoint": self.target, "adapters": adapters, "families": read_files(), "given": given}
+        changed = {"adapters": self.image_generator.adapters, "embeddings": self.image_generator.embeddings}
+        return {"checkpoint": self.target, **changed, "families": read_files(), "given": given}
 
     def facts(self) -> dict[str, Any]:
         """What a row of results says of how it came about."""

@@ -17,12 +17,14 @@ from typing import Any
 
 from ldm_reference.layout import save_component, write_json
 
+from ldm_export.adapters.embeddings import Embedding
 from ldm_export.checkpoint.added import AddedNetwork
 from ldm_export.checkpoint.building import built, checked_tensors, read_json, stored_tensors
 from ldm_export.checkpoint.image_adapter import ImageAdapter
+from ldm_export.checkpoint.inversions import config_with, read_embeddings, sha256_with, with_vectors
 from ldm_export.checkpoint.kind import CheckpointKind, kind_of, names_part
 from ldm_export.checkpoint.merging import Merge, layers_of, merged_sha256, merged_weights, read_merges
-from ldm_export.checkpoint.networks import Network
+from ldm_export.checkpoint.networks import CLIP_TEXT_ENCODER, Network
 from ldm_export.checkpoint.sampling_defaults import FEW, SamplingDefaults
 from ldm_export.checkpoint.shipped import shipped_checkpoints
 from ldm_export.checkpoint.single_file import SingleFile
@@ -67,6 +69,7 @@ class LatentDiffusion:
     merges : adapters that are merged into its networks when they are loaded
     controls : ControlNets beside its own networks, by the names that they are asked for by
     image_adapter : an IP-Adapter of its UNet, or None
+    embeddings : textual inversions that are put into its text encoders and tokenizers
     """
 
     name: str
@@ -80,6 +83,7 @@ class LatentDiffusion:
     merges: tuple[Merge, ...] = ()
     controls: Mapping[str, AddedNetwork] = field(default_factory=dict)
     image_adapter: ImageAdapter | None = None
+    embeddings: tuple[Embedding, ...] = ()
 
     @classmethod
     def open(
@@ -132,6 +136,13 @@ class LatentDiffusion:
         layers = {name: layers_of(name, self.skeleton(name), self.configs[name]) for name in changed}
         return replace(self, merges=read_merges(given, layers))
 
+    def with_embeddings(self, given: Sequence[tuple[Path, str | None]]) -> LatentDiffusion:
+        """This checkpoint with textual inversions, each a file and a token or None; raises as `read_embeddings`."""
+        kinds = self.kind.components
+        encoders = (name for name in self.text_encoders if kinds[name] is CLIP_TEXT_ENCODER)
+        widths = {name: int(self.configs[name]["hidden_size"]) for name in encoders}
+        return replace(self, embeddings=read_embeddings(given, widths))
+
     @cached_property
     def components(self) -> tuple[str, ...]:
         """The networks that it has, in the order in which they run."""
@@ -149,7 +160,8 @@ class LatentDiffusion:
     @cached_property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Each network's config, defaults filled in."""
-        return {name: self.kind.components[name].config(self.skeleton(name)) for name in self.components}
+        own = {name: self.kind.components[name].config(self.skeleton(name)) for name in self.components}
+        return {name: config_with(name, config, self.embeddings) for name, config in own.items()}
 
     @cached_property
     def pixels_per_latent(self) -> int:
@@ -257,7 +269,7 @@ class LatentDiffusion:
     def sha256(self, component: str) -> str:
         """SHA-256 of the component's weight files, in name order, hex; with adapters in it, of their hashes too."""
         files = self.file.sha256 if self.file is not None else sha256_of(*self.weight_files(component))
-        return merged_sha256(files, component, self.merges)
+        return sha256_with(merged_sha256(files, component, self.merges), component, self.embeddings)
 
     def load(self, component: str) -> Network:
         """The network with its weights, float32, in evaluation mode, without gradients.
@@ -278,7 +290,7 @@ class LatentDiffusion:
         tensors = checked_tensors(place, tensors, network)
         tensors |= merged_weights(component, tensors, self.merges)
         network.load_state_dict(tensors, assign=True)
-        return network.requires_grad_(False).eval()
+        return with_vectors(component, network, self.embeddings).requires_grad_(False).eval()  # type: ignore[no-any-return]
 
     def save_changed(
         self,

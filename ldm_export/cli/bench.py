@@ -15,6 +15,8 @@ from ldm_export.cli.options import (
     check_output,
     command_line,
     console,
+    embedding_option,
+    embeddings_from,
     family_option,
     folder,
     lora_option,
@@ -67,6 +69,7 @@ KEPT = Gate("parity", 1.0)
     "first bundle. Repeatable.",
 )
 @lora_option
+@embedding_option
 @family_option
 @click.option("--resume", is_flag=True, help="Measure nothing that REPORT.json holds, even if it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the document, without pictures, as the last line.")
@@ -81,6 +84,7 @@ def command(
     texts: tuple[str, ...],
     asked: tuple[str, ...],
     loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
     resume: bool,
     as_json: bool,
     **options: Any,
@@ -95,6 +99,8 @@ def command(
     gates = [gate_from_text(text, KINDS) for text in asked]
     if options["data"] is None and was_given("pictures"):
         raise InputError("--pictures is how many are drawn for --data, which was not given. Give both, or neither.")
+    if embeddings and against is None:
+        raise InputError("--embedding changes the checkpoint of --against, which was not given. Give both, or neither.")
     if loras and against is None:
         raise InputError("--lora changes the checkpoint of --against, which was not given. Give both, or neither.")
     json_file = output.with_suffix(".json")
@@ -102,7 +108,11 @@ def command(
         raise InputError(f"{output} is where the figures go; the report is a page. Name a .html.")
     for file in (output, json_file):
         check_output(file)
-    checkpoint = None if against is None else open_checkpoint(against, adapters=adapters_from(loras))
+    checkpoint = (
+        None
+        if against is None
+        else open_checkpoint(against, adapters=adapters_from(loras), embeddings=embeddings_from(embeddings))
+    )
     settings = BenchOptions(prompts=prompts_from(prompts, texts), **options)
     with stages("bench") as progress:
         progress("opening")

@@ -17,6 +17,8 @@ from ldm_export.cli.options import (
     check_output,
     command_line,
     console,
+    embedding_option,
+    embeddings_from,
     family_option,
     folder,
     lora_option,
@@ -69,6 +71,7 @@ COLUMNS = {
     "latency_ms=500, memory_mb=500. Repeatable.",
 )
 @lora_option
+@embedding_option
 @family_option
 @click.option("--resume", is_flag=True, help="Measure no row that CARD.json holds, even if it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the document, without pictures, as the last line.")
@@ -84,6 +87,7 @@ def command(
     sizes: tuple[str, ...],
     asked: tuple[str, ...],
     loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
     resume: bool,
     as_json: bool,
     **options: Any,
@@ -102,7 +106,7 @@ def command(
     for file in (output, json_file):
         check_output(file)
     settings = CardOptions(prompts=prompts_from(prompts, texts), sizes=tuple(map(size_from_text, sizes)), **options)
-    checkpoint = open_checkpoint(against, adapters=adapters_from(loras))
+    checkpoint = open_checkpoint(against, adapters=adapters_from(loras), embeddings=embeddings_from(embeddings))
     with stages("card") as progress:
         progress("opening")
         card = Card(bundles, checkpoint, settings)

@@ -11,6 +11,8 @@ from ldm_export.cli.control import controlnet_option, controlnets_from, image_ad
 from ldm_export.cli.options import (
     adapters_from,
     console,
+    embedding_option,
+    embeddings_from,
     family_option,
     folder,
     json_option,
@@ -67,6 +69,7 @@ TARGETS = ("cpu", "none")
 @lora_option
 @controlnet_option
 @ip_adapter_options
+@embedding_option
 @family_option
 @json_option
 def command(
@@ -87,6 +90,7 @@ def command(
     controlnets: tuple[str, ...],
     ip_adapter: Path | None,
     image_encoder: Path | None,
+    embeddings: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Turn CHECKPOINT, a folder in diffusers layout or a shipped name such as emoji64, into a bundle.
@@ -110,6 +114,7 @@ def command(
         sampler=sampler,
         prediction_type=prediction_type,
         adapters=adapters,
+        embeddings=embeddings_from(embeddings),
         controls=controls,
         image_adapter=image_adapter,
     )

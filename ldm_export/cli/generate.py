@@ -73,6 +73,8 @@ def _pictures(bundle: Bundle, image: Path | None, mask: Path | None, margins: Ma
 @click.option("--calls", type=int, default=None, help="Network calls; outputs of the other steps are forecast.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale, 1 is off; the bundle's own (4) by default.")
 @click.option("--negative", default=None, metavar="TEXT", help="What to steer away from.")
+@click.option("--prompt-weights", is_flag=True, help="Read (word:1.2), (word) and [word] in prompts as weights.")
+@click.option("--long-prompts", is_flag=True, help="Read prompts in chunks that are too long for the text encoder.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Picture k uses seed + k.")
 @click.option("--image", type=folder, default=None, help="A picture to start from, or to edit.")
 @click.option("--mask", type=folder, default=None, help="White is drawn anew in --image, black is kept.")
@@ -122,6 +124,8 @@ def command(
     calls: int | None,
     guidance: float | None,
     negative: str | None,
+    prompt_weights: bool,
+    long_prompts: bool,
     seed: int,
     image: Path | None,
     mask: Path | None,
@@ -160,6 +164,8 @@ def command(
         "calls": calls,
         "guidance": guidance,
         "negative_prompt": negative,
+        "prompt_weights": prompt_weights,
+        "long_prompts": long_prompts,
         "seed": seed,
         "height": height,
         "width": width,

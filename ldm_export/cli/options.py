@@ -78,6 +78,27 @@ def adapters_from(loras: tuple[str, ...]) -> list[tuple[Path, float]]:
     return found
 
 
+def embedding_option(function: Function) -> Function:
+    """Add ``--embedding FILE[=TOKEN]``, as texts for `embeddings_from`."""
+    return click.option(
+        "--embedding",
+        "embeddings",
+        multiple=True,
+        metavar="FILE[=TOKEN]",
+        help="Textual inversion, to put into the text encoders; the token is the file's own by default; repeatable.",
+    )(function)
+
+
+def embeddings_from(texts: tuple[str, ...]) -> list[tuple[Path, str | None]]:
+    """Files and tokens of ``--embedding``."""
+    found: list[tuple[Path, str | None]] = []
+    for text in texts:
+        signs = [place for place, sign in enumerate(text) if sign == "="]
+        end = next((place for place in (len(text), *signs) if Path(text[:place]).exists()), [*signs, len(text)][0])
+        found.append((Path(text[:end]), text[end + 1 :] if end < len(text) else None))
+    return found
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, sort_keys=True))
 

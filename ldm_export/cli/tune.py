@@ -125,7 +125,7 @@ def _checkpoint(bundle: Path, against: str | None) -> LatentDiffusion | None:
     if against is not None:
         return open_checkpoint(against)
     source = Bundle.open(bundle).manifest.source
-    name = "" if source.get("adapters") else str(source.get("checkpoint", ""))
+    name = "" if source.get("adapters") or source.get("embeddings") else str(source.get("checkpoint", ""))
     return open_checkpoint(name) if name in shipped_checkpoints() else None
 
 

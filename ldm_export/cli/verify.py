@@ -14,6 +14,8 @@ from ldm_export.cli.options import (
     adapters_from,
     bundle_argument,
     console,
+    embedding_option,
+    embeddings_from,
     family_option,
     json_option,
     lora_option,
@@ -32,6 +34,7 @@ from ldm_export.runtime.facts import check_drawable
 @lora_option
 @controlnet_option
 @ip_adapter_options
+@embedding_option
 @family_option
 @json_option
 @click.pass_context
@@ -43,12 +46,15 @@ def command(
     controlnets: tuple[str, ...],
     ip_adapter: Path | None,
     image_encoder: Path | None,
+    embeddings: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Check BUNDLE: every file's hash, graphs, plans and tokenizers, and with --against the graphs' numbers.
 
     Exit code 1 if the numbers differ or what is under targets/ is damaged, 2 if the bundle is damaged.
     """
+    if embeddings and against is None:
+        raise InputError("--embedding changes the checkpoint of --against, which was not given. Give both, or neither.")
     if loras and against is None:
         raise InputError("--lora changes the checkpoint of --against, which was not given. Give both, or neither.")
     image_adapter = image_adapter_from(ip_adapter, image_encoder)
@@ -90,6 +96,7 @@ def command(
                 open_checkpoint(
                     against,
                     adapters=adapters_from(loras),
+                    embeddings=embeddings_from(embeddings),
                     controls=controlnets_from(controlnets),
                     image_adapter=image_adapter,
                 ),

@@ -213,6 +213,7 @@ def _source_facts(checkpoint: LatentDiffusion) -> dict[str, Any]:
         "prediction_type": checkpoint.prediction_type,
         "left_out": checkpoint.kind.left_out(checkpoint.index),
         "adapters": [merge.facts for merge in checkpoint.merges],
+        "embeddings": [embedding.facts for embedding in checkpoint.embeddings],
     }
 
 

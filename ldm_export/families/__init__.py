@@ -39,6 +39,7 @@ def open_checkpoint(
     adapters: Sequence[tuple[Path, float]] = (),
     controls: Sequence[tuple[str, Path]] = (),
     image_adapter: tuple[Path, Path | None] | None = None,
+    embeddings: Sequence[tuple[Path, str | None]] = (),
 ) -> LatentDiffusion:
     """Open a checkpoint of any family: a folder, a single file, or a shipped one by its name.
 
@@ -48,13 +49,14 @@ def open_checkpoint(
     adapters : files of LoRA and its kin, each with its strength, to merge into the networks
     controls : names and folders of ControlNets, to export beside them
     image_adapter : file of an IP-Adapter and folder of its image encoder, None for that beside it or the checkpoint's
+    embeddings : files of textual inversions, each with its token, or None for the one that the file has
 
     Raises
     ------
     CheckpointError
         If there is no such checkpoint, it is a pickle, of a family that is not known, or a component is missing.
     InputError
-        If an adapter cannot be used with it.
+        If an adapter or a textual inversion cannot be used with it.
     """
     families = [*_read.values(), *FAMILIES]
     try:
@@ -64,7 +66,8 @@ def open_checkpoint(
         model = LatentDiffusion.open(checkpoint, _kinds(families), sampler=sampler, prediction_type=prediction_type)
     model = model.with_adapters(adapters) if adapters else model
     model = with_controls(model, controls) if controls else model
-    return with_image_adapter(model, *image_adapter) if image_adapter else model
+    model = with_image_adapter(model, *image_adapter) if image_adapter else model
+    return model.with_embeddings(embeddings) if embeddings else model
 
 
 def family_of(checkpoint: LatentDiffusion) -> Family:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ldm_export.checkpoint import LatentDiffusion
-from ldm_export.errors import BundleError, CheckpointError
+from ldm_export.checkpoint.inversions import added_tokens
+from ldm_export.errors import BundleError, CheckpointError, InputError
+from ldm_export.families.added_tokens import check_tokens, files_with_tokens
 from ldm_export.families.libraries import library_class
 from ldm_export.reading.documents import json_text, parsed, read_bytes
 from ldm_export.runtime.tokenizer import Tokenizer
@@ -49,10 +51,11 @@ class CheckpointTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """A tokenizer of CLIP's kind, whose files a bundle takes over as they are."""
+    """A tokenizer of CLIP's kind, whose files a bundle takes over as they are, but for ``tokens`` that are added."""
 
     folder: Path
     kind: str = "clip"
+    tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: LatentDiffusion, name: str) -> ClipFiles:
@@ -62,6 +65,8 @@ class ClipFiles:
         ------
         CheckpointError
             If it cannot be used, is longer than the encoder's positions or ends texts with an unknown id.
+        InputError
+            If a textual inversion cannot be added to it.
         """
         folder, config = checkpoint.tokenizer_folder(name), checkpoint.configs[name]
         tokenizer = open_tokenizer(folder)
@@ -77,14 +82,27 @@ class ClipFiles:
                 f"{folder} has special tokens with ids up to {special}; the {name} knows {config['vocab_size']} "
                 "tokens. Use the tokenizer that was saved with the text encoder."
             )
-        return cls(folder)
+        tokens = added_tokens(name, checkpoint.embeddings)
+        if tokens:
+            check_tokens(tokenizer, name, checkpoint)
+            first, end = config["vocab_size"] - len(tokens), config["eos_token_id"]
+            if len(tokenizer.vocabulary) != first or tokenizer.eos_token_id != end:
+                raise InputError(
+                    f"{folder} has {len(tokenizer.vocabulary)} tokens and ends texts with {tokenizer.eos_token_id}; "
+                    f"the {name} has {first} and {end}, so that no textual inversion can be added. Use a tokenizer and "
+                    "a text encoder that were saved together."
+                )
+        return cls(folder, tokens=tokens)
 
     @cached_property
     def length(self) -> int:
         return self.open().model_max_length
 
     def open(self) -> ClipTokenizer:
-        return open_tokenizer(self.folder)
+        if not self.tokens:
+            return open_tokenizer(self.folder)
+        changed, plain = files_with_tokens(self.folder, self.tokens), TokenizerFiles.of_folder(self.folder)
+        return ClipTokenizer(TokenizerFiles(self.folder, lambda name: changed.get(name) or plain.read(name)))
 
     def write(self, folder: Path) -> None:
         """Copy the files; ``vocab.json`` and ``merges.txt`` are written out where only ``tokenizer.json`` has them."""
@@ -94,6 +112,8 @@ class ClipFiles:
         for name in (*FILES, WHOLE):
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
+        for name, content in (files_with_tokens(self.folder, self.tokens) if self.tokens else {}).items():
+            (folder / name).write_bytes(content)
         if whole.is_file() and not (folder / FILES[0]).is_file():
             model = parsed(read_bytes(whole), repeats=True)["model"]
             merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

@@ -31,7 +31,7 @@ from ldm_export.runtime.values import MOST_ITEMS, shown, text_of, whole_number
 
 FIELDS = (
     *("prompt", "negative_prompt", "seed", "sampler", "steps", "calls", "guidance", "height", "width", "class_label"),
-    *("adapters", "count"),
+    *("adapters", "prompt_weights", "long_prompts", "count"),
 )
 """Keys of a line."""
 MOST_PICTURES = 100_000
@@ -205,6 +205,8 @@ def _checked_request(
             AdapterUse(adapter.path.name, strength, adapter.sha256[:HASH_DIGITS], str(adapter.path))
             for adapter, strength in checked.mixtures[0]
         ),
+        prompt_weights=checked.reading.weights,
+        long_prompts=checked.reading.chunks,
         **model,
     )
 

@@ -21,6 +21,8 @@ its targets. Beside the fields of that tool:
     Plan                                   the sampler's name here; Sampler is that tool's name for it where it has one
     Calls, DeepCache, Class label          as they were asked for; absent where they were not
     Adapters                               JSON array: file's name, strength and SHA-256 of each, shortened likewise
+    Prompt weights, Long prompts           True if brackets in the prompts are weights, as that tool always has it; if
+                                           long prompts were read in chunks, and not cut off
     Exact                                  JSON object of the prompts that the lines above do not give to the letter:
                                            those with spaces at an end of a line, control characters, or a line that
                                            begins with "Negative prompt:"
@@ -112,6 +114,7 @@ class PictureRequest:
     controls : texts of the ControlNets in use (`control_text`), or None
     ip_adapter : text of the IP-Adapter's picture (`ip_adapter_text`), or None
     adapters : what changed the model, in the order in which they were given
+    prompt_weights, long_prompts : whether brackets in the prompts are weights; whether long ones were read in chunks
     """
 
     prompt: str | None
@@ -135,6 +138,8 @@ class PictureRequest:
     ip_adapter: str | None = None
     adapters: tuple[AdapterUse, ...] = ()
     image_guidance: float | None = None
+    prompt_weights: bool = False
+    long_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,10 @@ def options_of(requests: Sequence[PictureRequest]) -> dict[str, Any]:
     """Arguments of `ldm_export.runtime.Pipeline.generate` for pictures that differ in the fields of `OWN` alone, but
     for the image that they start from, its mask, whether the rest of its pixels is kept, and pictures that control."""
     first = requests[0]
-    names = ("sampler", "steps", "calls", "guidance", "height", "width", "strength", "image_guidance", "deepcache")
+    names = (
+        *("sampler", "steps", "calls", "guidance", "height", "width", "strength", "image_guidance", "deepcache"),
+        *("prompt_weights", "long_prompts"),
+    )
     negatives = None if first.negative_prompt is None else [request.negative_prompt for request in requests]
     return {name: getattr(first, name) for name in names} | {
         "prompts": None if first.prompt is None else [request.prompt for request in requests],
@@ -204,6 +212,8 @@ def _settings_of(request: PictureRequest) -> dict[str, str]:
         "Adapters": json.dumps([[use.name, use.strength, use.sha256] for use in request.adapters])
         if request.adapters
         else None,
+        "Prompt weights": request.prompt_weights or None,
+        "Long prompts": request.long_prompts or None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 
@@ -328,6 +338,8 @@ def _request_from(found: Parameters) -> PictureRequest:
         ip_adapter=settings.get("IP-Adapter"),
         adapters=_adapters_from(settings.get("Adapters", "[]")),
         image_guidance=None if image_guidance is None else _finite(image_guidance),
+        prompt_weights=settings.get("Prompt weights") == "True",
+        long_prompts=settings.get("Long prompts") == "True",
     )
     return replace(request, **_own(_json(settings.get("Exact", "{}")), "Exact"))
 

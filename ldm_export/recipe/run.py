@@ -78,6 +78,11 @@ def run_recipe(
             "A recipe was given with --lora; its passes read the checkpoint's files, in which the adapter is not. Save "
             "a checkpoint with the adapter in it (diffusers: fuse_lora, then save_pretrained), and give that."
         )
+    if checkpoint.embeddings:
+        raise InputError(
+            "A recipe was given with --embedding; its passes read the checkpoint's files, in which the token is not. "
+            "Save a checkpoint with it (diffusers: load_textual_inversion, then save_pretrained), and give that."
+        )
     check_output_folder(output, force)
     if held_out is not None and data is None:
         raise InputError(f"--held-out {held_out} was given without --data; give the pictures that prompts are of, too.")

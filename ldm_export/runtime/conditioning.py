@@ -4,6 +4,9 @@ A batch of B pictures becomes B rows of every input, or 2 B with guidance (Ho & 
 negative prompts', then the prompts', so that one call of the denoiser gives both predictions; or, of models that edit a
 picture, 3 B: the negative prompts' without the picture and with it, then the prompts'. Which graph makes which
 input of what is said by the bundle's roles (:class:`ldm_export.contract.Roles`).
+
+Weights in prompts, and prompts of several chunks, are those of :mod:`ldm_export.runtime.prompts`: every chunk goes
+through text encoders and conditioner, and the denoiser's inputs of tokens are joined.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from ldm_export.runtime.adapters import AdaptedGraph, changes
 from ldm_export.runtime.backends.base import Backend
 from ldm_export.runtime.facts import check_length
 from ldm_export.runtime.graph import Array, Graph
+from ldm_export.runtime.prompts import Reading, TokenRow, joined_conditions, token_rows, weighted_states
 from ldm_export.runtime.tokenizer import Tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
@@ -68,13 +72,36 @@ class Conditioning:
         )
         if self._image_encoder is not None:
             sources[f"{self._roles.image_encoder}.image_tokens"] = self._image_tokens(request, rows)
-        for encoder in self._roles.text_encoders:
-            encoded = self._encoded(encoder, request.prompts, request.mixtures)
-            if guided:
-                negative = self._encoded(encoder, [prompt or "" for prompt in negatives], request.mixtures)
-                encoded = {name: np.concatenate([*[negative[name]] * (rows - 1), encoded[name]]) for name in encoded}
-            sources |= {f"{encoder.graph}.{name}": value for name, value in encoded.items()}
-        return conditions_of(self._roles, self._graphs, sources, self._run)
+        texts = [request.prompts, *([[prompt or "" for prompt in negatives]] if guided else [])]
+        read = {
+            name: [encoder.read(each, request.reading) for each in texts] for name, encoder in self._encoders.items()
+        }
+        count = max((len(own) for groups in read.values() for group in groups for own in group), default=1)
+        chunks = [self._conditions_of_chunk(sources, read, chunk, request.mixtures, rows) for chunk in range(count)]
+        joined = joined_conditions(self._roles, self._graphs) if count > 1 else ()
+        return chunks[0] | {name: np.concatenate([chunk[name] for chunk in chunks], axis=1) for name in joined}
+
+    def _conditions_of_chunk(
+        self,
+        sources: Mapping[str, Array],
+        read: Mapping[str, Sequence[Sequence[Sequence[TokenRow]]]],
+        chunk: int,
+        mixtures: Sequence[Mixture],
+        rows: int,
+    ) -> dict[str, Array]:
+        """The denoiser's conditions by one chunk of each prompt: of its rows by encoder, prompts or negative prompts,
+        and picture; of the empty text where a prompt has no such chunk."""
+        made = dict(sources)
+        for encoder, groups in read.items():
+            empty = self._encoders[encoder].empty
+            prompts, *negatives = (
+                self._encoded(encoder, [own[chunk] if chunk < len(own) else empty for own in group], mixtures)
+                for group in groups
+            )
+            for name, value in prompts.items():
+                before = [negative[name] for negative in negatives] * (rows - 1)
+                made[f"{encoder}.{name}"] = np.concatenate([*before, value])
+        return conditions_of(self._roles, self._graphs, made, self._run)
 
     def _image_tokens(self, request: Request, rows: int) -> Array:
         """Tokens of the request's picture for an IP-Adapter, before them with guidance those of none."""
@@ -91,23 +118,23 @@ class Conditioning:
         read = [name for name in outputs if f"{encoder.graph}.{name}" in self._read]
         return PromptEncoder(tokenizer_of(self._bundle, encoder), graph, read)
 
-    def _encoded(self, encoder: TextEncoder, prompts: Sequence[str], mixtures: Sequence[Mixture]) -> dict[str, Array]:
-        """What an encoder makes of prompts, each under its picture's adapters."""
-        name = encoder.graph
+    def _encoded(self, name: str, rows: Sequence[TokenRow], mixtures: Sequence[Mixture]) -> dict[str, Array]:
+        """What an encoder makes of token ids, each row under its picture's adapters."""
         if not changes(mixtures, name):
-            return self._encoders[name].encode(prompts)
+            return self._encoders[name].encode(rows)
         if name not in self._adapted:
             self._adapted[name] = self._backend.load_adapted(name)
-        rows: dict[int, dict[str, Array]] = {}
+        encoder = next(each for each in self._roles.text_encoders if each.graph == name)
+        found: dict[int, dict[str, Array]] = {}
         for mixture in dict.fromkeys(mixtures):
             own = [number for number, other in enumerate(mixtures) if other == mixture]
             reads = self._encoders[name]
             if changes([mixture], name):
                 graph = AdaptedGraph(self._adapted[name], name, self._graphs[name], mixture)
                 reads = self._prompt_encoder(encoder, graph)
-            results = reads.encode([prompts[number] for number in own])
-            rows |= {number: {key: value[k] for key, value in results.items()} for k, number in enumerate(own)}
-        return {key: np.stack([rows[number][key] for number in range(len(rows))]) for key in rows[0]}
+            results = reads.encode([rows[number] for number in own])
+            found |= {number: {key: value[k] for key, value in results.items()} for k, number in enumerate(own)}
+        return {key: np.stack([found[number][key] for number in range(len(found))]) for key in found[0]}
 
     def _run(self, _: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         assert self._conditioner is not None
@@ -115,7 +142,7 @@ class Conditioning:
 
 
 class PromptEncoder:
-    """Prompts to what one text encoder makes of them, with a cache keyed by token ids.
+    """Prompts to rows of token ids, and those to what one text encoder makes of them, with a cache keyed by the ids.
 
     Parameters
     ----------
@@ -128,9 +155,18 @@ class PromptEncoder:
         self._tokenizer, self._graph, self._outputs = tokenizer, graph, outputs
         self._cache: OrderedDict[bytes, tuple[Array, ...]] = OrderedDict()
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """The outputs by name, a row a prompt."""
-        ids = self._tokenizer(prompts)  # (B, L)
+    def read(self, prompts: Sequence[str], reading: Reading) -> list[list[TokenRow]]:
+        """Rows of token ids of each prompt; raises as `token_rows` does."""
+        return [token_rows(self._tokenizer, prompt, reading) for prompt in prompts]
+
+    @property
+    def empty(self) -> TokenRow:
+        """Token ids of the empty text."""
+        return token_rows(self._tokenizer, "", Reading())[0]
+
+    def encode(self, rows_of_ids: Sequence[TokenRow]) -> dict[str, Array]:
+        """The outputs by name, a row a row of ids; states (L, width) are weighted."""
+        ids = np.stack([row.ids for row in rows_of_ids])  # (B, L)
         keys = [row.tobytes() for row in ids]
         new = {key: number for number, key in enumerate(keys) if key not in self._cache}
         if new:
@@ -139,10 +175,17 @@ class PromptEncoder:
                 self._cache[key] = tuple(row)
         for key in keys:
             self._cache.move_to_end(key)
-        rows = [self._cache[key] for key in keys]
+        rows = [self._weighted(key, row.weights) for key, row in zip(keys, rows_of_ids, strict=True)]
         while len(self._cache) > max(CACHED_PROMPTS, len(set(keys))):
             self._cache.popitem(last=False)
         return {name: np.stack(parts) for name, parts in zip(self._outputs, zip(*rows, strict=True), strict=True)}
+
+    def _weighted(self, key: bytes, weights: Array | None) -> tuple[Array, ...]:
+        """The cached outputs of a row of ids, its states weighted."""
+        outputs = self._cache[key]
+        if weights is None:
+            return outputs
+        return tuple(weighted_states(output, weights) if output.ndim == 2 else output for output in outputs)
 
 
 def request_sources(

@@ -30,6 +30,7 @@ from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.inpainting import blended
 from ldm_export.runtime.loop_inputs import check_results, loop_inputs
+from ldm_export.runtime.prompts import joined_conditions
 from ldm_export.runtime.request import Options, Request, check_size, checked_request, latents_image, picture_channels
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import GuidedDenoiser, Sampling, SamplingTask
@@ -330,6 +331,7 @@ class Pipeline:
         assert self._conditioning is not None
         conditions = self._conditioning(request, each, start.beside) | branches
         conditions |= no_residuals(self.bundle, request.batch * each)
+        self._check_tokens(denoiser, conditions, request)
         residuals = self._residuals(request, conditions, request.batch * each)
         timings.text_ms = _since(started)
 
@@ -365,6 +367,20 @@ class Pipeline:
             for control in request.controls
         ]
         return Residuals(loaded, len(request.trajectory.rows))
+
+    def _check_tokens(self, denoiser: Graph, conditions: Mapping[str, Array], request: Request) -> None:
+        """Raise InputError if prompts of several chunks have more tokens than the opened denoiser takes."""
+        if not request.reading.chunks:
+            return
+        joined = joined_conditions(self._roles, {self._roles.denoiser: denoiser.spec})
+        for name, array in ((name, conditions[name]) for name in joined):
+            try:
+                self._backend.check_shapes(self._roles.denoiser, {name: array.shape})
+            except InputError as error:
+                raise InputError(
+                    f"The prompts in chunks have {array.shape[1]} tokens; {self.backend} was built for another number. "
+                    "Use the backend cpu, or leave long_prompts out."
+                ) from error
 
     def _check_latents(self, step: Step, request: Request) -> None:
         """Raise NumericalError unless all latents are finite numbers."""

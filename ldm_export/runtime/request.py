@@ -30,6 +30,7 @@ from ldm_export.runtime.image_prompt import ImagePrompt, checked_image_prompt
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
+from ldm_export.runtime.prompts import Reading, check_reading, weighted_parts
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
 
 LARGEST_GUIDANCE = 1e6
@@ -71,6 +72,9 @@ class Options(TypedDict, total=False):
         2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
     whole : draw with the plan's loop graph, everything in one call, which cannot be watched or cancelled in between;
         the bundle, or the engines that run, must have that loop
+    prompt_weights : whether brackets in prompts and negative prompts are weights, ``(word:1.2)``
+        (`ldm_export.runtime.prompts`), and not text like any other
+    long_prompts : whether prompts of more tokens than the model reads are read in chunks, and not cut off
     """
 
     sampler: str | None
@@ -93,6 +97,8 @@ class Options(TypedDict, total=False):
     adapters: Sequence[Any] | None
     deepcache: int
     whole: bool
+    prompt_weights: bool
+    long_prompts: bool
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class Request:
     loop : the plan whose loop graph draws all in one call, such as ``ddim-20``, or None
     controls : by pictures
     image_prompt : an IP-Adapter's picture, or None
+    reading : how the prompts are read
     """
 
     prompts: tuple[str, ...]
@@ -138,6 +145,7 @@ class Request:
     trajectory: Trajectory
     deepcache: int
     loop: str | None
+    reading: Reading
     controls: tuple[CheckedControl, ...] = ()
     image_prompt: ImagePrompt | None = None
 
@@ -189,6 +197,8 @@ def checked_request(
     adapters: Sequence[Any] | None = None,
     deepcache: int = 1,
     whole: bool = False,
+    prompt_weights: bool = False,
+    long_prompts: bool = False,
 ) -> Request:
     """Check what is asked for whole, before anything runs; the parameters are those of :class:`Options`.
 
@@ -258,6 +268,11 @@ def checked_request(
         )
     if whole and adapters:
         raise InputError("The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out.")
+    reading = Reading(flag("prompt_weights", prompt_weights), flag("long_prompts", long_prompts))
+    check_reading(reading, roles, graphs, whole=whole)
+    if reading.weights:
+        for text in (*texts, *(([negatives] if isinstance(negatives, str) else negatives) or ())):
+            weighted_parts(text or "")
     if strength is not None:
         strength = real_number("strength", strength, 0.0, 1.0)
         if image is None:
@@ -319,6 +334,7 @@ def checked_request(
         loop=f"{plan.sampler}-{steps}" if whole else None,
         controls=tuple(controlled),
         image_prompt=checked_image_prompt(bundle, ip_adapter_image, ip_adapter_scale, batch),
+        reading=reading,
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request

@@ -60,6 +60,10 @@ class ClipTokenizer:
         Length of every row of ids; 77 if no file says otherwise.
     bos_token_id, eos_token_id, pad_token_id : int
         Some models pad with the end token, others with ``!``, id 0.
+    config : dict
+        What ``tokenizer_config.json`` says, or that and ``special_tokens_map.json``.
+    added : dict
+        Tokens outside the merges by id.
 
     Raises
     ------
@@ -96,7 +100,13 @@ class ClipTokenizer:
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             numbers[named[role].content] for role in ("bos_token", "eos_token", "pad_token")
         )
+        self.config, self.added = config, added
         self._written_out = _written_out([token.content for token in added.values()])
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, added ones included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
 
     def __call__(self, prompts: str | Sequence[str]) -> NDArray[np.int64]:
         """Encode prompts.
@@ -122,25 +132,33 @@ class ClipTokenizer:
             For each prompt that does not fit, with the text that was cut off. Its row still ends with the end token.
         """
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = np.full((len(batch), self.model_max_length), self.pad_token_id, np.int64)  # (B, T)
+        rows = [self.framed(self.cut(self.body(prompt))) for prompt in batch]
+        return np.stack(rows) if rows else np.empty((0, self.model_max_length), np.int64)
+
+    def body(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, without start, end and padding; raises InputError if it is no ``str``."""
+        if not isinstance(prompt, str):
+            raise InputError(f"A prompt is {prompt!r}, of type {type(prompt).__name__}; prompts are of type str.")
+        text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if self._written_out:
+            text = self._with_vectors(text)
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def cut(self, body: list[int]) -> list[int]:
+        """Token ids that a row has room for; warns with the text of the others."""
         room = self.model_max_length - 2
-        for row, prompt in zip(ids, batch, strict=True):
-            if not isinstance(prompt, str):
-                raise InputError(f"A prompt is {prompt!r}, of type {type(prompt).__name__}; prompts are of type str.")
-            text = prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            if self._written_out:
-                text = self._with_vectors(text)
-            body = self._backend.encode(text, add_special_tokens=False).ids
-            if len(body) > room:
-                warn(
-                    f"The prompt has {len(body)} tokens; this model reads {room}. "
-                    f"Cut off: {self._text(body[room:])!r}. Shorten the prompt."
-                )
-                body = body[:room]
-            row[0] = self.bos_token_id
-            row[1 : len(body) + 1] = body
-            row[len(body) + 1] = self.eos_token_id
-        return ids
+        if len(body) > room:
+            warn(
+                f"The prompt has {len(body)} tokens; this model reads {room}. "
+                f"Cut off: {self._text(body[room:])!r}. Shorten the prompt."
+            )
+        return body[:room]
+
+    def framed(self, body: Sequence[int]) -> NDArray[np.int64]:
+        """A row of ids, (model_max_length,): the tokens between start and end, and padding."""
+        row = np.full(self.model_max_length, self.pad_token_id, np.int64)
+        row[: len(body) + 2] = [self.bos_token_id, *body, self.eos_token_id]
+        return row
 
     def _with_vectors(self, text: str) -> str:
         """Return a prompt with each of its added tokens of several vectors written out, wherever the text has it."""

@@ -122,6 +122,7 @@ class TorchImageGenerator:
         self.channels = int(encoder.inputs[0].shape[1])
         self.name = f"checkpoint {checkpoint.name}"
         self.adapters = [(str(merge.adapter.file), merge.scale) for merge in checkpoint.merges]
+        self.embeddings = [(str(embedding.file), embedding.token) for embedding in checkpoint.embeddings]
         self.pixels = checkpoint.picture_size
         self._tokenizers = [tokenizer.open() for tokenizer in family.tokenizers.values()]
 

@@ -53,6 +53,18 @@ def redrawn(pipeline: Pipeline, path: Path, **options: Any) -> Any:
     return pipeline.generate(**options_of(requests_from(read_picture_file(path).parameters or "")), **options).images
 
 
+def test_lines_of_a_list_may_have_weights(tiny_bundle: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "(red:1.5) eyes", "prompt_weights": on, "seed": 3, "steps": 2} for on in (True, False)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = drawn(tiny_bundle, "-f", tmp_path / "list.jsonl", "-o", f"{tmp_path / 'out'}/")
+    first, second = map(Path, made["files"])
+    assert pixels(first).tobytes() != pixels(second).tobytes()
+    assert requests_from(read_picture_file(first).parameters or "")[0].prompt_weights
+    (tmp_path / "list.jsonl").write_text('{"prompt": "red", "long_prompts": 1}')
+    said = refused(run("generate", tiny_bundle, "-f", tmp_path / "list.jsonl", "-o", f"{tmp_path / 'out'}/"))
+    assert "line 1: long_prompts is 1; give True or False" in said
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,8 +72,9 @@ def redrawn(pipeline: Pipeline, path: Path, **options: Any) -> Any:
         ["--steps", 12, "--calls", 5, "--sampler", "plms"],
         ["--sampler", "euler-ancestral", "--steps", 7, "--guidance", 2.1, "--negative", " Negative:\n x\t"],
         ["--size", "16x24", "--negative", "", "--seed", -3, "--steps", 5],
+        ["--prompt-weights", "--long-prompts", "--negative", "(red:0.5) " * 20, "--steps", 5],
     ],
-    ids=["defaults", "calls", "noisy", "size"],
+    ids=["defaults", "calls", "noisy", "size", "weights and chunks"],
 )
 def test_pictures_can_be_drawn_again_from_their_text(tiny_bundle: Path, tmp_path: Path, options: list[Any]) -> None:
     out = tmp_path / "out"

@@ -171,6 +171,7 @@ def test_no_class_of_requests_differs_unseen() -> None:
         **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
         "adapters": (AdapterUse("a.ldma", 1.0, "ab"),),
         "image_guidance": 1.5,
+        **{"prompt_weights": True, "long_prompts": True},
     }
     assert changed.keys() == vars(REQUEST).keys()
     texts = {parameters_text([replace(REQUEST, **{name: value})]) for name, value in changed.items()}

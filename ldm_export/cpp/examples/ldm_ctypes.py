@@ -66,6 +66,8 @@ class DrawOptions(ctypes.Structure):
         ("mask_count", c_size_t),
         ("keep_pixels", c_int32),
         ("image_guidance", c_double),
+        ("prompt_weights", c_int32),
+        ("long_prompts", c_int32),
     )
 
 

@@ -23,7 +23,8 @@ constexpr const char *USAGE =
     "               [--seed N] [--image IN.png] [--strength X] [--mask MASK.png] [--keep-pixels] [--outpaint SIDE=N,...]\n"
     "               [--image-guidance W] [--size HxW] [--class-label N]... [--count N]\n"
     "               [--deepcache N] [--backend auto|cpu|cuda|tensorrt-rtx|tensorrt]\n"
-    "               [--threads N] [--latents OUT.npy] [--lora FILE[=STRENGTH]]...\n";
+    "               [--threads N] [--latents OUT.npy] [--lora FILE[=STRENGTH]]...\n"
+    "               [--prompt-weights] [--long-prompts]\n";
 
 struct UsageError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -44,15 +45,16 @@ Arguments parsed(int argc, char **argv) {
                                   "--size", "--strength", "--class-label", "--count",    "--deepcache", "--backend", "--threads",
                                   "--latents", "--calls", "--mask", "--outpaint", "--image-guidance",
                                   "--lora"};
+    static const char *flags[] = {"--keep-pixels", "--prompt-weights", "--long-prompts"};
     Arguments arguments;
     for (int i = 1; i < argc; ++i) {
         const std::string word = argv[i];
-        if (word.empty() || word[0] != '-') {
-            arguments.positional.push_back(word);
+        if (std::find(std::begin(flags), std::end(flags), word) != std::end(flags)) {
+            arguments.options[word] = {"1"};
             continue;
         }
-        if (word == "--keep-pixels") {
-            arguments.options[word] = {""};
+        if (word.empty() || word[0] != '-') {
+            arguments.positional.push_back(word);
             continue;
         }
         if (std::find(std::begin(known), std::end(known), word) == std::end(known) || i + 1 == argc)
@@ -169,6 +171,8 @@ int run(const Arguments &arguments) {
         if (name == "--calls") draw.calls = positive(name, value);
         if (name == "--guidance") draw.guidance = number(name, value);
         if (name == "--negative") draw.negative_prompts = {value};
+        if (name == "--prompt-weights") draw.prompt_weights = true;
+        if (name == "--long-prompts") draw.long_prompts = true;
         if (name == "--seed") draw.seed = whole(name, value);
         if (name == "--strength") draw.strength = number(name, value);
         if (name == "--image-guidance") draw.image_guidance = number(name, value);

@@ -116,17 +116,22 @@ Tensors request_sources(const Request &request, std::size_t each, const std::opt
 
 TensorRefs taken(const GraphSpec &graph, Tensors &there);
 
-// The denoiser's inputs beside latents and timestep, with `each` rows a picture; with guidance the negative prompts' come
-// first, of three those without the picture's latents before those with them.
-Tensors conditions(Model &model, const Request &request, std::size_t each, const std::optional<Tensor> &image_latents) {
+using Chunks = std::vector<std::vector<TokenRow>>;  // of one prompt, rows by encoder
+
+// The denoiser's inputs by one chunk of each prompt, of the empty text where a prompt has no such chunk.
+Tensors conditions_of_chunk(Model &model, Tensors known, const std::vector<Chunks> &prompts,
+                            const std::vector<Chunks> &negatives, std::size_t number, const std::vector<Mixture> &mixtures,
+                            std::size_t each) {
     const Roles &roles = model.roles();
-    Tensors known = request_sources(request, each, image_latents);
-    if (!request.prompts.empty()) {
-        std::vector<SharedTensors> encoded = model.encode(request.prompts, request.mixtures);
-        if (each > 1) {
-            const std::vector<SharedTensors> negative = model.encode(request.negative_prompts, request.mixtures);
-            for (std::size_t k = 1; k < each; ++k) encoded.insert(encoded.begin(), negative.begin(), negative.end());
-        }
+    if (!prompts.empty()) {
+        const auto encode = [&](const std::vector<Chunks> &read) {
+            Chunks chunks;
+            for (const Chunks &own : read) chunks.push_back(number < own.size() ? own[number] : model.read("", {})[0]);
+            return chunks.empty() ? std::vector<SharedTensors>() : model.encode(chunks, mixtures);
+        };
+        std::vector<SharedTensors> encoded = encode(prompts);
+        const std::vector<SharedTensors> negative = encode(negatives);
+        for (std::size_t k = 1; k < each; ++k) encoded.insert(encoded.begin(), negative.begin(), negative.end());
         for (const auto &[source, _] : *encoded[0]) {
             std::vector<const Tensor *> all;
             for (const SharedTensors &row : encoded) all.push_back(&row->at(source));
@@ -145,6 +150,56 @@ Tensors conditions(Model &model, const Request &request, std::size_t each, const
         inputs[name] = found->second;
     }
     return inputs;
+}
+
+// Arrays (B, tokens, ...) one after another along their tokens.
+Tensor joined(const std::vector<const Tensor *> &arrays) {
+    Tensor whole{arrays[0]->dtype, arrays[0]->shape, {}};
+    const auto batch = static_cast<std::size_t>(whole.shape[0]);
+    whole.shape[1] *= static_cast<std::int64_t>(arrays.size());
+    for (std::size_t k = 0; k < batch; ++k)
+        for (const Tensor *array : arrays) {
+            const auto each = static_cast<std::ptrdiff_t>(array->data.size() / batch);
+            const auto from = array->data.begin() + static_cast<std::ptrdiff_t>(k) * each;
+            whole.data.insert(whole.data.end(), from, from + each);
+        }
+    return whole;
+}
+
+// The denoiser's inputs beside latents and timestep, with `each` rows a picture; with guidance the negative prompts' come
+// first, of three those without the picture's latents before those with them.
+Tensors conditions(Model &model, const Request &request, std::size_t each, const std::optional<Tensor> &image_latents) {
+    const Tensors known = request_sources(request, each, image_latents);
+    std::vector<Chunks> prompts, negatives;
+    std::size_t count = 1;
+    for (auto [given, read] : {std::pair(&request.prompts, &prompts), std::pair(&request.negative_prompts, &negatives)}) {
+        if (read == &negatives && each == 1) continue;
+        for (const std::string &prompt : *given) read->push_back(model.read(prompt, request.reading));
+        for (const Chunks &chunks : *read) count = std::max(count, chunks.size());
+    }
+    std::vector<Tensors> made;
+    for (std::size_t k = 0; k < count; ++k) made.push_back(conditions_of_chunk(model, known, prompts, negatives, k, request.mixtures, each));
+    Tensors inputs = made[0];
+    if (count == 1) return inputs;
+    for (const std::string &name : joined_conditions(model.roles(), model.bundle().manifest.graphs)) {
+        std::vector<const Tensor *> arrays;
+        for (const Tensors &chunk : made) arrays.push_back(&chunk.at(name));
+        inputs[name] = joined(arrays);
+    }
+    return inputs;
+}
+
+// Throws InputError if prompts of several chunks have more tokens than the opened denoiser takes.
+void check_tokens(const Model &model, const Graph &denoiser, const Tensors &inputs) {
+    for (const std::string &name : joined_conditions(model.roles(), model.bundle().manifest.graphs)) {
+        const Shape &shape = inputs.at(name).shape;
+        try {
+            denoiser.check_shape(name, shape);
+        } catch (const InputError &) {
+            throw InputError(join("The prompts in chunks have ", shape[1], " tokens; ", model.backend(),
+                                  " was built for another number. Use the backend cpu, or leave long_prompts out."));
+        }
+    }
 }
 
 // Of what there is, what a graph takes; it must be all.
@@ -241,6 +296,7 @@ Tensor draw(Model &model, const Request &request, const OnStep &on_step) {
     const Trajectory &trajectory = request.trajectory;
     Start start = start_of(model, request, shape, noise);
     Tensors inputs = conditions(model, request, each, start.beside);
+    if (request.reading.chunks) check_tokens(model, denoiser, inputs);
     if (adapted) {
         std::vector<Mixture> mixtures;
         for (std::size_t k = 0; k < each; ++k) mixtures.insert(mixtures.end(), request.mixtures.begin(), request.mixtures.end());

@@ -209,22 +209,37 @@ const Tokenizers &Model::tokenizers() {
     return *tokenizers_;
 }
 
-std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts, const std::vector<Mixture> &mixtures) {
+std::vector<std::vector<TokenRow>> Model::read(const std::string &prompt, const Reading &reading) {
+    std::vector<std::vector<TokenRow>> by_encoder;
+    std::size_t count = 0;
+    for (const auto &tokenizer : tokenizers()) {
+        by_encoder.push_back(token_rows(*tokenizer, prompt, reading, warn_));
+        count = std::max(count, by_encoder.back().size());
+    }
+    std::vector<std::vector<TokenRow>> chunks(count);
+    for (std::size_t i = 0; i < by_encoder.size(); ++i)
+        for (std::size_t k = 0; k < count; ++k)
+            chunks[k].push_back(k < by_encoder[i].size() ? by_encoder[i][k]
+                                                         : token_rows(*tokenizers()[i], "", Reading{}, warn_)[0]);
+    return chunks;
+}
+
+std::vector<SharedTensors> Model::encode(const std::vector<std::vector<TokenRow>> &chunks,
+                                         const std::vector<Mixture> &mixtures) {
     const std::lock_guard<std::recursive_mutex> lock(mutex_);
-    const Tokenizers &readers = tokenizers();
+    const std::size_t encoders = roles().text_encoders.size();
     std::vector<std::string> keys;
     std::map<std::string, SharedTensors> rows;
     std::vector<std::string> missing;
     std::vector<Mixture> missing_mixtures;
-    std::vector<std::vector<Tensor>> missing_ids(readers.size());
-    for (std::size_t number = 0; number < prompts.size(); ++number) {
-        const std::string &prompt = prompts[number];
+    std::vector<std::vector<Tensor>> missing_ids(encoders);
+    for (std::size_t number = 0; number < chunks.size(); ++number) {
+        const std::vector<TokenRow> &chunk = chunks[number];
         std::vector<Tensor> ids;
         std::string key;
-        for (const auto &tokenizer : readers) {
-            const std::vector<TokenId> row = (*tokenizer)(prompt, warn_);
-            ids.push_back(Tensor::zeros<TokenId>({static_cast<std::int64_t>(row.size())}));
-            std::copy(row.begin(), row.end(), ids.back().as<TokenId>());
+        for (const TokenRow &row : chunk) {
+            ids.push_back(Tensor::zeros<TokenId>({static_cast<std::int64_t>(row.ids.size())}));
+            std::copy(row.ids.begin(), row.ids.end(), ids.back().as<TokenId>());
             key.append(ids.back().as<char>(), ids.back().data.size());
         }
         Mixture mixture;  // of what changes an encoder
@@ -242,7 +257,7 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts
         if (known != nullptr) continue;
         missing.push_back(key);
         missing_mixtures.push_back(std::move(mixture));
-        for (std::size_t i = 0; i < readers.size(); ++i) missing_ids[i].push_back(std::move(ids[i]));
+        for (std::size_t i = 0; i < encoders; ++i) missing_ids[i].push_back(std::move(ids[i]));
     }
     if (!missing.empty()) {
         std::vector<Tensors> made = run_encoders(missing_ids, missing_mixtures);
@@ -252,8 +267,21 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::string> &prompts
         }
     }
     std::vector<SharedTensors> encoded;
-    for (const std::string &key : keys) encoded.push_back(rows.at(key));
+    for (std::size_t k = 0; k < keys.size(); ++k) encoded.push_back(weighted(rows.at(keys[k]), chunks[k]));
     return encoded;
+}
+
+// The states of a chunk with its weights; what is pooled as it is.
+SharedTensors Model::weighted(const SharedTensors &found, const std::vector<TokenRow> &chunk) const {
+    if (std::all_of(chunk.begin(), chunk.end(), [](const TokenRow &row) { return row.weights.empty(); })) return found;
+    Tensors made = *found;
+    for (auto &[source, tensor] : made)
+        for (std::size_t i = 0; i < chunk.size(); ++i) {
+            const std::string start = roles().text_encoders[i].graph + ".";
+            const bool is_own = source.compare(0, start.size(), start) == 0;
+            if (is_own && tensor.shape.size() == 2 && !chunk[i].weights.empty()) weigh(tensor, chunk[i].weights);
+        }
+    return std::make_shared<const Tensors>(std::move(made));
 }
 
 // One run of each text encoder on the ids of all prompts; ids by encoder and prompt.

@@ -5,6 +5,7 @@
 #include "bundle.hpp"
 #include "facts.hpp"
 #include "graph.hpp"
+#include "prompts.hpp"
 #include "session.hpp"
 #include "target.hpp"
 #include "tensorrt.hpp"
@@ -42,8 +43,12 @@ class Model {
     void check_unchanged() const;
     const Tokenizers &tokenizers();   // one for each text encoder
 
-    // What the text encoders give for each prompt with its picture's adapters, without the batch, by source; of what is read.
-    std::vector<SharedTensors> encode(const std::vector<std::string> &prompts, const std::vector<Mixture> &mixtures);
+    // The chunks of a prompt, each a row of ids for each text encoder; one chunk unless long ones are read so.
+    std::vector<std::vector<TokenRow>> read(const std::string &prompt, const Reading &reading);
+
+    // What the text encoders give for such chunks, each with its picture's adapters, without the batch, by source, weighted;
+    // of what is read.
+    std::vector<SharedTensors> encode(const std::vector<std::vector<TokenRow>> &chunks, const std::vector<Mixture> &mixtures);
 
   private:
     void open_engines(const Flavour *asked);
@@ -53,6 +58,7 @@ class Model {
     std::unique_ptr<Graph> load_target(const Target &target, const std::string &name);
     std::unique_ptr<Graph> open(const ListedFiles &files, const std::string &path, const GraphSpec *spec);
     void pass_over_target(const std::string &why);
+    SharedTensors weighted(const SharedTensors &found, const std::vector<TokenRow> &chunk) const;
     std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids, const std::vector<Mixture> &mixtures);
 
     Bundle bundle_;

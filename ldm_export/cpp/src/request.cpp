@@ -276,6 +276,11 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     }
     if (facts.takes_classes) request.class_labels = labels(bundle, facts, options.class_labels, count);
     request.guidance = guidance(facts, options.guidance, request.negative_prompts);
+    request.reading = {options.prompt_weights != 0, options.long_prompts != 0};
+    check_reading(request.reading, *bundle.manifest.roles, bundle.manifest.graphs, options.whole != 0);
+    if (request.reading.weights)
+        for (const auto *given : {&request.prompts, &request.negative_prompts})
+            for (const std::string &prompt : *given) weighted_parts(prompt);
     std::string sampler = options.sampler == nullptr ? facts.default_sampler : options.sampler;
     if (!is_utf8(sampler)) throw InputError("The sampler's name is not UTF-8 text. Use one of the bundle's.");
     const std::uint32_t steps = options.steps == 0 ? facts.default_steps : options.steps;

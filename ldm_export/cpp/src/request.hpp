@@ -5,6 +5,7 @@
 #include "facts.hpp"
 #include "levels.hpp"
 #include "plan.hpp"
+#include "prompts.hpp"
 #include "tensor.hpp"
 
 #include <ldm/ldm.h>
@@ -31,6 +32,7 @@ struct Request {
     std::vector<Mixture> mixtures;  // what adapters each picture is drawn with
     std::size_t deepcache;
     std::string loop;  // the loop graph that draws all in one call, or empty
+    Reading reading;   // of the prompts
 
     std::size_t batch() const { return seeds.size(); }
 };

@@ -93,14 +93,25 @@ ClipTokenizer::ClipTokenizer(const TokenizerFiles &folder) {
 }
 
 std::vector<TokenId> ClipTokenizer::operator()(std::string_view prompt, const Warn &warn) const {
+    std::vector<TokenId> ids = all(prompt);
+    cut(ids, warn);
+    return framed(std::move(ids));
+}
+
+std::vector<TokenId> ClipTokenizer::all(std::string_view prompt) const {
     if (!is_utf8(prompt)) throw InputError("A prompt is not UTF-8 text. Convert it.");
-    std::vector<TokenId> ids = body(written_out(decoded(prompt)));
+    return body(written_out(decoded(prompt)));
+}
+
+void ClipTokenizer::cut(std::vector<TokenId> &ids, const Warn &warn) const {
     const std::size_t room = max_length_ - 2;
-    if (ids.size() > room) {
-        warn(join("The prompt has ", ids.size(), " tokens; this model reads ", room, ". Cut off: '", text_of(ids, room),
-                  "'. Shorten the prompt."));
-        ids.resize(room);
-    }
+    if (ids.size() <= room) return;
+    warn(join("The prompt has ", ids.size(), " tokens; this model reads ", room, ". Cut off: '", text_of(ids, room),
+              "'. Shorten the prompt."));
+    ids.resize(room);
+}
+
+std::vector<TokenId> ClipTokenizer::framed(std::vector<TokenId> ids) const {
     ids.insert(ids.begin(), bos_);
     ids.push_back(eos_);
     ids.resize(max_length_, pad_);

@@ -21,6 +21,11 @@ class ClipTokenizer : public Tokenizer {
 
     std::vector<TokenId> operator()(std::string_view prompt, const Warn &warn) const override;
 
+    // Its parts: all ids of a prompt; as many as there is room for, `warn` being told the rest; with start, end and padding.
+    std::vector<TokenId> all(std::string_view prompt) const;
+    void cut(std::vector<TokenId> &ids, const Warn &warn) const;
+    std::vector<TokenId> framed(std::vector<TokenId> ids) const;
+
     std::size_t max_length() const override { return max_length_; }
     const char *length_file() const override { return "tokenizer_config.json"; }
 

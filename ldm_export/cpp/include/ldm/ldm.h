@@ -119,6 +119,8 @@ typedef struct ldm_draw_options {
     int32_t keep_pixels;                 /* 1: pixels that the mask keeps are the image's to the bit; 0 */
     double image_guidance;               /* of a model that edits the image, towards it: from 0 to 1e6, below 1 both guidances
                                             are off; NaN: 1.5 */
+    int32_t prompt_weights;              /* 1: "(word:1.2)", "(word)" and "[word]" in prompts are weights; 0 */
+    int32_t long_prompts;                /* 1: prompts too long for the text encoder are read in chunks; 0: cut off */
 } ldm_draw_options;
 
 /* What a bundle draws; the texts live as long as the pipeline. */

@@ -114,6 +114,8 @@ struct DrawOptions {
     std::size_t mask_count = 1;
     bool keep_pixels = false;
     std::optional<double> image_guidance = std::nullopt;
+    bool prompt_weights = false;
+    bool long_prompts = false;
 };
 
 // An opened bundle. Moves, does not copy; clone() gives another on the same weights, for another thread.
@@ -236,6 +238,8 @@ class Pipeline {
         chosen.mask_count = options.mask_count;
         chosen.keep_pixels = options.keep_pixels;
         if (options.image_guidance) chosen.image_guidance = *options.image_guidance;
+        chosen.prompt_weights = options.prompt_weights;
+        chosen.long_prompts = options.long_prompts;
         chosen.step = step ? watch : nullptr;
         chosen.step_user = &watched;
         const ldm_info model = info();
