@@ -171,13 +171,14 @@ def check_same_graphs(bundle: Bundle, checkpoint: LatentDiffusion) -> None:
     if roles is not None and roles.image_encoder is not None and checkpoint.image_adapter is None:
         raise InputError(
             f"The bundle {bundle.path} has an IP-Adapter, which {checkpoint.path} has not beside it. "
-            "Name its file: --ip-adapter FILE"
+            f"Compare them with: ldm-export verify {bundle.path} --against {checkpoint.path} --ip-adapter FILE"
         )
     controls = {} if bundle.manifest.roles is None else bundle.manifest.roles.controls
     if lacking := sorted(controls.keys() - checkpoint.controls.keys()):
         raise InputError(
             f"The bundle {bundle.path} has the ControlNet {lacking[0]}, which {checkpoint.path} has not beside it. "
-            f"Name its folder: --controlnet {lacking[0]}=FOLDER"
+            f"Compare them with: ldm-export verify {bundle.path} --against {checkpoint.path} "
+            f"--controlnet {lacking[0]}=FOLDER"
         )
     for spec in (graph.spec for graph in family.graphs):
         if bundle.manifest.graphs.get(spec.name) != spec:

@@ -121,7 +121,7 @@ def test_an_ip_adapter(tiny_checkpoint: Path, traced_once: None, edges: Path, tm
     done = ran("verify", bundle, "--against", tiny_checkpoint, *given)
     assert done.exit_code == 0, done.output
     done = ran("verify", bundle, "--against", tiny_checkpoint)
-    assert "Name its file: --ip-adapter FILE" in " ".join(done.output.split())
+    assert "--ip-adapter FILE" in " ".join(done.output.split())
     drawn = ["generate", bundle, "a red circle", "--steps", 4, "-o", tmp_path / "a.png"]
     assert (done := ran(*drawn, "--ip-adapter-image", f"{edges}=0.6")).exit_code == 0, done.output
     text = read_picture_file(tmp_path / "a.png").parameters or ""

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from ldm_export import __version__
 from ldm_export.errors import InputError
-from ldm_export.pictures.text import AdapterUse, PictureRequest, parameters_from, parameters_text, requests_from
+from ldm_export.pictures.text import (
+    AdapterUse,
+    PictureRequest,
+    control_text,
+    ip_adapter_text,
+    parameters_from,
+    parameters_text,
+    requests_from,
+)
 from ldm_export.plan import SAMPLERS
 
 REQUEST = PictureRequest("a red apple", "blue, dark", 7, "ddim", 20, 4.0, 64, 96, "0123456789", "emoji64")
@@ -169,6 +177,8 @@ def test_no_class_of_requests_differs_unseen() -> None:
         **{"prompt": "x", "negative_prompt": None, "seed": 8, "sampler": "plms", "steps": 21, "guidance": 4.5},
         **{"height": 128, "width": 128, "model_hash": "1", "model": "m", "calls": 3, "class_label": 1},
         **{"strength": 0.5, "image_hash": "1", "mask_hash": "1", "keep_pixels": True, "deepcache": 2},
+        "controls": (control_text("canny", 0.8, 0.0, 0.6, "ab"),),
+        "ip_adapter": ip_adapter_text(0.6, "ab"),
         "adapters": (AdapterUse("a.ldma", 1.0, "ab"),),
         "image_guidance": 1.5,
         **{"prompt_weights": True, "long_prompts": True},
