@@ -11,12 +11,15 @@ import diffusers
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm_export.bundle import Bundle
 from ldm_export.errors import InputError
+from ldm_export.export.adapters import make_adapter
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.runtime import Pipeline
 from ldm_export.verify.loops import add_loop
+from tests.adapters.peft_files import as_diffusers, fused, lora_factors
 from tests.diffusers_pipelines import LATENT_TOLERANCE, assert_same, judged, opened
 from tests.runtime.host_gpu import add_engines, host_gpu
 from tests.scheduler_configs import relative_error
@@ -140,6 +143,30 @@ def test_the_loop_is_the_hosts_with_engines(kinds: Kinds, tmp_path: Path, pictur
     with host_gpu("tensorrt"):
         one, two = (Pipeline(made, name).generate(PROMPTS, **wishes) for name in ("cpu", "tensorrt"))
     assert relative_error(two.latents, one.latents) < LATENT_TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:::peft", "ignore:__array__ implementation doesn't accept a copy")
+def test_adapters_change_all_three_predictions(kinds: Kinds, tmp_path: Path, pictures: Array) -> None:
+    """One picture of a batch has an adapter, the other none; diffusers fuses it."""
+    checkpoint, bundle = kinds("instruct-pix2pix")
+    made = Bundle.open(shutil.copytree(bundle, tmp_path / "bundle"))
+    save_file(as_diffusers(lora_factors("sd", checkpoint)), tmp_path / "style.safetensors")
+    make_adapter(made, tmp_path / "style.safetensors", tmp_path / "style.ldma")
+    adapters = [[(tmp_path / "style.ldma", 0.7)], []]
+    latents = (
+        Pipeline.open(made.path, backend="cpu")
+        .generate(PROMPTS, seed=SEEDS, image=pictures, adapters=adapters, **GUIDED)
+        .latents
+    )
+    parts = fused("sd", checkpoint, (tmp_path / "style.safetensors", 0.7)).components
+    judge = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    judge.set_progress_bar_config(disable=True)
+    bare = opened(diffusers.StableDiffusionInstructPix2PixPipeline, checkpoint)
+    for k, pipe in enumerate((judge, bare)):
+        one = expected(pipe, "ddim", pictures[k : k + 1], PROMPTS[k : k + 1], SEEDS[k : k + 1], **GUIDED)
+        assert relative_error(latents[k : k + 1], one.numpy()) < LATENT_TOLERANCE
+    without = expected(bare, "ddim", pictures[:1], PROMPTS[:1], SEEDS[:1], **GUIDED)
+    assert relative_error(latents[:1], without.numpy()) > 0.01
 
 
 # --- what cannot be edited ------------------------------------------------------------------------------------------
