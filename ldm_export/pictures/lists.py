@@ -45,7 +45,7 @@ class Wanted:
     Attributes
     ----------
     where : what messages begin with, such as ``prompts.jsonl, line 3``, or nothing
-    options : of `ldm_export.runtime.request.Options`, with ``prompt`` and ``class_label`` of this picture, and its seed
+    options : of `ldm_export.runtime.options.Options`, with ``prompt`` and ``class_label`` of this picture, and its seed
     """
 
     where: str
@@ -131,7 +131,7 @@ def _pictures_of_line(line: str, where: str, defaults: Mapping[str, Any], count:
 
 
 def _pairs(adapters: Any) -> list[tuple[str, Any]]:
-    """Adapters of a line, as `ldm_export.runtime.request.Options` has them."""
+    """Adapters of a line, as `ldm_export.runtime.options.Options` has them."""
     if not isinstance(adapters, dict):
         raise InputError(f'adapters is {shown(adapters)}; give strengths by file, such as {{"style.ldma": 0.8}}.')
     return list(adapters.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,8 +11,9 @@ from ldm_export.bundle import Bundle
 from ldm_export.contract import GraphSpec, loop_suffixes
 from ldm_export.errors import BundleError
 from ldm_export.runtime.facts import check_pictures
-from ldm_export.runtime.graph import Array
+from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.request import Request
+from ldm_export.runtime.results import Step, Timings
 from ldm_export.runtime.tokenizer import tokenizer_of
 
 
@@ -41,7 +43,19 @@ def loop_inputs(bundle: Bundle, loop: GraphSpec, request: Request) -> dict[str, 
     return {name: given[name] for name in takes}
 
 
-def check_results(bundle: Bundle, loop: GraphSpec, request: Request, results: Mapping[str, Array]) -> None:
+def run_loop(bundle: Bundle, loop: Graph, request: Request, timings: Timings) -> Step:
+    """All of a drawing in one call, which is timed."""
+    started = time.perf_counter()
+    inputs = loop_inputs(bundle, loop.spec, request)
+    timings.loop_ms = (time.perf_counter() - started) * 1000.0
+    started = time.perf_counter()
+    results = loop.run(inputs)
+    _check_results(bundle, loop.spec, request, results)
+    timings.whole_ms = (time.perf_counter() - started) * 1000.0
+    return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
+
+
+def _check_results(bundle: Bundle, loop: GraphSpec, request: Request, results: Mapping[str, Array]) -> None:
     """Raise BundleError unless a loop gave latents and pictures of the sizes that were asked for."""
     batch, height, width, channels = results["images"].shape
     shape = (request.batch, *request.latents_shape(bundle))

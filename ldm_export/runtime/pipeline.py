@@ -29,9 +29,10 @@ from ldm_export.runtime.control import Residuals, loaded_control, no_residuals
 from ldm_export.runtime.facts import check_drawable, check_pictures
 from ldm_export.runtime.graph import Array, Graph
 from ldm_export.runtime.inpainting import blended
-from ldm_export.runtime.loop_inputs import check_results, loop_inputs
+from ldm_export.runtime.loop_inputs import run_loop
+from ldm_export.runtime.options import Options
 from ldm_export.runtime.prompts import joined_conditions
-from ldm_export.runtime.request import Options, Request, check_size, checked_request, latents_image, picture_channels
+from ldm_export.runtime.request import Request, check_size, checked_request, latents_image, picture_channels
 from ldm_export.runtime.results import Generation, Step, Timings, pixels_of
 from ldm_export.runtime.sampling import GuidedDenoiser, Sampling, SamplingTask
 from ldm_export.runtime.start import REMEDY, PictureEncoder, start_of
@@ -117,7 +118,7 @@ class Pipeline:
         prompts : what to draw; for a model that reads no text, leave it out and give ``seed`` a list
         callback : called after each step; return ``False`` to cancel
         options : sampler, steps, guidance, negative_prompt, seed, height, width, image, mask, strength, image_guidance,
-            controls, class_labels; see :class:`ldm_export.runtime.request.Options`
+            controls, class_labels; see :class:`ldm_export.runtime.options.Options`
 
         Raises
         ------
@@ -407,14 +408,7 @@ class Pipeline:
         started = time.perf_counter()
         loop = self._graph(name)
         timings.load_ms = _since(started)
-        started = time.perf_counter()
-        inputs = loop_inputs(self.bundle, loop.spec, request)
-        timings.loop_ms = _since(started)
-        started = time.perf_counter()
-        results = loop.run(inputs)
-        check_results(self.bundle, loop.spec, request, results)
-        timings.whole_ms = _since(started)
-        return Step(0, 1, request.trajectory.rows[-1].timestep, results["latents"], lambda _: results["images"])
+        return run_loop(self.bundle, loop, request, timings)
 
     def _encoder(self) -> PictureEncoder:
         return PictureEncoder(self._graph(self._roles.vae_encoder), self.bundle.manifest.model["pixels_per_latent"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ldm_export.bundle import Bundle
 from ldm_export.bundle.adapters import Mixture
 from ldm_export.bundle.plans import check_loop_size, read_plan
 from ldm_export.bundle.roles import LARGEST_SIZE
-from ldm_export.contract import INPUT, THREE_ROWS, TWO_ROWS, Guidance, TensorSpec, labels_of
+from ldm_export.contract import labels_of
 from ldm_export.errors import InputError
 from ldm_export.plan import CALLS, Scales, Trajectory, row_levels
 from ldm_export.runtime.adapters import mixtures_for
@@ -30,75 +30,18 @@ from ldm_export.runtime.image_prompt import ImagePrompt, checked_image_prompt
 from ldm_export.runtime.inpainting import check_reads_mask, checked_mask
 from ldm_export.runtime.memory import check_memory
 from ldm_export.runtime.noise import Generator
+from ldm_export.runtime.per_picture import (
+    LARGEST_GUIDANCE,
+    guidance_for,
+    labels_for,
+    negatives_for,
+    seeds_for,
+    texts_for,
+)
 from ldm_export.runtime.prompts import Reading, check_reading, weighted_parts
 from ldm_export.runtime.values import flag, listed, real_number, shown, text_of, whole_number
 
-LARGEST_GUIDANCE = 1e6
 MOST_STEPS = LARGEST_SIZE
-
-
-class Options(TypedDict, total=False):
-    """How to draw; every key may be left out.
-
-    Attributes
-    ----------
-    sampler, steps : such as ``ddim`` and 20; by default the bundle's own choice. A plan that the bundle has no file of
-        is compiled from its scheduler config (`ldm_export.plan.SAMPLERS` are the samplers)
-    calls : network calls; the outputs of the other steps are forecast from those of earlier ones: 16 of 50 take a third
-        of the time and change the picture little (`ldm_export.plan.forecast`); by default there are no others
-    guidance : how far to go from the negative prompt's prediction to the prompt's, from 0 to 1e6; 1 or less is off;
-        the bundle's own choice. A model that was distilled with guidance takes no other, and no negative prompt
-    negative_prompt : one for all pictures, or one each; none. The empty text is a prompt, too: of models
-        that have zeros for none, it makes another picture. Needs guidance above 1
-    seed : picture k uses seed + k; or a list, one a picture; 0
-    height, width : pixels, multiples of what one latent stands for; the model's own size
-    image : uint8 (H, W, C), or (B, H, W, C), to start from, or to edit by a model that does; C is 3, or 1 for grey
-        models; its size is the picture's
-    mask : uint8 (H, W), or (B, H, W), of the size of ``image``, which must be given: 255 (white) is drawn anew, 0 is
-        kept, and what is between is a blend of both; models that were trained to inpaint take 128 and more for white
-    strength : in (0, 1], the share of the steps that is redone on ``image``, which must be given; 0.6, and with a mask
-        1, which starts from noise
-    image_guidance : of a model that edits a picture, how far to go from the prediction without the picture to that with
-        it, from 0 to 1e6; below 1 both guidances are off, as in diffusers; 1.5
-    keep_pixels : whether pixels where ``mask`` is 0 are those of ``image`` to the bit, and blended where it is between
-    controls : pictures that control what is generated, uint8 (H, W, 3) or `ldm_export.runtime.control.Control`, by
-        the names of the bundle's ControlNets; their size is the picture's where no other is said
-    ip_adapter_image : a picture to be alike, for the bundle's IP-Adapter: uint8 (H, W, 3), or (B, H, W, 3), of any size
-    ip_adapter_scale : how much, from 0 to 1000; 1
-    class_labels : one a picture, for class-conditional models
-    adapters : (adapter or its file, strength) pairs, such as ``[("style.ldma", 0.8)]``, for all pictures, or a list of
-        such lists, one a picture (:class:`ldm_export.runtime.adapters.Adapter`); none
-    deepcache : run the whole denoiser in every so many steps only, and between them its outermost blocks (DeepCache,
-        2312.00858): faster, and the picture changes; 1 is off. Needs the bundle's target for this machine
-    whole : draw with the plan's loop graph, everything in one call, which cannot be watched or cancelled in between;
-        the bundle, or the engines that run, must have that loop
-    prompt_weights : whether brackets in prompts and negative prompts are weights, ``(word:1.2)``
-        (`ldm_export.runtime.prompts`), and not text like any other
-    long_prompts : whether prompts of more tokens than the model reads are read in chunks, and not cut off
-    """
-
-    sampler: str | None
-    steps: int | None
-    calls: int | None
-    guidance: float | None
-    negative_prompt: str | Sequence[str] | None
-    seed: int | Sequence[int]
-    height: int | None
-    width: int | None
-    image: Array | None
-    mask: Array | None
-    strength: float | None
-    image_guidance: float | None
-    keep_pixels: bool
-    controls: Mapping[str, Control | Array] | None
-    ip_adapter_image: Array | None
-    ip_adapter_scale: float | None
-    class_labels: Sequence[int] | None
-    adapters: Sequence[Any] | None
-    deepcache: int
-    whole: bool
-    prompt_weights: bool
-    long_prompts: bool
 
 
 @dataclass(frozen=True)
@@ -200,7 +143,8 @@ def checked_request(
     prompt_weights: bool = False,
     long_prompts: bool = False,
 ) -> Request:
-    """Check what is asked for whole, before anything runs; the parameters are those of :class:`Options`.
+    """Check what is asked for whole, before anything runs; the parameters are those of
+    :class:`ldm_export.runtime.options.Options`.
 
     Raises
     ------
@@ -338,89 +282,6 @@ def checked_request(
     )
     check_memory(request.least_bytes(bundle), f"{batch} pictures of {height}x{width}")
     return request
-
-
-def texts_for(name: str, value: Any) -> tuple[str, ...]:
-    """One text, or several, or None for none, as a tuple."""
-    if value is None:
-        return ()
-    return tuple(text_of(name, text) for text in ([value] if isinstance(value, str) else listed(f"{name}s", value)))
-
-
-def seeds_for(seed: int | list[int], batch: int) -> tuple[int, ...]:
-    """A list as it is; one number gives picture k the seed + k. Each is one that `Generator` takes."""
-    given: Any = seed
-    if not isinstance(seed, list):
-        Generator(seed)
-        given = [int(seed) + k for k in range(batch)]
-    if len(given) != batch or not batch:
-        raise InputError(
-            f"{len(given)} seeds were given for {batch or 'no'} pictures. Give one number, or one seed a picture."
-        )
-    for value in given:
-        Generator(value)
-    return tuple(map(int, given))
-
-
-def labels_for(class_labels: Sequence[int], accepted: TensorSpec, model: Mapping[str, Any]) -> Array:
-    """Class labels as the model takes them: (B,) whole numbers below ``class_count``, or (B, F) features."""
-    count = model.get("class_count")
-    try:
-        labels = np.asarray(class_labels)
-        if accepted.dtype != "int64":
-            labels = labels.astype(accepted.dtype)
-    except (TypeError, ValueError, OverflowError):  # lists of unequal lengths, text, numbers that are none
-        raise InputError(f"class_labels is {shown(class_labels)}; give numbers, one row a picture.") from None
-    if accepted.dtype != "int64":
-        if not np.isfinite(labels).all():
-            raise InputError("class_labels has values that are no finite numbers. Give finite ones.")
-    elif labels.dtype.kind not in "iu" or (count and labels.size and not 0 <= labels.min() <= labels.max() < count):
-        wrong = [value for value in labels.ravel().tolist() if type(value) is not int or not 0 <= value < (count or 1)]
-        allowed = f"0 to {count - 1}" if count else "whole numbers"
-        raise InputError(f"class label {shown(wrong[0] if wrong else class_labels)} is none; this model has {allowed}.")
-    if labels.ndim != len(accepted.shape) or not len(labels):
-        raise InputError(f"class labels have shape {labels.shape}; {accepted.shape} is needed. Give one a picture.")
-    return labels.astype(accepted.dtype)
-
-
-def guidance_for(
-    guidance: float | None, negative_prompt: str | Sequence[str] | None, model: Guidance, *, reads_text: bool
-) -> float:
-    """The scale with which predictions are combined, or that the denoiser is given; 1 where it has its own inside."""
-    scale = model.scale if guidance is None else guidance
-    if not np.isfinite(scale) or scale < 0:
-        raise InputError(f"guidance is {scale}; it must be a number from 0 on, 1 being off.")
-    negative = bool(negative_prompt and any(negatives_for(negative_prompt, len(negative_prompt))))
-    if model.kind in (THREE_ROWS, TWO_ROWS):
-        return scale
-    remedy = "Leave it out, or use the bundle of the model that it was distilled from."
-    if model.kind == INPUT:
-        if negative:
-            raise InputError(
-                "A negative prompt was given; this model was distilled to be given a guidance scale and takes none. "
-                f"{remedy}"
-            )
-        return scale
-    if scale != model.scale or (negative and reads_text):
-        asked = f"Guidance {scale:g}" if scale != model.scale else "A negative prompt"
-        if model.scale <= 1:
-            raise InputError(f"{asked} was asked for; this model makes one prediction, without guidance. Leave it out.")
-        raise InputError(
-            f"{asked} was asked for; this model was distilled with guidance {model.scale:g} and takes no other, and no "
-            f"negative prompt. {remedy}"
-        )
-    return 1.0
-
-
-def negatives_for(negative_prompt: str | Sequence[str] | None, batch: int) -> tuple[str | None, ...]:
-    """One a picture: a text, which may be empty, or None where none was given."""
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return (negative_prompt,) * batch
-    if len(negative_prompt) != batch:
-        raise InputError(
-            f"{len(negative_prompt)} negative prompts were given for {batch} pictures. Give one, or one each."
-        )
-    return tuple(negative_prompt)
 
 
 def check_size(height: int, width: int, multiple: int) -> None:

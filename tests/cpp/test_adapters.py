@@ -76,6 +76,21 @@ def test_same_pictures_with_adapters(
     assert_same(bare, python.generate(PROMPTS[:1], seed=7, **options))
 
 
+@pytest.mark.parametrize("option", ["prompt_weights", "long_prompts"])
+def test_same_pictures_of_prompts_that_are_read_otherwise(
+    option: str, adapters: tuple[Path, list[Path]], open_cpp: Callable[..., Any]
+) -> None:
+    """What encoders make of the same ids without an adapter, with it, and with another strength is told apart."""
+    bundle, (one, _) = adapters
+    cpp, python = open_cpp(bundle, warn=pytest.fail), Pipeline.open(bundle, backend="cpu")
+    prompts = ["a (red:1.4) circle [two] green triangles on white, grinning face with smiling eyes"] * 3
+    options: dict[str, Any] = {"steps": 4, "guidance": 4.0, option: True}
+    result = drawn(cpp, prompts, seeds=seeds((7, 7, 7)), **given([one, one], [0.8, -0.3], [0, 2]), **options)
+    expected = python.generate(prompts, seed=[7, 7, 7], adapters=[[(one, 0.8)], [], [(one, -0.3)]], **options)
+    assert_same(result, expected)
+    assert min(np.abs(expected.latents[0] - expected.latents[k]).max() for k in (1, 2)) > 0.1
+
+
 def test_same_pictures_with_dora(
     adapters: tuple[Path, list[Path]],
     tiny_checkpoint: Path,

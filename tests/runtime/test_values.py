@@ -13,7 +13,7 @@ import pytest
 from ldm_export.errors import BackendError, CancelledError, InputError, LdmExportError, NumericalError
 from ldm_export.runtime import Pipeline, memory
 from ldm_export.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeGraph
-from ldm_export.runtime.request import Options
+from ldm_export.runtime.options import Options
 from tests.bundle_fixture import CLASSES
 
 STEPS = 10
