@@ -1,5 +1,5 @@
-"""Adapters, controls, weights in prompts and long prompts at once: pictures are those of a bundle that has the adapter in
-its weights."""
+"""Adapters, controls, weights in prompts and long prompts at once: pictures are those of a bundle that has the adapter
+in its weights."""
 
 from __future__ import annotations
 
