@@ -58,7 +58,7 @@ class Conditioning:
         image_latents : float32 (B, n, h, w), what it reads beside its latents, if it does
         """
         guided = rows > 1
-        negatives = request.negative_prompts if guided else ()
+        negatives = (request.negative_prompts or (None,) * request.batch) if guided else ()
         sources = request_sources(
             self._read,
             request.batch,

@@ -89,9 +89,9 @@ def test_weights_have_seven_bits_and_a_scale_an_output_channel() -> None:
     split_concatenations(split)
     before, after = weights_of(split), weights_of(changed(model).model)
     for name in CONVS | MATRICES:
-        weight = before[next(node.input[1] for node in split.graph.node if node.output[0] == name)]
-        axis = 1 if name in MATRICES else 0
-        whole, scale = after[f"{name}.weight"], after[f"{name}.weight_scale"]
+        stored = next(node.input[1] for node in split.graph.node if node.output[0] == name)
+        weight, axis = before[stored], 1 if name in MATRICES else 0
+        whole, scale = after[f"{stored}.integer"], after[f"{stored}.scale"]
         assert whole.dtype == np.int8
         assert whole.shape == weight.shape
         assert scale.shape == (weight.shape[axis],)

@@ -28,6 +28,7 @@ from ldm_export.graph.quantize_dynamic import QuantizeDynamic
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.runtime import Pipeline
+from ldm_export.runtime.prompts import Reading
 from ldm_export.verify.metrics import psnr_db
 from tests.adapters.peft_files import (
     CONFIGS,
@@ -108,7 +109,9 @@ def test_kinds_of_peft(kind: str, bundle: Bundle, tiny_checkpoint: Path, tmp_pat
     )
     denoiser.sample[...] = noise
     given = denoiser(431.0)[0]
-    states = pipeline._conditioning._encoders["text_encoder"].encode(["a red circle"])["last_hidden_state"]
+    encoder = pipeline._conditioning._encoders["text_encoder"]
+    (row,) = encoder.read(["a red circle"], Reading())[0]
+    states = encoder.encode([row])["last_hidden_state"]
     with torch.no_grad():
         exact = judge(torch.from_numpy(noise), 431.0, torch.from_numpy(states)).sample.numpy()
     assert np.abs(given - exact).max() < 1e-4 * np.abs(exact).max()
