@@ -14,8 +14,12 @@ from ldm_export.families import family_of, open_checkpoint
 from ldm_export.graph.layers import layers_of, nameless_products
 from tests.bundle_fixture import KINDS
 
+LONG = {"ssd-1b", "sd3 with t5", "prx with dc-ae", "refiner"}
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in LONG else kind for kind in sorted(KINDS)]
+)
 def test_products_have_their_layers_names(kind: str, kinds: Callable[[str], tuple[Path, Path]]) -> None:
     folder, bundle = kinds(kind)
     opened = Bundle.open(bundle)

@@ -98,7 +98,12 @@ def test_pictures_are_those_of_diffusers(
     assert np.array_equal(pipeline.generate("a red circle", **DRAWN).images, bare)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+QUICK = ("lora", "dora", "loha", "lokr, Tucker")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
+)
 def test_kinds_of_peft(kind: str, bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
     judge = peft_adapter(CONFIGS[kind](), tiny_checkpoint, tmp_path / "peft", SCALE)
     made = make_adapter(bundle, tmp_path / "peft", tmp_path / "style.ldma")

@@ -50,8 +50,7 @@ def bundles(
     return folder / "bundle", folder / "merged", folder / "style.ldma"
 
 
-@pytest.mark.parametrize("read", PROMPTS)
-@pytest.mark.parametrize("controlled", [False, True])
+@pytest.mark.parametrize(("read", "controlled"), [("plain", True), ("weighted", False), ("long", True)])
 def test_same_as_merged(read: str, controlled: bool, bundles: tuple[Path, Path, Path]) -> None:
     bundle, merged, adapter = bundles
     edges = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
