@@ -48,7 +48,8 @@ def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[
         uses = [_uses(row, name, layer) for row in rows]
         inputs = {role: shapes[key] for role in BRANCH if (key := branch_input(layer, role)) in shapes}
         down, up = inputs["down"], inputs["up"]
-        if not all(_fits(use.down, down) and _fits(use.up, up) for row in uses for use, _ in row):
+        axes = len(down) if "scale" in inputs else 2
+        if not all(_fits(use.down, down, axes) and _fits(use.up, up, axes) for row in uses for use, _ in row):
             raise InputError(f"An adapter's factors for {layer} of {name} have other shapes than its branch takes.")
         arrays = _side_by_side(down, up, inputs["scale"], uses) if "scale" in inputs else _by_row(down, up, uses)
         if layer in scaled:
@@ -122,9 +123,8 @@ def _zeros(shape: Shape) -> Array:
     return np.zeros([1 if isinstance(size, str) else size for size in shape], np.float32)
 
 
-def _fits(factor: Array, shape: Shape) -> bool:
-    """Whether a factor has the sizes that a branch takes: of a linear layer those of its last two axes."""
-    sizes = shape if factor.ndim == 4 else shape[-2:]
-    return factor.ndim <= len(shape) and all(
-        isinstance(size, str) or size == own for own, size in zip(factor.shape, sizes, strict=True)
+def _fits(factor: Array, shape: Shape, axes: int) -> bool:
+    """Whether a factor has so many axes, of the sizes of the last ones that a branch takes."""
+    return factor.ndim == axes and all(
+        isinstance(size, str) or size == own for own, size in zip(factor.shape, shape[-axes:], strict=True)
     )

@@ -147,11 +147,11 @@ void check_fits(const Adapter &adapter, const Bundle &bundle) {
                                   bundle.path().string(), " ADAPTER.safetensors -o ", adapter.path.string()));
 }
 
-// Whether a factor has the sizes that a branch takes: of a linear layer those of its last two axes.
-bool fits(const Tensor &factor, const std::vector<Dimension> &shape) {
-    if (factor.shape.size() > shape.size() || (factor.shape.size() == 4 && shape.size() != 4)) return false;
-    const std::size_t skipped = shape.size() - factor.shape.size();
-    for (std::size_t k = 0; k < factor.shape.size(); ++k)
+// Whether a factor has so many axes, of the sizes of the last ones that a branch takes.
+bool fits(const Tensor &factor, const std::vector<Dimension> &shape, std::size_t axes) {
+    if (factor.shape.size() != axes || shape.size() < axes) return false;
+    const std::size_t skipped = shape.size() - axes;
+    for (std::size_t k = 0; k < axes; ++k)
         if (const Dimension &size = shape[skipped + k]; !size.is_free() && size.size != factor.shape[k]) return false;
     return true;
 }
@@ -348,14 +348,15 @@ Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std
     for (const std::string &layer : layers) {
         const TensorSpec *down = graph.input(BRANCH + layer + DOWN), *up = graph.input(BRANCH + layer + UP);
         const TensorSpec *scale = graph.input(BRANCH + layer + SCALE);
-        const std::size_t least = scale == nullptr ? 3 : 2;
-        if (up == nullptr || down->shape.size() < least || up->shape.size() < least)
+        const std::size_t sizes = down->shape.size(), axes = scale == nullptr ? 2 : sizes;
+        const bool whole = scale == nullptr ? sizes > 2 : (sizes == 2 || sizes == 4) && scale->shape.size() == sizes;
+        if (up == nullptr || up->shape.size() != sizes || !whole)
             throw BundleError(join(graph.path, " has no whole branch beside ", layer, ". Make it anew."));
         std::vector<Uses> uses;
         for (const Mixture &row : rows) {
             uses.push_back(uses_of(row, name, layer));
             for (const auto &[own, _] : uses.back())
-                if (!fits(own->down, down->shape) || !fits(own->up, up->shape))
+                if (!fits(own->down, down->shape, axes) || !fits(own->up, up->shape, axes))
                     throw InputError(join("An adapter's factors for ", layer, " of ", name, " have other shapes than its branch takes."));
         }
         if (const TensorSpec *gain = graph.input(BRANCH + layer + GAIN); gain != nullptr)
