@@ -49,7 +49,7 @@ from ldm_export.export.ort_cpu import build_adapters_ort_cpu, seeded_calls
 from ldm_export.graph.base import Array
 from ldm_export.graph.branches import add_branches, branch_specs
 from ldm_export.graph.files import check_links, save
-from ldm_export.graph.layers import LayerProduct, layers_of, nameless_products
+from ldm_export.graph.layers import LayerProduct, layers_of, layers_without_branches, nameless_products
 from ldm_export.graph.running import session_options
 
 _log = logging.getLogger(__name__)
@@ -98,7 +98,11 @@ def make_adapter(bundle: Bundle, path: Path, output: Path, *, progress: Progress
     models = {name: _plain(bundle, name) for name in _adaptable(bundle)}
     products = {name: layers_of(model) for name, model in models.items()}
     component = {name: str(bundle.manifest.source.get("components", {}).get(name, name)) for name in models}
-    adapter = read_adapter(path, {component[name]: _named(component[name], products[name]) for name in models})
+    without = {name: layers_without_branches(model) for name, model in models.items()}
+    adapter = read_adapter(
+        path, {component[name]: _named(component[name], products[name], without[name]) for name in models}
+    )
+    _check_branches(adapter, {component[name]: layers for name, layers in without.items()})
     _check(bundle, adapter, {name: nameless_products(model) for name, model in models.items()})
     changes = {name: adapter.layers[component[name]] for name in models if component[name] in adapter.layers}
     factors = {
@@ -138,9 +142,23 @@ def _plain(bundle: Bundle, name: str) -> ir.Model:
     return ir.load(file)
 
 
-def _named(component: str, products: Mapping[str, LayerProduct]) -> dict[str, Layer]:
-    blocks = [name for name in products if name.startswith("down_blocks.0.resnets.") and name.endswith(".conv1")]
-    return named_layers(component, {name: product.shape for name, product in products.items()}, len(blocks) or None)
+def _named(
+    component: str, products: Mapping[str, LayerProduct], others: Mapping[str, tuple[int, ...]]
+) -> dict[str, Layer]:
+    shapes = {**{name: product.shape for name, product in products.items()}, **others}
+    blocks = [name for name in shapes if name.startswith("down_blocks.0.resnets.") and name.endswith(".conv1")]
+    return named_layers(component, shapes, len(blocks) or None)
+
+
+def _check_branches(adapter: Adapter, without: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Refuse an adapter that changes a layer, by component, beside which no branch can be."""
+    for name, layers in without.items():
+        if used := layers.keys() & adapter.layers.get(name, {}).keys():
+            raise InputError(
+                f"{adapter.file} changes {min(used)} of {name}, which this bundle has in groups or divided into a sum, "
+                "as quantize-static does, and no branch can be put beside it. Use a bundle without that pass, or merge "
+                f"the adapter: ldm-export export CHECKPOINT -o BUNDLE --lora {adapter.file}"
+            )
 
 
 def _check(bundle: Bundle, adapter: Adapter, nameless: Mapping[str, int]) -> None:

@@ -91,6 +91,22 @@ def layers_of(model: ir.Model) -> dict[str, LayerProduct]:
     return found
 
 
+def layers_without_branches(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of layers that are in a graph and not among `layers_of`: convolutions in groups, and those
+    that were divided along their inputs into a sum."""
+    own = layers_of(model)
+    found: dict[str, tuple[int, ...]] = {}
+    for node in model.graph:
+        weight = _stored(node.inputs[1]) if node.op_type == "Conv" else None
+        match = NAME.fullmatch(str(weight.name)) if weight is not None else None
+        if weight is None or match is None or match[1] in own or weight.shape is None:
+            continue
+        out, into, *kernel = weight.shape.numpy()
+        before = found[match[1]][1] if match[1] in found and ".part_" in match[2] else 0
+        found[match[1]] = (out, before + into, *kernel)
+    return found
+
+
 def nameless_products(model: ir.Model) -> int:
     """How many products by a constant matrix there are whose weight has no layer's name."""
     weights = (_stored(node.inputs[1]) for node in model.graph if node.op_type in PRODUCTS)

@@ -25,6 +25,7 @@ from ldm_export.export.adapters import make_adapter
 from ldm_export.export.ort_cpu import build_ort_cpu
 from ldm_export.graph.branches import add_branches, branch_specs
 from ldm_export.graph.quantize_dynamic import QuantizeDynamic
+from ldm_export.graph.quantize_static import split_concatenations
 from ldm_export.graph.quantize_weights import QuantizeWeights
 from ldm_export.reading.hashes import sha256_of
 from ldm_export.runtime import Pipeline
@@ -253,6 +254,19 @@ class TestRefusals:
         list_anew(bundle.path, "unet/model.onnx")
         with pytest.raises(InputError, match=r"is DoRA, and this bundle's weights are rounded.*Merge it"):
             make_adapter(Bundle.open(bundle.path), tmp_path / "peft", tmp_path / "style.ldma")
+        assert not (tmp_path / "style.ldma").exists()
+        assert not (bundle.path / "targets").exists()
+
+    def test_convolutions_that_were_divided(self, bundle: Bundle, factors: dict[str, Any], tmp_path: Path) -> None:
+        path = bundle.file("unet/model.onnx")
+        model = onnx.load(path)
+        assert split_concatenations(model)
+        onnx.save(model, path)
+        list_anew(bundle.path, "unet/model.onnx")
+        file = tmp_path / "style.safetensors"
+        save_file(as_diffusers({"unet": factors["unet"]}), file)
+        with pytest.raises(InputError, match=r"changes up_blocks.*divided into a sum.*merge the adapter"):
+            make_adapter(Bundle.open(bundle.path), file, tmp_path / "style.ldma")
         assert not (tmp_path / "style.ldma").exists()
         assert not (bundle.path / "targets").exists()
 
