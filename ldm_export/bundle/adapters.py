@@ -16,19 +16,20 @@ A bundle takes adapters for its own networks alone, whatever its graphs' precisi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ldm_export.errors import InputError
 from ldm_export.reading.documents import MalformedError, parsed
-from ldm_export.reading.hashes import sha256_of
 from ldm_export.reading.json_fields import field
 
 if TYPE_CHECKING:
@@ -92,8 +93,10 @@ class Adapter:
             If it cannot be read, or is no such file.
         """
         file = Path(path)
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
-            return _adapter_from(file, file.read_bytes())
+            with open(os.open(file, flags), "rb") as stream:  # without O_NONBLOCK a pipe would be waited for
+                return _adapter_from(file, stream)
         except OSError as error:
             raise InputError(f"The adapter {file} cannot be read ({error.strerror}). {HOW_TO_MAKE}") from error
         except (MalformedError, ValueError, KeyError, TypeError) as error:
@@ -115,18 +118,23 @@ Mixture = tuple[tuple[Adapter, float], ...]
 """What one picture is drawn with: adapters and their strengths."""
 
 
-def _adapter_from(file: Path, content: bytes) -> Adapter:
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or not 2 <= length <= min(MOST_HEADER_BYTES, len(content) - 8):
+def _adapter_from(file: Path, stream: BinaryIO) -> Adapter:
+    status = os.fstat(stream.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise MalformedError("it is no regular file")
+    start = stream.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(MOST_HEADER_BYTES, status.st_size - 8):
         raise MalformedError("it is cut short, or not in the form of safetensors")
-    header = parsed(content[8 : 8 + length].decode().rstrip())
+    head = stream.read(length)
+    header = parsed(head.decode().rstrip())
     metadata = field(header, "__metadata__", dict)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT:  # before the rest is read, which may be a whole checkpoint
         raise MalformedError(f"its format is {str(metadata.get('format'))[:60]!r}; {FORMAT!r} is read")
     networks = parsed(field(metadata, "networks", str))
     if not isinstance(networks, dict) or not all(isinstance(value, str) for value in networks.values()):
         raise MalformedError("its networks are no texts by name")
-    data = memoryview(content)[8 + length :]
+    data = memoryview(stream.read())
     arrays = {name: _array(name, header[name], data) for name in header if name != "__metadata__"}
     layers: dict[tuple[str, str], dict[str, Array]] = {}
     for name, array in arrays.items():
@@ -143,14 +151,16 @@ def _adapter_from(file: Path, content: bytes) -> Adapter:
         if not _go_together(factors[graph][layer]):
             shapes = ", ".join(f"{role} {array.shape}" for role, array in roles.items())
             raise MalformedError(f"what it has of {layer} does not go together: {shapes}")
-    if not all(factors.values()):
+    if not factors or not all(factors.values()):
         raise MalformedError("it has nothing of a graph that it names")
-    return Adapter(file, sha256_of(file), networks, factors)
+    digest = hashlib.sha256(start + head)
+    digest.update(data)
+    return Adapter(file, digest.hexdigest(), networks, factors)
 
 
 def _go_together(factors: LayerFactors) -> bool:
     down, up = factors.down, factors.up
-    if down.ndim != up.ndim or down.ndim not in (2, 4) or factors.rank != up.shape[down.ndim // 4]:
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or factors.rank != up.shape[down.ndim // 4] or factors.rank < 1:
         return False
     out = up.shape[1 if up.ndim == 2 else 0]
     return factors.magnitude is None or (

@@ -41,7 +41,7 @@ def branch_arrays(graph: GraphSpec, name: str, rows: Sequence[Mixture]) -> dict[
         if missing:
             raise InputError(
                 f"{adapter.path} changes {min(missing)} of {name}, which this bundle has no branch for. Run ldm-export "
-                "lora with this bundle and the adapter's own file once more."
+                "lora with this bundle and the adapter's own file once more, and open the bundle anew."
             )
     found: dict[str, Array] = {}
     for layer in layers:

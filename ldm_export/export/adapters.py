@@ -315,7 +315,8 @@ def _compared(
     if not error <= TOLERANCE:
         raise ExportError(
             f"{name}: the adapter in branches differs from the same in the weights by {error:.1e}; {TOLERANCE:.0e} is "
-            "allowed. Nothing was kept."
+            "allowed. No adapter was written; merge it: ldm-export export CHECKPOINT -o BUNDLE --lora "
+            "ADAPTER.safetensors"
         )
     return error
 

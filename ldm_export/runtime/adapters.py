@@ -49,6 +49,8 @@ def opened(path: str | os.PathLike[str]) -> Adapter:
         facts = os.stat(path)
     except OSError as error:
         raise InputError(f"The adapter {path} cannot be read ({error.strerror}). {HOW_TO_MAKE}") from error
+    except ValueError as error:  # a null byte, which is not printed
+        raise InputError(f"The adapter {str(path)!r} cannot be read ({error}). {HOW_TO_MAKE}") from error
     return _opened(os.fspath(path), facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ldm_export.runtime.request import Request
 
 CACHED_PROMPTS = 256
+KEPT_MIXTURES = 16
+"""Mixtures of adapters whose prompts are remembered."""
 
 
 class Conditioning:
@@ -46,6 +48,7 @@ class Conditioning:
             encoder.graph: self._prompt_encoder(encoder, backend.load(encoder.graph)) for encoder in roles.text_encoders
         }
         self._adapted: dict[str, Graph] = {}
+        self._mixed: OrderedDict[tuple[str, Mixture], PromptEncoder] = OrderedDict()
         self._conditioner = None if roles.conditioner is None else backend.load(roles.conditioner)
         self._image_encoder = None if roles.image_encoder is None else backend.load(roles.image_encoder)
 
@@ -128,13 +131,21 @@ class Conditioning:
         found: dict[int, dict[str, Array]] = {}
         for mixture in dict.fromkeys(mixtures):
             own = [number for number, other in enumerate(mixtures) if other == mixture]
-            reads = self._encoders[name]
-            if changes([mixture], name):
-                graph = AdaptedGraph(self._adapted[name], name, self._graphs[name], mixture)
-                reads = self._prompt_encoder(encoder, graph)
+            reads = self._mixed_encoder(encoder, mixture) if changes([mixture], name) else self._encoders[name]
             results = reads.encode([rows[number] for number in own])
             found |= {number: {key: value[k] for key, value in results.items()} for k, number in enumerate(own)}
         return {key: np.stack([found[number][key] for number in range(len(found))]) for key in found[0]}
+
+    def _mixed_encoder(self, encoder: TextEncoder, mixture: Mixture) -> PromptEncoder:
+        """An encoder under adapters, with its own cache; the latest are kept."""
+        key = encoder.graph, mixture
+        if key not in self._mixed:
+            graph = AdaptedGraph(self._adapted[encoder.graph], encoder.graph, self._graphs[encoder.graph], mixture)
+            self._mixed[key] = self._prompt_encoder(encoder, graph)
+        self._mixed.move_to_end(key)
+        while len(self._mixed) > KEPT_MIXTURES:
+            self._mixed.popitem(last=False)
+        return self._mixed[key]
 
     def _run(self, _: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         assert self._conditioner is not None

@@ -211,7 +211,10 @@ def checked_request(
             "with deepcache; a loop graph draws all of it from noise, by all of the denoiser. Leave one of them out."
         )
     if whole and adapters:
-        raise InputError("The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out.")
+        raise InputError(
+            "The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out, or merge them: "
+            "ldm-export export CHECKPOINT -o BUNDLE --lora ADAPTER.safetensors"
+        )
     reading = Reading(flag("prompt_weights", prompt_weights), flag("long_prompts", long_prompts))
     check_reading(reading, roles, graphs, whole=whole)
     if reading.weights:

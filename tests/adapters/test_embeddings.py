@@ -96,7 +96,7 @@ def test_pictures_of_two_encoders_are_those_of_diffusers(kinds: Kinds, tmp_path:
 
 
 def test_ids_are_those_of_transformers(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Of the folder that is written too, which transformers opens; where a tokenizer has tokens of its own already."""
+    """transformers reads the added tokens from the folder that is written, also where the tokenizer had some before."""
     pipe = opened(diffusers.StableDiffusionPipeline, tiny_checkpoint)
     pipe.load_textual_inversion({"<first>": vectors(2)})
     pipe.save_pretrained(tmp_path / "with-one")

@@ -80,7 +80,7 @@ def test_same_pictures_with_adapters(
 def test_same_pictures_of_prompts_that_are_read_otherwise(
     option: str, adapters: tuple[Path, list[Path]], open_cpp: Callable[..., Any]
 ) -> None:
-    """What encoders make of the same ids without an adapter, with it, and with another strength is told apart."""
+    """Encoded prompts are remembered by ids, adapters and strengths."""
     bundle, (one, _) = adapters
     cpp, python = open_cpp(bundle, warn=pytest.fail), Pipeline.open(bundle, backend="cpu")
     prompts = ["a (red:1.4) circle on [white]" * (3 if option == "long_prompts" else 1)] * 3
@@ -89,6 +89,18 @@ def test_same_pictures_of_prompts_that_are_read_otherwise(
     expected = python.generate(prompts, seed=[7, 7, 7], adapters=[[(one, 0.8)], [], [(one, -0.3)]], **options)
     assert_same(result, expected)
     assert min(np.abs(expected.latents[0] - expected.latents[k]).max() for k in (1, 2)) > 0.1
+
+
+def test_a_picture_does_not_depend_on_what_was_drawn_before(
+    adapters: tuple[Path, list[Path]], open_cpp: Callable[..., Any]
+) -> None:
+    """A picture without adapters, beside one with them, leaves nothing of these behind."""
+    bundle, (one, _) = adapters
+    used, fresh = open_cpp(bundle, warn=pytest.fail), open_cpp(bundle, warn=pytest.fail)
+    drawn(used, ["a red circle", "a blue square"], steps=2, guidance=4.0, **given([one], [0.8], [0]))
+    after, expected = (drawn(cpp, ["a blue square"], steps=2, guidance=4.0, seed=3) for cpp in (used, fresh))
+    for given_now, wanted in zip(after, expected, strict=True):
+        np.testing.assert_array_equal(given_now, wanted)
 
 
 def test_same_pictures_with_dora(

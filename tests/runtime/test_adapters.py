@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -330,7 +331,9 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"takes no adapters of unet. Run: ldm-export lora"):
             pipeline.generate("a red circle", adapters=[(made, 1.0)], **DRAWN)
 
-    @pytest.mark.parametrize("what", ["cut", "pickle", "nan", "half", "shape", "axes", "format", "key"])
+    @pytest.mark.parametrize(
+        "what", ["cut", "pickle", "nan", "half", "shape", "axes", "rank", "nothing", "format", "key"]
+    )
     def test_damaged_files(self, what: str, made: Path, bundle: Bundle, tmp_path: Path) -> None:
         bad, content = tmp_path / "bad.ldma", made.read_bytes()
         length = int.from_bytes(content[:8], "little")
@@ -351,6 +354,12 @@ class TestRefusals:
             elif what == "axes":  # a linear layer's factors where the branch is a convolution's of one pixel
                 layer = next(name[:-5] for name in arrays if "proj_in.down" in name)
                 arrays |= {f"{layer}.{role}": np.ones((1, 1), np.float32) for role in ("down", "up")}
+            elif what == "rank":
+                layer = next(name[:-5] for name in arrays if "to_q.down" in name)
+                empty = arrays[f"{layer}.down"][:, :0], arrays[f"{layer}.up"][:0]
+                arrays |= dict(zip((f"{layer}.down", f"{layer}.up"), map(np.ascontiguousarray, empty), strict=True))
+            elif what == "nothing":
+                arrays, metadata["networks"] = {}, "{}"
             elif what == "format":
                 metadata["format"] = "ldm_export adapter 2"
             else:
@@ -359,6 +368,13 @@ class TestRefusals:
         pipeline = Pipeline.open(bundle.path, backend="cpu")
         with pytest.raises(InputError, match=r"no adapter for bundles|other shapes"):
             pipeline.generate("a red circle", adapters=[(bad, 1.0)], **DRAWN)
+
+    def test_paths_that_are_no_files(self, made: Path, bundle: Bundle, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.ldma")
+        pipeline = Pipeline.open(bundle.path, backend="cpu")
+        for path, why in ((tmp_path / "pipe.ldma", "no regular file"), ("a\0b", "null byte"), (tmp_path, "directory")):
+            with pytest.raises(InputError, match=why):
+                pipeline.generate("a red circle", adapters=[(path, 1.0)], **DRAWN)
 
     def test_whole_loops(self, made: Path, bundle: Bundle) -> None:
         pipeline = Pipeline.open(bundle.path, backend="cpu")

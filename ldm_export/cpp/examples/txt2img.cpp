@@ -116,7 +116,7 @@ void save_latents(const std::vector<float> &latents, const std::vector<std::size
 struct Pictures {
     std::vector<std::uint8_t> image, mask;
 
-    // Whether all could be read; what could not was told.
+    // Read the pictures that the options name. False if one cannot be read, which picture_read has printed.
     bool read(const Arguments &arguments, const ldm_info &model, ldm::DrawOptions &draw) {
         const bool masked = arguments.options.count("--mask") != 0, roomy = arguments.options.count("--outpaint") != 0;
         if (arguments.options.count("--image") == 0) {

@@ -37,8 +37,9 @@ bool go_together(const LayerFactors &factors) {
     const Shape &down = factors.down.shape, &up = factors.up.shape;
     if (down.size() != up.size() || (down.size() != 2 && down.size() != 4) || factors.rank() != up[rank_axis_of_up(up)])
         return false;
+    if (factors.rank() < 1 || factors.magnitude.has_value() != factors.norms.has_value()) return false;
     const std::int64_t out = up[1 - rank_axis_of_up(up)];
-    return !factors.magnitude || (factors.norms && factors.magnitude->shape == Shape{out} && factors.norms->shape == Shape{3, out});
+    return !factors.magnitude || (factors.magnitude->shape == Shape{out} && factors.norms->shape == Shape{3, out});
 }
 
 Tensor tensor_from(const std::string &name, const Json &entry, std::string_view data) {
@@ -54,8 +55,16 @@ Tensor tensor_from(const std::string &name, const Json &entry, std::string_view 
         }
     if (field(entry, "dtype", Kind::text, name).text() != "F32" || ends.size() != 2 || ends[1] < ends[0]) throw wrong;
     const auto bytes = static_cast<std::size_t>(ends[1] - ends[0]);
-    if (static_cast<std::size_t>(ends[1]) > data.size() || found.shape.size() > 4 || count_of(found.shape) * sizeof(float) != bytes)
-        throw wrong;
+    const bool possible = std::all_of(found.shape.begin(), found.shape.end(), [&](std::int64_t size) {
+        return static_cast<std::size_t>(size) <= data.size();  // more than could be held is none of ours
+    });
+    if (static_cast<std::size_t>(ends[1]) > data.size() || found.shape.size() > 4 || !possible) throw wrong;
+    std::size_t count = 1;
+    for (const std::int64_t size : found.shape) {
+        count *= static_cast<std::size_t>(size);
+        if (count > data.size()) throw wrong;
+    }
+    if (count * sizeof(float) != bytes) throw wrong;
     found.data.resize(bytes);
     if (bytes != 0) std::memcpy(found.data.data(), data.data() + ends[0], bytes);
     const float *values = found.as<float>();
@@ -101,7 +110,7 @@ Adapter adapter_from(std::string_view content) {
     for (const auto &[_, factors] : adapter.factors)
         for (const auto &[__, own] : factors) used += 2 + (own.magnitude ? 1 : 0) + (own.norms ? 1 : 0);
     if (used != arrays.size()) throw MalformedError("it has parts of a layer without the others");
-    if (adapter.factors.size() != adapter.networks.size()) throw MalformedError("it has nothing of a graph that it names");
+    if (adapter.networks.empty() || adapter.factors.size() != adapter.networks.size()) throw MalformedError("it has nothing of a graph that it names");
     return adapter;
 }
 
@@ -181,7 +190,7 @@ Tensor joined(const std::vector<const Tensor *> &parts, std::size_t axis) {
 }
 
 // What one row has of a layer: factors and their strengths.
-using Uses = std::vector<std::pair<const LayerFactors *, float>>;
+using Uses = std::vector<std::pair<const LayerFactors *, double>>;
 
 Uses uses_of(const Mixture &row, const std::string &graph, const std::string &layer) {
     Uses found;
@@ -219,7 +228,7 @@ std::pair<Tensor, Tensor> by_row(const TensorSpec &down, const TensorSpec &up, c
             for (std::int64_t row = 0; row < in; ++row)
                 for (std::int64_t r = 0; r < rank; ++r)
                     made.first.as<float>()[(number * in + row) * highest + at + r] =
-                        factors->down.as<float>()[row * rank + r] * strength;
+                        factors->down.as<float>()[row * rank + r] * static_cast<float>(strength);
             std::copy_n(factors->up.as<float>(), rank * out, made.second.as<float>() + (number * highest + at) * out);
             at += rank;
         }
@@ -255,7 +264,7 @@ Beside side_by_side(const TensorSpec &down, const TensorSpec &up, const TensorSp
     for (const Uses &row : rows)
         for (const LayerFactors *factors : all) {
             const auto own = std::find_if(row.begin(), row.end(), [&](const auto &use) { return use.first == factors; });
-            strengths = std::fill_n(strengths, factors->rank(), own == row.end() ? 0.0f : own->second);
+            strengths = std::fill_n(strengths, factors->rank(), own == row.end() ? 0.0f : static_cast<float>(own->second));
         }
     return made;
 }
@@ -298,7 +307,8 @@ std::vector<Mixture> mixtures_for(const Bundle &bundle, const ldm_draw_options &
     if (options.adapters == nullptr)
         throw InputError(join(options.adapter_count, " adapters were given, and adapters is NULL. Give their files."));
     if (options.whole != 0)
-        throw InputError("The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out.");
+        throw InputError("The whole loop was asked for at once, and a loop graph takes no adapters. Leave whole out, or merge "
+                         "them: ldm-export export CHECKPOINT -o BUNDLE --lora ADAPTER.safetensors");
     for (std::size_t k = 0; k < options.adapter_count; ++k) {
         if (options.adapters[k] == nullptr) throw InputError(join("Adapter ", k, " is NULL; give its file."));
         const double strength = options.adapter_strengths == nullptr ? 1.0 : options.adapter_strengths[k];
@@ -314,7 +324,7 @@ std::vector<Mixture> mixtures_for(const Bundle &bundle, const ldm_draw_options &
             for (const auto &[other, _] : mixtures[row])
                 if (other == adapter)
                     throw InputError(adapter->path.string() + " was given twice for one picture. Give it once, with the sum.");
-            mixtures[row].emplace_back(adapter, static_cast<float>(strength));
+            mixtures[row].emplace_back(adapter, strength);
         }
     }
     return mixtures;
@@ -343,7 +353,7 @@ Tensors branch_arrays(const GraphSpec &graph, const std::string &name, const std
                     if (layers.count(layer) == 0 || (own.magnitude && graph.input(BRANCH + layer + GAIN) == nullptr))
                         throw InputError(join(adapter->path.string(), " changes ", layer, " of ", name, ", which this bundle has "
                                               "no branch for. Run ldm-export lora with this bundle and the adapter's own file "
-                                              "once more."));
+                                              "once more, and open the bundle anew."));
     Tensors found;
     for (const std::string &layer : layers) {
         const TensorSpec *down = graph.input(BRANCH + layer + DOWN), *up = graph.input(BRANCH + layer + UP);

@@ -34,7 +34,7 @@ struct Adapter {
 };
 
 // What one picture is drawn with: adapters and their strengths.
-using Mixture = std::vector<std::pair<std::shared_ptr<const Adapter>, float>>;
+using Mixture = std::vector<std::pair<std::shared_ptr<const Adapter>, double>>;
 
 // What each of `count` pictures is drawn with, checked against the bundle. Throws InputError.
 std::vector<Mixture> mixtures_for(const Bundle &bundle, const ldm_draw_options &options, std::size_t count);

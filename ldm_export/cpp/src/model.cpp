@@ -111,19 +111,20 @@ std::unique_ptr<Graph> Model::load(const std::string &name) {
             pass_over_target("ONNX Runtime refuses its " + name + ", or it is another graph");
         }
     }
-    try {
-        return open(bundle_.files, graph.path, &graph);
-    } catch (const BackendError &error) {
-        if (fixed_device_ || device_ == Device::cpu) throw;
-        device_ = Device::cpu;
-        warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.");
-        return open(bundle_.files, graph.path, &graph);
-    }
+    return open(bundle_.files, graph.path, &graph);
 }
 
 std::unique_ptr<Graph> Model::open(const ListedFiles &files, const std::string &path, const GraphSpec *spec) {
     const GraphFiles found = files.graph(path);
-    std::unique_ptr<Graph> graph = runtime_.open(found, path, spec, device_);
+    std::unique_ptr<Graph> graph;
+    try {
+        graph = runtime_.open(found, path, spec, device_);
+    } catch (const BackendError &) {
+        if (fixed_device_ || device_ == Device::cpu) throw;
+        device_ = Device::cpu;
+        warn("ONNX Runtime's CUDA provider does not start here; the CPU is used instead.");
+        graph = runtime_.open(found, path, spec, device_);
+    }
     watched_.insert(watched_.end(), found.watched.begin(), found.watched.end());
     return graph;
 }
@@ -155,14 +156,17 @@ std::unique_ptr<Graph> Model::load_adapted(const std::string &name) {
     }
     if (!plain || plain->graphs.count(name) == 0) throw InputError(join(bundle, " takes no adapters of ", name, ". ", run));
     if (target_) {
-        std::string why = join("it has no ", ADAPTERS_ORT_CPU, " beside it");
+        std::string why = "there is none of this graph";
         try {
             const std::optional<Target> fast = read_adapters_ort_cpu(bundle_, *plain, OnnxRuntime::version());
             if (fast && fast->graphs.count(name) != 0) return load_target(*fast, name);
         } catch (const PassedOver &passed) {
             why = passed.what();
+        } catch (const BundleError &) {
+            why = "ONNX Runtime refuses its " + name + ", or it is another graph";
         }
-        pass_over_target(why);
+        warn(join("targets/", ADAPTERS_ORT_CPU, " of ", bundle, " is passed over, since ", why, "; the plain graph with branches "
+                  "runs. For its speed run: ldm-export build ", bundle, " --target cpu"));
     }
     return load_target(*plain, name);
 }
@@ -230,9 +234,12 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::vector<TokenRow>
     const std::size_t encoders = roles().text_encoders.size();
     std::vector<std::string> keys;
     std::map<std::string, SharedTensors> rows;
-    std::vector<std::string> missing;
-    std::vector<Mixture> missing_mixtures;
-    std::vector<std::vector<Tensor>> missing_ids(encoders);
+    struct Missing {  // what is not known yet, of one mixture
+        Mixture mixture;
+        std::vector<std::string> keys;
+        std::vector<std::vector<Tensor>> ids;  // by encoder and row
+    };
+    std::map<std::string, Missing> missing;
     for (std::size_t number = 0; number < chunks.size(); ++number) {
         const std::vector<TokenRow> &chunk = chunks[number];
         std::vector<Tensor> ids;
@@ -243,27 +250,31 @@ std::vector<SharedTensors> Model::encode(const std::vector<std::vector<TokenRow>
             key.append(ids.back().as<char>(), ids.back().data.size());
         }
         Mixture mixture;  // of what changes an encoder
+        std::string mixed;
         for (const auto &[adapter, strength] : mixtures[number])
             for (const TextEncoder &encoder : roles().text_encoders)
                 if (adapter->factors.count(encoder.graph) != 0) {
                     mixture.emplace_back(adapter, strength);
-                    key += join('\0', adapter->key, '\0').append(reinterpret_cast<const char *>(&strength), sizeof strength);
+                    mixed += join('\0', adapter->key, '\0').append(reinterpret_cast<const char *>(&strength), sizeof strength);
                     break;
                 }
+        key += mixed;
         keys.push_back(key);
         if (rows.count(key) != 0) continue;
         const SharedTensors *known = prompts_.find(key);
         rows[key] = known == nullptr ? nullptr : *known;
         if (known != nullptr) continue;
-        missing.push_back(key);
-        missing_mixtures.push_back(std::move(mixture));
-        for (std::size_t i = 0; i < encoders; ++i) missing_ids[i].push_back(std::move(ids[i]));
+        Missing &group = missing[mixed];
+        group.mixture = std::move(mixture);
+        group.keys.push_back(key);
+        group.ids.resize(encoders);
+        for (std::size_t i = 0; i < encoders; ++i) group.ids[i].push_back(std::move(ids[i]));
     }
-    if (!missing.empty()) {
-        std::vector<Tensors> made = run_encoders(missing_ids, missing_mixtures);
-        for (std::size_t k = 0; k < missing.size(); ++k) {
-            rows[missing[k]] = std::make_shared<const Tensors>(std::move(made[k]));
-            prompts_.insert(missing[k], rows[missing[k]]);
+    for (const auto &[_, group] : missing) {  // a run each, so that no row depends on another picture's adapters
+        std::vector<Tensors> made = run_encoders(group.ids, group.mixture);
+        for (std::size_t k = 0; k < group.keys.size(); ++k) {
+            rows[group.keys[k]] = std::make_shared<const Tensors>(std::move(made[k]));
+            prompts_.insert(group.keys[k], rows[group.keys[k]]);
         }
     }
     std::vector<SharedTensors> encoded;
@@ -284,10 +295,10 @@ SharedTensors Model::weighted(const SharedTensors &found, const std::vector<Toke
     return std::make_shared<const Tensors>(std::move(made));
 }
 
-// One run of each text encoder on the ids of all prompts; ids by encoder and prompt.
-std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> &ids,
-                                         const std::vector<Mixture> &mixtures) {
+// One run of each text encoder on the ids of all prompts under one mixture; ids by encoder and prompt.
+std::vector<Tensors> Model::run_encoders(const std::vector<std::vector<Tensor>> &ids, const Mixture &mixture) {
     const std::size_t batch = ids.at(0).size();
+    const std::vector<Mixture> mixtures(batch, mixture);
     const std::set<std::string> read = roles().sources(bundle_.manifest.graphs);
     std::vector<Tensors> rows(batch);
     for (std::size_t i = 0; i < ids.size(); ++i) {

@@ -59,7 +59,7 @@ class Model {
     std::unique_ptr<Graph> open(const ListedFiles &files, const std::string &path, const GraphSpec *spec);
     void pass_over_target(const std::string &why);
     SharedTensors weighted(const SharedTensors &found, const std::vector<TokenRow> &chunk) const;
-    std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids, const std::vector<Mixture> &mixtures);
+    std::vector<Tensors> run_encoders(const std::vector<std::vector<Tensor>> &ids, const Mixture &mixture);
 
     Bundle bundle_;
     Facts facts_;

@@ -272,8 +272,8 @@ Request checked_request(const Bundle &bundle, const Facts &facts, const char *co
     if (facts.reads_text) {
         request.prompts = texts(prompts, count, "Prompt");
         request.negative_prompts = negatives(options, count);
-        request.no_negative_prompt = options.negative_prompts == nullptr;
     }
+    request.no_negative_prompt = !facts.reads_text || options.negative_prompts == nullptr;
     if (facts.takes_classes) request.class_labels = labels(bundle, facts, options.class_labels, count);
     request.guidance = guidance(facts, options.guidance, request.negative_prompts);
     request.reading = {options.prompt_weights != 0, options.long_prompts != 0};

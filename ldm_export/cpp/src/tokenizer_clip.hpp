@@ -21,7 +21,8 @@ class ClipTokenizer : public Tokenizer {
 
     std::vector<TokenId> operator()(std::string_view prompt, const Warn &warn) const override;
 
-    // Its parts: all ids of a prompt; as many as there is room for, `warn` being told the rest; with start, end and padding.
+    // The steps that make a row of ids: all ids of a prompt; those that there is room for, `warn` being told what is cut off;
+    // and these between start and end, with padding.
     std::vector<TokenId> all(std::string_view prompt) const;
     void cut(std::vector<TokenId> &ids, const Warn &warn) const;
     std::vector<TokenId> framed(std::vector<TokenId> ids) const;

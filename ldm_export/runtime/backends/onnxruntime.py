@@ -178,14 +178,23 @@ class OnnxRuntimeBackend(Backend):
     def load_adapted(self, graph: str) -> Graph:
         """Open a session on a graph with branches: of the bundle's target for this CPU, where it is used, or plain."""
         target = adapters_target(self._bundle, graph)
+        spec = self._bundle.manifest.graphs[graph]
         if self._target is not None:
             fast = read_target(self._bundle, ADAPTERS_ORT_CPU, adapters_needs(target, self._library.__version__))
+            why = fast if isinstance(fast, str) else "there is none of this graph"
             if isinstance(fast, Target) and graph in fast.graphs:
-                target = fast
-            else:
-                self._say_passed_over(fast if isinstance(fast, str) else f"it has no {ADAPTERS_ORT_CPU} beside it")
+                try:
+                    return self._load_target(fast, graph, spec)
+                except MalformedError as error:
+                    why = f"its {error}"
+                except BundleError:
+                    why = f"ONNX Runtime refuses its {graph}, or it is another graph"
+            warn(
+                f"targets/{ADAPTERS_ORT_CPU} of {self._bundle.path} is passed over, since {why}; the plain graph with "
+                f"branches runs. For its speed run: ldm-export build {self._bundle.path} --target cpu"
+            )
         try:
-            return self._load_target(target, graph, self._bundle.manifest.graphs[graph])
+            return self._load_target(target, graph, spec)
         except MalformedError as error:
             raise BundleError(
                 f"targets/{target.folder.name} of {self._bundle.path} is not sound: its {error}. Delete it, and run "

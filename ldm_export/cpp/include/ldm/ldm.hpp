@@ -86,7 +86,6 @@ struct OpenOptions {
     OnWarning warning = nullptr;
 };
 
-// Members that are left alone are the bundle's own choice; see ldm_draw_options.
 // A file that ldm-export lora has made for the bundle, for one picture or, with -1, for all.
 struct Adapter {
     std::string file;
@@ -94,6 +93,7 @@ struct Adapter {
     std::int64_t picture = -1;
 };
 
+// Members that are left alone are the bundle's own choice; see ldm_draw_options.
 struct DrawOptions {
     std::string sampler = "";
     std::uint32_t steps = 0;
